@@ -1,0 +1,79 @@
+"""The three contracts everything in dflow is written against.
+
+The dtype is the mode. On Z/K a floating tensor holds one-hot rows ``(batch, dim, K)`` and is
+differentiable; an int64 tensor holds symbols ``(batch, dim)`` and is exact. Integers in, integers
+out; floats in, floats out. Both modes agree on every hard input.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+#: What a model is conditioned on. For sequences of varying length: the lengths, int64 ``(batch,)``;
+#: entries at positions at or beyond the length are absent. Inside `Split`, the kept entries.
+Context = Tensor | tuple[Tensor, ...] | None
+
+
+class Bijector(nn.Module, ABC):
+    """An invertible map between data ``x`` and latent ``z`` of the same shape.
+
+    ``log_det`` is the log of the absolute Jacobian determinant of the map just applied, in nats, of
+    shape ``(batch,)``; it is exactly 0 on Z/K and on the integers.
+    """
+
+    @abstractmethod
+    def forward(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+        """Data to latent: ``(z, log_det)``."""
+
+    @abstractmethod
+    def inverse(self, z: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+        """Latent to data: ``(x, log_det)``."""
+
+    @property
+    def num_calls(self) -> int:
+        """Sequential network evaluations that one `inverse` costs."""
+        return 0
+
+
+class Elementwise(nn.Module, ABC):
+    """A family of one-dimensional bijections that holds no weights.
+
+    ``params`` has shape ``(batch, dim, num_params)`` and comes from a conditioner. ``log_det`` has
+    shape ``(batch, dim)``: one term an entry, summed by the layer that owns the family.
+    """
+
+    #: Numbers that a conditioner has to give for each entry.
+    num_params: int
+
+    @abstractmethod
+    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Data to latent: ``(z, log_det)``."""
+
+    @abstractmethod
+    def inverse(self, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Latent to data: ``(x, log_det)``."""
+
+
+class Distribution(nn.Module, ABC):
+    """A normalised law with exact likelihood and exact sampling.
+
+    What is only a bound is never called ``log_prob``.
+    """
+
+    @abstractmethod
+    def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
+        """Exact log-likelihood in nats, shape ``(batch,)``."""
+
+    @abstractmethod
+    def sample(
+        self, n: int, context: Context = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """``n`` exact draws, in the inference dtype of the domain."""
+
+    @property
+    def num_calls(self) -> int:
+        """Sequential network evaluations that one `sample` costs."""
+        return 0
