@@ -1,0 +1,1 @@
+"""Arithmetic on Z/K, straight-through estimators, exact lookup, and drawing orders."""
