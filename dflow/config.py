@@ -53,9 +53,7 @@ def parse(cls: type[T], values: object, where: str) -> T:
         if key not in fields:
             raise InputError(f"{where}: unknown key {key!r}; {nearest(str(key), list(fields))}")
     for name, field in fields.items():
-        required = (
-            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        )
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
             raise InputError(f"{where}: key {name!r} is missing")
     converted = {k: convert(hints[k], v, f"{where}.{k}") for k, v in values.items()}

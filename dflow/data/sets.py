@@ -1,12 +1,11 @@
 r"""The texts that dflow knows by name, and how each is found, fetched, checked and split.
 
-=============  ======================================================================================
-``pydoc``      The English of Python's own help (`pydoc_data.topics`), always there; varies with the version
-               of Python.
-``ptb``        Penn Treebank in Mikolov's preprocessing, from the character files or the word files.
-``text8``      The first 10^8 bytes of a cleaned Wikipedia: 90M/5M/5M characters, ``a-z`` and space.
-``text8-prefix``  The first 6,538,912 bytes of text8, for quick trials; *not* comparable with published figures.
-=============  ======================================================================================
+- ``pydoc``: the English of Python's own help (`pydoc_data.topics`), always there; varies with the version of
+  Python.
+- ``ptb``: Penn Treebank in Mikolov's preprocessing, from the character files or from the word files.
+- ``text8``: the first 10^8 bytes of a cleaned Wikipedia, 90M/5M/5M characters, ``a-z`` and space.
+- ``text8-prefix``: the first 6,538,912 bytes of text8, for quick trials; *not* comparable with published text8
+  figures.
 
 Known files are checked for size and checksum, wherever they come from.
 """
@@ -133,7 +132,11 @@ def _ptb_local(folder: Path | None) -> dict[Path, KnownFile] | None:
 def _ptb_fetch(folder: Path | None) -> dict[str, bytes]:
     # The repository's own branch is a script, which `datasets` no longer runs; the hub's conversion is data.
     rows = _from_hub(
-        "ptb", "ptb-text-only/ptb_text_only", "sentence", revision="refs/convert/parquet", name="penn_treebank"
+        "ptb",
+        "ptb-text-only/ptb_text_only",
+        "sentence",
+        revision="refs/convert/parquet",
+        name="penn_treebank",
     )
     texts = ("".join(f" {row.strip()} \n" for row in split).encode() for split in rows)
     return {
@@ -147,7 +150,9 @@ def _ptb_read(folder: Path | None) -> Splits:
     if local is None:
         return _three(ptb_from_words(data) for data in _ptb_fetch(folder).values())
     return _three(
-        (ptb_from_characters if file in PTB_CHARACTERS else ptb_from_words)(file.verify(files.read(path), path))
+        (ptb_from_characters if file in PTB_CHARACTERS else ptb_from_words)(
+            file.verify(files.read(path), path)
+        )
         for path, file in local.items()
     )
 
@@ -206,7 +211,8 @@ def pydoc_text(topics: dict[str, str]) -> str:
     r"""The topics in the order of their names, as plain ASCII.
 
     Typographic quotes, dashes and dots become ASCII (what has no such spelling is dropped); lines that only
-    draw (rules, frames) go; the bars of tables become spaces, runs of them one; at most one empty line remains.
+    draw (rules, frames) go; the bars of tables become spaces, runs of them one; of empty lines in a row one
+    remains.
 
     >>> pydoc_text({"b": "Two\n***\n\n\n| a  | b |", "a": "“One”"})
     '"One"\n\nTwo\n\na b\n'
@@ -230,8 +236,8 @@ def read_pydoc() -> str:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise InputError(
-            f"pydoc: this Python comes without its help texts ({error}); install its standard library in full, "
-            "or name a text file"
+            f"pydoc: this Python comes without its help texts ({error}); install its standard library in "
+            "full, or name a text file"
         ) from error
     return pydoc_text(topics)
 
@@ -244,18 +250,20 @@ def _three(parts: Iterable[str]) -> Splits:
     return train, valid, test
 
 
-def _from_hub(name: str, repository: str, column: str, **options: str) -> list[list[str]]:
+def _from_hub(name: str, repository: str, column: str, /, **options: str) -> list[list[str]]:
     """The rows of train, validation and test, from the Hugging Face hub."""
     try:
         from datasets import load_dataset
 
         splits = load_dataset(repository, **options)
         return [list(splits[split][column]) for split in ("train", "validation", "test")]
-    except Exception as error:  # the hub's clients raise errors of a dozen families; each means: not to be had
+    except (
+        Exception
+    ) as error:  # the hub's clients raise errors of a dozen families; each means: not to be had
         raise InputError(
             f"{name}: not in a local folder, and the hub's {repository} cannot be had "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); put {KNOWN[name].files} into a folder "
-            "and name it with the setting 'folder' or the environment variable DFLOW_DATA"
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); put {KNOWN[name].files} into a "
+            "folder and name it with the setting 'folder' or the environment variable DFLOW_DATA"
         ) from error
 
 
@@ -345,8 +353,8 @@ def check(name: str, folder: str | os.PathLike[str] | None = None) -> list[FileR
     local = _known(name).local(place)
     if local is None:
         raise InputError(
-            f"{name}: no files in {place or 'any folder (none is named)'}; run `dflow data prepare {name}` with a "
-            f"network, or put {_known(name).files} there"
+            f"{name}: no files in {place or 'any folder (none is named)'}; run `dflow data prepare {name}` with "
+            f"a network, or put {_known(name).files} there"
         )
     rows = []
     for path, file in local.items():
@@ -368,7 +376,8 @@ def prepare(name: str, folder: str | os.PathLike[str] | None = None) -> list[Fil
         place = files.data_folder(folder)
         if place is None:
             raise InputError(
-                f"{name}: no folder to put it in; name one with --folder or the environment variable DFLOW_DATA"
+                f"{name}: no folder to put it in; name one with --folder or the environment variable "
+                "DFLOW_DATA"
             )
         if known.local(place) is None:
             for path, data in known.fetch(place).items():

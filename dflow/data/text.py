@@ -32,7 +32,9 @@ class DataConfig:
     )
     protocol: Literal["stream", "sentence"] | None = field(
         default=None,
-        metadata={"help": "stream (default): one long text; sentence: each line on its own, 1 to 288 characters"},
+        metadata={
+            "help": "stream (default): one long text; sentence: each line on its own, 1 to 288 characters"
+        },
     )
     tokenizer: Literal["characters", "bytes", "sentencepiece"] = field(
         default="characters", metadata={"help": "the symbols"}
@@ -42,7 +44,9 @@ class DataConfig:
         default=None, metadata={"help": "folder of the data (default: the environment variable DFLOW_DATA)"}
     )
     lowercase: bool = field(default=False, metadata={"help": "lower the case of your own text or of pydoc"})
-    valid: float = field(default=0.05, metadata={"help": "share for validation, of your own text or of pydoc"})
+    valid: float = field(
+        default=0.05, metadata={"help": "share for validation, of your own text or of pydoc"}
+    )
     test: float = field(default=0.05, metadata={"help": "share for the test, of your own text or of pydoc"})
 
     def __post_init__(self) -> None:
@@ -131,7 +135,7 @@ class Text:
         counts: NDArray[Any] = np.bincount(present.numpy(), minlength=K)
         if len(counts) > K:
             raise ValueError(f"symbol {len(counts) - 1} is outside an alphabet of K={K}")
-        return torch.from_numpy(counts.astype(np.float64)) / counts.sum()
+        return torch.from_numpy(counts / counts.sum())
 
     def length_counts(self, max_length: int) -> Tensor:
         """How many sentences have each length 0, 1, ..., ``max_length``: int64 ``(max_length + 1,)``.
@@ -162,8 +166,8 @@ class Text:
             )
         if self.lengths is not None and length < self.longest:
             raise InputError(
-                f"the {self.name} text has a sentence of {self.longest} symbols, longer than length={length}; "
-                f"set the length to at least {self.longest}"
+                f"the {self.name} text has a sentence of {self.longest} symbols, longer than length={length}; set "
+                f"the length to at least {self.longest}"
             )
 
 
@@ -196,9 +200,9 @@ class Corpus:
 def load(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
     """Read, split and encode the text that ``config`` names.
 
-    Without ``tokenizer`` one is made: characters are ordered by their frequency in the training text, and those
-    of the other splits are part of the alphabet; pieces are learned from the training text alone. With one (that
-    of a trained model), the text is spelled in it, and ``config.tokenizer`` is not read.
+    Without ``tokenizer`` one is made: characters are ordered by their frequency in the training text, and
+    those of the other splits are part of the alphabet; pieces are learned from the training text alone. With
+    one (that of a trained model), the text is spelled in it, and ``config.tokenizer`` is not read.
 
     Raises:
         InputError: Nothing of that name, damaged or undecodable files, too little text, settings that do not
@@ -224,18 +228,25 @@ def load(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
     if tokenizer is None:
         tokenizer = _tokenizer(config, parts[0], alphabet or "".join(sorted(set(whole))), protocol)
     encode = _sentences if protocol == "sentence" else _stream
-    encoded = []
+    texts = {}
     for split, part in zip(("train", "valid", "test"), parts, strict=True):
         try:
-            encoded.append(encode(split, part, tokenizer))
+            texts[split] = encode(split, part, tokenizer)
         except InputError as error:
             raise InputError(f"{config.name} ({split}): {error}") from None
-    checksum = files.digest(whole.encode("utf-8"))
-    return Corpus(config.name, protocol, tokenizer, *encoded, len(whole), checksum, note)
+    return Corpus(
+        name=config.name,
+        protocol=protocol,
+        tokenizer=tokenizer,
+        **texts,
+        num_characters=len(whole),
+        checksum=files.digest(whole.encode("utf-8")),
+        note=note,
+    )
 
 
 def _own(config: DataConfig) -> str:
-    """The user's text: a file (plain, ``.xz``, ``.gz``), or all ``*.txt`` of a folder, joined by line ends."""
+    """The user's text: a file (plain, ``.xz``, ``.gz``), or all ``*.txt`` of a folder, one after another."""
     folder = files.data_folder(config.folder)
     places = [Path(config.name).expanduser(), *([folder / config.name] if folder else [])]
     path = next((place for place in places if place.exists()), None)
@@ -261,7 +272,8 @@ def _shares(text: str, config: DataConfig, protocol: str) -> sets.Splits:
     if not (valid and test and n - valid - test):
         unit = "lines" if protocol == "sentence" else "characters"
         raise InputError(
-            f"{config.name}: {n} {unit} are too few for valid={config.valid} and test={config.test}; give more text"
+            f"{config.name}: {n} {unit} are too few for valid={config.valid} and test={config.test}; "
+            "give more text"
         )
     cuts = (slice(0, n - valid - test), slice(n - valid - test, n - test), slice(n - test, n))
     train, valid_text, test_text = ("".join(parts[cut]) for cut in cuts)

@@ -134,7 +134,9 @@ def _read(record: _Vocabulary, folder: Path) -> Tokenizer:
             raise InputError(f"the tokenizer needs the file {path}, which is missing")
         proto = path.read_bytes()
         if files.digest(proto) != record.model:
-            raise InputError(f"{path} is not the model that was saved: {files.digest(proto)}, not {record.model}")
+            raise InputError(
+                f"{path} is not the model that was saved: {files.digest(proto)}, not {record.model}"
+            )
         tokenizer = SentencePiece(proto)
     else:
         tokenizer = Bytes()
@@ -228,8 +230,8 @@ class Characters(Tokenizer):
     def _refuse(self, text: str, position: int) -> None:
         symbol, line = text[position], text.count("\n", 0, position) + 1
         raise InputError(
-            f"symbol {symbol!r} (U+{ord(symbol):04X}) at character {position + 1} (line {line}) is not in the "
-            f"vocabulary of {self.size} symbols; remove it, or train on text that contains it"
+            f"symbol {symbol!r} (U+{ord(symbol):04X}) at character {position + 1} (line {line}) is not in "
+            f"the vocabulary of {self.size} symbols; remove it, or train on text that contains it"
         )
 
     def _spell(self, ids: Codes) -> str:
