@@ -4,8 +4,8 @@ r"""The texts that dflow knows by name, and how each is found, fetched, checked 
   Python.
 - ``ptb``: Penn Treebank in Mikolov's preprocessing, from the character files or from the word files.
 - ``text8``: the first 10^8 bytes of a cleaned Wikipedia, 90M/5M/5M characters, ``a-z`` and space.
-- ``text8-prefix``: the first 6,538,912 bytes of text8, for quick trials; *not* comparable with published text8
-  figures.
+- ``text8-prefix``: the first 6,538,912 bytes of text8, for quick trials; *not* comparable with published
+  figures of text8.
 
 Known files are checked for size and checksum, wherever they come from.
 """
@@ -131,13 +131,8 @@ def _ptb_local(folder: Path | None) -> dict[Path, KnownFile] | None:
 
 def _ptb_fetch(folder: Path | None) -> dict[str, bytes]:
     # The repository's own branch is a script, which `datasets` no longer runs; the hub's conversion is data.
-    rows = _from_hub(
-        "ptb",
-        "ptb-text-only/ptb_text_only",
-        "sentence",
-        revision="refs/convert/parquet",
-        name="penn_treebank",
-    )
+    # The conversion names its one configuration "default".
+    rows = _from_hub("ptb", "ptb-text-only/ptb_text_only", "sentence", revision="refs/convert/parquet")
     texts = ("".join(f" {row.strip()} \n" for row in split).encode() for split in rows)
     return {
         f"ptb/{file.name}": file.verify(data, f"the hub's {file.name}")
@@ -250,7 +245,7 @@ def _three(parts: Iterable[str]) -> Splits:
     return train, valid, test
 
 
-def _from_hub(name: str, repository: str, column: str, /, **options: str) -> list[list[str]]:
+def _from_hub(name: str, repository: str, column: str, **options: str) -> list[list[str]]:
     """The rows of train, validation and test, from the Hugging Face hub."""
     try:
         from datasets import load_dataset
@@ -353,8 +348,8 @@ def check(name: str, folder: str | os.PathLike[str] | None = None) -> list[FileR
     local = _known(name).local(place)
     if local is None:
         raise InputError(
-            f"{name}: no files in {place or 'any folder (none is named)'}; run `dflow data prepare {name}` with "
-            f"a network, or put {_known(name).files} there"
+            f"{name}: no files in {place or 'any folder (none is named)'}; with a network run "
+            f"`dflow data prepare {name}`, or put {_known(name).files} there"
         )
     rows = []
     for path, file in local.items():

@@ -131,7 +131,9 @@ class Text:
 
     def marginals(self, K: int) -> Tensor:
         """Relative frequency of each symbol: float64 ``(K,)``, adding up to 1."""
-        present = self.ids if self.lengths is None else self.ids[self._mask()]
+        present = self.ids
+        if self.lengths is not None:
+            present = self.ids[torch.arange(self.longest) < self.lengths[:, None]]
         counts: NDArray[Any] = np.bincount(present.numpy(), minlength=K)
         if len(counts) > K:
             raise ValueError(f"symbol {len(counts) - 1} is outside an alphabet of K={K}")
@@ -149,10 +151,6 @@ class Text:
         self._fits(max_length)
         return torch.bincount(self.lengths, minlength=max_length + 1)
 
-    def _mask(self) -> Tensor:
-        assert self.lengths is not None
-        return torch.arange(self.ids.shape[1]) < self.lengths[:, None]
-
     def _padded(self, ids: Tensor, length: int) -> Tensor:
         return F.pad(ids[:, :length].long(), (0, max(0, length - ids.shape[1])))
 
@@ -166,8 +164,8 @@ class Text:
             )
         if self.lengths is not None and length < self.longest:
             raise InputError(
-                f"the {self.name} text has a sentence of {self.longest} symbols, longer than length={length}; set "
-                f"the length to at least {self.longest}"
+                f"the {self.name} text has sentences of {self.longest} symbols, above length={length}; "
+                f"set the length to at least {self.longest}"
             )
 
 
@@ -247,10 +245,10 @@ def load(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
 
 def _own(config: DataConfig) -> str:
     """The user's text: a file (plain, ``.xz``, ``.gz``), or all ``*.txt`` of a folder, one after another."""
-    folder = files.data_folder(config.folder)
-    places = [Path(config.name).expanduser(), *([folder / config.name] if folder else [])]
-    path = next((place for place in places if place.exists()), None)
-    if path is None:
+    path = Path(config.name).expanduser()
+    if not path.exists() and (folder := files.data_folder(config.folder)):
+        path = folder / config.name
+    if not path.exists():
         raise InputError(
             f"{config.name}: neither a data set nor a file or folder; "
             + nearest(config.name, [sets.PYDOC, *sets.KNOWN])
