@@ -1,0 +1,258 @@
+"""The regularised LSTM of Merity et al., as a sequence net: the baseline that dflow is compared with."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from dflow.core import Context
+from dflow.ops.lookup import lookup
+
+
+def locked_dropout(x: Tensor, rate: float) -> Tensor:
+    """Variational dropout: one mask a row, shared by all positions of ``(batch, dim, features)``.
+
+    Source: Gal and Ghahramani 2016, arXiv 1512.05287.
+    """
+    if rate == 0:
+        return x
+    mask = torch.empty_like(x[:, :1]).bernoulli_(1 - rate).div_(1 - rate)
+    return x * mask
+
+
+@dataclass
+class _Weights:
+    """The weights laid out for one step, and the parameters they were laid out from."""
+
+    snapshot: list[Tensor]
+    table: Tensor
+    recurrent: list[Tensor]
+    biases: list[Tensor]
+
+
+@dataclass
+class _State:
+    """What one step reads and writes in place. The views are cut once, not at every step."""
+
+    weights: _Weights
+    start: Tensor
+    inputs: list[Tensor]
+    hidden: list[Tensor]
+    cells: list[Tensor]
+    gates: Tensor
+    sigmoids: Tensor
+    parts: tuple[Tensor, ...]
+    activated: Tensor
+
+
+class LSTM(nn.Module):
+    r"""Autoregressive LSTM with the regularisation of AWD-LSTM.
+
+    The parameters at position i depend on ``x[:, :i]`` only; a learned vector stands before the first symbol.
+    In training, DropConnect acts on the hidden-to-hidden weights, locked dropout on the input of the first
+    layer, between layers and on the output, and whole symbols are dropped from the embedding. The full pass
+    runs on the fused kernels of torch; `step` has the cheapest form that was measured on a CPU: the first
+    layer's input product is read from a table of symbols, the hidden states of all layers lie side by side
+    so that a layer's input and its own state are one slice and one product, and everything is in place.
+
+    Absent entries (those at or beyond the ``lengths`` in ``context``) come after all present ones and so
+    influence none of them.
+
+    Args:
+        K: symbols.
+        num_params: numbers given for each entry.
+        hidden_size: width of each layer.
+        num_layers: layers.
+        embedding_size: width of the symbols' vectors.
+        dropout: locked dropout on the output.
+        dropout_hidden: locked dropout between layers.
+        dropout_input: locked dropout on the embedded symbols.
+        dropout_embedding: rate at which symbols are dropped from the embedding.
+        weight_drop: DropConnect rate of the hidden-to-hidden weights.
+        tied: share the embedding with the output (Press and Wolf 2017, arXiv 1608.05859); needs
+            ``num_params == K`` and ``embedding_size == hidden_size``.
+
+    Raises:
+        ValueError: A size below 1, a rate outside [0, 1), or ``tied`` with sizes that differ.
+
+    Source: Merity, Keskar and Socher 2018, arXiv 1708.02182 (words) and 1803.08240 (characters).
+
+    >>> net = LSTM(K=5, num_params=5, hidden_size=8, num_layers=2, embedding_size=4)
+    >>> net(torch.tensor([[0, 3, 1]])).shape
+    torch.Size([1, 3, 5])
+    """
+
+    def __init__(
+        self,
+        K: int,
+        num_params: int,
+        hidden_size: int = 512,
+        num_layers: int = 2,
+        embedding_size: int = 128,
+        dropout: float = 0.1,
+        dropout_hidden: float = 0.1,
+        dropout_input: float = 0.0,
+        dropout_embedding: float = 0.0,
+        weight_drop: float = 0.1,
+        tied: bool = False,
+    ) -> None:
+        """See the class."""
+        super().__init__()
+        sizes = {
+            "K": K,
+            "num_params": num_params,
+            "hidden_size": hidden_size,
+            "num_layers": num_layers,
+            "embedding_size": embedding_size,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}={size} must be at least 1")
+        rates = {
+            "dropout": dropout,
+            "dropout_hidden": dropout_hidden,
+            "dropout_input": dropout_input,
+            "dropout_embedding": dropout_embedding,
+            "weight_drop": weight_drop,
+        }
+        for name, rate in rates.items():
+            if not 0 <= rate < 1:
+                raise ValueError(f"{name}={rate} must be in [0, 1)")
+        if tied and (num_params != K or embedding_size != hidden_size):
+            raise ValueError(
+                f"tied needs num_params == K and embedding_size == hidden_size, not {num_params} and {K}, "
+                f"{embedding_size} and {hidden_size}"
+            )
+        self.K, self.num_params, self.hidden_size = K, num_params, hidden_size
+        self.dropout, self.dropout_hidden, self.dropout_input = dropout, dropout_hidden, dropout_input
+        self.dropout_embedding, self.weight_drop = dropout_embedding, weight_drop
+        self.embedding = nn.Parameter(torch.empty(K, embedding_size).uniform_(-0.1, 0.1))
+        self.before = nn.Parameter(torch.empty(embedding_size).uniform_(-0.1, 0.1))
+        widths = [embedding_size] + [hidden_size] * (num_layers - 1)
+        self.layers = nn.ModuleList(nn.LSTM(width, hidden_size, batch_first=True) for width in widths)
+        for layer in self._layers():
+            _, _, *biases = layer.all_weights[0]
+            for bias in biases:
+                nn.init.zeros_(bias)
+            # A forget gate that starts open keeps the gradient over long spans (Jozefowicz et al. 2015).
+            nn.init.ones_(biases[0].data[hidden_size : 2 * hidden_size])
+        self.head = nn.Linear(hidden_size, num_params)
+        nn.init.uniform_(self.head.weight, -0.1, 0.1)
+        nn.init.zeros_(self.head.bias)
+        if tied:
+            self.head.weight = self.embedding
+        self._laid_out: _Weights | None = None
+
+    def forward(self, x: Tensor, context: Context = None) -> Tensor:
+        """Parameters ``(batch, dim, num_params)`` of every entry, in one pass.
+
+        Args:
+            x: symbols, int64 ``(batch, dim)``, or one-hot rows, floating ``(batch, dim, K)``.
+            context: lengths or None; changes nothing, see the class.
+        """
+        weight: Tensor = self.embedding
+        if self.training and self.dropout_embedding:
+            keep = 1 - self.dropout_embedding
+            weight = weight * torch.empty_like(weight[:, :1]).bernoulli_(keep).div_(keep)
+        before = self.before.expand(x.shape[0], 1, -1)
+        h = torch.cat([before, lookup(x[:, :-1], weight)], 1)[:, : x.shape[1]]
+        if self.training:
+            h = locked_dropout(h, self.dropout_input)
+        for i, layer in enumerate(self._layers()):
+            if self.training and i:
+                h = locked_dropout(h, self.dropout_hidden)
+            h = self._run(layer, h)
+        if self.training:
+            h = locked_dropout(h, self.dropout)
+        out: Tensor = self.head(h)
+        return out
+
+    def _layers(self) -> list[nn.LSTM]:
+        return cast("list[nn.LSTM]", list(self.layers))
+
+    def _run(self, layer: nn.LSTM, h: Tensor) -> Tensor:
+        """One layer over all positions, by the fused kernel."""
+        ih, hh, *biases = layer.all_weights[0]
+        dropped = nn.functional.dropout(hh, self.weight_drop, self.training)
+        zeros = h.new_zeros(1, h.shape[0], self.hidden_size)
+        with warnings.catch_warnings():
+            # cuDNN packs the weights anew at each call, as it must: dropped weights are new ones.
+            warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
+            # The kernel's training flag only keeps what a gradient needs; its own dropout is 0.
+            keep = torch.is_grad_enabled()
+            return torch.lstm(h, (zeros, zeros), [ih, dropped, *biases], True, 1, 0.0, keep, False, True)[0]
+
+    def start(self, batch: int, context: Context = None) -> _State:
+        """State before the first `step` of ``batch`` sequences."""
+        # A state made under inference mode could be stepped only there, so it is made outside.
+        with torch.inference_mode(False), torch.no_grad():
+            weights = self._layout()
+            size, layers = self.hidden_size, len(self.layers)
+            new = weights.table.new_zeros
+            hidden, gates = new(batch, layers * size), new(batch, 4 * size)
+            i, f, o, g = gates.chunk(4, 1)
+            return _State(
+                weights=weights,
+                start=torch.full((batch,), self.K, device=hidden.device),
+                inputs=[hidden[:, max(i - 1, 0) * size : (i + 1) * size] for i in range(layers)],
+                hidden=list(hidden.chunk(layers, 1)),
+                cells=[new(batch, size) for _ in range(layers)],
+                gates=gates,
+                sigmoids=gates[:, : 3 * size],
+                parts=(i, f, o, g),
+                activated=new(batch, size),
+            )
+
+    @torch.no_grad()
+    def step(self, x: Tensor | None, state: _State) -> Tensor:
+        """Parameters ``(batch, 1, num_params)`` of the next entry; ``state`` is updated in place.
+
+        Args:
+            x: None at the first call, else the symbols just drawn, int64 ``(batch, 1)``.
+            state: from `start`.
+        """
+        weights, gates, (i, f, o, g) = state.weights, state.gates, state.parts
+        single = len(gates) == 1
+        symbols = state.start if x is None else x.flatten()
+        for n, (h, w, c) in enumerate(zip(state.inputs, weights.recurrent, state.cells, strict=True)):
+            bias = weights.biases[n] if n else weights.table.index_select(0, symbols)
+            if single:  # a product with a vector is faster than one with a matrix of one row
+                torch.addmv(bias.view(-1), w, h.view(-1), out=gates.view(-1))
+            else:
+                torch.addmm(bias, h, w.t(), out=gates)
+            state.sigmoids.sigmoid_()
+            g.tanh_()
+            c.mul_(f).addcmul_(i, g)
+            torch.tanh(c, out=state.activated)
+            torch.mul(o, state.activated, out=state.hidden[n])
+        out: Tensor = self.head(state.hidden[-1])
+        return out[:, None]
+
+    def _layout(self) -> _Weights:
+        """The weights for `step`, laid out anew only when a parameter has changed."""
+        parameters = [*self.parameters()]
+        old = self._laid_out
+        if (
+            old is not None
+            and old.table.device == parameters[0].device
+            and old.table.dtype == parameters[0].dtype
+            and all(torch.equal(a, b) for a, b in zip(old.snapshot, parameters, strict=True))
+        ):
+            return old
+        # torch has the gates as i, f, g, o; with i, f, o, g one sigmoid serves three.
+        i, f, g, o = torch.arange(4 * self.hidden_size, device=self.before.device).chunk(4)
+        order = torch.cat([i, f, o, g])
+        recurrent, biases = [], []
+        for n, layer in enumerate(self._layers()):
+            ih, hh, b_ih, b_hh = layer.all_weights[0]
+            recurrent.append(torch.cat([ih, hh], 1)[order] if n else hh[order])
+            biases.append((b_ih + b_hh)[order])
+        first = self._layers()[0].all_weights[0][0][order]
+        table = torch.addmm(biases[0], torch.cat([self.embedding, self.before[None]]), first.t())
+        snapshot = [p.detach().clone() for p in parameters]
+        self._laid_out = _Weights(snapshot, table, recurrent, biases)
+        return self._laid_out

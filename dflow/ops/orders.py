@@ -1,0 +1,74 @@
+"""Orders in which the entries of a sequence are drawn.
+
+An order is an int64 matrix ``(G, S)``: row g lists the positions drawn by network call g, one in each of S
+lanes. Lane s is a chain: the slot that holds the symbol at ``order[g, s]`` predicts the one at
+``order[g + 1, s]``. Every position in ``range(dim)`` stands in it exactly once; entries at or beyond ``dim``
+are padding, which makes groups of unequal size and lengths that G does not divide possible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def lockstep(dim: int, num_groups: int) -> Tensor:
+    """Call g draws the g-th entry of every one of the ceil(dim / G) segments of length G.
+
+    What is drawn together lies G entries apart, so that little dependence is lost; with G = dim it is the
+    order from left to right.
+
+    >>> lockstep(6, 3)
+    tensor([[0, 3],
+            [1, 4],
+            [2, 5]])
+    """
+    _check(dim, num_groups)
+    lanes = -(-dim // num_groups)
+    return torch.arange(lanes * num_groups).reshape(lanes, num_groups).T.contiguous()
+
+
+def bit_reversed(dim: int, num_groups: int) -> Tensor:
+    """Lockstep segments whose entries are drawn coarse to fine, in bit-reversed order.
+
+    >>> bit_reversed(8, 4)
+    tensor([[0, 4],
+            [2, 6],
+            [1, 5],
+            [3, 7]])
+    """
+    order = lockstep(dim, num_groups)
+    bits = max(1, (num_groups - 1).bit_length())
+    rows = sorted(range(num_groups), key=lambda g: int(f"{g:0{bits}b}"[::-1], 2))
+    return order[rows]
+
+
+def shuffled(dim: int, num_groups: int, seed: int = 0) -> Tensor:
+    """One fixed random order: the baseline that a good order has to beat."""
+    order = lockstep(dim, num_groups)
+    generator = torch.Generator().manual_seed(seed)
+    return order.flatten()[torch.randperm(order.numel(), generator=generator)].reshape(order.shape)
+
+
+#: Orders by name; add one here and every grouped model can use it.
+ORDERS: dict[str, Callable[[int, int], Tensor]] = {
+    "lockstep": lockstep,
+    "bit_reversed": bit_reversed,
+    "shuffled": shuffled,
+}
+
+
+def check_order(order: Tensor, dim: int) -> None:
+    """Raise ValueError unless every position in ``range(dim)`` stands in ``order`` exactly once."""
+    if order.ndim != 2 or order.is_floating_point():
+        raise ValueError(f"an order is an int64 matrix (G, S), found {order.dtype} {tuple(order.shape)}")
+    positions = order[order < dim].flatten()
+    if not torch.equal(positions.sort().values, torch.arange(dim, device=order.device)):
+        raise ValueError(f"the order does not name each of the {dim} positions exactly once")
+
+
+def _check(dim: int, num_groups: int) -> None:
+    if not 1 <= num_groups <= dim:
+        raise ValueError(f"num_groups must lie in 1..{dim} (the length), found {num_groups}")
