@@ -1,7 +1,7 @@
 """Transformers: group-causal (causal is its special case) and infilling (bidirectional).
 
 Both know nothing of flows: symbols in, ``num_params`` numbers an entry out. Positions are rotary (Su et al.
-2021, arXiv 2104.09864), blocks are pre-norm with root-mean-square normalisation, and both start with a
+2021, arXiv 2104.09864), blocks are pre-norm with squared rectifiers (So et al. 2021, arXiv 2109.08668), and both start with a
 window over neighbouring symbols: without that locality bidirectional nets stay at the unigram entropy for a
 thousand steps.
 """
@@ -82,9 +82,9 @@ class Block(nn.Module):
     ) -> None:
         """Sizes as in `Attention`; ``intermediate_size`` is the width of the perceptron."""
         super().__init__()
-        self.norm_attention = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.norm_attention = nn.LayerNorm(hidden_size, bias=False)
         self.attention = Attention(hidden_size, num_heads, dropout)
-        self.norm_mlp = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.norm_mlp = nn.LayerNorm(hidden_size, bias=False)
         self.up = nn.Linear(hidden_size, intermediate_size)
         self.down = nn.Linear(intermediate_size, hidden_size)
         self.dropout = nn.Dropout(dropout)
@@ -99,7 +99,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """Shapes as in `Attention.forward`."""
         h = h + self.dropout(self.attention(self.norm_attention(h), rotation, mask, causal, cache))
-        out: Tensor = h + self.dropout(self.down(F.gelu(self.up(self.norm_mlp(h)), approximate="tanh")))
+        out: Tensor = h + self.dropout(self.down(F.relu(self.up(self.norm_mlp(h))).square()))
         return out
 
 
@@ -183,7 +183,7 @@ class GroupCausalTransformer(nn.Module):
             Block(hidden_size, num_heads, intermediate_size or 4 * hidden_size, dropout)
             for _ in range(num_layers)
         )
-        self.norm = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.norm = nn.LayerNorm(hidden_size, bias=False)
         self.head = nn.Linear(hidden_size, num_params)
         _initialize(self, num_layers)
         if zero_head:
@@ -401,7 +401,7 @@ class InfillTransformer(nn.Module):
             Block(hidden_size, num_heads, intermediate_size or 4 * hidden_size, dropout)
             for _ in range(num_layers)
         )
-        self.norm = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.norm = nn.LayerNorm(hidden_size, bias=False)
         self.head = nn.Linear(hidden_size, num_params)
         _initialize(self, max(1, num_layers))
         for layer in (self.front, self.mix):
