@@ -30,14 +30,29 @@ class Conditioner(nn.Module):
             nn.Linear((len(known) + extra) * K, 16), nn.Tanh(), nn.Linear(16, hidden * num_params)
         )
 
-    def forward(self, x: Tensor, *context: Context) -> Tensor:
-        dtype = self.net[0].weight.dtype
-        tensors = [x, *(c for c in context if c is not None and c.ndim > 1)]
-        rows = [(t if t.is_floating_point() else one_hot(t, self.K)).to(dtype) for t in tensors]
-        lengths = [c for c in context if c is not None and c.ndim == 1]
-        if lengths:
-            rows[0] = torch.where((self.known < lengths[0][:, None])[..., None], rows[0], 0)
-        return self.net(torch.cat(rows, 1).flatten(1)).unflatten(1, (self.hidden, -1))
+    def forward(self, x: Tensor, context: Context = None) -> Tensor:
+        items = context if isinstance(context, tuple) else () if context is None else (context,)
+        counts = [item for item in items if item.ndim == 1]
+        parts = [self._rows(x, self.known, counts[-1] if counts else None)]
+        for item in items:
+            if item.ndim > 1:
+                line = torch.arange(item.shape[1])
+                parts.append(self._rows(item, line, counts[0] if counts else None))
+        return self.net(torch.cat(parts, 1).flatten(1)).unflatten(1, (self.hidden, -1))
+
+    def _rows(self, x: Tensor, positions: Tensor, lengths: Tensor | None) -> Tensor:
+        rows = (x if x.is_floating_point() else one_hot(x, self.K)).to(self.net[0].weight.dtype)
+        return rows if lengths is None else torch.where((positions < lengths[:, None])[..., None], rows, 0)
+
+
+class Given(Conditioner):
+    """Net of a conditional law: called with the kept entries and, with lengths, those of both parts."""
+
+    def __init__(self, kept: int, hidden: int, K: int) -> None:
+        super().__init__(torch.arange(kept), hidden, K, K)
+
+    def forward(self, x: Tensor, kept: Tensor | None = None, rest: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return super().forward(x, kept)
 
 
 def alternate(dim: int, start: int = 0) -> Tensor:
@@ -115,8 +130,7 @@ def peaked(K: int, dim: int) -> Categorical:
 def split(K: int, dim: int) -> Split:
     mask = alternate(dim)
     kept = int(mask.sum())
-    net = Conditioner(torch.arange(kept), dim - kept, K, K)
-    return Split(mask, ConditionalCategorical(net), counted(K, kept))
+    return Split(mask, ConditionalCategorical(Given(kept, dim - kept, K)), counted(K, kept))
 
 
 def split_flow(K: int, dim: int) -> Split:
