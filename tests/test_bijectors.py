@@ -15,6 +15,7 @@ from cases import (
 from torch import nn
 
 from dflow.bijectors import Autoregressive, Chain, Coupling, Inverse, Permute, Reverse
+from dflow.core import Elementwise
 from dflow.elementwise import ModAffine, ModRank, ModShift
 from dflow.nn.made import MADE
 from dflow.ops.modular import one_hot
@@ -266,3 +267,58 @@ def test_arguments_are_checked():
             Permute(torch.tensor(bad))
     with pytest.raises(ValueError, match="expected 2 entries"):
         Permute(torch.tensor([1, 0])).forward(torch.zeros(1, 3, dtype=torch.int64))
+
+
+class Stretch(Elementwise):
+    """A family on the reals, to hold the layers to what they promise beyond Z/K."""
+
+    num_params = 2
+
+    def forward(self, x, params):
+        return x * params[..., 0].exp() + params[..., 1], params[..., 0]
+
+    def inverse(self, z, params):
+        return (z - params[..., 1]) * (-params[..., 0]).exp(), -params[..., 0]
+
+
+class Lower(nn.Module):
+    """A sequence net on reals."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, dim, dim))
+
+    def forward(self, x, context=None):
+        return torch.einsum("bj,pij->bip", torch.sin(x), self.weight.tril(-1))
+
+
+class Plain(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, dim // 2, dim - dim // 2))
+
+    def forward(self, x, context=None):
+        return torch.einsum("bj,pij->bip", torch.sin(x), self.weight)
+
+
+@pytest.mark.parametrize("kind", ["coupling", "autoregressive"])
+def test_layers_on_reals_have_the_log_det_of_autodiff(kind):
+    dim = 5
+    layer = (
+        Coupling(Stretch(), Plain(dim), alternate(dim))
+        if kind == "coupling"
+        else Autoregressive(Stretch(), Lower(dim), dim)
+    )
+    layer = randomize(Chain([layer, Reverse()]))
+    x = torch.randn(3, dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for context in (None, torch.tensor([5, 3, 0])):
+        z, log_det = layer.forward(x, context)
+        jacobian = torch.autograd.functional.jacobian(lambda x, c=context: layer.forward(x, c)[0].sum(0), x)
+        expected = [torch.linalg.slogdet(jacobian[:, b]).logabsdet for b in range(3)]
+        torch.testing.assert_close(log_det, torch.stack(expected))
+        assert log_det.abs().max() > 0.1
+        back, back_log_det = layer.inverse(z, context)
+        torch.testing.assert_close(back, x)
+        torch.testing.assert_close(back_log_det, -log_det)
+    assert log_det[2].item() == 0
+    assert torch.equal(z[1, 3:], x[1, 3:])
