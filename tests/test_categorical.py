@@ -77,6 +77,14 @@ def test_samples_of_given_lengths(name):
     assert base.log_prob(draws, context).isfinite().all()
 
 
+@each
+def test_state_survives_saving(name):
+    one, other, x = build_base(name, 3, 4), BASES[name](3, 4).double(), enumerate_all(3, 4)
+    assert {buffer for buffer, _ in one.named_buffers()} <= set(one.state_dict())
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(one.log_prob(x), other.log_prob(x))
+
+
 def test_closed_form_is_krichevsky_trofimov():
     base = Categorical(2, 3)
     x = torch.tensor([[0, 1], [0, 2], [1, 2]])
