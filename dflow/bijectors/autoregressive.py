@@ -83,10 +83,13 @@ class Autoregressive(Bijector):
         # Entries beyond the longest sequence are absent in every row.
         steps = self.dim if found is None else min(self.dim, max(found.tolist(), default=0))
         net: Any = self.net
+        mask = present(context, self.dim)
         state, previous, x = net.start(z.shape[0], context), None, z.clone()
         for i in range(steps):
             params = check_params(net.step(previous, state), z.shape[0], 1, self.elementwise.num_params)
-            previous, _ = self.elementwise.inverse(z[:, i : i + 1], params)
+            entry = z[:, i : i + 1]
+            previous, _ = self.elementwise.inverse(entry, params)
+            previous = keep_absent(previous, entry, None if mask is None else mask[:, i : i + 1])
             x[:, i : i + 1] = previous
         for _ in range(self.dim + 1):
             new, log_det = self.elementwise.inverse(z, self.params(x, context))

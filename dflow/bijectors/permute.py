@@ -24,8 +24,6 @@ class Permute(Bijector):
     """
 
     permutation: Tensor
-    back: Tensor
-    closed: Tensor
 
     def __init__(self, permutation: Tensor) -> None:
         super().__init__()
@@ -34,10 +32,6 @@ class Permute(Bijector):
             raise ValueError(f"not a permutation of 0..{permutation.numel() - 1}: {permutation.tolist()}")
         self.dim = len(line)
         self.register_buffer("permutation", permutation.clone())
-        self.register_buffer("back", permutation.argsort(), persistent=False)
-        # closed[T]: the first T entries stay among themselves.
-        top = torch.cat([line.new_tensor([-1]), permutation.cpu().cummax(0).values])
-        self.register_buffer("closed", top < torch.arange(self.dim + 1), persistent=False)
 
     def forward(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
         """Data to latent: z like ``x``, log_det zeros ``(batch,)``."""
@@ -45,15 +39,19 @@ class Permute(Bijector):
 
     def inverse(self, z: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
         """Latent to data: x like ``z``, log_det zeros ``(batch,)``."""
-        return self._map(z, context, self.back)
+        return self._map(z, context, self.permutation.argsort())
 
     def _map(self, x: Tensor, context: Context, index: Tensor) -> tuple[Tensor, Tensor]:
         if x.shape[1] != self.dim:
             raise ValueError(f"expected {self.dim} entries, found x of shape {tuple(x.shape)}")
         found = lengths(context)
-        if found is not None and not self.closed[found.clamp(max=self.dim)].all():
-            bad = sorted(set(found[~self.closed[found.clamp(max=self.dim)]].tolist()))
-            raise ValueError(f"the permutation moves absent entries among present ones for lengths {bad}")
+        if found is not None:
+            # Entry i lands among the first T exactly when it comes from there.
+            line = torch.arange(self.dim, device=x.device)
+            moved = ((index < found[:, None]) != (line < found[:, None])).any(1)
+            if moved.any():
+                bad = sorted(set(found[moved].tolist()))
+                raise ValueError(f"the permutation moves absent entries among present ones for lengths {bad}")
         return x.index_select(1, index), no_log_det(x)
 
 

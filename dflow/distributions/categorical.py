@@ -53,7 +53,7 @@ class Categorical(Distribution):
         if learned:
             self.logits = nn.Parameter(torch.zeros(self.n_classes, K))
         else:
-            self.register_buffer("counts", torch.zeros(self.n_classes, K))
+            self.register_buffer("counts", torch.zeros(self.n_classes, K, dtype=torch.float32))
 
     def extra_repr(self) -> str:
         """For ``repr``."""

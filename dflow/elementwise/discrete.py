@@ -120,8 +120,8 @@ class ModAffine(Discrete):
     def __init__(self, K: int, estimator: StraightThrough | None = None) -> None:
         units = modular.units(K)
         super().__init__(K, K + len(units), estimator)
-        self.register_buffer("units", units, persistent=False)
-        self.register_buffer("inverses", modular.inverses(K)[units], persistent=False)
+        self.register_buffer("units", units)
+        self.register_buffer("inverses", modular.inverses(K)[units])
 
     def _symbols(self, x: Tensor, params: Tensor, to_latent: bool) -> Tensor:
         loc, scale = params[..., : self.K].argmax(-1), params[..., self.K :].argmax(-1)

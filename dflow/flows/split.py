@@ -30,7 +30,6 @@ class Split(Distribution):
 
     kept_index: Tensor
     rest_index: Tensor
-    kept_before: Tensor
 
     def __init__(self, mask: Tensor, conditional: Distribution, base: Distribution) -> None:
         super().__init__()
@@ -41,9 +40,6 @@ class Split(Distribution):
         self.base = base
         self.register_buffer("kept_index", mask.nonzero().flatten())
         self.register_buffer("rest_index", (~mask).nonzero().flatten())
-        # kept_before[T]: kept entries among the first T.
-        count = torch.cat([mask.new_zeros(1), mask]).cumsum(0)
-        self.register_buffer("kept_before", count, persistent=False)
 
     def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
         """Exact log-likelihood in nats, ``(batch,)``."""
@@ -68,7 +64,7 @@ class Split(Distribution):
         if found is None:
             return context, (*given, *items) if items else x_a
         total = found.clamp(max=self.dim)
-        kept = self.kept_before[total]
+        kept = (self.kept_index < total[:, None]).sum(1)
         others = tuple(item for item in items if item is not found)
         return (*others, kept) if others else kept, (*given, *others, kept, total - kept)
 

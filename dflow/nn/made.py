@@ -89,7 +89,7 @@ class _MaskedLinear(nn.Linear):
 
     def __init__(self, inputs: Tensor, outputs: Tensor) -> None:
         super().__init__(len(inputs), len(outputs))
-        self.register_buffer("mask", inputs <= outputs[:, None], persistent=False)
+        self.register_buffer("mask", inputs <= outputs[:, None])
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, torch.where(self.mask, self.weight, 0), self.bias)

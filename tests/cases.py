@@ -1,0 +1,187 @@
+"""The table of named cases that every property is tested on. A new bijector or base is one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from dflow.bijectors import Autoregressive, Chain, Coupling, Inverse, Permute, Reverse
+from dflow.core import Bijector, Context, Distribution, Elementwise
+from dflow.distributions import Categorical, ConditionalCategorical, Mixture
+from dflow.elementwise import ModAffine, ModRank, ModShift
+from dflow.flows import Flow, Split
+from dflow.nn.made import MADE
+from dflow.ops.modular import one_hot
+
+#: Alphabet -> number of entries: primes, composites and a prime power, each small enough to enumerate.
+DIMS = {2: 8, 3: 5, 5: 4, 6: 3, 9: 3}
+
+
+class Conditioner(nn.Module):
+    """Feed-forward net from known entries (and kept ones, in the context) to params of hidden ones."""
+
+    def __init__(self, known: Tensor, hidden: int, K: int, num_params: int, extra: int = 0) -> None:
+        super().__init__()
+        self.K, self.hidden = K, hidden
+        self.register_buffer("known", known)
+        self.net = nn.Sequential(
+            nn.Linear((len(known) + extra) * K, 16), nn.Tanh(), nn.Linear(16, hidden * num_params)
+        )
+
+    def forward(self, x: Tensor, context: Context = None) -> Tensor:
+        items = context if isinstance(context, tuple) else () if context is None else (context,)
+        counts = [item for item in items if item.ndim == 1]
+        parts = [self._rows(x, self.known, counts[-1] if counts else None)]
+        for item in items:
+            if item.ndim > 1:
+                line = torch.arange(item.shape[1])
+                parts.append(self._rows(item, line, counts[0] if counts else None))
+        return self.net(torch.cat(parts, 1).flatten(1)).unflatten(1, (self.hidden, -1))
+
+    def _rows(self, x: Tensor, positions: Tensor, lengths: Tensor | None) -> Tensor:
+        rows = (x if x.is_floating_point() else one_hot(x, self.K)).to(self.net[0].weight.dtype)
+        return rows if lengths is None else torch.where((positions < lengths[:, None])[..., None], rows, 0)
+
+
+class Given(Conditioner):
+    """Net of a conditional law: called with the kept entries and, with lengths, those of both parts."""
+
+    def __init__(self, kept: int, hidden: int, K: int) -> None:
+        super().__init__(torch.arange(kept), hidden, K, K)
+
+    def forward(self, x: Tensor, kept: Tensor | None = None, rest: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return super().forward(x, kept)
+
+
+def alternate(dim: int, start: int = 0) -> Tensor:
+    """True at every second entry, from ``start`` on."""
+    return torch.arange(dim) % 2 == start
+
+
+def coupling(elementwise: Elementwise, K: int, dim: int, start: int = 0, extra: int = 0) -> Coupling:
+    mask = alternate(dim, start)
+    hidden = int((~mask).sum())
+    net = Conditioner(mask.nonzero().flatten(), hidden, K, elementwise.num_params, extra)
+    return Coupling(elementwise, net, mask)
+
+
+def partial_coupling(K: int, dim: int) -> Coupling:
+    """The first entry is known, the last is hidden, all others pass unseen."""
+    line = torch.arange(dim)
+    return Coupling(
+        ModAffine(K), Conditioner(line[:1], 1, K, ModAffine(K).num_params), line < 1, line == dim - 1
+    )
+
+
+def autoregressive(elementwise: Elementwise, K: int, dim: int) -> Autoregressive:
+    return Autoregressive(elementwise, MADE(dim, K, elementwise.num_params, [16, 16]), dim)
+
+
+def permutation(K: int, dim: int) -> Permute:
+    return Permute(torch.randperm(dim, generator=torch.Generator().manual_seed(dim)))
+
+
+def deep(K: int, dim: int) -> Chain:
+    return Chain(
+        [
+            coupling(ModRank(K), K, dim),
+            autoregressive(ModAffine(K), K, dim),
+            Reverse(),
+            coupling(ModShift(K), K, dim, start=1),
+            Inverse(autoregressive(ModShift(K), K, dim)),
+        ]
+    )
+
+
+BIJECTORS: dict[str, Callable[[int, int], Bijector]] = {
+    "coupling shift": lambda K, dim: coupling(ModShift(K), K, dim),
+    "coupling affine": lambda K, dim: coupling(ModAffine(K), K, dim),
+    "coupling rank": lambda K, dim: coupling(ModRank(K), K, dim),
+    "coupling partial": partial_coupling,
+    "autoregressive shift": lambda K, dim: autoregressive(ModShift(K), K, dim),
+    "autoregressive affine": lambda K, dim: autoregressive(ModAffine(K), K, dim),
+    "autoregressive rank": lambda K, dim: autoregressive(ModRank(K), K, dim),
+    "permute": permutation,
+    "reverse": lambda K, dim: Reverse(),
+    "inverse": lambda K, dim: Inverse(coupling(ModAffine(K), K, dim)),
+    "chain": deep,
+    "empty chain": lambda K, dim: Chain([]),
+}
+
+#: Bijectors that refuse lengths, since they move absent entries among present ones.
+WITHOUT_LENGTHS = {"permute"}
+
+
+def counted(K: int, dim: int, classes: Tensor | None = None) -> Categorical:
+    base = Categorical(dim, K, classes).double()
+    counts = torch.rand(base.counts.shape, generator=torch.Generator().manual_seed(K), dtype=torch.float64)
+    base.assign(20 * counts)
+    return base
+
+
+def peaked(K: int, dim: int) -> Categorical:
+    base = counted(K, dim)
+    base.peak = 0.4
+    return base
+
+
+def split(K: int, dim: int) -> Split:
+    mask = alternate(dim)
+    kept = int(mask.sum())
+    return Split(mask, ConditionalCategorical(Given(kept, dim - kept, K)), counted(K, kept))
+
+
+def split_flow(K: int, dim: int) -> Split:
+    """Both parts of the split are flows; the conditional one sees the kept part."""
+    mask = alternate(dim)
+    kept = int(mask.sum())
+    rest = dim - kept
+    law: Distribution = counted(K, rest)
+    if rest > 1:
+        law = Flow(coupling(ModRank(K), K, rest, extra=kept), law)
+    return Split(mask, law, Flow(autoregressive(ModAffine(K), K, kept), counted(K, kept)))
+
+
+BASES: dict[str, Callable[[int, int], Distribution]] = {
+    "uniform": lambda K, dim: Categorical(dim, K),
+    "counted": counted,
+    "tied": lambda K, dim: counted(K, dim, torch.arange(dim) % 2),
+    "peaked": peaked,
+    "learned": lambda K, dim: Categorical(dim, K, learned=True),
+    "mixture": lambda K, dim: Mixture(dim, K, 3),
+    "split": split,
+    "split flow": split_flow,
+    "flow": lambda K, dim: Flow(coupling(ModAffine(K), K, dim), counted(K, dim)),
+}
+
+
+def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
+    """The module in float64 with random weights, far from the identity."""
+    module.double()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(generator=generator)
+    return module
+
+
+def build_bijector(name: str, K: int, dim: int | None = None) -> Bijector:
+    """The named bijector with random weights."""
+    return randomize(BIJECTORS[name](K, dim or DIMS[K]))  # type: ignore[return-value]
+
+
+def build_base(name: str, K: int, dim: int | None = None) -> Distribution:
+    """The named base with random weights."""
+    return randomize(BASES[name](K, dim or DIMS[K]), 1)  # type: ignore[return-value]
+
+
+def enumerate_all(K: int, dim: int) -> Tensor:
+    """All K^dim sequences, int64 ``(K^dim, dim)``, in lexicographic order."""
+    return torch.cartesian_prod(*[torch.arange(K)] * dim).view(-1, dim)
+
+
+def code(x: Tensor, K: int) -> Tensor:
+    """The place of each sequence in that order."""
+    return (x * K ** torch.arange(x.shape[1] - 1, -1, -1)).sum(1)

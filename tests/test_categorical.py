@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import BASES, DIMS, build_base, code, enumerate_all
+from torch import nn
+
+from dflow.distributions import Categorical, ConditionalCategorical, Mixture
+from dflow.ops.modular import one_hot
+
+every = pytest.mark.parametrize(("name", "K"), [(name, K) for name in BASES for K in DIMS])
+each = pytest.mark.parametrize("name", BASES)
+
+
+@every
+@torch.no_grad()
+def test_probabilities_sum_to_one_and_modes_agree(name, K):
+    base, x = build_base(name, K), enumerate_all(K, DIMS[K])
+    log_prob = base.log_prob(x)
+    assert log_prob.shape == (len(x),)
+    assert log_prob.dtype == torch.float64
+    assert abs(float(log_prob.exp().sum()) - 1) < 1e-12
+    rows = base.log_prob(one_hot(x, K, torch.float64))
+    torch.testing.assert_close(rows, log_prob, rtol=0, atol=1e-12)
+
+
+@every
+def test_gradients_reach_the_data_and_every_parameter(name, K):
+    base, x = build_base(name, K), enumerate_all(K, DIMS[K])
+    weights = torch.randn(len(x), generator=torch.Generator().manual_seed(0)).double()
+    rows = one_hot(x, K, torch.float64).requires_grad_()
+    (base.log_prob(rows) * weights).sum().backward()
+    for name, parameter in (*base.named_parameters(), ("x", rows)):
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@each
+@torch.no_grad()
+def test_absent_entries_count_nothing(name):
+    K, dim = 3, DIMS[3]
+    base, x = build_base(name, K), enumerate_all(K, dim)
+    for T in range(dim + 1):
+        context = torch.full((len(x),), T)
+        log_prob = base.log_prob(x, context)
+        first = code(x[:, :T], K) * K ** (dim - T)
+        torch.testing.assert_close(log_prob, log_prob[first], rtol=0, atol=1e-12)
+        assert abs(float(log_prob[first.unique()].exp().sum()) - 1) < 1e-12
+        rows = base.log_prob(one_hot(x, K, torch.float64), context)
+        torch.testing.assert_close(rows, log_prob, rtol=0, atol=1e-12)
+
+
+@each
+@torch.no_grad()
+def test_samples_follow_the_law(name):
+    K, dim, n = 2, 4, 20_000
+    base = build_base(name, K, dim)
+    draws = base.sample(n, generator=torch.Generator().manual_seed(0))
+    assert draws.dtype == torch.int64
+    assert draws.shape == (n, dim)
+    law = base.log_prob(enumerate_all(K, dim)).exp()
+    found = torch.bincount(code(draws, K), minlength=K**dim) / n
+    # Of a true sampler the statistic is chi-squared with 15 degrees of freedom: P(> 45) < 1e-4.
+    assert float(n * ((found - law) ** 2 / law).sum()) < 45
+    assert torch.equal(base.sample(n, generator=torch.Generator().manual_seed(0)), draws)
+    assert not torch.equal(base.sample(n, generator=torch.Generator().manual_seed(1)), draws)
+
+
+@each
+def test_samples_of_given_lengths(name):
+    K, dim = 5, DIMS[5]
+    base, context = build_base(name, K), torch.arange(50) % (DIMS[5] + 1)
+    draws = base.sample(50, context, torch.Generator().manual_seed(0))
+    assert (draws[torch.arange(dim) >= context[:, None]] == 0).all()
+    assert int(draws.max()) < K
+    assert int(draws.max()) > 0
+    assert base.log_prob(draws, context).isfinite().all()
+
+
+@each
+def test_state_survives_saving(name):
+    one, other, x = build_base(name, 3, 4), BASES[name](3, 4).double(), enumerate_all(3, 4)
+    assert {buffer for buffer, _ in one.named_buffers()} <= set(one.state_dict())
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(one.log_prob(x), other.log_prob(x))
+
+
+def test_closed_form_is_krichevsky_trofimov():
+    base = Categorical(2, 3)
+    x = torch.tensor([[0, 1], [0, 2], [1, 2]])
+    base.assign(base.statistics(x))
+    assert base.counts.tolist() == [[2, 1, 0], [0, 1, 2]]
+    expected = torch.tensor([[2.5, 1.5, 0.5], [0.5, 1.5, 2.5]]).double() / 4.5
+    torch.testing.assert_close(base.log_law().exp(), expected)
+    assert base.log_prob(x).dtype == torch.float32
+    torch.testing.assert_close(base.log_prob(x)[0], (expected[0, 0] * expected[1, 1]).log().float())
+    base.update(base.statistics(x[:1]), momentum=0.5)
+    assert base.counts.tolist() == [[2, 0.5, 0], [0, 1.5, 1]]
+
+
+def test_statistics_tie_classes_skip_absent_entries_and_know_both_modes():
+    base = Categorical(3, 4, torch.tensor([1, 0, 1]))
+    x = torch.tensor([[0, 1, 2], [3, 3, 3]])
+    assert base.statistics(x).tolist() == [[0, 1, 0, 1], [1, 0, 1, 2]]
+    context = torch.tensor([3, 1])
+    counts = base.statistics(x, context)
+    assert counts.tolist() == [[0, 1, 0, 0], [1, 0, 1, 1]]
+    rows = one_hot(x, 4).requires_grad_()
+    assert torch.equal(base.statistics(rows, context), counts)
+    assert not base.statistics(rows, context).requires_grad
+
+
+@pytest.mark.parametrize("learned", [True, False])
+@torch.no_grad()
+def test_initialize_takes_the_marginals(learned):
+    base, marginals = Categorical(4, 3, learned=learned), torch.tensor([0.7, 0.3, 0.0])
+    base.initialize(marginals, weight=1e6)
+    law = base.log_law().exp()
+    assert law.shape == (4, 3)
+    torch.testing.assert_close(law, marginals.double().expand(4, 3), rtol=0, atol=1e-5)
+    assert (law > 0).all()
+    mixture = Mixture(4, 3, 2)
+    mixture.initialize(marginals)
+    assert torch.softmax(mixture.logits, -1)[..., 2].max() < 0.01
+    assert not torch.equal(mixture.logits[0], mixture.logits[1])
+
+
+def test_peak_draws_the_law_to_symbol_zero():
+    base = Categorical(1, 5)
+    base.initialize(torch.tensor([0.1, 0.2, 0.3, 0.2, 0.2]))
+    laws = []
+    for peak in (0.0, 0.25, 0.5, 1.0):
+        base.peak = peak
+        law = base.log_law().exp()[0]
+        assert float(law.sum()) == pytest.approx(1, abs=1e-12)
+        laws.append(float(law[0]))
+    assert laws == sorted(laws)
+    assert laws[-1] == pytest.approx(0.5)
+    for bad in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="peak"):
+            base.peak = bad
+
+
+def test_dtypes_of_results():
+    x = torch.zeros(2, 3, dtype=torch.int64)
+    for law in (Categorical(3, 4), Categorical(3, 4, learned=True), Mixture(3, 4, 2)):
+        assert law.log_prob(x).dtype == torch.float32
+        assert law.log_prob(one_hot(x, 4, torch.bfloat16)).dtype == torch.bfloat16
+        assert law.bfloat16().log_prob(x).dtype == torch.float32
+        assert law.double().log_prob(x).dtype == torch.float64
+
+
+def test_conditional_law_follows_its_context():
+    class Copy(nn.Module):
+        def forward(self, kept, bonus=None):
+            return 50 * one_hot(kept, 4)
+
+    law = ConditionalCategorical(Copy())
+    kept = torch.tensor([[0, 3], [2, 2]])
+    assert law.num_calls == 1
+    assert torch.equal(law.sample(2, kept), kept)
+    assert torch.equal(law.sample(2, (kept, torch.tensor([2, 1]))), torch.tensor([[0, 3], [2, 0]]))
+    assert law.log_prob(kept, kept).abs().max() < 1e-12
+    assert (
+        float(law.log_prob(torch.tensor([[0, 1], [0, 0]]), (kept, torch.tensor([1, 0]))).abs().max()) < 1e-12
+    )
+    with pytest.raises(ValueError, match="context"):
+        law.log_prob(kept)
+    with pytest.raises(ValueError, match="3 draws"):
+        law.sample(3, kept)
+    with pytest.raises(ValueError, match="1 rows"):
+        law.log_prob(kept[:1], kept)
+
+
+def test_arguments_are_checked():
+    for dim, K in ((0, 3), (3, 1)):
+        with pytest.raises(ValueError, match=r"found (0|K=1)"):
+            Categorical(dim, K)
+        with pytest.raises(ValueError, match=r"found (0|K=1)"):
+            Mixture(dim, K, 2)
+    with pytest.raises(ValueError, match="components"):
+        Mixture(2, 2, 0)
+    for classes in (torch.zeros(2), torch.zeros(3, dtype=torch.int64), torch.tensor([0, -1])):
+        with pytest.raises(ValueError, match="classes"):
+            Categorical(2, 3, classes)
+    base = Categorical(2, 3)
+    for x in (torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 2, 4), torch.zeros(1, 2).int()):
+        for call in (base.log_prob, base.statistics, Mixture(2, 3, 2).log_prob):
+            with pytest.raises(ValueError, match="expected int64"):
+                call(x)
+    with pytest.raises(ValueError, match="counts have shape"):
+        base.assign(torch.zeros(3, 3))
+    with pytest.raises(ValueError, match="momentum"):
+        base.update(base.counts, 1.5)
+    for marginals in (
+        torch.ones(3),
+        torch.ones(2) / 2,
+        torch.tensor([1.5, -0.5, 0.0]),
+        torch.full((3,), torch.nan),
+    ):
+        with pytest.raises(ValueError, match="marginals"):
+            base.initialize(marginals)
+    with pytest.raises(ValueError, match="weight"):
+        base.initialize(torch.ones(3) / 3, weight=0)
+    with pytest.raises(ValueError, match="learned"):
+        Categorical(2, 3, learned=True).assign(torch.zeros(2, 3))
+    assert "learned=False" in repr(base)
+    assert "components=2" in repr(Mixture(2, 3, 2))
