@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -53,9 +54,7 @@ def parse(cls: type[T], values: object, where: str) -> T:
         if key not in fields:
             raise InputError(f"{where}: unknown key {key!r}; {nearest(str(key), list(fields))}")
     for name, field in fields.items():
-        required = (
-            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        )
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
             raise InputError(f"{where}: key {name!r} is missing")
     converted = {k: convert(hints[k], v, f"{where}.{k}") for k, v in values.items()}
@@ -84,7 +83,7 @@ def convert(kind: Any, value: Any, where: str) -> Any:
                 continue
         return convert(rest[-1], value, where)
     if origin is typing.Literal:
-        if value in arguments:
+        if any(type(a) is type(value) and a == value for a in arguments):
             return value
         raise InputError(
             f"{where}: {value!r} is not allowed; {nearest(str(value), [str(a) for a in arguments])}"
@@ -92,31 +91,48 @@ def convert(kind: Any, value: Any, where: str) -> Any:
     if origin in (list, tuple):
         if not isinstance(value, (list, tuple)):
             raise InputError(f"{where}: expected a list, found {value!r}")
-        items = [convert(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value)]
+        kinds = arguments
+        if origin is list or arguments[-1] is Ellipsis:
+            kinds = arguments[:1] * len(value)
+        if len(kinds) != len(value):
+            raise InputError(f"{where}: expected {len(kinds)} values, found {value!r}")
+        items = [convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True))]
         return items if origin is list else tuple(items)
     if origin is dict:
         if not isinstance(value, Mapping):
             raise InputError(f"{where}: expected a mapping, found {value!r}")
-        return {k: convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+        key, item = arguments
+        return {convert(key, k, where): convert(item, v, f"{where}.{k}") for k, v in value.items()}
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return value if isinstance(value, kind) else parse(kind, value, where)
     return _scalar(kind, value, where)
 
 
 def _scalar(kind: type, value: Any, where: str) -> Any:
-    if kind is bool or isinstance(value, bool):
-        if isinstance(value, kind) and isinstance(value, bool):
-            return value
-        raise InputError(f"{where}: expected {kind.__name__}, found {value!r}")
-    if isinstance(value, kind):
-        return value
-    if kind in (int, float) and isinstance(value, (int, float, str)):
+    # True is an int to Python, but a flag given for a number is a mistake.
+    if isinstance(value, kind) and (kind is bool) == isinstance(value, bool):
+        return _number(value, where)
+    if kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
-            number = float(value)
-        except ValueError:
-            raise InputError(f"{where}: expected {kind.__name__}, found {value!r}") from None
-        if kind is float:
-            return number
-        if number.is_integer():
-            return int(number)
+            if kind is float:
+                return _number(float(value), where)
+            # Through a float only where it must be: 2^53 + 1 is a fine seed.
+            number = value if isinstance(value, float) else _integer(str(value))
+            if float(number).is_integer():
+                return int(number)
+        except (ValueError, OverflowError):
+            pass
     raise InputError(f"{where}: expected {kind.__name__}, found {value!r}")
+
+
+def _integer(text: str) -> float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def _number(value: Any, where: str) -> Any:
+    if isinstance(value, float) and math.isnan(value):
+        raise InputError(f"{where}: expected a number, found {value!r}")
+    return value

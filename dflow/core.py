@@ -68,9 +68,7 @@ class Distribution(nn.Module, ABC):
         """Exact log-likelihood in nats, shape ``(batch,)``."""
 
     @abstractmethod
-    def sample(
-        self, n: int, context: Context = None, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def sample(self, n: int, context: Context = None, generator: torch.Generator | None = None) -> Tensor:
         """``n`` exact draws, in the inference dtype of the domain."""
 
     @property

@@ -1,1 +1,8 @@
-"""Laws with exact likelihood."""
+"""Laws with exact likelihood and exact sampling."""
+
+from dflow.distributions.categorical import Categorical, ConditionalCategorical, Mixture
+from dflow.distributions.sequence import SequenceCategorical, SequenceNet
+
+__all__ = ["Categorical", "ConditionalCategorical", "Mixture",
+    "SequenceCategorical",
+    "SequenceNet"]

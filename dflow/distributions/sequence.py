@@ -75,20 +75,21 @@ class SequenceCategorical(Distribution):
         context: Context = None,
         generator: torch.Generator | None = None,
         prompt: Tensor | None = None,
+        length: int | None = None,
     ) -> Tensor:
         """``n`` sequences, int64 ``(n, dim)``, in `num_calls` calls; absent entries are 0.
 
         ``prompt``, int64 ``(length,)``, is forced at the first positions while the rest is drawn. For an
         order from left to right that is the exact conditional law; for any other, an entry drawn before a
-        prompt's symbol has not seen it.
+        prompt's symbol has not seen it. ``length`` leaves out groups that lie wholly at or beyond it; the
+        entries before it keep the law of full draws.
         """
-        groups, lanes = self.order.shape
         device = self.order.device
         x = torch.zeros(n, int(self.order.max()) + 1, dtype=torch.int64, device=device)
+        longest = self.dim if length is None else length
         if isinstance(context, Tensor):
-            # Groups whose every position is absent need no call.
-            longest = int(context.max())
-            groups = int((self.order < longest).any(1).nonzero().max()) + 1 if longest else 0
+            longest = min(longest, int(context.max()))
+        groups = self._groups(longest)
         state, drawn = self.net.start(n, context), None
         noise: Tensor | None = None
         block = 1
@@ -110,3 +111,25 @@ class SequenceCategorical(Distribution):
         if isinstance(context, Tensor):
             x = x.masked_fill(torch.arange(self.dim, device=device) >= context[:, None], 0)
         return x
+
+    def _groups(self, length: int) -> int:
+        """Groups up to the last that holds an entry below ``length``; later ones need no call."""
+        needed = (self.order < length).any(1).nonzero()
+        return int(needed.max()) + 1 if len(needed) else 0
+
+    @torch.no_grad()
+    def log_prob_by_steps(self, x: Tensor, context: Context = None) -> Tensor:
+        """`log_prob` of symbols computed as `sample` draws them, group by group: a check of the two."""
+        state, previous = self.net.start(len(x), context), None
+        width = int(self.order.max()) + 1
+        limit = torch.full((len(x),), x.shape[1], device=x.device)
+        if isinstance(context, Tensor):
+            limit = torch.minimum(limit, context)
+        x = F.pad(x, (0, width - x.shape[1]))
+        total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        for row in self.order[: self._groups(int(limit.max()))]:
+            log_p = self.net.step(previous, state).log_softmax(-1)
+            previous = x[:, row]
+            terms = log_p.gather(-1, previous[..., None]).squeeze(-1)
+            total = total + torch.where(row < limit[:, None], terms, 0.0).sum(1)
+        return total.to(log_p.dtype)

@@ -1,1 +1,1 @@
-"""Arithmetic on Z/K, straight-through estimators, exact lookup, and drawing orders."""
+"""Operations on tensors that know no model: the ring Z/K, straight-through estimators, lengths."""

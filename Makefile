@@ -1,0 +1,43 @@
+# Everything runs in .venv, which is made on first use with the tested versions of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check bench clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED)  ## Make the environment (the other targets do so by themselves)
+
+# torch comes first and alone: the pinned build is settled before anything else can ask for another.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dflow needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)  ## Train a flow and an LSTM on Python's help, draw text, compare (results in demo/)
+	rm -rf demo
+	$(BIN)/dflow train recipes/demo_grouped.yaml
+	$(BIN)/dflow train recipes/demo_lstm.yaml
+	$(BIN)/dflow generate --model demo/grouped --n 100 --output demo/samples.txt
+	$(BIN)/dflow compare demo/grouped demo/lstm --output demo
+
+test: $(INSTALLED)  ## Run all tests and the examples in docstrings
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)  ## Lint, formatting, types, floors
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(INSTALLED)  ## Measure the operations against their baselines
+	$(BIN)/python scripts/bench_ops.py
+
+clean:  ## Remove the environment and what the tools cache
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

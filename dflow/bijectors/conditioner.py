@@ -1,0 +1,24 @@
+"""How a layer calls its net."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """Context in which parameters are computed: autocast off.
+
+    Parameters on Z/K are decided by arg-max. In half precision the differentiable mode would decide
+    otherwise than the exact mode wherever two logits are close.
+    """
+    return torch.autocast(device_type=x.device.type, enabled=False)
+
+
+def check_params(params: Tensor, batch: int, dim: int, num_params: int) -> Tensor:
+    """``params`` itself when its shape is ``(batch, dim, num_params)``; otherwise a ValueError."""
+    if params.shape != (batch, dim, num_params):
+        raise ValueError(
+            f"the net gave params of shape {tuple(params.shape)}, expected {(batch, dim, num_params)}"
+        )
+    return params

@@ -1,0 +1,97 @@
+"""Coupling layer: some entries are transformed given others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dflow.bijectors.conditioner import check_params, full_precision
+from dflow.core import Bijector, Context, Elementwise
+from dflow.ops.lengths import keep_absent, present
+
+
+class Coupling(Bijector):
+    """``z_hidden = elementwise(x_hidden; net(x_known))``, every other entry as it was.
+
+    The net is called as ``net(x_known, context)`` with ``x_known`` ``(batch, n_known)`` or
+    ``(batch, n_known, K)`` and returns ``(batch, n_hidden, num_params)``: it sees only what is known
+    and answers only for what is hidden. Both directions cost one call. With lengths as context absent
+    entries stay as they are; the net has to ignore those it is shown.
+
+    Source: Dinh et al. 2017, arXiv 1605.08803; Tran et al. 2019, arXiv 1905.10347 (bipartite flow).
+
+    Args:
+        elementwise: family of the transformation.
+        net: the conditioner.
+        mask: bool ``(dim,)``, True for entries that the net sees.
+        hidden: bool ``(dim,)``, True for entries to transform; default ``~mask``.
+
+    Raises:
+        ValueError: masks that overlap, are empty, not bool or of different shapes; an ``x`` or params of
+            another shape than announced.
+    """
+
+    known_index: Tensor
+    hidden_index: Tensor
+
+    def __init__(
+        self, elementwise: Elementwise, net: nn.Module, mask: Tensor, hidden: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        hidden = ~mask if hidden is None else hidden
+        for name, value in (("mask", mask), ("hidden", hidden)):
+            if value.dtype != torch.bool or value.ndim != 1 or not value.any():
+                raise ValueError(
+                    f"{name} must be bool (dim,) with at least one True, found {value.dtype} "
+                    f"{tuple(value.shape)} with {int(value.sum())} True"
+                )
+        if mask.shape != hidden.shape:
+            raise ValueError(f"mask has {len(mask)} entries, hidden {len(hidden)}")
+        if (mask & hidden).any():
+            raise ValueError(f"entries {(mask & hidden).nonzero().flatten().tolist()} are known and hidden")
+        self.elementwise = elementwise
+        self.net = net
+        self.dim = len(mask)
+        self.register_buffer("known_index", mask.nonzero().flatten())
+        self.register_buffer("hidden_index", hidden.nonzero().flatten())
+
+    def params(self, x: Tensor, context: Context = None) -> Tensor:
+        """Parameters of the hidden entries, ``(batch, n_hidden, num_params)``.
+
+        They depend only on the known entries of ``x``, which are the same in data and latent.
+        """
+        if x.shape[1] != self.dim:
+            raise ValueError(f"expected {self.dim} entries, found x of shape {tuple(x.shape)}")
+        with full_precision(x):
+            params = self.net(x.index_select(1, self.known_index), context)
+        return check_params(params, x.shape[0], len(self.hidden_index), self.elementwise.num_params)
+
+    def forward(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+        """Data to latent: z like ``x``, log_det ``(batch,)``."""
+        return self._map(x, context, True)
+
+    def inverse(self, z: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+        """Latent to data: x like ``z``, log_det ``(batch,)``."""
+        return self._map(z, context, False)
+
+    def _map(self, x: Tensor, context: Context, to_latent: bool) -> tuple[Tensor, Tensor]:
+        params = self.params(x, context)
+        old = x.index_select(1, self.hidden_index)
+        with full_precision(x):
+            new, log_det = (self.elementwise.forward if to_latent else self.elementwise.inverse)(old, params)
+        mask = present(context, self.dim)
+        if mask is not None:
+            mask = mask.index_select(1, self.hidden_index)
+            new = keep_absent(new, old, mask)
+            log_det = torch.where(mask, log_det, 0)
+        return x.index_copy(1, self.hidden_index, new), log_det.sum(1)
+
+    @property
+    def num_calls(self) -> int:
+        """One."""
+        return 1
+
+    @property
+    def forward_calls(self) -> int:
+        """One."""
+        return 1

@@ -1,0 +1,110 @@
+"""Finding, reading and writing files: plain, ``.xz`` or ``.gz``, and never half of one."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import lzma
+import os
+import zipfile
+import zlib
+from pathlib import Path
+
+from dflow.config import InputError
+
+SUFFIXES = ("", ".xz", ".gz")
+_DAMAGED = (lzma.LZMAError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile, EOFError)
+
+
+def data_folder(folder: str | os.PathLike[str] | None = None) -> Path | None:
+    """The folder given, else the one that the environment variable ``DFLOW_DATA`` names, else None.
+
+    Raises:
+        InputError: The folder does not exist.
+    """
+    named = os.fspath(folder) if folder is not None else os.environ.get("DFLOW_DATA")
+    if not named:
+        return None
+    path = Path(named).expanduser()
+    if not path.is_dir():
+        source = "the setting 'folder'" if folder is not None else "the environment variable DFLOW_DATA"
+        raise InputError(f"{path}: no such folder ({source} names it); create it or correct the name")
+    return path
+
+
+def find(folder: Path | None, name: str, under: str) -> Path | None:
+    """File ``name`` (or ``name.xz``, ``name.gz``) in ``folder`` or ``folder/under``, or None."""
+    if folder is None:
+        return None
+    candidates = (place / (name + suffix) for place in (folder, folder / under) for suffix in SUFFIXES)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def read(path: Path, member: str | None = None) -> bytes:
+    """The content of a file, unpacked by its suffix; ``member`` names the file inside a ``.zip``.
+
+    Raises:
+        InputError: The packed file is damaged or lacks ``member``.
+    """
+    try:
+        if path.suffix == ".zip" and member is not None:
+            with zipfile.ZipFile(path) as archive:
+                if member not in archive.namelist():
+                    raise InputError(f"{path}: holds no file {member!r}; fetch the archive again")
+                return archive.read(member)
+        data = path.read_bytes()
+        if path.suffix == ".xz":
+            return lzma.decompress(data)
+        return gzip.decompress(data) if path.suffix == ".gz" else data
+    except _DAMAGED as error:
+        raise InputError(f"{path}: damaged or truncated ({error}); fetch the file again") from error
+
+
+def decode(data: bytes, source: str | os.PathLike[str]) -> str:
+    r"""UTF-8 bytes as text: a byte-order mark is dropped and ``\r\n`` becomes ``\n``.
+
+    Raises:
+        InputError: Not UTF-8; the message names the source and the byte offset.
+    """
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{os.fspath(source)}: not UTF-8 at byte offset {error.start} "
+            f"(0x{data[error.start]:02x}: {error.reason}); convert the file to UTF-8, for example with iconv"
+        ) from None
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")
+
+
+def digest(data: bytes, algorithm: str = "sha256") -> str:
+    """``algorithm:hexadecimal``: a fingerprint, not a signature."""
+    return f"{algorithm}:{hashlib.new(algorithm, data, usedforsecurity=False).hexdigest()}"
+
+
+def verify(data: bytes, size: int, expected: str, source: str) -> bytes:
+    """``data``, unchanged, if it has the size and the digest expected.
+
+    Raises:
+        InputError: It has not; the message names both sides and the way out.
+    """
+    found = digest(data, expected.partition(":")[0])
+    if len(data) == size and found == expected:
+        return data
+    raise InputError(
+        f"{source}: expected {size:,} bytes with {expected}, found {len(data):,} bytes with {found}; "
+        "the file is damaged or another version: replace it, or name its path to use it as your own text"
+    )
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

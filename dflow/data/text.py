@@ -1,0 +1,311 @@
+"""Text as symbols: what models are trained on and evaluated with."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from dflow.config import InputError, nearest
+from dflow.data import files, sets
+from dflow.data.tokenizers import Bytes, Characters, SentencePiece, Tokenizer, compact
+
+#: Longest sentence of the sentence protocol (Ziegler and Rush 2019, arXiv 1901.10548).
+MAX_SENTENCE = 288
+
+
+@dataclass
+class DataConfig:
+    """What text, read and split how, spelled in what symbols."""
+
+    name: str = field(
+        default=sets.PYDOC,
+        metadata={"help": "pydoc, ptb, text8, text8-prefix, or the path of a text file or folder"},
+    )
+    protocol: Literal["stream", "sentence"] | None = field(
+        default=None,
+        metadata={
+            "help": "stream (default): one long text; sentence: each line on its own, 1 to 288 characters"
+        },
+    )
+    tokenizer: Literal["characters", "bytes", "sentencepiece"] = field(
+        default="characters", metadata={"help": "the symbols"}
+    )
+    vocab_size: int = field(default=512, metadata={"help": "number of symbols, for sentencepiece"})
+    folder: str | None = field(
+        default=None, metadata={"help": "folder of the data (default: the environment variable DFLOW_DATA)"}
+    )
+    lowercase: bool = field(default=False, metadata={"help": "lower the case of your own text or of pydoc"})
+    valid: float = field(
+        default=0.05, metadata={"help": "share for validation, of your own text or of pydoc"}
+    )
+    test: float = field(default=0.05, metadata={"help": "share for the test, of your own text or of pydoc"})
+
+    def __post_init__(self) -> None:
+        """Check the shares and sizes."""
+        if not (0 < self.valid < 1 and 0 < self.test < 1 and self.valid + self.test < 1):
+            raise InputError(
+                f"valid={self.valid} and test={self.test} must be above 0 and leave something to train on"
+            )
+        if self.vocab_size < 2:
+            raise InputError(f"vocab_size={self.vocab_size} must be at least 2")
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Symbols of one split, stored compactly: a stream ``(n,)``, or sentences ``(n, longest)`` with lengths.
+
+    Sentences are padded with 0; ``lengths`` says what is present. ``num_characters`` counts the characters
+    that the symbols spell, ``dropped`` the sentences that the protocol left out for their length.
+    """
+
+    name: str
+    ids: Tensor
+    lengths: Tensor | None
+    num_characters: int
+    dropped: int = 0
+
+    @property
+    def num_symbols(self) -> int:
+        """Symbols present; the ends of sentences are not counted."""
+        return self.ids.numel() if self.lengths is None else int(self.lengths.sum())
+
+    @property
+    def longest(self) -> int:
+        """Length of the longest sentence, or of the stream."""
+        return self.ids.shape[-1]
+
+    @cached_property
+    def characters_per_symbol(self) -> float:
+        """Characters a symbol, so that bits a character compare over tokenizers; 1 for characters.
+
+        In the sentence protocol the end of each sentence counts as a character and as a symbol.
+        """
+        ends = 0 if self.lengths is None else len(self.lengths)
+        return (self.num_characters + ends) / (self.num_symbols + ends)
+
+    def crops(
+        self, batch: int, length: int, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Random pieces to train on: ids int64 ``(batch, length)``, and lengths ``(batch,)`` of sentences.
+
+        A stream gives windows at uniform places, sentences come whole. The draw depends on nothing but the
+        generator, which is on the CPU.
+
+        Raises:
+            InputError: ``length`` is above the stream's or below the longest sentence's.
+        """
+        if batch < 1:
+            raise ValueError(f"batch={batch} must be positive")
+        self._fits(length)
+        if self.lengths is None:
+            windows = self.ids.unfold(0, length, 1)
+            return windows[torch.randint(len(windows), (batch,), generator=generator)].long(), None
+        rows = torch.randint(len(self.ids), (batch,), generator=generator)
+        return self._padded(self.ids[rows], length), self.lengths[rows]
+
+    def chunks(self, length: int) -> tuple[Tensor, Tensor | None]:
+        """All of the text to evaluate on: ids int64 ``(n, length)``, and lengths ``(n,)`` of sentences.
+
+        A stream is cut into chunks that do not overlap; the last `tail` symbols do not fill one and are left.
+
+        Raises:
+            InputError: ``length`` is above the stream's or below the longest sentence's.
+        """
+        self._fits(length)
+        if self.lengths is None:
+            return self.ids[: len(self.ids) - self.tail(length)].reshape(-1, length).long(), None
+        return self._padded(self.ids, length), self.lengths
+
+    def tail(self, length: int) -> int:
+        """Symbols at the end of a stream that `chunks` leaves."""
+        return len(self.ids) % length if self.lengths is None else 0
+
+    def marginals(self, K: int) -> Tensor:
+        """Relative frequency of each symbol: float64 ``(K,)``, adding up to 1."""
+        present = self.ids
+        if self.lengths is not None:
+            present = self.ids[torch.arange(self.longest) < self.lengths[:, None]]
+        counts: NDArray[Any] = np.bincount(present.numpy(), minlength=K)
+        if len(counts) > K:
+            raise ValueError(f"symbol {len(counts) - 1} is outside an alphabet of K={K}")
+        return torch.from_numpy(counts / counts.sum())
+
+    def length_counts(self, max_length: int) -> Tensor:
+        """How many sentences have each length 0, 1, ..., ``max_length``: int64 ``(max_length + 1,)``.
+
+        Raises:
+            ValueError: A stream has no lengths.
+            InputError: A sentence is longer.
+        """
+        if self.lengths is None:
+            raise ValueError(f"the {self.name} text is a stream and has no lengths")
+        self._fits(max_length)
+        return torch.bincount(self.lengths, minlength=max_length + 1)
+
+    def _padded(self, ids: Tensor, length: int) -> Tensor:
+        return F.pad(ids[:, :length].long(), (0, max(0, length - ids.shape[1])))
+
+    def _fits(self, length: int) -> None:
+        if length < 1:
+            raise ValueError(f"length={length} must be positive")
+        if self.lengths is None and length > len(self.ids):
+            raise InputError(
+                f"the {self.name} text has {len(self.ids):,} symbols, too few for pieces of {length:,}; "
+                "give more text, a larger share for it, or a smaller length"
+            )
+        if self.lengths is not None and length < self.longest:
+            raise InputError(
+                f"the {self.name} text has sentences of {self.longest} symbols, above length={length}; "
+                f"set the length to at least {self.longest}"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """A text in three splits, with the tokenizer that spells it.
+
+    ``checksum`` is that of the whole text (all splits, UTF-8) and ``num_characters`` its length, so that a
+    result can say on what it was measured where the text has no fixed version.
+    """
+
+    name: str
+    protocol: Literal["stream", "sentence"]
+    tokenizer: Tokenizer
+    train: Text
+    valid: Text
+    test: Text
+    num_characters: int
+    checksum: str
+    note: str = ""
+
+    def split(self, name: str) -> Text:
+        """The split called ``name``: train, valid or test."""
+        if name not in ("train", "valid", "test"):
+            raise InputError(f"no split {name!r}; {nearest(name, ['train', 'valid', 'test'])}")
+        text: Text = getattr(self, name)
+        return text
+
+
+def load(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
+    """Read, split and encode the text that ``config`` names.
+
+    Without ``tokenizer`` one is made: characters are ordered by their frequency in the training text, and
+    those of the other splits are part of the alphabet; pieces are learned from the training text alone. With
+    one (that of a trained model), the text is spelled in it, and ``config.tokenizer`` is not read.
+
+    Raises:
+        InputError: Nothing of that name, damaged or undecodable files, too little text, settings that do not
+            go together, a character outside the vocabulary.
+    """
+    known = sets.KNOWN.get(config.name)
+    protocol = config.protocol or "stream"
+    if known is not None:
+        default = DataConfig()
+        if (config.lowercase, config.valid, config.test) != (default.lowercase, default.valid, default.test):
+            raise InputError(
+                f"{config.name} has splits and a spelling of its own: leave out lowercase, valid and test"
+            )
+        if protocol == "sentence" and known.alphabet:
+            raise InputError(f"{config.name} has no lines: use protocol 'stream'")
+        parts = known.read(files.data_folder(config.folder))
+        note, alphabet = known.note, known.alphabet
+    else:
+        text = sets.read_pydoc() if config.name == sets.PYDOC else _own(config)
+        note, alphabet = (sets.PYDOC_NOTE if config.name == sets.PYDOC else ""), ""
+        parts = _shares(text.lower() if config.lowercase else text, config, protocol)
+    whole = "".join(parts)
+    if tokenizer is None:
+        tokenizer = _tokenizer(config, parts[0], alphabet or "".join(sorted(set(whole))), protocol)
+    encode = _sentences if protocol == "sentence" else _stream
+    texts = {}
+    for split, part in zip(("train", "valid", "test"), parts, strict=True):
+        try:
+            texts[split] = encode(split, part, tokenizer)
+        except InputError as error:
+            raise InputError(f"{config.name} ({split}): {error}") from None
+    return Corpus(
+        name=config.name,
+        protocol=protocol,
+        tokenizer=tokenizer,
+        **texts,
+        num_characters=len(whole),
+        checksum=files.digest(whole.encode("utf-8")),
+        note=note,
+    )
+
+
+def _own(config: DataConfig) -> str:
+    """The user's text: a file (plain, ``.xz``, ``.gz``), or all ``*.txt`` of a folder, one after another."""
+    path = Path(config.name).expanduser()
+    if not path.exists() and (folder := files.data_folder(config.folder)):
+        path = folder / config.name
+    if not path.exists():
+        raise InputError(
+            f"{config.name}: neither a data set nor a file or folder; "
+            + nearest(config.name, [sets.PYDOC, *sets.KNOWN])
+        )
+    sources = sorted(p for p in path.rglob("*.txt") if p.is_file()) if path.is_dir() else [path]
+    if not sources:
+        raise InputError(f"{path}: the folder holds no *.txt file; put the text there or name a file")
+    text = "\n".join(files.decode(files.read(source), source) for source in sources)
+    if not text.strip():
+        raise InputError(f"{path}: no text in it; name a file that has some")
+    return text
+
+
+def _shares(text: str, config: DataConfig, protocol: str) -> sets.Splits:
+    """Contiguous: first train, then valid, then test; cut between lines in the sentence protocol."""
+    parts = re.findall(r"[^\n]*\n|[^\n]+", text) if protocol == "sentence" else text
+    n = len(parts)
+    valid, test = int(n * config.valid), int(n * config.test)
+    if not (valid and test and n - valid - test):
+        unit = "lines" if protocol == "sentence" else "characters"
+        raise InputError(
+            f"{config.name}: {n} {unit} are too few for valid={config.valid} and test={config.test}; "
+            "give more text"
+        )
+    cuts = (slice(0, n - valid - test), slice(n - valid - test, n - test), slice(n - test, n))
+    train, valid_text, test_text = ("".join(parts[cut]) for cut in cuts)
+    return train, valid_text, test_text
+
+
+def _tokenizer(config: DataConfig, train: str, alphabet: str, protocol: str) -> Tokenizer:
+    if config.tokenizer == "bytes":
+        return Bytes()
+    if config.tokenizer == "sentencepiece":
+        return SentencePiece.train(train, config.vocab_size)
+    if protocol == "sentence":
+        train, alphabet = train.replace("\n", ""), alphabet.replace("\n", "")
+    try:
+        return Characters.train(train, alphabet)
+    except InputError as error:
+        raise InputError(f"{config.name}: {error}") from None
+
+
+def _stream(name: str, text: str, tokenizer: Tokenizer) -> Text:
+    codes = tokenizer.codes(text)
+    return Text(name, torch.from_numpy(codes), None, len(text))
+
+
+def _sentences(name: str, text: str, tokenizer: Tokenizer) -> Text:
+    """One sentence a line, stripped; empty lines are none, and those above `MAX_SENTENCE` are dropped."""
+    lines = [line for line in (raw.strip() for raw in text.split("\n")) if line]
+    kept = [line for line in lines if len(line) <= MAX_SENTENCE]
+    if not kept:
+        raise InputError(f"no line of 1 to {MAX_SENTENCE} characters; use protocol 'stream'")
+    codes = [tokenizer.codes(line) for line in kept]
+    lengths = np.array([len(c) for c in codes])
+    ids = np.zeros((len(codes), int(lengths.max())), dtype=compact(tokenizer.size))
+    ids[np.arange(ids.shape[1]) < lengths[:, None]] = np.concatenate(codes)
+    return Text(
+        name, torch.from_numpy(ids), torch.from_numpy(lengths), sum(map(len, kept)), len(lines) - len(kept)
+    )

@@ -1,0 +1,319 @@
+"""Categorical laws: factorized, mixture of factorized, and conditional."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dflow.core import Context, Distribution
+from dflow.ops.lengths import present
+from dflow.ops.modular import check_alphabet, symbols
+
+
+class Categorical(Distribution):
+    """Factorized law ``p(x) = prod_i b[classes[i], x_i]``.
+
+    By default b has a closed form: the counts of symbols seen in each class, smoothed,
+    ``b[c, k] = (counts[c, k] + 1/2) / (sum_k counts[c, k] + K/2)`` (Krichevsky and Trofimov 1981). The
+    counts are a buffer that training moves with `statistics` and `update`. With ``learned`` b is the
+    soft-max of a parameter ``logits`` instead.
+
+    While ``peak`` is above 0 the law is ``b^(1-peak) q^peak``, normalised, with q half on symbol 0 and
+    uniform on the others: at a base equal to the data's marginals the identity is a local optimum of a
+    flow, and a peaked base is a way out of it at the start of training.
+
+    Args:
+        dim: number of entries.
+        K: size of the alphabet.
+        classes: int64 ``(dim,)``, the class of each entry; default one class an entry.
+        learned: logits learned by gradient instead of counts.
+
+    Raises:
+        ValueError: dim < 1, K < 2, classes of another shape or dtype, or negative.
+    """
+
+    classes: Tensor
+    counts: Tensor
+
+    def __init__(self, dim: int, K: int, classes: Tensor | None = None, learned: bool = False) -> None:
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f"dim must be at least 1, found {dim}")
+        classes = torch.arange(dim) if classes is None else classes.clone()
+        if classes.shape != (dim,) or classes.dtype != torch.int64 or int(classes.min()) < 0:
+            raise ValueError(
+                f"classes must be int64 ({dim},) and not negative, found {classes.dtype} {classes.tolist()}"
+            )
+        self.dim = dim
+        self.K = check_alphabet(K)
+        self.n_classes = int(classes.max()) + 1
+        self.learned = learned
+        self.register_buffer("classes", classes)
+        self._peak = 0.0
+        if learned:
+            self.logits = nn.Parameter(torch.zeros(self.n_classes, K))
+        else:
+            self.register_buffer("counts", torch.zeros(self.n_classes, K))
+
+    def extra_repr(self) -> str:
+        """For ``repr``."""
+        return f"dim={self.dim}, K={self.K}, n_classes={self.n_classes}, learned={self.learned}"
+
+    @property
+    def peak(self) -> float:
+        """How far the law is drawn towards one peaked on symbol 0, in [0, 1]; 0 is the law itself."""
+        return self._peak
+
+    @peak.setter
+    def peak(self, value: float) -> None:
+        if not 0 <= value <= 1:
+            raise ValueError(f"peak must lie in [0, 1], found {value}")
+        self._peak = float(value)
+
+    def log_law(self) -> Tensor:
+        """``log b``, float64 ``(n_classes, K)``, ``peak`` included."""
+        if self.learned:
+            law = torch.log_softmax(self.logits.double(), -1)
+        else:
+            counts = self.counts.double()
+            law = torch.log((counts + 0.5) / (counts.sum(-1, keepdim=True) + self.K / 2))
+        if self.peak == 0:
+            return law
+        q = torch.full_like(law, 0.5 / (self.K - 1))
+        q[:, 0] = 0.5
+        return torch.log_softmax((1 - self.peak) * law + self.peak * q.log(), -1)
+
+    def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
+        """Exact log-likelihood in nats, ``(batch,)``.
+
+        Summed in float64. On symbols the result has the dtype of the counts or logits, but at least
+        float32; on one-hot rows that of ``x``.
+        """
+        check_entries(x, self.dim, self.K)
+        law = self.log_law()
+        if x.is_floating_point():
+            terms = _pick(law[self.classes].to(x.dtype), x)
+            dtype = x.dtype
+        else:
+            terms = law[self.classes, x]
+            dtype = self._dtype()
+        return total(terms, present(context, self.dim)).to(dtype)
+
+    def _dtype(self) -> torch.dtype:
+        own = self.logits if self.learned else self.counts
+        return torch.promote_types(own.dtype, torch.float32)
+
+    def sample(self, n: int, context: Context = None, generator: torch.Generator | None = None) -> Tensor:
+        """``n`` exact draws, int64 ``(n, dim)``; absent entries are 0.
+
+        Args:
+            n: number of draws.
+            context: lengths ``(n,)`` or None.
+            generator: on the device of the distribution.
+        """
+        law = self.log_law().detach().exp()[self.classes]
+        x = law.multinomial(n, replacement=True, generator=generator).T
+        return clear_absent(x, present(context, self.dim))
+
+    @torch.no_grad()
+    def statistics(self, z: Tensor, context: Context = None) -> Tensor:
+        """Counts of the symbols of ``z`` (either mode) in each class, ``(n_classes, K)``.
+
+        Present entries only; without gradient; in the dtype of the counts.
+        """
+        check_entries(z, self.dim, self.K)
+        index = (self.classes * self.K + symbols(z)).flatten()
+        mask = present(context, self.dim)
+        if mask is not None:
+            index = index[mask.flatten()]
+        counts = torch.bincount(index, minlength=self.n_classes * self.K)
+        return counts.view(self.n_classes, self.K).to(self._dtype())
+
+    @torch.no_grad()
+    def update(self, counts: Tensor, momentum: float) -> None:
+        """``counts <- momentum * counts + new``; the caller adds up what several processes counted.
+
+        Raises:
+            ValueError: a law that is learned, counts of another shape, momentum outside [0, 1].
+        """
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum must lie in [0, 1], found {momentum}")
+        self._check_counts(counts)
+        self.counts.mul_(momentum).add_(counts)
+
+    @torch.no_grad()
+    def assign(self, counts: Tensor) -> None:
+        """Take ``counts`` ``(n_classes, K)`` in place of the present ones; errors as in `update`."""
+        self._check_counts(counts)
+        self.counts.copy_(counts)
+
+    def _check_counts(self, counts: Tensor) -> None:
+        if self.learned:
+            raise ValueError("a law with learned logits has no counts")
+        if counts.shape != self.counts.shape:
+            raise ValueError(f"counts have shape {tuple(counts.shape)}, expected {tuple(self.counts.shape)}")
+
+    @torch.no_grad()
+    def initialize(self, marginals: Tensor, weight: float = 1000.0) -> None:
+        """Start every class from the data's marginals ``(K,)``, as if seen in ``weight`` symbols.
+
+        Raises:
+            ValueError: no law over K symbols, or a weight that is not positive.
+        """
+        counts = smoothed_counts(marginals, self.K, weight).to(self.classes.device)
+        if self.learned:
+            self.logits.copy_(torch.log((counts + 0.5) / (weight + self.K / 2)))
+        else:
+            self.counts.copy_(counts)
+
+
+class Mixture(Distribution):
+    """Mixture of factorized laws, ``p(x) = sum_m w_m prod_i b[m, i, x_i]``, all learned.
+
+    ``w`` is the soft-max of ``weight_logits`` ``(components,)``, ``b`` that of ``logits``
+    ``(components, dim, K)``. These start at random, slightly, so that components can part.
+
+    Raises:
+        ValueError: dim < 1, K < 2 or components < 1.
+    """
+
+    def __init__(self, dim: int, K: int, components: int) -> None:
+        super().__init__()
+        if dim < 1 or components < 1:
+            raise ValueError(f"dim and components must be at least 1, found {dim} and {components}")
+        self.dim = dim
+        self.K = check_alphabet(K)
+        self.components = components
+        self.weight_logits = nn.Parameter(torch.zeros(components))
+        self.logits = nn.Parameter(0.1 * torch.randn(components, dim, K))
+
+    def extra_repr(self) -> str:
+        """For ``repr``."""
+        return f"dim={self.dim}, K={self.K}, components={self.components}"
+
+    @torch.no_grad()
+    def initialize(self, marginals: Tensor, weight: float = 1000.0) -> None:
+        """Start every entry of every component near the data's marginals ``(K,)``, smoothed.
+
+        Raises:
+            ValueError: no law over K symbols, or a weight that is not positive.
+        """
+        counts = smoothed_counts(marginals, self.K, weight).to(self.logits.device)
+        start = torch.log((counts + 0.5) / (weight + self.K / 2)).to(self.logits.dtype)
+        self.logits.copy_(start + 0.1 * torch.randn_like(self.logits))
+
+    def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
+        """Exact log-likelihood in nats, ``(batch,)``; dtypes as in `Categorical.log_prob`."""
+        check_entries(x, self.dim, self.K)
+        law = torch.log_softmax(self.logits.double(), -1)
+        mask = present(context, self.dim)
+        if x.is_floating_point():
+            # (batch, components, dim) would be the largest tensor of a model: contract in one product.
+            z = x if mask is None else torch.where(mask[..., None], x, 0)
+            with torch.autocast(device_type=x.device.type, enabled=False):
+                joint = z.flatten(1) @ law.to(x.dtype).flatten(1).T
+            dtype = x.dtype
+        else:
+            terms = law[:, torch.arange(self.dim, device=x.device), x]
+            joint = total(terms, mask).T
+            dtype = torch.promote_types(self.logits.dtype, torch.float32)
+        weights = torch.log_softmax(self.weight_logits.double(), -1)
+        return torch.logsumexp(joint.double() + weights, -1).to(dtype)
+
+    @torch.no_grad()
+    def sample(self, n: int, context: Context = None, generator: torch.Generator | None = None) -> Tensor:
+        """``n`` exact draws, int64 ``(n, dim)``: a component, then its symbols; absent entries are 0."""
+        weights = torch.softmax(self.weight_logits.double(), -1)
+        component = weights.multinomial(n, replacement=True, generator=generator)
+        law = torch.softmax(self.logits.double(), -1)[component]
+        x = law.flatten(0, 1).multinomial(1, generator=generator).view(n, self.dim)
+        return clear_absent(x, present(context, self.dim))
+
+
+class ConditionalCategorical(Distribution):
+    """Entries independent given the context, ``p(x | context) = prod_i softmax(net(context))[i, x_i]``.
+
+    The net is called with the context, or with the items of a tuple, and returns logits
+    ``(batch, dim, K)``. Inside a `Split` these items are the kept entries and, with lengths, the lengths
+    of the kept part and of this one.
+
+    Raises:
+        ValueError: no context, or an ``x`` or n that does not fit the logits.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def logits(self, context: Context) -> Tensor:
+        """Logits ``(batch, dim, K)``, at least float32."""
+        if context is None:
+            raise ValueError("a conditional law needs a context")
+        found: Tensor = self.net(*context) if isinstance(context, tuple) else self.net(context)
+        return found.to(torch.promote_types(found.dtype, torch.float32))
+
+    def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
+        """Exact log-likelihood in nats, ``(batch,)``: on rows in the dtype of ``x``, else the logits'."""
+        logits = self.logits(context)
+        check_entries(x, *logits.shape[1:])
+        if x.shape[0] != logits.shape[0]:
+            raise ValueError(f"{x.shape[0]} rows of x for a context of {logits.shape[0]}")
+        law = torch.log_softmax(logits, -1)
+        if x.is_floating_point():
+            terms, dtype = _pick(law.to(x.dtype), x), x.dtype
+        else:
+            terms, dtype = law.gather(-1, x[..., None]).squeeze(-1), law.dtype
+        return total(terms, present(context, x.shape[1])).to(dtype)
+
+    @torch.no_grad()
+    def sample(self, n: int, context: Context = None, generator: torch.Generator | None = None) -> Tensor:
+        """One exact draw for each of the ``n`` rows of the context, int64 ``(n, dim)``."""
+        law = torch.softmax(self.logits(context).double(), -1)
+        if law.shape[0] != n:
+            raise ValueError(f"{n} draws asked of a context of {law.shape[0]} rows")
+        x = law.flatten(0, 1).multinomial(1, generator=generator).view(law.shape[:2])
+        return clear_absent(x, present(context, x.shape[1]))
+
+    @property
+    def num_calls(self) -> int:
+        """One."""
+        return 1
+
+
+def check_entries(x: Tensor, dim: int, K: int) -> None:
+    """ValueError unless ``x`` is int64 ``(batch, dim)`` or floating ``(batch, dim, K)``."""
+    rows = x.is_floating_point()
+    fits = x.shape[1:] == ((dim, K) if rows else (dim,))
+    if not fits or not (rows or x.dtype == torch.int64):
+        raise ValueError(
+            f"expected int64 (batch, {dim}) or one-hot rows (batch, {dim}, {K}), "
+            f"found {x.dtype} {tuple(x.shape)}"
+        )
+
+
+def total(terms: Tensor, mask: Tensor | None) -> Tensor:
+    """Sum over the last axis in float64, of the present entries."""
+    if mask is not None:
+        terms = torch.where(mask, terms, 0)
+    return terms.sum(-1, dtype=torch.float64)
+
+
+def clear_absent(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Symbols with 0 where an entry is absent."""
+    return x if mask is None else torch.where(mask, x, 0)
+
+
+def smoothed_counts(marginals: Tensor, K: int, weight: float) -> Tensor:
+    """``weight * marginals``, float64 ``(K,)``; ValueError for what is no law over K symbols."""
+    law = marginals.double()
+    if law.shape != (K,) or not (law >= 0).all() or abs(float(law.sum()) - 1) > 1e-6:
+        raise ValueError(f"marginals must be {K} probabilities that sum to 1, found {marginals.tolist()}")
+    if not weight > 0:
+        raise ValueError(f"weight must be positive, found {weight}")
+    return weight * law
+
+
+def _pick(law: Tensor, x: Tensor) -> Tensor:
+    # A product and a sum, not a matrix product: the one term that is not 0 comes out to the bit, on
+    # every device and at every precision setting.
+    return (law * x).sum(-1)

@@ -1,0 +1,6 @@
+"""A bijector with a base, and a part factored out: both are distributions, so they nest."""
+
+from dflow.flows.flow import Flow
+from dflow.flows.split import Split
+
+__all__ = ["Flow", "Split"]

@@ -1,0 +1,78 @@
+"""Factor a part out and model it given the rest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dflow.core import Context, Distribution
+from dflow.ops.lengths import lengths
+
+
+class Split(Distribution):
+    """``log p(x) = log conditional(x_b | x_a) + log base(x_a)``, x_a the kept entries, x_b the rest.
+
+    The conditional is given ``x_a`` as context, or ``(x_a, context)`` when there is one. Lengths T are
+    counted anew for each part, as the entries of that part before position T: the base is given the
+    lengths of x_a, the conditional ``(x_a, lengths of x_a, lengths of x_b)``.
+
+    Source: Dinh et al. 2017, arXiv 1605.08803 (multi-scale); Lindt and Hoogeboom 2021, arXiv 2107.11625
+    (split priors).
+
+    Args:
+        mask: bool ``(dim,)``, True for entries kept.
+        conditional: law of x_b given x_a.
+        base: law of x_a.
+
+    Raises:
+        ValueError: a mask that is not bool ``(dim,)`` or leaves a part empty; an ``x`` of another dim.
+    """
+
+    kept_index: Tensor
+    rest_index: Tensor
+    kept_before: Tensor
+
+    def __init__(self, mask: Tensor, conditional: Distribution, base: Distribution) -> None:
+        super().__init__()
+        if mask.dtype != torch.bool or mask.ndim != 1 or mask.all() or not mask.any():
+            raise ValueError(f"mask must be bool (dim,) with both values, found {mask.dtype} {mask.tolist()}")
+        self.dim = len(mask)
+        self.conditional = conditional
+        self.base = base
+        self.register_buffer("kept_index", mask.nonzero().flatten())
+        self.register_buffer("rest_index", (~mask).nonzero().flatten())
+        # kept_before[T]: kept entries among the first T.
+        count = torch.cat([mask.new_zeros(1), mask]).cumsum(0)
+        self.register_buffer("kept_before", count, persistent=False)
+
+    def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
+        """Exact log-likelihood in nats, ``(batch,)``."""
+        if x.shape[1] != self.dim:
+            raise ValueError(f"expected {self.dim} entries, found x of shape {tuple(x.shape)}")
+        x_a, x_b = x.index_select(1, self.kept_index), x.index_select(1, self.rest_index)
+        own, given = self._contexts(x_a, context)
+        return self.conditional.log_prob(x_b, given) + self.base.log_prob(x_a, own)
+
+    def sample(self, n: int, context: Context = None, generator: torch.Generator | None = None) -> Tensor:
+        """``n`` exact draws: x_a from the base, then x_b given x_a."""
+        x_a = self.base.sample(n, self._contexts(None, context)[0], generator)
+        x_b = self.conditional.sample(n, self._contexts(x_a, context)[1], generator)
+        x = x_a.new_empty(n, self.dim, *x_a.shape[2:])
+        return x.index_copy(1, self.kept_index, x_a).index_copy(1, self.rest_index, x_b)
+
+    def _contexts(self, x_a: Tensor | None, context: Context) -> tuple[Context, Context]:
+        """The contexts of base and conditional."""
+        items = context if isinstance(context, tuple) else () if context is None else (context,)
+        given = () if x_a is None else (x_a,)
+        found = lengths(context)
+        if found is None:
+            return context, (*given, *items) if items else x_a
+        total = found.clamp(max=self.dim)
+        kept = self.kept_before[total]
+        others = tuple(item for item in items if item is not found)
+        return (*others, kept) if others else kept, (*given, *others, kept, total - kept)
+
+    @property
+    def num_calls(self) -> int:
+        """Those of the base and of the conditional."""
+        return self.base.num_calls + self.conditional.num_calls

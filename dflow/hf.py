@@ -1,0 +1,289 @@
+"""dflow models as transformers models: config, save, load, generate, score. Thin: the model is in `zoo`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput, logging
+
+from dflow import zoo
+from dflow.config import InputError
+from dflow.core import Distribution
+from dflow.distributions import SequenceCategorical
+from dflow.flows import Flow
+
+
+class DflowConfig(PreTrainedConfig):  # type: ignore[misc]
+    """Settings of a model: its family, alphabet, and what the family's settings in `dflow.zoo` list.
+
+    Args:
+        family: a name in `dflow.zoo.FAMILIES`.
+        vocab_size: size K of the alphabet.
+        explicit_length: whether the model carries a law of lengths (the sentence protocol).
+        kwargs: settings of the family (unknown ones are refused when the model is built), and those of
+            every transformers config.
+    """
+
+    model_type = "dflow"
+
+    def __init__(
+        self, family: str = "grouped", vocab_size: int = 27, explicit_length: bool = False, **kwargs: Any
+    ) -> None:
+        """See the class."""
+        self.family, self.vocab_size, self.explicit_length = family, vocab_size, explicit_length
+        if family in zoo.FAMILIES:
+            known = set(zoo.fields(family))
+            given = {k: v for k, v in kwargs.items() if k in known}
+            kwargs |= asdict(zoo.settings(family, given))
+        super().__init__(**kwargs)
+
+    def settings(self) -> zoo.ModelConfig:
+        """The family's settings, checked."""
+        if self.family not in zoo.FAMILIES:
+            zoo.settings(self.family, {})
+        if not isinstance(self.vocab_size, int) or self.vocab_size < 2:
+            raise InputError(f"vocab_size must be at least 2, found {self.vocab_size!r}")
+        return zoo.settings(self.family, {name: getattr(self, name) for name in zoo.fields(self.family)})
+
+
+@dataclass
+class DflowOutput(ModelOutput):  # type: ignore[misc]
+    """Mean negative log-likelihood in nats a symbol, and the exact log-likelihood of each sequence."""
+
+    loss: Tensor | None = None
+    log_prob: Tensor | None = None
+
+
+class DflowModel(PreTrainedModel):  # type: ignore[misc]
+    """A distribution over sequences of symbols, exact in both directions: `log_prob` and `generate`."""
+
+    config_class = DflowConfig
+    base_model_prefix = "distribution"
+    main_input_name = "input_ids"
+    config: DflowConfig
+    length_counts: Tensor
+
+    def __init__(self, config: DflowConfig) -> None:
+        """Build the model that ``config`` describes, with fresh weights."""
+        super().__init__(config)
+        settings = config.settings()
+        # Masks and orders are computed, not loaded, so they need a real device even while transformers
+        # builds everything else on the meta device.
+        with torch.device("cpu"):
+            self.distribution: Distribution = zoo.build(config.family, settings, config.vocab_size)
+            self.register_buffer("length_counts", torch.zeros(config.length + 1))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Modules initialise themselves; the default would undo it."""
+
+    @property
+    def num_calls(self) -> int:
+        """Sequential network calls that drawing a sequence costs."""
+        return self.distribution.num_calls
+
+    def forward(self, input_ids: Tensor, lengths: Tensor | None = None, **kwargs: Any) -> DflowOutput:
+        """Loss and exact log-likelihood; arguments as in `log_prob`."""
+        log_prob = self.log_prob(input_ids, lengths)
+        count = input_ids.numel() if lengths is None else int(lengths.sum()) + len(lengths)
+        return DflowOutput(loss=-log_prob.sum() / count, log_prob=log_prob)
+
+    def log_prob(self, input_ids: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Exact log-likelihood in nats, ``(batch,)``, of symbols int64 ``(batch, n)``.
+
+        With ``config.explicit_length`` it includes the log-probability of each length.
+
+        Raises:
+            InputError: a symbol outside the alphabet, or lengths that this model cannot score.
+        """
+        self._check(input_ids, lengths)
+        if self.config.explicit_length and lengths is None:
+            lengths = torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
+        n = input_ids.shape[1]
+        fixed = isinstance(self.distribution, Flow)
+        if fixed and n < self.config.length:
+            input_ids = nn.functional.pad(input_ids, (0, self.config.length - n))
+        log_prob = self.distribution.log_prob(input_ids, lengths)
+        if self.config.explicit_length:
+            log_prob = log_prob + self._length_log_prob()[lengths]
+        return log_prob
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self,
+        num_return_sequences: int = 1,
+        length: int | None = None,
+        generator: torch.Generator | None = None,
+        prompt: Tensor | None = None,
+    ) -> Tensor:
+        """Exact draws: int64 ``(num_return_sequences, length)``; -1 marks what lies beyond a sequence's end.
+
+        A length below the model's gives the first symbols of full draws, which has the model's own law;
+        with ``config.explicit_length`` lengths are drawn too unless one is given.
+
+        Args:
+            num_return_sequences: how many.
+            length: symbols of each, at most ``config.length``, the default.
+            generator: source of randomness, on the model's device.
+            prompt: int64 ``(n,)`` first symbols, for models that draw symbols themselves; see
+                `SequenceCategorical.sample` for what it means in orders other than left to right.
+
+        Raises:
+            InputError: what cannot be drawn.
+        """
+        longest = self.config.length
+        if num_return_sequences < 1:
+            raise InputError(f"cannot draw {num_return_sequences} samples; ask for 1 or more")
+        if length is not None and not 1 <= length <= longest:
+            raise InputError(f"length {length} is not in 1..{longest}, what this model can draw")
+        context = None
+        if self.config.explicit_length:
+            if length is None:
+                law = self._length_log_prob().exp()
+                context = torch.multinomial(law, num_return_sequences, True, generator=generator)
+            else:
+                context = torch.full((num_return_sequences,), length, device=self.device)
+        if prompt is not None:
+            if not isinstance(self.distribution, SequenceCategorical):
+                raise InputError(
+                    f"a {self.config.family} flow cannot continue a prompt; use a model that draws symbols "
+                    "themselves: grouped, transformer or lstm"
+                )
+            if not 1 <= len(prompt) < (length or longest):
+                raise InputError(
+                    f"the prompt has {len(prompt)} symbols; it needs at least 1 and fewer than the length "
+                    f"{length or longest}"
+                )
+            self._check(prompt[None], None, complete=False)
+            x = self.distribution.sample(num_return_sequences, context, generator, prompt.to(self.device), length)
+        elif isinstance(self.distribution, SequenceCategorical):
+            x = self.distribution.sample(num_return_sequences, context, generator, length=length)
+        else:
+            x = self.distribution.sample(num_return_sequences, context, generator)
+        if context is not None:
+            x = x.masked_fill(torch.arange(longest, device=x.device) >= context[:, None], -1)
+            return x[:, : length or max(1, int(context.max()))]
+        return x[:, : length or longest]
+
+    @torch.no_grad()
+    def round_trip(self, input_ids: Tensor, lengths: Tensor | None = None) -> bool:
+        """Whether what is scored is what is drawn.
+
+        A flow has to give back every symbol from its latents. A law that draws symbols itself has to give
+        them the same probability step by step, as it draws, as in the one pass that scores them.
+        """
+        self._check(input_ids, lengths)
+        d = self.distribution
+        if isinstance(d, Flow):
+            if input_ids.shape[1] < self.config.length:
+                input_ids = nn.functional.pad(input_ids, (0, self.config.length - input_ids.shape[1]))
+            z, _ = d.bijector(input_ids, lengths)
+            return torch.equal(d.bijector.inverse(z, lengths)[0], input_ids)
+        if isinstance(d, SequenceCategorical):
+            steps = d.log_prob_by_steps(input_ids, lengths)
+            return bool(torch.allclose(steps, d.log_prob(input_ids, lengths), rtol=1e-4, atol=1e-3))
+        raise TypeError(f"no round trip is defined for {type(d).__name__}")
+
+    def set_length_counts(self, counts: Tensor) -> None:
+        """The lengths of the training data, ``(config.length + 1,)``: the law of lengths is theirs."""
+        self.length_counts.copy_(counts)
+
+    def _length_log_prob(self) -> Tensor:
+        """Smoothed by half a count each for lengths from 1 (Krichevsky and Trofimov 1981)."""
+        counts = self.length_counts.double() + 0.5
+        counts[0] = 0
+        return (counts / counts.sum()).log().to(torch.float64)
+
+    def _check(self, input_ids: Tensor, lengths: Tensor | None, complete: bool = True) -> None:
+        n, longest, K = input_ids.shape[1], self.config.length, self.config.vocab_size
+        if n > longest:
+            raise InputError(f"sequence of {n} symbols; this model takes at most {longest}")
+        low, high = (int(v) for v in input_ids.aminmax()) if input_ids.numel() else (0, 0)
+        if low < 0 or high >= K:
+            raise InputError(f"symbol {high if high >= K else low} lies outside 0..{K - 1}, the vocabulary")
+        if lengths is not None and lengths.numel() and not 0 < int(lengths.min()) <= int(lengths.max()) <= n:
+            raise InputError(f"lengths must lie in 1..{n}, found {int(lengths.min())}..{int(lengths.max())}")
+        causal = self.config.family in ("transformer", "lstm")
+        if complete and n < longest and not (causal or self.config.explicit_length):
+            raise InputError(
+                f"a {self.config.family} model scores sequences of exactly {longest} symbols, found {n}; "
+                "cut the text into such chunks"
+            )
+
+
+AutoConfig.register("dflow", DflowConfig)
+AutoModel.register(DflowConfig, DflowModel)
+
+
+def save(model: DflowModel, folder: str | os.PathLike[str]) -> None:
+    """`save_pretrained` such that every file of the folder is replaced whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    try:
+        model.save_pretrained(temporary)
+        # The config last: a folder without one is no model yet, one with a config is complete.
+        for path in sorted(temporary.iterdir(), key=lambda p: p.name == "config.json"):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> DflowModel:
+    """The model in ``folder``, in evaluation mode.
+
+    Raises:
+        InputError: no such folder, not a model of dflow, truncated or foreign files.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder; --model takes the output folder of `dflow train`")
+    file = path / "config.json"
+    try:
+        values = json.loads(file.read_bytes())
+        kind = values.get("model_type")
+    except FileNotFoundError:
+        raise InputError(f"{path}: not a model (no config.json); give the output folder of `dflow train`") from None
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{file}: truncated or not a config ({error}); restore the file") from None
+    if kind != "dflow":
+        raise InputError(f"{file}: a model of type {kind!r}, not of dflow; give a folder that dflow trained")
+    if not (path / "model.safetensors").is_file():
+        raise InputError(f"{path}: no model.safetensors; the checkpoint is incomplete, restore or retrain it")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        config = DflowConfig.from_pretrained(path)
+        config.settings()
+        model, info = DflowModel.from_pretrained(path, config=config, output_loading_info=True)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+    except (SafetensorError, EOFError) as error:
+        raise InputError(
+            f"{path / 'model.safetensors'}: truncated or damaged ({error}); restore the file"
+        ) from None
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: the checkpoint does not fit its config.json ({error})") from None
+    finally:
+        logging.set_verbosity(verbosity)
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(what):
+            names = ", ".join(str(k) for k in sorted(info[what], key=str)[:3])
+            raise InputError(
+                f"{path}: the checkpoint is foreign to its config.json: {what.replace('_', ' ')} {names}; "
+                "restore both files from one run"
+            )
+    loaded: DflowModel = model.to(device).eval()
+    return loaded

@@ -1,0 +1,283 @@
+"""Models by name: a settings dataclass a family, and the builder that turns it into a distribution.
+
+This is the only floor that reads settings of a model; what lies below takes named arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dflow.bijectors import Autoregressive, Chain, Coupling, Reverse
+from dflow.config import InputError, nearest, parse
+from dflow.core import Bijector, Distribution
+from dflow.distributions import Categorical, Mixture, SequenceCategorical
+from dflow.elementwise import ModAffine, ModRank, ModShift
+from dflow.elementwise.discrete import Discrete
+from dflow.flows import Flow
+from dflow.nn.lstm import LSTM
+from dflow.nn.transformer import GroupCausalTransformer, InfillTransformer
+from dflow.ops.orders import ORDERS, lockstep
+from dflow.ops.straight_through import StraightThrough
+
+ELEMENTWISE: dict[str, type[Discrete]] = {"shift": ModShift, "affine": ModAffine, "rank": ModRank}
+
+
+def setting(default: Any, help: str) -> Any:  # noqa: A002 - the word argparse and users know
+    """A dataclass field with a default and a line of help."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelConfig:
+    """What every family of models has."""
+
+    length: int = setting(256, "longest sequence, in symbols")
+    hidden_size: int = setting(128, "width of the network")
+    num_hidden_layers: int = setting(3, "layers of the network (of each network, in a flow)")
+    dropout: float = setting(0.0, "dropout in the network")
+
+    def __post_init__(self) -> None:
+        for name in ("length", "hidden_size", "num_hidden_layers"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout must lie in [0, 1), found {self.dropout}")
+
+
+@dataclass
+class TransformerConfig(ModelConfig):
+    """Baseline: the causal Transformer, one network call a symbol."""
+
+    num_attention_heads: int = setting(4, "attention heads")
+    intermediate_size: int | None = setting(None, "width of the perceptrons (default 4 x hidden_size)")
+    window: int = setting(4, "last symbols that the first layer reads directly")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_attention_heads < 1 or self.hidden_size % (2 * self.num_attention_heads):
+            raise InputError(
+                f"hidden_size {self.hidden_size} must be a multiple of twice num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+        if self.window < 1:
+            raise InputError(f"window must be at least 1, found {self.window}")
+
+    def network(self) -> dict[str, Any]:
+        """Named arguments of the Transformers of `dflow.nn.transformer`."""
+        return {
+            "hidden_size": self.hidden_size,
+            "num_layers": self.num_hidden_layers,
+            "num_heads": self.num_attention_heads,
+            "intermediate_size": self.intermediate_size,
+            "window": self.window,
+            "dropout": self.dropout,
+        }
+
+
+@dataclass
+class GroupedConfig(TransformerConfig):
+    """The sequence is drawn in `num_calls` groups, each in one network call given all earlier ones."""
+
+    num_calls: int = setting(32, "groups, and so network calls to draw a sequence")
+    order: str = setting("lockstep", "order in which positions are drawn: " + ", ".join(ORDERS))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.num_calls <= self.length:
+            raise InputError(f"num_calls must lie in 1..{self.length} (length), found {self.num_calls}")
+        if self.order not in ORDERS:
+            raise InputError(f"unknown order {self.order!r}; {nearest(self.order, list(ORDERS))}")
+
+
+@dataclass
+class BipartiteConfig(TransformerConfig):
+    """Discrete coupling flow: `num_flows` couplings, fine to coarse, over a factorized base."""
+
+    num_hidden_layers: int = setting(1, "attention layers of each coupling's network")
+    window: int = setting(8, "known symbols that a hidden one reads on each side")
+    embedding_size: int = setting(32, "features of a symbol in that window")
+    num_flows: int = setting(8, "couplings, and so network calls to draw a sequence")
+    elementwise: Literal["shift", "affine", "rank"] = setting("rank", "family on Z/K: shift, affine, rank")
+    base: Literal["factorized", "mixture"] = setting("factorized", "base law: factorized, mixture")
+    components: int = setting(16, "components of a mixture base")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.length < 2:
+            raise InputError(f"a coupling needs length 2 or more, found {self.length}")
+        if self.num_flows < 1:
+            raise InputError(f"num_flows must be at least 1, found {self.num_flows}")
+
+
+@dataclass
+class AutoregressiveConfig(TransformerConfig):
+    """Discrete autoregressive flow: `num_flows` layers in alternating directions over a base."""
+
+    num_flows: int = setting(2, "autoregressive bijectors, alternating left to right and right to left")
+    elementwise: Literal["shift", "affine", "rank"] = setting("rank", "family on Z/K: shift, affine, rank")
+    base: Literal["factorized", "mixture", "autoregressive"] = setting(
+        "factorized", "base law: factorized, mixture, autoregressive"
+    )
+    components: int = setting(16, "components of a mixture base")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_flows < 1:
+            raise InputError(f"num_flows must be at least 1, found {self.num_flows}")
+
+
+@dataclass
+class LstmConfig(ModelConfig):
+    """Baseline: the regularised LSTM of Merity et al., one network call a symbol."""
+
+    num_hidden_layers: int = setting(2, "layers")
+    hidden_size: int = setting(384, "cells of a layer")
+    embedding_size: int = setting(128, "features of a symbol")
+    weight_dropout: float = setting(0.0, "dropout of recurrent weights (DropConnect)")
+    input_dropout: float = setting(0.0, "variational dropout of the embedded symbols")
+    output_dropout: float = setting(0.0, "variational dropout of the last layer's output")
+    embedding_dropout: float = setting(0.0, "dropout of whole rows of the embedding")
+
+
+def strides(dim: int, num_flows: int) -> list[tuple[Tensor, Tensor]]:
+    """Masks (known, hidden) of couplings from fine to coarse.
+
+    Coupling l of the first round hides the positions that are 2^l mod 2^(l+1) and knows those that are
+    0 mod 2^(l+1): every coupling conditions on symbols that none has transformed, since one that
+    conditions on transformed symbols gains next to nothing. Rounds after the first swap the two sets.
+
+    >>> [(k.nonzero().flatten().tolist(), h.nonzero().flatten().tolist()) for k, h in strides(4, 3)]
+    [([0, 2], [1, 3]), ([0], [2]), ([1, 3], [0, 2])]
+    """
+    positions = torch.arange(dim)
+    levels = (dim - 1).bit_length()
+    masks = []
+    for i in range(num_flows):
+        stride = 1 << (i % levels)
+        known, hidden = positions % (2 * stride) == 0, positions % (2 * stride) == stride
+        masks.append((known, hidden) if (i // levels) % 2 == 0 else (hidden, known))
+    return masks
+
+
+def bipartite(config: BipartiteConfig, K: int) -> Distribution:
+    """Tran et al. 2019 (arXiv 1905.10347), couplings; ranks as in Lindt and Hoogeboom 2021."""
+    estimator = StraightThrough()
+    layers: list[Bijector] = []
+    for known, hidden in strides(config.length, config.num_flows):
+        elementwise = ELEMENTWISE[config.elementwise](K, estimator)
+        net = InfillTransformer(
+            K,
+            elementwise.num_params,
+            known.nonzero().flatten(),
+            hidden.nonzero().flatten(),
+            embedding_size=config.embedding_size,
+            zero_head=True,
+            **config.network(),
+        )
+        layers.append(Coupling(elementwise, net, known, hidden))
+    # A position's law depends on the coupling that transformed it and on nothing else, far from the ends.
+    positions = torch.arange(config.length)
+    level = torch.tensor([(p & -p).bit_length() - 1 if p else -1 for p in positions.tolist()])
+    classes = torch.unique(level, return_inverse=True)[1]
+    return Flow(Chain(layers), _base(config, K, classes))
+
+
+def autoregressive(config: AutoregressiveConfig, K: int) -> Distribution:
+    """Tran et al. 2019 (arXiv 1905.10347), autoregressive layers."""
+    estimator = StraightThrough()
+    layers: list[Bijector] = []
+    for i in range(config.num_flows):
+        elementwise = ELEMENTWISE[config.elementwise](K, estimator)
+        net = _causal(config, K, elementwise.num_params, zero_head=True)
+        layers += [Reverse()] * (i > 0)
+        layers.append(Autoregressive(elementwise, net, config.length))
+    if config.base == "autoregressive":
+        order = lockstep(config.length, config.length)
+        base: Distribution = SequenceCategorical(_causal(config, K, K), order, config.length)
+    else:
+        # The first entries of the last layer have little context and a law of their own.
+        base = _base(config, K, torch.arange(config.length).clamp(max=15))
+    return Flow(Chain(layers), base)
+
+
+def grouped(config: GroupedConfig, K: int) -> Distribution:
+    """The sequence in groups, exact likelihood in one pass; see `dflow.ops.orders`."""
+    order = ORDERS[config.order](config.length, config.num_calls)
+    net = GroupCausalTransformer(K, K, order, config.length, **config.network())
+    return SequenceCategorical(net, order, config.length)
+
+
+def transformer(config: TransformerConfig, K: int) -> Distribution:
+    """The causal Transformer."""
+    order = lockstep(config.length, config.length)
+    return SequenceCategorical(_causal(config, K, K), order, config.length)
+
+
+def lstm(config: LstmConfig, K: int) -> Distribution:
+    """Merity, Keskar and Socher 2018 (arXiv 1708.02182)."""
+    net = LSTM(
+        K,
+        K,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        embedding_size=config.embedding_size,
+        hidden_dropout=config.dropout,
+        weight_dropout=config.weight_dropout,
+        input_dropout=config.input_dropout,
+        output_dropout=config.output_dropout,
+        embedding_dropout=config.embedding_dropout,
+    )
+    return SequenceCategorical(net, lockstep(config.length, config.length), config.length)
+
+
+def _causal(config: TransformerConfig, K: int, num_params: int, zero_head: bool = False) -> nn.Module:
+    order = lockstep(config.length, config.length)
+    return GroupCausalTransformer(
+        K, num_params, order, config.length, zero_head=zero_head, **config.network()
+    )
+
+
+def _base(config: BipartiteConfig | AutoregressiveConfig, K: int, classes: Tensor) -> Distribution:
+    if config.base == "mixture":
+        return Mixture(config.length, K, config.components)
+    return Categorical(config.length, K, classes=classes)
+
+
+#: Families by name: the settings and the builder.
+FAMILIES: dict[str, tuple[type[ModelConfig], Callable[[Any, int], Distribution]]] = {
+    "grouped": (GroupedConfig, grouped),
+    "bipartite": (BipartiteConfig, bipartite),
+    "autoregressive": (AutoregressiveConfig, autoregressive),
+    "transformer": (TransformerConfig, transformer),
+    "lstm": (LstmConfig, lstm),
+}
+
+
+def settings(family: object, values: dict[str, Any], where: str = "model") -> ModelConfig:
+    """The settings of ``family`` from a mapping, strictly.
+
+    >>> settings("grouped", {"num_calls": 16}).num_calls
+    16
+    >>> settings("groupd", {})
+    Traceback (most recent call last):
+    dflow.config.InputError: model: unknown family 'groupd'; did you mean 'grouped'?
+    """
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise InputError(f"{where}: unknown family {family!r}; {nearest(str(family), list(FAMILIES))}")
+    return parse(FAMILIES[family][0], values, where)
+
+
+def build(family: str, config: ModelConfig, K: int) -> Distribution:
+    """The distribution over sequences of symbols in Z/K that ``config`` describes."""
+    return FAMILIES[family][1](config, K)
+
+
+def fields(family: str) -> list[str]:
+    """Names of the settings of ``family``."""
+    return [f.name for f in dataclasses.fields(FAMILIES[family][0])]

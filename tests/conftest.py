@@ -1,0 +1,30 @@
+"""What every test starts from: no network, one seed, the real data only where DFLOW_DATA names them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before anything imports the libraries that read these.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+
+import pytest
+import torch
+
+_REAL = os.environ.get("DFLOW_DATA")
+
+
+@pytest.fixture(autouse=True)
+def _same_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.delenv("DFLOW_DATA", raising=False)
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """The folder of the real texts; skips where there is none."""
+    if not _REAL:
+        pytest.skip("DFLOW_DATA names no folder with the real texts")
+    return Path(_REAL)
