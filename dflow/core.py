@@ -8,6 +8,7 @@ out; floats in, floats out. Both modes agree on every hard input.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -75,3 +76,23 @@ class Distribution(nn.Module, ABC):
     def num_calls(self) -> int:
         """Sequential network evaluations that one `sample` costs."""
         return 0
+
+
+class SequenceNet(Protocol):
+    """What a sequence law or layer needs of its network: one pass for scoring, G steps for drawing.
+
+    Networks are built with an order ``(G, S)`` (see `dflow.ops.orders`); an autoregressive layer's has S = 1.
+    It also has to be an ``nn.Module``.
+    """
+
+    def __call__(self, x: Tensor, context: Context = None) -> Tensor:
+        """Params ``(batch, dim, P)`` by position in both modes; they depend on earlier groups only."""
+        ...
+
+    def start(self, batch: int, context: Context = None) -> Any:
+        """State before the first call; opaque to the caller."""
+        ...
+
+    def step(self, x: Tensor | None, state: Any) -> Tensor:
+        """Params ``(batch, S, P)`` of the next group; ``x``, int64 ``(batch, S)``, None at first."""
+        ...

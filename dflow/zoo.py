@@ -139,10 +139,10 @@ class LstmConfig(ModelConfig):
     num_hidden_layers: int = setting(2, "layers")
     hidden_size: int = setting(384, "cells of a layer")
     embedding_size: int = setting(128, "features of a symbol")
-    weight_dropout: float = setting(0.0, "dropout of recurrent weights (DropConnect)")
-    input_dropout: float = setting(0.0, "variational dropout of the embedded symbols")
-    output_dropout: float = setting(0.0, "variational dropout of the last layer's output")
-    embedding_dropout: float = setting(0.0, "dropout of whole rows of the embedding")
+    dropout_hidden: float = setting(0.0, "locked dropout between layers")
+    dropout_input: float = setting(0.0, "locked dropout of the embedded symbols")
+    dropout_embedding: float = setting(0.0, "dropout of whole symbols of the embedding")
+    weight_drop: float = setting(0.0, "DropConnect of the recurrent weights")
 
 
 def strides(dim: int, num_flows: int) -> list[tuple[Tensor, Tensor]]:
@@ -227,11 +227,11 @@ def lstm(config: LstmConfig, K: int) -> Distribution:
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,
         embedding_size=config.embedding_size,
-        hidden_dropout=config.dropout,
-        weight_dropout=config.weight_dropout,
-        input_dropout=config.input_dropout,
-        output_dropout=config.output_dropout,
-        embedding_dropout=config.embedding_dropout,
+        dropout=config.dropout,
+        dropout_hidden=config.dropout_hidden,
+        dropout_input=config.dropout_input,
+        dropout_embedding=config.dropout_embedding,
+        weight_drop=config.weight_drop,
     )
     return SequenceCategorical(net, lockstep(config.length, config.length), config.length)
 

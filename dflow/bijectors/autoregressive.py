@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,22 +10,6 @@ from torch import Tensor, nn
 from dflow.bijectors.conditioner import check_params, full_precision
 from dflow.core import Bijector, Context, Elementwise
 from dflow.ops.lengths import keep_absent, lengths, present
-
-
-class SequenceNet(Protocol):
-    """What a net of an autoregressive layer has to offer (it also has to be an ``nn.Module``)."""
-
-    def __call__(self, x: Tensor, context: Context = None) -> Tensor:
-        """Params ``(batch, dim, P)`` in both modes; those at i depend on ``x[:, :i]`` only."""
-        ...
-
-    def start(self, batch: int, context: Context = None) -> Any:
-        """State before the first entry; opaque to the layer."""
-        ...
-
-    def step(self, x_prev: Tensor | None, state: Any) -> Tensor:
-        """Params ``(batch, 1, P)`` of the next entry; ``x_prev`` int64 ``(batch, 1)``, None at first."""
-        ...
 
 
 class Autoregressive(Bijector):

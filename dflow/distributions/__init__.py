@@ -1,8 +1,6 @@
 """Laws with exact likelihood and exact sampling."""
 
 from dflow.distributions.categorical import Categorical, ConditionalCategorical, Mixture
-from dflow.distributions.sequence import SequenceCategorical, SequenceNet
+from dflow.distributions.sequence import SequenceCategorical
 
-__all__ = ["Categorical", "ConditionalCategorical", "Mixture",
-    "SequenceCategorical",
-    "SequenceNet"]
+__all__ = ["Categorical", "ConditionalCategorical", "Mixture", "SequenceCategorical"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,19 +11,6 @@ from dflow.ops.orders import check_order
 
 #: Noise is drawn ahead for as many calls as fit into this many numbers.
 _NOISE_BLOCK = 1 << 22
-
-
-class SequenceNet(Protocol):
-    """What a sequence law needs of its network: one pass for scoring, G steps for drawing."""
-
-    def __call__(self, x: Tensor, context: Context = None) -> Tensor:
-        """Parameters (batch, dim, P) by position; an entry depends on earlier groups only."""
-
-    def start(self, batch: int, context: Context = None) -> Any:
-        """State before the first call."""
-
-    def step(self, x: Tensor | None, state: Any) -> Tensor:
-        """Parameters (batch, S, P) of the next group, given the symbols (batch, S) of the last."""
 
 
 class SequenceCategorical(Distribution):
