@@ -24,7 +24,7 @@ from dflow.config import InputError, convert
 if TYPE_CHECKING:
     import torch
 
-    from dflow.data import Corpus, DataConfig, Tokenizer
+    from dflow.data import DataConfig, Tokenizer
     from dflow.hf import DflowModel
 
 
@@ -71,29 +71,26 @@ class TextSource:
     data: str | None = flag(
         "pydoc, ptb, text8, text8-prefix, or a path (default: what the model was trained on)", None
     )
-    protocol: Literal["stream", "sentence"] | None = flag(
-        "how the text is cut (default: as in training)", None
-    )
     folder: str | None = flag("folder of the data (default: as in training, or DFLOW_DATA)", None)
     split: Literal["train", "valid", "test"] = flag("which part of the text", "test")
     limit: int | None = flag("score the first LIMIT chunks only", None)
 
-    def config(self, model: Path) -> DataConfig:
-        """The data section of the recipe that ``model`` was trained by, changed by the flags."""
+    def config(self, folder: str, model: DflowModel) -> DataConfig:
+        """The data section of the recipe that the model in ``folder`` was trained by, changed by the flags.
+
+        How a text is cut is no choice: a model is one of sentences or of a stream.
+        """
         from dflow.data import DataConfig
         from dflow.train import recipe_of
 
         trained = None
-        if self.data is None or (model / "recipe.yaml").is_file():
-            trained = recipe_of(model).data
-        if self.data is not None and (trained is None or trained.name != self.data):
-            kept: dict[str, Any] = (
-                {} if trained is None else {"protocol": trained.protocol, "folder": trained.folder}
-            )
-            trained = DataConfig(name=self.data, **kept)
-        assert trained is not None
-        changes: dict[str, Any] = {"protocol": self.protocol, "folder": self.folder}
-        return dataclasses.replace(trained, **{k: v for k, v in changes.items() if v is not None})
+        if self.data is None or (Path(folder) / "recipe.yaml").is_file():
+            trained = recipe_of(folder).data
+        if trained is None or self.data not in (None, trained.name):
+            kept = None if trained is None else trained.folder
+            trained = DataConfig(name=str(self.data), folder=kept)
+        protocol: Literal["stream", "sentence"] = "sentence" if model.config.explicit_length else "stream"
+        return dataclasses.replace(trained, protocol=protocol, folder=self.folder or trained.folder)
 
 
 @dataclass(kw_only=True)
@@ -189,6 +186,7 @@ def evaluate(flags: Evaluate) -> int:
     import torch
     from accelerate import Accelerator
 
+    from dflow.data import load
     from dflow.evaluate import evaluate as run
 
     accelerator = None
@@ -197,7 +195,7 @@ def evaluate(flags: Evaluate) -> int:
         accelerator = Accelerator(cpu=flags.device == "cpu" or not torch.cuda.is_available())
     device = flags.settle() if accelerator is None else accelerator.device
     model, tokenizer = load_model(flags.model, device)
-    corpus = load_corpus(flags.config(Path(flags.model)), tokenizer)
+    corpus = load(flags.config(flags.model, model), tokenizer)
     result = run(
         model,
         corpus.split(flags.split),
@@ -260,23 +258,25 @@ def generate(flags: Generate) -> int:
 def compare(flags: Compare) -> int:
     """`dflow compare`."""
     from dflow import compare as comparing
+    from dflow.data import load
 
     folder = None if flags.output is None else Path(flags.output)
     if folder is not None:
         comparing.check_folder(folder)
     device = flags.settle()
-    contestants = []
-    config = flags.config(Path(flags.models[0]))
-    for name in flags.models:
-        model, tokenizer = load_model(name, device)
-        text = load_corpus(config, tokenizer).split(flags.split)
-        contestants.append(comparing.Contestant(name.rstrip("/"), model, text))
+    loaded = [load_model(name, device) for name in flags.models]
+    config = flags.config(flags.models[0], loaded[0][0])
+    contestants = [
+        comparing.Contestant(name.rstrip("/"), model, load(config, tokenizer).split(flags.split))
+        for name, (model, tokenizer) in zip(flags.models, loaded, strict=True)
+    ]
     result = comparing.compare(
         contestants,
         length=flags.length,
         batch_size=flags.batch_size,
         rounds=flags.rounds,
         limit=flags.limit,
+        text=f"{config.name}, {flags.split}",
         progress=True,
     )
     print(comparing.markdown(result))
@@ -354,13 +354,6 @@ def load_model(folder: str, device: torch.device) -> tuple[DflowModel, Tokenizer
             "restore both files from one run"
         )
     return model, tokenizer
-
-
-def load_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
-    """The text, spelled in the vocabulary of a model."""
-    from dflow import data
-
-    return data.load(config, tokenizer)
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

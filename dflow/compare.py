@@ -94,6 +94,7 @@ def compare(
     batch_size: int = 100,
     rounds: int = 10,
     limit: int | None = None,
+    text: str | None = None,
     score_batch_size: int = 32,
     seed: int = 0,
     progress: bool = False,
@@ -110,6 +111,7 @@ def compare(
         batch_size: samples drawn together where characters a second are measured.
         rounds: for the latency; half as many (at least 3) for characters a second.
         limit: score the first ``limit`` chunks only.
+        text: what the text is called in the table and the plot; default the name of the split.
         score_batch_size: chunks a pass.
         seed: of the draws.
         progress: show bars on stderr.
@@ -156,8 +158,8 @@ def compare(
         for i, c in enumerate(contestants)
     )
     device = contestants[0].model.device
-    text = contestants[0].text.name
-    return Comparison(environment(device), text, length, batch_size, rounds, names[first], rows)
+    called = contestants[0].text.name if text is None else text
+    return Comparison(environment(device), called, length, batch_size, rounds, names[first], rows)
 
 
 def num_calls(model: DflowModel, length: int) -> int:
@@ -283,7 +285,7 @@ def markdown(comparison: Comparison) -> str:
         protocols.setdefault(f"{e.protocol}; {e.num_symbols:,} symbols scored", []).append(row.name)
     notes = [
         "Environment: " + ", ".join(f"{k} {v}" for k, v in comparison.environment.items()) + ".",
-        f"Bits: the {comparison.text} text. "
+        f"Bits: {comparison.text}. "
         + " ".join(f"{', '.join(names)}: {protocol}." for protocol, names in protocols.items()),
         f"Speed: samples of {comparison.length:,} symbols, median of {comparison.rounds} rounds at batch 1, "
         "models by turns, each at its better number of threads. "
@@ -311,6 +313,9 @@ def plot(comparison: Comparison) -> bytes:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_xscale("log")
+    # Plain numbers, and 2 and 5 between the powers of ten: all models may lie between two of those.
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
     for i, row in enumerate(rows):
         e, color = row.evaluation, f"C{i % 10}"
         axes.errorbar(row.latency_ms, e.bpc, yerr=e.standard_error, fmt="o", color=color, capsize=3)
@@ -328,7 +333,13 @@ def plot(comparison: Comparison) -> bytes:
             textcoords="axes fraction",
             va="center",
             color=f"C{i % 10}",
-            arrowprops={"arrowstyle": "-", "color": f"C{i % 10}", "alpha": 0.5, "linewidth": 0.8},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": f"C{i % 10}",
+                "alpha": 0.5,
+                "linewidth": 0.8,
+                "relpos": (0, 0.5),
+            },
         )
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight")

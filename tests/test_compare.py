@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import time
@@ -18,7 +19,19 @@ from matplotlib.text import Annotation
 from torch import Tensor
 
 from dflow import compare as comparing
-from dflow.compare import FILES, Comparison, Contestant, compare, markdown, measure, num_calls, plot, record, spread, write
+from dflow.compare import (
+    FILES,
+    Comparison,
+    Contestant,
+    compare,
+    markdown,
+    measure,
+    num_calls,
+    plot,
+    record,
+    spread,
+    write,
+)
 from dflow.config import InputError
 from dflow.data import Text
 from dflow.evaluate import evaluate
@@ -176,7 +189,7 @@ def test_the_plot_names_every_model_and_no_name_covers_another(
 def test_spread_keeps_order_and_room() -> None:
     for places in ([0.0] * 10, [1.0] * 10, [0.1, 0.1, 0.5, 0.51, 0.99, 1.0]):
         result = spread(places, 0.09)
-        assert all(b - a >= 0.09 - 1e-9 for a, b in zip(result, result[1:], strict=False))
+        assert all(b - a >= 0.09 - 1e-9 for a, b in itertools.pairwise(result))
         assert min(result) > -1e-9
         assert max(result) < 1 + 1e-9
 

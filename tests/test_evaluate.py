@@ -47,7 +47,9 @@ def test_every_family_has_exact_bits_and_a_round_trip(family: str, corpus: Corpu
     assert result.standard_error == pytest.approx(float(each.std() / len(each) ** 0.5), rel=1e-3)
     assert (result.kind, result.round_trip, result.num_checked) == ("exact", True, 5)
     assert (result.num_chunks, result.num_symbols) == (len(ids), ids.numel())
-    assert result.protocol == f"chunks of 8 symbols, each on its own, tail of {corpus.test.tail(LENGTH)} dropped"
+    assert (
+        result.protocol == f"chunks of 8 symbols, each on its own, tail of {corpus.test.tail(LENGTH)} dropped"
+    )
     assert 0 < corpus.test.tail(LENGTH) < LENGTH
 
 
@@ -135,7 +137,9 @@ def test_the_wrong_protocol_is_refused(tmp_path: Path) -> None:
         evaluate(make_model("lstm", stream.tokenizer.size, 40, explicit_length=True), stream.test)
 
 
-@pytest.mark.parametrize(("settings", "named"), [({"limit": 0}, "limit 0"), ({"batch_size": 0}, "batch size 0")])
+@pytest.mark.parametrize(
+    ("settings", "named"), [({"limit": 0}, "limit 0"), ({"batch_size": 0}, "batch size 0")]
+)
 def test_impossible_numbers_are_refused(settings: dict[str, Any], named: str, corpus: Corpus) -> None:
     with pytest.raises(InputError, match=named):
         evaluate(make_model("lstm", corpus.tokenizer.size), corpus.test, **settings)
@@ -163,7 +167,10 @@ def test_two_processes_score_each_chunk_once(limit: int, corpus: Corpus) -> None
         second.other = [torch.tensor([1, 1, 8, 1, 8, 64, 0, 0], dtype=torch.float64)]
     evaluate(model, corpus.test, limit=limit, accelerator=second)
     first: Any = Half(0, second.sent)
-    both, alone = evaluate(model, corpus.test, limit=limit, accelerator=first), evaluate(model, corpus.test, limit=limit)
+    both, alone = (
+        evaluate(model, corpus.test, limit=limit, accelerator=first),
+        evaluate(model, corpus.test, limit=limit),
+    )
     assert both.bpc == pytest.approx(alone.bpc, rel=1e-6)
     if limit > 1:
         assert both.standard_error == pytest.approx(alone.standard_error, rel=1e-3)
@@ -180,10 +187,27 @@ def test_the_command_runs_on_two_real_processes(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     ranks = []
     for rank in range(2):
-        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        places = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": 2,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         ranks.append(
             subprocess.Popen(
-                [sys.executable, "-m", "dflow", "evaluate", "--model", folder, "--device", "cpu", "--threads", "1"],
+                [
+                    sys.executable,
+                    "-m",
+                    "dflow",
+                    "evaluate",
+                    "--model",
+                    folder,
+                    "--device",
+                    "cpu",
+                    "--threads",
+                    "1",
+                ],
                 env=os.environ | {k: str(v) for k, v in places.items()},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

@@ -149,12 +149,14 @@ def test_an_output_that_exists_is_kept(tmp_path: Path) -> None:
         check_output(tmp_path / "no" / "out.txt")
 
 
-def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_names_the_file_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(path: Path, data: bytes) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(files, "write", full)
-    with pytest.raises(OSError, match="out.txt") as caught:
+    with pytest.raises(OSError, match=r"out\.txt") as caught:
         write_whole(tmp_path / "out.txt", b"x")
     assert caught.value.errno == errno.ENOSPC
     assert caught.value.filename == str(tmp_path / "out.txt")
