@@ -7,6 +7,7 @@ that names the type expected.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -110,29 +111,26 @@ def convert(kind: Any, value: Any, where: str) -> Any:
 
 def _scalar(kind: type, value: Any, where: str) -> Any:
     # True is an int to Python, but a flag given for a number is a mistake.
-    if isinstance(value, kind) and (kind is bool) == isinstance(value, bool):
-        return _number(value, where)
-    if kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            if kind is float:
-                return _number(float(value), where)
-            # Through a float only where it must be: 2^53 + 1 is a fine seed.
-            number = value if isinstance(value, float) else _integer(str(value))
-            if float(number).is_integer():
-                return int(number)
-        except (ValueError, OverflowError):
-            pass
+    if isinstance(value, bool) == (kind is bool):
+        if kind in (int, float):
+            with contextlib.suppress(TypeError, ValueError, OverflowError):
+                number = _number(value)
+                if kind is float and not math.isnan(number):
+                    return float(number)
+                if kind is int and number == int(number):
+                    return int(number)
+        elif isinstance(value, kind):
+            return value
     raise InputError(f"{where}: expected {kind.__name__}, found {value!r}")
 
 
-def _integer(text: str) -> float:
+def _number(value: Any) -> int | float:
+    """The number, or the number that a string spells; an integer never goes through a float."""
+    if isinstance(value, (int, float)):
+        return value
+    if not isinstance(value, str):
+        raise TypeError
     try:
-        return int(text)
+        return int(value)
     except ValueError:
-        return float(text)
-
-
-def _number(value: Any, where: str) -> Any:
-    if isinstance(value, float) and math.isnan(value):
-        raise InputError(f"{where}: expected a number, found {value!r}")
-    return value
+        return float(value)

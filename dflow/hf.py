@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
+from transformers.utils.generic import ModelOutput
 
 from dflow import zoo
 from dflow.config import InputError
@@ -23,7 +24,7 @@ from dflow.distributions import SequenceCategorical
 from dflow.flows import Flow
 
 
-class DflowConfig(PreTrainedConfig):  # type: ignore[misc]
+class DflowConfig(PreTrainedConfig):
     """Settings of a model: its family, alphabet, and what the family's settings in `dflow.zoo` list.
 
     Args:
@@ -57,14 +58,14 @@ class DflowConfig(PreTrainedConfig):  # type: ignore[misc]
 
 
 @dataclass
-class DflowOutput(ModelOutput):  # type: ignore[misc]
+class DflowOutput(ModelOutput):
     """Mean negative log-likelihood in nats a symbol, and the exact log-likelihood of each sequence."""
 
     loss: Tensor | None = None
     log_prob: Tensor | None = None
 
 
-class DflowModel(PreTrainedModel):  # type: ignore[misc]
+class DflowModel(PreTrainedModel):
     """A distribution over sequences of symbols, exact in both directions: `log_prob` and `generate`."""
 
     config_class = DflowConfig
@@ -82,7 +83,7 @@ class DflowModel(PreTrainedModel):  # type: ignore[misc]
         with torch.device("cpu"):
             self.distribution: Distribution = zoo.build(config.family, settings, config.vocab_size)
             self.register_buffer("length_counts", torch.zeros(config.length + 1))
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
         """Modules initialise themselves; the default would undo it."""
@@ -119,7 +120,7 @@ class DflowModel(PreTrainedModel):  # type: ignore[misc]
         return log_prob
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         num_return_sequences: int = 1,
         length: int | None = None,
@@ -165,7 +166,9 @@ class DflowModel(PreTrainedModel):  # type: ignore[misc]
                     f"{length or longest}"
                 )
             self._check(prompt[None], None, complete=False)
-            x = self.distribution.sample(num_return_sequences, context, generator, prompt.to(self.device), length)
+            x = self.distribution.sample(
+                num_return_sequences, context, generator, prompt.to(self.device), length
+            )
         elif isinstance(self.distribution, SequenceCategorical):
             x = self.distribution.sample(num_return_sequences, context, generator, length=length)
         else:
@@ -255,7 +258,9 @@ def load(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> 
         values = json.loads(file.read_bytes())
         kind = values.get("model_type")
     except FileNotFoundError:
-        raise InputError(f"{path}: not a model (no config.json); give the output folder of `dflow train`") from None
+        raise InputError(
+            f"{path}: not a model (no config.json); give the output folder of `dflow train`"
+        ) from None
     except (ValueError, AttributeError) as error:
         raise InputError(f"{file}: truncated or not a config ({error}); restore the file") from None
     if kind != "dflow":
@@ -267,7 +272,8 @@ def load(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> 
     try:
         config = DflowConfig.from_pretrained(path)
         config.settings()
-        model, info = DflowModel.from_pretrained(path, config=config, output_loading_info=True)
+        pair: Any = DflowModel.from_pretrained(path, config=config, output_loading_info=True)
+        model, info = pair
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
     except (SafetensorError, EOFError) as error:

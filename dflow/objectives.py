@@ -49,7 +49,9 @@ def default_rule(distribution: Distribution) -> Rule:
         return "likelihood"
     if closed_form(distribution) is None:
         return "straight_through"
-    rankable = all(isinstance(m, (ModRank, ModShift)) for m in distribution.modules() if isinstance(m, Discrete))
+    rankable = all(
+        isinstance(m, (ModRank, ModShift)) for m in distribution.modules() if isinstance(m, Discrete)
+    )
     return "layerwise" if rankable else "straight_through"
 
 
@@ -124,7 +126,9 @@ def _layerwise(bijector: Bijector, x: Tensor, context: Context) -> tuple[Tensor,
             x, _ = layer(x, context)
             continue
         params = layer.params(x, context)
-        moved = layer.hidden_index if isinstance(layer, Coupling) else torch.arange(x.shape[1], device=x.device)
+        moved = (
+            layer.hidden_index if isinstance(layer, Coupling) else torch.arange(x.shape[1], device=x.device)
+        )
         old = x.index_select(1, moved)
         terms = F.cross_entropy(params.float().flatten(0, 1), old.flatten(), reduction="none").view(old.shape)
         new, _ = layer.elementwise(old, params.detach())
@@ -137,7 +141,7 @@ def _layerwise(bijector: Bijector, x: Tensor, context: Context) -> tuple[Tensor,
     return loss, x
 
 
-def _layers(bijector: Bijector) -> Iterator[Bijector]:
+def _layers(bijector: nn.Module) -> Iterator[nn.Module]:
     if isinstance(bijector, Chain):
         for child in bijector.bijectors:
             yield from _layers(child)

@@ -28,7 +28,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from dflow import hf, objectives, zoo
@@ -75,8 +75,12 @@ class TrainConfig:
     warmup: int = setting(100, "steps of linear warm-up")
     weight_decay: float = setting(0.01, "weight decay of matrices")
     clip: float = setting(1.0, "largest norm of the gradient; 0 for none")
-    ema: float = setting(0.0, "decay of the moving average of weights that is evaluated and saved; 0 for none")
-    mixed_precision: Literal["no", "bf16", "fp16"] = setting("no", "precision of the networks: no, bf16, fp16")
+    ema: float = setting(
+        0.0, "decay of the moving average of weights that is evaluated and saved; 0 for none"
+    )
+    mixed_precision: Literal["no", "bf16", "fp16"] = setting(
+        "no", "precision of the networks: no, bf16, fp16"
+    )
     rule: Literal["auto", "likelihood", "straight_through", "gumbel", "layerwise"] = setting(
         "auto", "training rule of a flow; auto takes the best for the model"
     )
@@ -253,7 +257,9 @@ class _Run:
         trackers = [t for t in config.trackers if t]
         try:
             self.accelerator = Accelerator(
-                mixed_precision=config.mixed_precision, log_with=trackers or None, project_dir=str(recipe.output)
+                mixed_precision=config.mixed_precision,
+                log_with=trackers or None,
+                project_dir=str(recipe.output),
             )
         except ValueError as error:
             raise InputError(f"train: {error}") from None
@@ -261,7 +267,7 @@ class _Run:
         pieces = self.world * config.accumulation
         if config.batch_size % pieces:
             raise InputError(
-                f"train.batch_size {config.batch_size} must be a multiple of processes x accumulation = {pieces}"
+                f"train.batch_size {config.batch_size} must be a multiple of processes x accumulation, {pieces}"
             )
         explicit = corpus.protocol == "sentence"
         length = recipe.model.length
@@ -289,12 +295,15 @@ class _Run:
         matrices = [p for p in objective.parameters() if p.ndim >= 2]
         others = [p for p in objective.parameters() if p.ndim < 2]
         self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            [
+                {"params": matrices, "weight_decay": config.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
             lr=config.learning_rate,
             betas=(0.9, 0.99),
             fused=True,
         )
-        self.averaged = copy.deepcopy(self.model).eval() if config.ema else None
+        self.averaged = copy.deepcopy(self.model) if config.ema else None
         self.step, self.elapsed, self.best = 0, 0.0, math.inf
         self.next_eval = self.next_save = 0.0
         self.interrupted: int | None = None
@@ -334,21 +343,23 @@ class _Run:
         d, corpus = self.accelerator.device, self.corpus
         parameters = sum(p.numel() for p in self.model.parameters())
         self.say(
-            f"{self.recipe.family}: {parameters:,} parameters, rule {self.rule}, {self.model.num_calls} network "
-            f"calls to draw {self.recipe.model.length} symbols\n"
+            f"{self.recipe.family}: {parameters:,} parameters, rule {self.rule}, "
+            f"{self.model.num_calls} network calls to draw {self.recipe.model.length} symbols\n"
             f"{corpus.name} ({corpus.protocol}): {corpus.train.num_symbols:,} symbols to train on, "
             f"{corpus.tokenizer.size} different\n"
-            f"{self.world} process{'es' * (self.world > 1)} on {d.type}, precision {self.config.mixed_precision}, "
-            f"{torch.get_num_threads()} threads each; output {out}"
+            f"{self.world} process{'es' * (self.world > 1)} on {d.type}, "
+            f"precision {self.config.mixed_precision}, {torch.get_num_threads()} threads each; output {out}"
         )
 
     def loop(self) -> None:
         """Steps until the budget is spent."""
         config = self.config
+        in_steps = config.minutes is None
+        total = int(config.steps or 0) if in_steps else round(60 * (config.minutes or 0))
         bar = tqdm(
-            total=config.steps if config.steps and not config.minutes else round(60 * (config.minutes or 0)),
-            initial=self.step if config.steps and not config.minutes else round(self.elapsed),
-            unit="step" if config.steps and not config.minutes else "s",
+            total=total,
+            initial=self.step if in_steps else round(self.elapsed),
+            unit="step" if in_steps else "s",
             disable=not self.accelerator.is_main_process,
             dynamic_ncols=True,
             mininterval=1.0,
@@ -369,7 +380,7 @@ class _Run:
                     # Under the layerwise rule the loss is that of the conditioners, not the model's.
                     bar.set_postfix_str(f"loss {shown:.3f} bits, {symbols / (now - since):,.0f} symbols/s")
                     symbols, since = 0, now
-                bar.n = min(bar.total, self.step if bar.unit == "step" else round(self.elapsed))
+                bar.n = min(total, self.step if in_steps else round(self.elapsed))
                 bar.update(0)
                 done = self.fraction() >= 1
                 if done or self._due(self.next_eval, config.eval_every):
@@ -426,7 +437,7 @@ class _Run:
         value = objectives.bits(float(nats), total)
         if not math.isfinite(value):
             raise InputError(
-                f"the loss is {value} at step {self.step}; lower train.learning_rate, then resume with --resume"
+                f"the loss is {value} at step {self.step}; start again with a lower train.learning_rate"
             )
         return value, total
 
@@ -447,7 +458,7 @@ class _Run:
     def _next(self, every: int | None) -> float:
         """The next evaluation or save: a step, or a time in seconds."""
         if every is not None:
-            return self.step + every
+            return float(self.step + every)
         config = self.config
         if config.minutes is None:
             return self.step + max(1, (config.steps or 10) // 10)
@@ -469,7 +480,7 @@ class _Run:
     def evaluate(self, loss: float) -> None:
         """Exact bits on the validation text; keep the model if it is the best so far; print samples."""
         model = self.averaged if self.averaged is not None else self.model
-        model.eval()
+        model.train(False)
         base = objectives.closed_form(model.distribution)
         peak, training = (base.peak if base is not None else 0.0), self.base
         if base is not None and training is not None:
@@ -550,7 +561,8 @@ class _Run:
         }
         # Tied weights share memory, which the format refuses: each name gets its own copy.
         data = safetensors.torch.save(
-            {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, {"dflow": json.dumps(about)}
+            {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()},
+            {"dflow": json.dumps(about)},
         )
         files.write(self.recipe.output / STATE, data)
 
@@ -574,7 +586,11 @@ class _Run:
                 index, _, key = name.partition(".")
                 state.setdefault(int(index), {})[key] = tensor
             self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
-            self.step, self.elapsed, self.best = int(about["step"]), float(about["elapsed"]), float(about["best"])
+            self.step, self.elapsed, self.best = (
+                int(about["step"]),
+                float(about["elapsed"]),
+                float(about["best"]),
+            )
             self.next_eval, self.next_save = float(about["next_eval"]), float(about["next_save"])
         except (SafetensorError, KeyError, RuntimeError, TypeError, json.JSONDecodeError) as error:
             raise InputError(
@@ -622,7 +638,7 @@ class _Run:
 
 
 #: Batches on which a base in closed form is set before an evaluation.
-_REFIT_BATCHES = 32
+_REFIT_BATCHES = 16
 
 
 def _mix(*numbers: int) -> int:
@@ -638,10 +654,8 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _fingerprint(recipe: Recipe) -> str:
     """What has to be the same for a run to go on: everything but the budget, evaluation and output."""
     values = recipe.as_dict()
-    free = {
-        "steps", "minutes", "accumulation", "eval_every", "eval_minutes", "eval_chunks", "save_every", "samples",
-        "trackers", "compile",
-    }  # fmt: skip
+    free = {"steps", "minutes", "accumulation", "samples", "trackers", "compile"}
+    free |= {"eval_every", "eval_minutes", "eval_chunks", "save_every"}
     values["train"] = {k: v for k, v in values["train"].items() if k not in free}
     values["data"] = {k: v for k, v in values["data"].items() if k != "folder"}
     kept = {k: values[k] for k in ("data", "model", "train")}

@@ -18,17 +18,20 @@ from dflow.config import InputError, nearest, parse
 from dflow.core import Bijector, Distribution
 from dflow.distributions import Categorical, Mixture, SequenceCategorical
 from dflow.elementwise import ModAffine, ModRank, ModShift
-from dflow.elementwise.discrete import Discrete
 from dflow.flows import Flow
 from dflow.nn.lstm import LSTM
 from dflow.nn.transformer import GroupCausalTransformer, InfillTransformer
 from dflow.ops.orders import ORDERS, lockstep
 from dflow.ops.straight_through import StraightThrough
 
-ELEMENTWISE: dict[str, type[Discrete]] = {"shift": ModShift, "affine": ModAffine, "rank": ModRank}
+ELEMENTWISE: dict[str, type[ModShift | ModAffine | ModRank]] = {
+    "shift": ModShift,
+    "affine": ModAffine,
+    "rank": ModRank,
+}
 
 
-def setting(default: Any, help: str) -> Any:  # noqa: A002 - the word argparse and users know
+def setting(default: Any, help: str) -> Any:
     """A dataclass field with a default and a line of help."""
     return field(default=default, metadata={"help": help})
 

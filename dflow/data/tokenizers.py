@@ -187,8 +187,8 @@ class Characters(Tokenizer):
             raise InputError(f"a vocabulary needs at least two symbols, found {list(symbols)!r}")
         self.symbols = tuple(symbols)
         self._points = np.array([ord(s) for s in symbols], dtype="<u4")
-        # One entry past the largest code point stands for all that are larger.
-        self._table = np.full(int(self._points.max()) + 2, -1, dtype=np.int32)
+        # One entry past the largest code point stands for all that are larger; a byte is always inside.
+        self._table = np.full(max(int(self._points.max()), 255) + 2, -1, dtype=np.int32)
         self._table[self._points] = np.arange(len(symbols))
 
     @classmethod
@@ -200,12 +200,12 @@ class Characters(Tokenizer):
         """
         counts: dict[int, int] = dict.fromkeys(map(ord, alphabet), 0)
         for block in _code_points(text):
-            found = np.bincount(block) if block.dtype == np.uint8 else None
-            points, numbers = (
-                (np.flatnonzero(found), found[np.flatnonzero(found)])
-                if found is not None
-                else np.unique(block, return_counts=True)
-            )
+            if block.dtype == np.uint8:
+                numbers = np.bincount(block)
+                points = np.flatnonzero(numbers)
+                numbers = numbers[points]
+            else:
+                points, numbers = np.unique(block, return_counts=True)
             for point, number in zip(points.tolist(), numbers.tolist(), strict=True):
                 counts[point] = counts.get(point, 0) + number
         return cls([chr(p) for p in sorted(counts, key=lambda p: (-counts[p], p))])
@@ -220,7 +220,8 @@ class Characters(Tokenizer):
         result = np.empty(len(text), dtype=compact(self.size))
         start = 0
         for block in _code_points(text):
-            found = self._table[np.minimum(block, len(self._table) - 1)]
+            inside = block if block.dtype == np.uint8 else np.minimum(block, np.uint32(len(self._table) - 1))
+            found = self._table[inside]
             if found.min(initial=0) < 0:
                 self._refuse(text, start + int((found < 0).argmax()))
             result[start : start + len(block)] = found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,13 +34,14 @@ class SequenceCategorical(Distribution):
         """See the class."""
         super().__init__()
         check_order(order, dim)
-        self.net, self.dim = net, dim
+        self.net: Any = net
+        self.dim = dim
         self.register_buffer("order", order.clone())
 
     @property
     def num_calls(self) -> int:
         """One call a group."""
-        return self.order.shape[0]
+        return int(self.order.shape[0])
 
     def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
         """Exact nats (batch,) of symbols ``(batch, n)`` or one-hot rows ``(batch, n, K)``."""
@@ -51,7 +54,8 @@ class SequenceCategorical(Distribution):
         if isinstance(context, Tensor):
             present = torch.arange(x.shape[1], device=x.device) < context[:, None]
             terms = torch.where(present, terms, 0.0)
-        return terms.sum(1)
+        out: Tensor = terms.sum(1)
+        return out
 
     @torch.no_grad()
     def sample(

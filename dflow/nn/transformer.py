@@ -99,7 +99,8 @@ class Block(nn.Module):
     ) -> Tensor:
         """Shapes as in `Attention.forward`."""
         h = h + self.dropout(self.attention(self.norm_attention(h), rotation, mask, causal, cache))
-        return h + self.dropout(self.down(F.gelu(self.up(self.norm_mlp(h)), approximate="tanh")))
+        out: Tensor = h + self.dropout(self.down(F.gelu(self.up(self.norm_mlp(h)), approximate="tanh")))
+        return out
 
 
 def _initialize(module: nn.Module, num_layers: int) -> None:
@@ -225,7 +226,7 @@ class GroupCausalTransformer(nn.Module):
             symbols = symbols.masked_fill(absent, self.K)
         none = symbols.new_full((x.shape[0], self.dim + 1 - x.shape[1]), self.K)
         index = torch.cat([symbols, none], 1)[:, sources] + self._offsets()
-        h = F.embedding_bag(index.flatten(0, 1), self.embedding, mode="sum")
+        h: Tensor = F.embedding_bag(index.flatten(0, 1), self.embedding, mode="sum")
         h = h.unflatten(0, index.shape[:2])
         if x.is_floating_point():
             # The sum above is what the inference mode computes, to the last bit. The same sum as a product
@@ -307,7 +308,10 @@ class GroupCausalTransformer(nn.Module):
             None if everything else present.unflatten(-1, (groups, lanes)).expand(batch, -1, -1),
             torch.full((batch, lanes, self.window), self.K, device=device),
             [
-                Cache(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
+                Cache(
+                    torch.empty(shape, dtype=dtype, device=device),
+                    torch.empty(shape, dtype=dtype, device=device),
+                )
                 for _ in self.blocks
             ],
         )
@@ -435,4 +439,3 @@ def _lengths(context: Context) -> Tensor | None:
     if isinstance(context, tuple):
         raise TypeError("a sequence network takes lengths (batch,) as context, found a tuple")
     return context
-

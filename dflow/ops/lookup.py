@@ -42,6 +42,6 @@ def lookup(x: Tensor, weight: Tensor) -> Tensor:
         ``(..., features)``.
     """
     if x.is_floating_point():
-        out: Tensor = _Lookup.apply(x, weight)
+        out: Tensor = _Lookup.apply(x, weight)  # type: ignore[no-untyped-call]
         return out
     return torch.nn.functional.embedding(x, weight)
