@@ -216,14 +216,10 @@ class LSTM(nn.Module):
             state: from `start`.
         """
         weights, gates, (i, f, o, g) = state.weights, state.gates, state.parts
-        single = len(gates) == 1
         symbols = state.start if x is None else x.flatten()
         for n, (h, w, c) in enumerate(zip(state.inputs, weights.recurrent, state.cells, strict=True)):
             bias = weights.biases[n] if n else weights.table.index_select(0, symbols)
-            if single:  # a product with a vector is faster than one with a matrix of one row
-                torch.addmv(bias.view(-1), w, h.view(-1), out=gates.view(-1))
-            else:
-                torch.addmm(bias, h, w.t(), out=gates)
+            torch.addmm(bias, h, w, out=gates)
             state.sigmoids.sigmoid_()
             g.tanh_()
             c.mul_(f).addcmul_(i, g)
@@ -249,7 +245,7 @@ class LSTM(nn.Module):
         recurrent, biases = [], []
         for n, layer in enumerate(self._layers()):
             ih, hh, b_ih, b_hh = layer.all_weights[0]
-            recurrent.append(torch.cat([ih, hh], 1)[order] if n else hh[order])
+            recurrent.append((torch.cat([ih, hh], 1) if n else hh)[order].t().contiguous())
             biases.append((b_ih + b_hh)[order])
         first = self._layers()[0].all_weights[0][0][order]
         table = torch.addmm(biases[0], torch.cat([self.embedding, self.before[None]]), first.t())

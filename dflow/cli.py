@@ -1,0 +1,495 @@
+"""The command line: one verb a function, its flags the fields of a dataclass.
+
+What a verb needs is imported when it runs, so that ``dflow --help`` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import json
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Union
+
+import dflow
+from dflow.config import InputError, convert
+
+if TYPE_CHECKING:
+    import torch
+
+    from dflow.data import DataConfig, Tokenizer
+    from dflow.hf import DflowModel
+
+
+def flag(help: str, default: Any = dataclasses.MISSING) -> Any:
+    """A field that is the flag ``--name``, required where it has no default."""
+    return field(default=default, metadata={"help": help})
+
+
+def argument(help: str) -> Any:
+    """A field that is a positional argument; a list takes one or more."""
+    return field(metadata={"help": help, "positional": True})
+
+
+@dataclass(kw_only=True)
+class Machine:
+    """Flags of every verb that computes."""
+
+    threads: int | None = flag("threads of torch on the CPU (default: as many as torch takes)", None)
+    device: str = flag("device to compute on; auto: the first GPU, else the CPU", "auto")
+
+    def settle(self) -> torch.device:
+        """Set the threads, and find the device."""
+        import torch
+
+        set_threads(self.threads)
+        name = self.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            device = torch.device(name)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"--device {self.device}: not to be had here ({reason}); try --device cpu"
+            ) from None
+        return device
+
+
+@dataclass(kw_only=True)
+class TextSource:
+    """Flags of every verb that scores a text."""
+
+    data: str | None = flag(
+        "pydoc, ptb, text8, text8-prefix, or a path (default: what the model was trained on)", None
+    )
+    folder: str | None = flag("folder of the data (default: as in training, or DFLOW_DATA)", None)
+    split: Literal["train", "valid", "test"] = flag("which part of the text", "test")
+    limit: int | None = flag("score the first LIMIT chunks only", None)
+
+    def config(self, folder: str, model: DflowModel) -> DataConfig:
+        """The data section of the recipe that the model in ``folder`` was trained by, changed by the flags.
+
+        How a text is cut is no choice: a model is one of sentences or of a stream.
+        """
+        from dflow.data import DataConfig
+        from dflow.train import recipe_of
+
+        trained = None
+        if self.data is None or (Path(folder) / "recipe.yaml").is_file():
+            trained = recipe_of(folder).data
+        if trained is None or self.data not in (None, trained.name):
+            kept = None if trained is None else trained.folder
+            trained = DataConfig(name=str(self.data), folder=kept)
+        protocol: Literal["stream", "sentence"] = "sentence" if model.config.explicit_length else "stream"
+        return dataclasses.replace(trained, protocol=protocol, folder=self.folder or trained.folder)
+
+
+@dataclass(kw_only=True)
+class Train:
+    """Train a model by a recipe."""
+
+    recipe: str = argument("recipe, a YAML file")
+    set: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "settings that replace those of the recipe: train.minutes=3 model.num_calls=16 ..."
+        },
+    )
+    output: str | None = flag("folder of the model (default: that of the recipe)", None)
+    resume: bool = flag("go on with the training in the output folder", False)
+    threads: int | None = flag("threads of torch on the CPU (default: as many as torch takes)", None)
+
+
+@dataclass(kw_only=True)
+class Evaluate(TextSource, Machine):
+    """Exact bits a character of a model on a text. A failed round trip ends with exit code 1."""
+
+    model: str = flag("folder of the model")
+    batch_size: int = flag("chunks scored at a time", 32)
+
+
+@dataclass(kw_only=True)
+class Generate(Machine):
+    """Draw text from a model. Seed and batch size fix the result on one kind of machine."""
+
+    model: str = flag("folder of the model")
+    n: int = flag("how many samples", 1)
+    length: int | None = flag("symbols of each (default: the model's length)", None)
+    seed: int = flag("seed of the draws", 0)
+    batch_size: int = flag("samples drawn at a time", 100)
+    prompt: str | None = flag("text that each sample begins with, for models that can continue one", None)
+    format: Literal["text", "jsonl"] = flag("text: for reading; jsonl: one JSON object a line", "text")
+    output: str | None = flag("file to write, whole or not at all (default: standard output)", None)
+
+
+@dataclass(kw_only=True)
+class Compare(TextSource, Machine):
+    """Bits, network calls and speed of several models, with ratios to the LSTM among them."""
+
+    models: list[str] = field(metadata={"help": "folders of the models", "positional": True})
+    length: int | None = flag("symbols of a drawn sample (default: the longest that all can draw)", None)
+    batch_size: int = flag("samples drawn together where characters a second are measured", 100)
+    rounds: int = flag("rounds of measuring", 10)
+    output: str | None = flag("folder for compare.md, compare.json and compare.png", None)
+
+
+@dataclass(kw_only=True)
+class DataList:
+    """The texts known by name, and which are there."""
+
+    folder: str | None = flag("folder of the data (default: DFLOW_DATA)", None)
+
+
+@dataclass(kw_only=True)
+class DataPrepare:
+    """Fetch a text into the folder, unless it is there, and check it."""
+
+    name: str = argument("name of the text")
+    folder: str | None = flag("folder of the data (default: DFLOW_DATA)", None)
+
+
+@dataclass(kw_only=True)
+class DataCheck:
+    """Check the files of a text against their known sizes and checksums."""
+
+    name: str = argument("name of the text")
+    folder: str | None = flag("folder of the data (default: DFLOW_DATA)", None)
+
+
+# -- verbs -----------------------------------------------------------------------------------------------
+
+
+def train(flags: Train) -> int:
+    """`dflow train`."""
+    from dflow.train import load_recipe
+    from dflow.train import train as run
+
+    set_threads(flags.threads)
+    recipe = load_recipe(flags.recipe, flags.set)
+    if flags.output is not None:
+        recipe = dataclasses.replace(recipe, output=Path(flags.output))
+    run(recipe, resume=flags.resume)
+    return 0
+
+
+def evaluate(flags: Evaluate) -> int:
+    """`dflow evaluate`; under ``accelerate launch`` the chunks are spread over the processes."""
+    import torch
+    from accelerate import Accelerator
+
+    from dflow.data import load
+    from dflow.evaluate import evaluate as run
+
+    accelerator = None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        set_threads(flags.threads)
+        accelerator = Accelerator(cpu=flags.device == "cpu" or not torch.cuda.is_available())
+    device = flags.settle() if accelerator is None else accelerator.device
+    model, tokenizer = load_model(flags.model, device)
+    corpus = load(flags.config(flags.model, model), tokenizer)
+    result = run(
+        model,
+        corpus.split(flags.split),
+        batch_size=flags.batch_size,
+        progress=True,
+        limit=flags.limit,
+        accelerator=accelerator,
+    )
+    status = "intact" if result.round_trip else "FAILED"
+    rows = [
+        ("model", flags.model),
+        ("text", f"{corpus.name}, {flags.split}"),
+        ("protocol", result.protocol),
+        ("symbols scored", f"{result.num_symbols:,} in {result.num_chunks:,} chunks"),
+        ("bits a character", f"{result.bpc:.4f}"),
+        ("standard error", "-" if result.standard_error is None else f"{result.standard_error:.4f}"),
+        ("kind", result.kind),
+        ("round trip", f"{status} on {result.num_checked} chunks"),
+    ]
+    if accelerator is None or accelerator.is_main_process:
+        print_table(rows)
+        about = {"model": flags.model, "data": corpus.name, "split": flags.split, "checksum": corpus.checksum}
+        print(json.dumps(about | dataclasses.asdict(result)))
+    if accelerator is not None:
+        accelerator.end_training()
+    if not result.round_trip:
+        complain(f"{flags.model}: the round trip failed; the figures above do not describe what it draws")
+        return 1
+    return 0
+
+
+def generate(flags: Generate) -> int:
+    """`dflow generate`."""
+    from dflow.generate import check_output, write
+    from dflow.generate import generate as run
+
+    output = None if flags.output is None else Path(flags.output)
+    if output is not None:
+        check_output(output)
+    model, tokenizer = load_model(flags.model, flags.settle())
+    prompt = None
+    if flags.prompt is not None:
+        try:
+            prompt = tokenizer.encode(flags.prompt)
+        except InputError as error:
+            raise InputError(f"--prompt: {error}") from None
+    samples = run(
+        model,
+        flags.n,
+        length=flags.length,
+        seed=flags.seed,
+        batch_size=flags.batch_size,
+        prompt=prompt,
+        progress=output is not None or not sys.stdout.isatty(),
+    )
+    write(samples, tokenizer, flags.format, output)
+    return 0
+
+
+def compare(flags: Compare) -> int:
+    """`dflow compare`."""
+    from dflow import compare as comparing
+    from dflow.data import load
+
+    folder = None if flags.output is None else Path(flags.output)
+    if folder is not None:
+        comparing.check_folder(folder)
+    device = flags.settle()
+    loaded = [load_model(name, device) for name in flags.models]
+    config = flags.config(flags.models[0], loaded[0][0])
+    contestants = [
+        comparing.Contestant(name.rstrip("/"), model, load(config, tokenizer).split(flags.split))
+        for name, (model, tokenizer) in zip(flags.models, loaded, strict=True)
+    ]
+    result = comparing.compare(
+        contestants,
+        length=flags.length,
+        batch_size=flags.batch_size,
+        rounds=flags.rounds,
+        limit=flags.limit,
+        text=f"{config.name}, {flags.split}",
+        progress=True,
+    )
+    print(comparing.markdown(result))
+    if folder is not None:
+        for path in comparing.write(result, folder):
+            print(path)
+    print(comparing.record(result))
+    return 0
+
+
+def data_list(flags: DataList) -> int:
+    """`dflow data list`."""
+    from dflow.data import list_sets
+
+    print_records(list_sets(flags.folder))
+    return 0
+
+
+def data_prepare(flags: DataPrepare) -> int:
+    """`dflow data prepare`."""
+    from dflow.data import prepare
+
+    print_records(prepare(flags.name, flags.folder))
+    return 0
+
+
+def data_check(flags: DataCheck) -> int:
+    """`dflow data check`."""
+    from dflow.data import check
+
+    print_records(check(flags.name, flags.folder))
+    return 0
+
+
+#: Verb, flags, function, example.
+VERBS: tuple[tuple[str, type[Any], Callable[[Any], int], str], ...] = (
+    ("train", Train, train, "dflow train recipes/grouped.yaml --set train.minutes=3 --output runs/quick"),
+    ("evaluate", Evaluate, evaluate, "dflow evaluate --model runs/grouped --data text8 --split test"),
+    (
+        "generate",
+        Generate,
+        generate,
+        "dflow generate --model runs/grouped --n 100 --seed 1 --output samples.txt",
+    ),
+    ("compare", Compare, compare, "dflow compare runs/grouped runs/lstm --output comparison"),
+    ("data list", DataList, data_list, "dflow data list --folder texts"),
+    ("data prepare", DataPrepare, data_prepare, "dflow data prepare text8 --folder texts"),
+    ("data check", DataCheck, data_check, "dflow data check ptb --folder texts"),
+)
+
+
+# -- what verbs share ------------------------------------------------------------------------------------
+
+
+def set_threads(threads: int | None) -> None:
+    """Set the threads of torch, where the flag is given."""
+    import torch
+
+    if threads is not None:
+        if threads < 1:
+            raise InputError(f"--threads {threads} must be at least 1")
+        torch.set_num_threads(threads)
+
+
+def load_model(folder: str, device: torch.device) -> tuple[DflowModel, Tokenizer]:
+    """The model and the tokenizer in ``folder``."""
+    from dflow import hf
+    from dflow.data import Tokenizer
+
+    model = hf.load(folder, device)
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.size != model.config.vocab_size:
+        raise InputError(
+            f"{folder}: the vocabulary has {tokenizer.size} symbols and the model {model.config.vocab_size}; "
+            "restore both files from one run"
+        )
+    return model, tokenizer
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as their widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def print_records(records: Sequence[Any]) -> None:
+    """Dataclasses of one kind, under the names of their fields."""
+    names = [f.name for f in dataclasses.fields(records[0])]
+    cells = [[getattr(record, name) for name in names] for record in records]
+    print_table([names, *([f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in cells)])
+
+
+def complain(message: str) -> None:
+    """One error on stderr."""
+    print(f"error: {message}", file=sys.stderr)
+
+
+# -- flags -----------------------------------------------------------------------------------------------
+
+
+def add_flags(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
+    """An argument for each field of ``cls``; values stay text, `read_flags` converts them."""
+    hints = typing.get_type_hints(cls)
+    for f in sorted(dataclasses.fields(cls), key=lambda f: f.default is not dataclasses.MISSING):
+        kind = hints[f.name]
+        options: dict[str, Any] = {"help": f.metadata["help"].replace("%", "%%")}
+        if typing.get_origin(kind) in (Union, types.UnionType):
+            kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        if f.metadata.get("positional"):
+            nargs: dict[str, Any] = {"nargs": "+"} if typing.get_origin(kind) is list else {}
+            parser.add_argument(f.name, metavar=f.name.upper(), **options, **nargs)
+            continue
+        name = "--" + f.name.replace("_", "-")
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if f.default not in (None, dataclasses.MISSING) and kind is not bool:
+            options["help"] += f" (default: {f.default})"
+        if kind is bool:
+            parser.add_argument(name, action="store_const", const=True, default=argparse.SUPPRESS, **options)
+        elif typing.get_origin(kind) is list:
+            parser.add_argument(
+                name, nargs="+", action="extend", default=argparse.SUPPRESS, metavar="WORD", **options
+            )
+        elif typing.get_origin(kind) is Literal:
+            parser.add_argument(
+                name,
+                metavar="|".join(typing.get_args(kind)),
+                default=argparse.SUPPRESS,
+                required=required,
+                **options,
+            )
+        else:
+            parser.add_argument(
+                name, metavar=f.name.upper(), default=argparse.SUPPRESS, required=required, **options
+            )
+
+
+def read_flags(cls: type[Any], values: dict[str, Any]) -> Any:
+    """``cls`` from the texts given, each as the type of its field."""
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    converted = {}
+    for name, value in values.items():
+        shown = name if fields[name].metadata.get("positional") else "--" + name.replace("_", "-")
+        converted[name] = convert(hints[name], value, shown)
+    return cls(**converted)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
+    parser = argparse.ArgumentParser(
+        prog="dflow",
+        description="Text generation with discrete normalizing flows: exact likelihood, few network calls.",
+        epilog="example: dflow train recipes/grouped.yaml",
+    )
+    parser.add_argument("--version", action="version", version=f"dflow {dflow.__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    groups: dict[str, Any] = {}
+    for verb, cls, function, example in VERBS:
+        group, _, name = verb.rpartition(" ")
+        if group and group not in groups:
+            inner = verbs.add_parser(
+                group,
+                help="texts: list, prepare, check",
+                description="Texts: list, prepare, check.",
+                epilog="example: dflow data list",
+            )
+            groups[group] = inner.add_subparsers(metavar="VERB", required=True)
+        doc = str(cls.__doc__)
+        sub = (groups[group] if group else verbs).add_parser(
+            name, help=doc.partition(". ")[0].rstrip("."), description=doc, epilog=f"example: {example}"
+        )
+        add_flags(sub, cls)
+        sub.set_defaults(_cls=cls, _function=function)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; exit code 0, 1 (a check failed), 2 (what was given cannot be used) or 130 (Ctrl-C)."""
+    values = vars(build_parser().parse_args(argv))
+    cls, function = values.pop("_cls"), values.pop("_function")
+    try:
+        code = function(read_flags(cls, values))
+        sys.stdout.flush()  # a closed pipe or a full disk shows here, not when nobody can say so any more
+        return int(code)
+    except InputError as error:
+        complain(str(error))
+        return 2
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough; the interpreter must not fail on its last flush either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        what = error.strerror or str(error)
+        if error.errno == errno.ENOSPC:
+            what += "; free some space and run again"
+        complain(f"{error.filename}: {what}" if error.filename else what)
+        return 2
+    except KeyboardInterrupt as error:
+        complain(str(error) or "interrupted")
+        return 130
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        complain("out of memory; choose a smaller batch size")
+        return 2
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch or Python ran out of memory; torch says so on the CPU in words only."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in text
+    )

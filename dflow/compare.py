@@ -1,0 +1,392 @@
+"""Several models, one table: exact bits, network calls, speed, and ratios to a baseline."""
+
+from __future__ import annotations
+
+import io
+import json
+import platform
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from dflow.config import InputError
+from dflow.data import Text
+from dflow.evaluate import Evaluation, evaluate
+from dflow.generate import check_output, write_whole
+from dflow.hf import DflowModel
+
+FILES = ("compare.json", "compare.md", "compare.png")
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model under its name, and the text that all are scored on, spelled in its vocabulary."""
+
+    name: str
+    model: DflowModel
+    text: Text
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The median over rounds, at the number of threads that was best for this model."""
+
+    seconds: float
+    characters: float
+    threads: int
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Attributes:
+        name: of the model.
+        family: of the model.
+        num_parameters: trained numbers.
+        evaluation: exact bits, with protocol.
+        num_calls: sequential network calls to draw one sample.
+        latency_ms: from the call of `generate` for one sample to its symbols on the CPU; median.
+        latency_threads: the number of threads at which that is least.
+        characters_per_second: drawn in batches of `Comparison.batch_size`; median.
+        throughput_threads: the number of threads at which that is largest.
+        latency_ratio: how many times less the latency is than the reference's.
+        throughput_ratio: how many times more characters a second than the reference.
+    """
+
+    name: str
+    family: str
+    num_parameters: int
+    evaluation: Evaluation
+    num_calls: int
+    latency_ms: float
+    latency_threads: int
+    characters_per_second: float
+    throughput_threads: int
+    latency_ratio: float
+    throughput_ratio: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The table, with what is needed to read it."""
+
+    environment: dict[str, str | int]
+    text: str
+    length: int
+    batch_size: int
+    rounds: int
+    reference: str
+    rows: tuple[Row, ...]
+
+
+def compare(
+    contestants: Sequence[Contestant],
+    *,
+    length: int | None = None,
+    batch_size: int = 100,
+    rounds: int = 10,
+    limit: int | None = None,
+    text: str | None = None,
+    score_batch_size: int = 32,
+    seed: int = 0,
+    progress: bool = False,
+) -> Comparison:
+    """Score every model on the text, then time them all by turns.
+
+    A round times each model once at each number of threads (one, and all that torch has), so whatever drifts
+    hits all alike; of the medians over the rounds the better counts. The reference of the ratios is the first
+    LSTM, or the first model where there is none.
+
+    Args:
+        contestants: the models.
+        length: symbols a sample; default the longest that all can draw.
+        batch_size: samples drawn together where characters a second are measured.
+        rounds: for the latency; half as many (at least 3) for characters a second.
+        limit: score the first ``limit`` chunks only.
+        text: what the text is called in the table and the plot; default the name of the split.
+        score_batch_size: chunks a pass.
+        seed: of the draws.
+        progress: show bars on stderr.
+
+    Raises:
+        InputError: no model, two of one name, an argument outside its range, or a length that one of them
+            cannot draw.
+    """
+    if not contestants:
+        raise InputError("name at least one model to compare")
+    names = [c.name for c in contestants]
+    if len(set(names)) < len(names):
+        raise InputError(f"two models have one name among {', '.join(names)}; give different folders")
+    for what, value in (("batch size", batch_size), ("rounds", rounds)):
+        if value < 1:
+            raise InputError(f"{what} {value} must be at least 1")
+    shortest = min(contestants, key=lambda c: c.model.config.length)
+    longest: int = shortest.model.config.length
+    length = longest if length is None else length
+    if not 1 <= length <= longest:
+        raise InputError(f"length {length}: {shortest.name} draws sequences of 1 to {longest} symbols")
+    scores = [
+        evaluate(c.model, c.text, batch_size=score_batch_size, limit=limit, progress=progress)
+        for c in contestants
+    ]
+    latencies = measure(contestants, 1, length, rounds, seed, progress)
+    batches = measure(contestants, batch_size, length, max(3, rounds // 2), seed, progress)
+    first = next((i for i, c in enumerate(contestants) if c.model.config.family == "lstm"), 0)
+    rates = [speed.characters / speed.seconds for speed in batches]
+    rows = tuple(
+        Row(
+            name=c.name,
+            family=c.model.config.family,
+            num_parameters=c.model.num_parameters(),
+            evaluation=scores[i],
+            num_calls=num_calls(c.model, length),
+            latency_ms=1e3 * latencies[i].seconds,
+            latency_threads=latencies[i].threads,
+            characters_per_second=rates[i],
+            throughput_threads=batches[i].threads,
+            latency_ratio=latencies[first].seconds / latencies[i].seconds,
+            throughput_ratio=rates[i] / rates[first],
+        )
+        for i, c in enumerate(contestants)
+    )
+    device = contestants[0].model.device
+    called = contestants[0].text.name if text is None else text
+    return Comparison(environment(device), called, length, batch_size, rounds, names[first], rows)
+
+
+def num_calls(model: DflowModel, length: int) -> int:
+    """Network calls for a sample of ``length`` symbols: a law from left to right stops there."""
+    calls: int = model.num_calls
+    return min(calls, length) if model.config.family in ("lstm", "transformer") else calls
+
+
+def measure(
+    contestants: Sequence[Contestant], batch_size: int, length: int, rounds: int, seed: int, progress: bool
+) -> list[Speed]:
+    """Time draws of ``batch_size`` samples, models by turns, after one draw of each to warm up.
+
+    Timed is everything from the call of `generate` to the symbols on the CPU.
+    """
+    everything = torch.get_num_threads()
+    settings = sorted({1, everything}) if contestants[0].model.device.type == "cpu" else [everything]
+    turns = [(i, threads) for i in range(len(contestants)) for threads in settings]
+    seconds: dict[tuple[int, int], list[float]] = {turn: [] for turn in turns}
+    characters: list[list[float]] = [[] for _ in contestants]
+    bar = tqdm(
+        total=len(turns) * (rounds + 1),
+        unit="draw",
+        desc=f"time, batch {batch_size}",
+        delay=1,
+        mininterval=1,
+        disable=not progress,
+    )
+    with bar, _threads_restored(), torch.inference_mode(), _evaluating(contestants):
+        for r in range(-1, rounds):
+            for turn in turns:
+                i, threads = turn
+                torch.set_num_threads(threads)
+                model = contestants[i].model
+                generator = torch.Generator(model.device).manual_seed(seed + r + 1)
+                begin = time.perf_counter()
+                ids = model.generate(batch_size, length=length, generator=generator).cpu()
+                duration = time.perf_counter() - begin
+                bar.update()
+                if r >= 0:
+                    seconds[turn].append(duration)
+                    drawn = int((ids >= 0).sum()) * contestants[i].text.characters_per_symbol
+                    characters[i].append(drawn)
+    result = []
+    for i in range(len(contestants)):
+        median, threads = min((statistics.median(seconds[i, t]), t) for t in settings)
+        result.append(Speed(median, statistics.median(characters[i]), threads, rounds))
+    return result
+
+
+@contextmanager
+def _threads_restored() -> Iterator[None]:
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _evaluating(contestants: Sequence[Contestant]) -> Iterator[None]:
+    modes = [c.model.training for c in contestants]
+    for c in contestants:
+        c.model.eval()
+    try:
+        yield
+    finally:
+        for c, mode in zip(contestants, modes, strict=True):
+            c.model.train(mode)
+
+
+def environment(device: torch.device) -> dict[str, str | int]:
+    """What the speeds depend on."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = platform.processor() or platform.machine()
+        try:
+            lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        except OSError:  # not Linux
+            lines = []
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return {
+        "device": f"{device.type} ({name})",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+    }
+
+
+def markdown(comparison: Comparison) -> str:
+    """The table in Markdown, with a line on the environment and one on how to read it."""
+    head = [
+        "model",
+        "parameters",
+        "bits/char (exact)",
+        "network calls",
+        "latency, batch 1 (ms)",
+        f"chars/s, batch {comparison.batch_size}",
+        "latency ratio",
+        "chars/s ratio",
+    ]
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    for row in comparison.rows:
+        e = row.evaluation
+        error = "" if e.standard_error is None else f" ± {e.standard_error:.4f}"
+        lines.append(
+            [
+                row.name.replace("|", "\\|"),
+                f"{row.num_parameters:,}",
+                f"{e.bpc:.4f}{error}",
+                f"{row.num_calls:,}",
+                f"{row.latency_ms:.2f} ({_threads(row.latency_threads)})",
+                f"{row.characters_per_second:,.0f} ({_threads(row.throughput_threads)})",
+                f"{row.latency_ratio:.2f}x",
+                f"{row.throughput_ratio:.2f}x",
+            ]
+        )
+    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    protocols: dict[str, list[str]] = {}
+    for row in comparison.rows:
+        e = row.evaluation
+        protocols.setdefault(f"{e.protocol}; {e.num_symbols:,} symbols scored", []).append(row.name)
+    notes = [
+        "Environment: " + ", ".join(f"{k} {v}" for k, v in comparison.environment.items()) + ".",
+        f"Bits: {comparison.text}. "
+        + " ".join(f"{', '.join(names)}: {protocol}." for protocol, names in protocols.items()),
+        f"Speed: samples of {comparison.length:,} symbols, median of {comparison.rounds} rounds at batch 1, "
+        "models by turns, each at its better number of threads. "
+        f"Ratios: to {comparison.reference}; above 1 is faster.",
+    ]
+    failed = [row.name for row in comparison.rows if not row.evaluation.round_trip]
+    if failed:
+        notes.append(f"ROUND TRIP FAILED, do not trust: {', '.join(failed)}.")
+    return table + "\n\n" + "\n\n".join(notes) + "\n"
+
+
+def record(comparison: Comparison) -> str:
+    """The comparison as one line of JSON."""
+    return json.dumps(asdict(comparison))
+
+
+def plot(comparison: Comparison) -> bytes:
+    """Bits against latency as a PNG. Names stand in a column on the right, so that none covers another."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = sorted(comparison.rows, key=lambda row: row.evaluation.bpc)
+    # No pyplot: it has state, and may look for a display.
+    figure = Figure(figsize=(8, max(4.5, 1 + 0.3 * len(rows))), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_xscale("log")
+    # Plain numbers, and 2 and 5 between the powers of ten: all models may lie between two of those.
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
+    for i, row in enumerate(rows):
+        e, color = row.evaluation, f"C{i % 10}"
+        axes.errorbar(row.latency_ms, e.bpc, yerr=e.standard_error, fmt="o", color=color, capsize=3)
+    axes.margins(x=0.15, y=0.15)
+    axes.grid(alpha=0.3, which="both")
+    axes.set_xlabel(f"latency of one sample of {comparison.length:,} symbols (ms, log scale)")
+    axes.set_ylabel(f"exact bits a character ({comparison.text})")
+    low, high = axes.get_ylim()
+    places = spread([(row.evaluation.bpc - low) / (high - low) for row in rows], 0.9 / max(10, len(rows)))
+    for i, (row, place) in enumerate(zip(rows, places, strict=True)):
+        axes.annotate(
+            row.name.replace("$", r"\$"),
+            xy=(row.latency_ms, row.evaluation.bpc),
+            xytext=(1.04, place),
+            textcoords="axes fraction",
+            va="center",
+            color=f"C{i % 10}",
+            arrowprops={
+                "arrowstyle": "-",
+                "color": f"C{i % 10}",
+                "alpha": 0.5,
+                "linewidth": 0.8,
+                "relpos": (0, 0.5),
+            },
+        )
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight")
+    return buffer.getvalue()
+
+
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """Rising ``places`` in [0, 1], moved as little as it takes to lie ``gap`` apart and within.
+
+    >>> [round(p, 2) for p in spread([0.5, 0.5, 0.98], 0.1)]
+    [0.5, 0.6, 0.98]
+    >>> [round(p, 2) for p in spread([0.9, 1.0, 1.0], 0.25)]
+    [0.5, 0.75, 1.0]
+    """
+    result: list[float] = []
+    for place in places:
+        result.append(max(place, result[-1] + gap) if result else place)
+    limit = 1.0
+    for i in reversed(range(len(result))):
+        result[i] = min(result[i], limit)
+        limit = result[i] - gap
+    return result
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that holds results already; before hours of measuring, not after.
+
+    Raises:
+        InputError: one of the files exists, or ``folder`` is none.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is not a folder; choose another --output")
+    if folder.is_dir():
+        for name in FILES:
+            check_output(folder / name)
+
+
+def write(comparison: Comparison, folder: Path) -> list[Path]:
+    """Write table, figures and plot into ``folder``; each file whole or not at all."""
+    check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = [(record(comparison) + "\n").encode(), markdown(comparison).encode(), plot(comparison)]
+    paths = [folder / name for name in FILES]
+    for path, data in zip(paths, contents, strict=True):
+        write_whole(path, data)
+    return paths
+
+
+def _threads(n: int) -> str:
+    return f"{n} thread" if n == 1 else f"{n} threads"

@@ -1,0 +1,144 @@
+"""Drawing text from a model, and writing it whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dflow.config import InputError
+from dflow.data import Tokenizer, files
+from dflow.hf import DflowModel
+
+Format = Literal["text", "jsonl"]
+
+
+def generate(
+    model: DflowModel,
+    n: int,
+    *,
+    length: int | None = None,
+    seed: int = 0,
+    batch_size: int = 100,
+    prompt: Tensor | None = None,
+    progress: bool = False,
+) -> Iterator[Tensor]:
+    """``n`` exact draws, one tensor int64 ``(length,)`` each, on the CPU; -1 marks absent entries.
+
+    The draws are fixed by the seed and the batch size, on one kind of machine. All batches draw from one
+    source of randomness in turn, so a larger ``n`` begins with the full batches of a smaller one.
+
+    Args:
+        model: the law to draw from; its mode is restored.
+        n: how many.
+        length: symbols of each; default the model's.
+        seed: from 0 to 2^63 - 1.
+        batch_size: drawn at a time.
+        prompt: int64 ``(m,)``, the first symbols of each.
+        progress: show a bar on stderr.
+
+    Raises:
+        InputError: an argument outside its range; at once, not at the first draw.
+    """
+    longest, K = model.config.length, model.config.vocab_size
+    for name, value in (("number of samples", n), ("batch size", batch_size)):
+        if value < 1:
+            raise InputError(f"{name} {value} must be at least 1")
+    if length is not None and not 1 <= length <= longest:
+        raise InputError(f"length {length} is not one this model can draw; take one of 1 to {longest}")
+    if not 0 <= seed < 1 << 63:
+        raise InputError(f"seed {seed} must be from 0 to {(1 << 63) - 1}")
+    if prompt is not None:
+        if not 1 <= len(prompt) < (length or longest):
+            raise InputError(
+                f"the prompt has {len(prompt)} symbols; it needs at least 1 and fewer than the length "
+                f"{length or longest}"
+            )
+        low, high = (int(v) for v in prompt.aminmax())
+        if low < 0 or high >= K:
+            raise InputError(
+                f"prompt: symbol {low if low < 0 else high} is outside the vocabulary, 0 to {K - 1}"
+            )
+    return _draw(model, n, length, seed, batch_size, prompt, progress)
+
+
+def _draw(
+    model: DflowModel,
+    n: int,
+    length: int | None,
+    seed: int,
+    batch_size: int,
+    prompt: Tensor | None,
+    progress: bool,
+) -> Iterator[Tensor]:
+    generator = torch.Generator(model.device).manual_seed(seed)
+    with tqdm(total=n, unit="sample", desc="draw", delay=1, mininterval=1, disable=not progress) as bar:
+        for start in range(0, n, batch_size):
+            count = min(batch_size, n - start)
+            mode = model.training
+            model.eval()
+            try:
+                with torch.inference_mode():
+                    ids = model.generate(count, length=length, generator=generator, prompt=prompt).cpu()
+            finally:
+                model.train(mode)
+            bar.update(count)
+            yield from ids
+
+
+def spell(ids: Tensor, tokenizer: Tokenizer, kind: Format) -> str:
+    """One sample as text for reading, or as a line of JSON with keys ``text`` and ``num_symbols``."""
+    text = tokenizer.decode(ids)
+    if kind == "text":
+        return text + "\n"
+    return json.dumps({"text": text, "num_symbols": int((ids >= 0).sum())}, ensure_ascii=False) + "\n"
+
+
+def write(samples: Iterator[Tensor], tokenizer: Tokenizer, kind: Format, output: Path | None) -> None:
+    """Write samples to the file ``output``, which appears when all are in it, or to stdout as they come.
+
+    Raises:
+        InputError: ``output`` exists, or its folder does not.
+        OSError: the disk is full, or the like; names ``output``, and leaves nothing behind.
+    """
+    if output is None:
+        for ids in samples:
+            text = spell(ids, tokenizer, kind)
+            # What the terminal cannot show must not end a long draw.
+            encoding = sys.stdout.encoding or "utf-8"
+            sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+            sys.stdout.flush()
+        return
+    check_output(output)
+    # An output is whole or absent, so it may as well wait in memory: a million samples of 256 are 256 MB.
+    write_whole(output, "".join(spell(ids, tokenizer, kind) for ids in samples).encode("utf-8", "replace"))
+
+
+def check_output(output: Path) -> None:
+    """Refuse an output that exists, or whose folder does not.
+
+    Raises:
+        InputError: it cannot be written without loss, or at all.
+    """
+    if output.exists() or output.is_symlink():
+        raise InputError(f"{output}: exists already; remove it or choose another output")
+    if not output.parent.is_dir():
+        raise InputError(f"{output}: the folder {output.parent} does not exist; create it")
+
+
+def write_whole(output: Path, data: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OSError: with the name of ``output``, which the operating system leaves out where a disk is full.
+    """
+    try:
+        files.write(output, data)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(output)) from error

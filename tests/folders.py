@@ -1,0 +1,69 @@
+"""Small untrained models in folders, as `dflow train` leaves them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from dflow import hf
+from dflow.data import Corpus, DataConfig, load
+
+LENGTH = 8
+TEXT = "\n".join(f"line {i} of a text: {'abcde'[i % 5] * (i % 7)}." for i in range(200)) + "\n"
+SETTINGS: dict[str, dict[str, Any]] = {
+    "grouped": {"num_calls": 2, "num_attention_heads": 1, "hidden_size": 8, "num_hidden_layers": 1},
+    "bipartite": {"num_flows": 2, "num_attention_heads": 1, "hidden_size": 8, "embedding_size": 4},
+    "autoregressive": {"num_flows": 1, "num_attention_heads": 1, "hidden_size": 8, "num_hidden_layers": 1},
+    "transformer": {"num_attention_heads": 1, "hidden_size": 8, "num_hidden_layers": 1},
+    "lstm": {"hidden_size": 8, "num_hidden_layers": 2, "embedding_size": 4},
+}
+
+
+def write_text(folder: Path, text: str = TEXT) -> Path:
+    path = folder / "text.txt"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def corpus_of(path: Path, protocol: str = "stream") -> Corpus:
+    return load(DataConfig(name=str(path), protocol=protocol))  # type: ignore[arg-type]
+
+
+def make_model(
+    family: str, vocab_size: int, length: int = LENGTH, explicit_length: bool = False, seed: int = 0
+) -> hf.DflowModel:
+    torch.manual_seed(seed)
+    config = hf.DflowConfig(
+        family=family,
+        vocab_size=vocab_size,
+        length=length,
+        explicit_length=explicit_length,
+        **SETTINGS[family],
+    )
+    model = hf.DflowModel(config)
+    with torch.no_grad():
+        for p in model.parameters():  # flows start as the identity, which tests too little
+            p.add_(0.3 * torch.randn_like(p))
+    return model.eval()
+
+
+def write_model(
+    folder: Path, family: str, text: Path, protocol: str = "stream", length: int = LENGTH, seed: int = 0
+) -> Path:
+    corpus = corpus_of(text, protocol)
+    model = make_model(family, corpus.tokenizer.size, length, protocol == "sentence", seed)
+    if protocol == "sentence":
+        model.set_length_counts(corpus.train.length_counts(length).float())
+    hf.save(model, folder)
+    corpus.tokenizer.save(folder)
+    recipe = {
+        "data": {"name": str(text), "protocol": protocol},
+        "model": {"family": family, "length": length, **SETTINGS[family]},
+        "train": {"steps": 1},
+        "output": str(folder),
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return folder

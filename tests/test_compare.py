@@ -1,0 +1,228 @@
+"""The table: honest turns, the right reference, labels that can be read."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folders import corpus_of, make_model, write_text
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation
+from torch import Tensor
+
+from dflow import compare as comparing
+from dflow.compare import (
+    FILES,
+    Comparison,
+    Contestant,
+    compare,
+    markdown,
+    measure,
+    num_calls,
+    plot,
+    record,
+    spread,
+    write,
+)
+from dflow.config import InputError
+from dflow.data import Text
+from dflow.evaluate import evaluate
+from dflow.hf import DflowModel
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Text:
+    return corpus_of(write_text(tmp_path)).test
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def contestants(text: Text, *families: str) -> list[Contestant]:
+    K = int(text.ids.max()) + 1
+    return [Contestant(f"runs/{family}", make_model(family, K), text) for family in families]
+
+
+@pytest.fixture
+def comparison(text: Text) -> Comparison:
+    return compare(contestants(text, "grouped", "lstm", "bipartite"), batch_size=4, rounds=3)
+
+
+def test_rows_say_what_the_models_are(comparison: Comparison, text: Text) -> None:
+    assert [row.family for row in comparison.rows] == ["grouped", "lstm", "bipartite"]
+    assert [row.num_calls for row in comparison.rows] == [2, 8, 2]
+    for row, c in zip(comparison.rows, contestants(text, "grouped", "lstm", "bipartite"), strict=True):
+        assert row.evaluation == evaluate(c.model, text)
+        assert row.num_parameters == sum(p.numel() for p in c.model.parameters())
+        assert row.latency_threads in (1, 2)
+
+
+def test_ratios_are_to_the_first_lstm_else_to_the_first_model(comparison: Comparison, text: Text) -> None:
+    grouped, lstm, _ = comparison.rows
+    assert comparison.reference == "runs/lstm"
+    assert (lstm.latency_ratio, lstm.throughput_ratio) == (1, 1)
+    assert grouped.latency_ratio == pytest.approx(lstm.latency_ms / grouped.latency_ms)
+    assert grouped.throughput_ratio == pytest.approx(
+        grouped.characters_per_second / lstm.characters_per_second
+    )
+    other = compare(contestants(text, "bipartite", "grouped"), batch_size=2, rounds=1, limit=1)
+    assert other.reference == "runs/bipartite"
+
+
+class Slow(DflowModel):
+    """Draws nothing, in a known time that depends on the threads."""
+
+    log: list[tuple[str, int, int]]
+    name: str
+    seconds: dict[int, float]
+
+    def generate(self, num_return_sequences: int = 1, **_: Any) -> Tensor:
+        assert torch.is_inference_mode_enabled()
+        assert not self.training
+        self.log.append((self.name, torch.get_num_threads(), num_return_sequences))
+        time.sleep(self.seconds[torch.get_num_threads()])
+        x = torch.zeros(num_return_sequences, 8, dtype=torch.int64)
+        x[:, 6:] = -1
+        return x
+
+
+def slow(text: Text, name: str, seconds: dict[int, float], log: list[tuple[str, int, int]]) -> Contestant:
+    [c] = contestants(text, "lstm")
+    c.model.__class__ = Slow
+    c.model.name, c.model.seconds, c.model.log = name, seconds, log
+    return Contestant(name, c.model, text)
+
+
+def test_models_take_turns_and_keep_their_better_threads(text: Text) -> None:
+    log: list[tuple[str, int, int]] = []
+    a = slow(text, "a", {1: 0.01, 2: 0.03}, log)
+    b = slow(text, "b", {1: 0.04, 2: 0.02}, log)
+    a.model.train()
+    first, second = measure([a, b], 5, 8, rounds=3, seed=0, progress=False)
+    assert log == [("a", 1, 5), ("a", 2, 5), ("b", 1, 5), ("b", 2, 5)] * 4
+    assert (first.threads, second.threads) == (1, 2)
+    assert 0.01 <= first.seconds < 0.02 <= second.seconds < 0.03
+    assert first.characters == 30  # absent entries are no text
+    assert torch.get_num_threads() == 2
+    assert a.model.training
+
+
+def test_threads_and_modes_are_restored_after_an_error(text: Text) -> None:
+    a = slow(text, "a", {}, [])
+    a.model.train()
+    with pytest.raises(KeyError):
+        measure([a], 1, 8, rounds=1, seed=0, progress=False)
+    assert torch.get_num_threads() == 2
+    assert a.model.training
+
+
+def test_a_law_from_left_to_right_stops_at_the_length(text: Text) -> None:
+    lstm, grouped = (c.model for c in contestants(text, "lstm", "grouped"))
+    assert (num_calls(lstm, 3), num_calls(lstm, 8), num_calls(grouped, 8)) == (3, 8, 2)
+
+
+def test_markdown(comparison: Comparison) -> None:
+    lines = markdown(comparison).splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 5
+    assert len({line.count("|") for line in table}) == 1
+    row = comparison.rows[0]
+    assert f"{row.evaluation.bpc:.4f} ± {row.evaluation.standard_error:.4f}" in table[2]
+    assert "exact" in table[0]
+    assert "batch 4" in table[0]
+    notes = "\n".join(lines)
+    assert torch.__version__ in notes
+    assert "runs/grouped, runs/lstm, runs/bipartite: chunks of 8 symbols" in notes
+    assert "Ratios: to runs/lstm" in notes
+    assert re.search(r"threads \d", notes)
+    assert "FAILED" not in notes
+    broken = replace(row, evaluation=replace(row.evaluation, round_trip=False))
+    assert "ROUND TRIP FAILED, do not trust: runs/grouped" in markdown(replace(comparison, rows=(broken,)))
+
+
+def test_record_is_one_line_of_json(comparison: Comparison) -> None:
+    line = record(comparison)
+    assert "\n" not in line
+    found = json.loads(line)
+    assert found["rows"][1]["evaluation"]["bpc"] == comparison.rows[1].evaluation.bpc
+    assert found["environment"]["torch"] == torch.__version__
+
+
+def test_the_plot_names_every_model_and_no_name_covers_another(
+    comparison: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    save = Figure.savefig
+
+    def keep(self: Figure, *args: Any, **kwargs: Any) -> None:
+        drawn.append(self)
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    same = [replace(comparison.rows[i % 3], name=f"runs/model_${i}") for i in range(14)]
+    for rows in (comparison.rows, tuple(same), (same[0],)):
+        png = plot(replace(comparison, rows=tuple(rows)))
+        assert png.startswith(b"\x89PNG")
+        [axes] = drawn[-1].axes
+        assert axes.get_xscale() == "log"
+        labels = [t for t in axes.texts if isinstance(t, Annotation)]
+        assert len(labels) == len(rows)
+        # Of the text alone: Annotation's own box includes the line that leads to the point.
+        boxes = [super(Annotation, label).get_window_extent() for label in labels]
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+        assert not any(box.overlaps(axes.get_window_extent()) for box in boxes)
+
+
+def test_spread_keeps_order_and_room() -> None:
+    for places in ([0.0] * 10, [1.0] * 10, [0.1, 0.1, 0.5, 0.51, 0.99, 1.0]):
+        result = spread(places, 0.09)
+        assert all(b - a >= 0.09 - 1e-9 for a, b in itertools.pairwise(result))
+        assert min(result) > -1e-9
+        assert max(result) < 1 + 1e-9
+
+
+def test_results_are_written_and_never_over_others(comparison: Comparison, tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "results"
+    assert [p.name for p in write(comparison, folder)] == list(FILES)
+    assert sorted(p.name for p in folder.iterdir()) == sorted(FILES)
+    assert (folder / "compare.md").read_text(encoding="utf-8") == markdown(comparison)
+    assert json.loads((folder / "compare.json").read_text())["reference"] == "runs/lstm"
+    with pytest.raises(InputError, match=r"compare\.json: exists already"):
+        write(comparison, folder)
+    with pytest.raises(InputError, match="not a folder"):
+        comparing.check_folder(folder / "compare.md")
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"length": 9}, "runs/lstm draws sequences of 1 to 8"),
+        ({"length": 0}, "length 0"),
+        ({"rounds": 0}, "rounds 0"),
+        ({"batch_size": 0}, "batch size 0"),
+        ({"limit": 0}, "limit 0"),
+    ],
+)
+def test_impossible_settings_are_refused(settings: dict[str, int], named: str, text: Text) -> None:
+    with pytest.raises(InputError, match=named):
+        compare(contestants(text, "lstm"), **settings)  # type: ignore[arg-type]
+
+
+def test_no_model_and_two_of_one_name_are_refused(text: Text) -> None:
+    with pytest.raises(InputError, match="at least one"):
+        compare([])
+    with pytest.raises(InputError, match="one name"):
+        compare(contestants(text, "lstm", "lstm"))
