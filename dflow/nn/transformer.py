@@ -9,7 +9,8 @@ thousand steps.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,23 +19,6 @@ from torch.nn import functional as F
 from dflow.core import Context
 from dflow.ops.lookup import lookup
 from dflow.ops.orders import check_order
-
-
-@dataclass
-class Cache:
-    """Keys and values of one attention layer, written in place as slots arrive."""
-
-    key: Tensor
-    value: Tensor
-    filled: int = 0
-
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new slots; return all that are filled."""
-        end = self.filled + key.shape[2]
-        self.key[:, :, self.filled : end] = key
-        self.value[:, :, self.filled : end] = value
-        self.filled = end
-        return self.key[:, :, :end], self.value[:, :, :end]
 
 
 class Attention(nn.Module):
@@ -57,7 +41,6 @@ class Attention(nn.Module):
         rotation: Tensor,
         mask: Tensor | None,
         causal: bool = False,
-        cache: Cache | None = None,
     ) -> Tensor:
         """``h`` (batch, n, hidden); ``rotation`` complex (n, 2, 1, head/2), for queries and keys."""
         qkv = self.qkv(h).unflatten(-1, (3, self.num_heads, -1))
@@ -66,8 +49,6 @@ class Attention(nn.Module):
         pairs = torch.view_as_complex(qk.to(real).unflatten(-1, (-1, 2)))
         qk = torch.view_as_real(pairs * rotation).flatten(-2).to(qkv.dtype)
         q, k, v = (t.transpose(1, 2) for t in (qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2]))
-        if cache is not None:
-            k, v = cache.append(k, v)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, dropout_p=self.dropout if self.training else 0.0
         )
@@ -85,8 +66,8 @@ class Block(nn.Module):
         self.norm_attention = nn.LayerNorm(hidden_size, bias=False)
         self.attention = Attention(hidden_size, num_heads, dropout)
         self.norm_mlp = nn.LayerNorm(hidden_size, bias=False)
-        self.up = nn.Linear(hidden_size, intermediate_size)
-        self.down = nn.Linear(intermediate_size, hidden_size)
+        self.up = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -95,10 +76,9 @@ class Block(nn.Module):
         rotation: Tensor,
         mask: Tensor | None,
         causal: bool = False,
-        cache: Cache | None = None,
     ) -> Tensor:
         """Shapes as in `Attention.forward`."""
-        h = h + self.dropout(self.attention(self.norm_attention(h), rotation, mask, causal, cache))
+        h = h + self.dropout(self.attention(self.norm_attention(h), rotation, mask, causal))
         out: Tensor = h + self.dropout(self.down(F.relu(self.up(self.norm_mlp(h))).square()))
         return out
 
@@ -121,14 +101,37 @@ def _rotation(queries: Tensor, keys: Tensor, head_size: int, base: float = 10000
 
 
 @dataclass
-class State:
-    """What a `GroupCausalTransformer` remembers between the calls of one draw."""
+class _Weights:
+    """The parameters of one block as `GroupCausalTransformer.step` reads them."""
 
-    batch: int
+    norm_attention: Tensor
+    qkv: Tensor
+    out: Tensor
+    norm_mlp: Tensor
+    up: Tensor
+    down: Tensor
+
+
+@dataclass
+class State:
+    """What a `GroupCausalTransformer` remembers between the calls of one draw.
+
+    Attributes:
+        rotation: complex, (G, S, 2 x heads, head / 2).
+        present: slots that others may attend to, (batch, G, S); None when all are.
+        window: the last symbols of each lane, newest first, as rows of the embedding.
+        weights: of each block.
+        keys: of each block, (batch, heads, G x S, head), filled up to the present call.
+        values: the same.
+        call: calls so far.
+    """
+
     rotation: Tensor
     present: Tensor | None
     window: Tensor
-    caches: list[Cache] = field(default_factory=list)
+    weights: list[_Weights]
+    keys: list[Tensor]
+    values: list[Tensor]
     call: int = 0
 
 
@@ -301,46 +304,80 @@ class GroupCausalTransformer(nn.Module):
         rotation = rotation.to(torch.complex128 if dtype == torch.float64 else torch.complex64)
         present = self._visible(self.dim if lengths is None else lengths[:, None])
         everything = bool(present.all())
-        shape = (batch, self.num_heads, groups * lanes, self.hidden_size // self.num_heads)
+        head = self.hidden_size // self.num_heads
+        shape = (batch, self.num_heads, groups * lanes, head)
         return State(
-            batch,
-            rotation.unflatten(0, (groups, lanes)),
+            rotation.expand(-1, -1, self.num_heads, -1).reshape(groups, lanes, -1, head // 2),
             None if everything else present.unflatten(-1, (groups, lanes)).expand(batch, -1, -1),
-            torch.full((batch, lanes, self.window), self.K, device=device),
+            torch.full((batch, lanes, self.window), self.K, device=device) + self._offsets(),
             [
-                Cache(
-                    torch.empty(shape, dtype=dtype, device=device),
-                    torch.empty(shape, dtype=dtype, device=device),
+                _Weights(
+                    block.norm_attention.weight,
+                    block.attention.qkv.weight,
+                    block.attention.out.weight,
+                    block.norm_mlp.weight,
+                    block.up.weight,
+                    block.down.weight,
                 )
-                for _ in self.blocks
+                for block in cast("list[Block]", list(self.blocks))
             ],
+            [torch.empty(shape, dtype=dtype, device=device) for _ in self.blocks],
+            [torch.empty(shape, dtype=dtype, device=device) for _ in self.blocks],
         )
 
+    @torch.no_grad()
     def step(self, x: Tensor | None, state: State) -> Tensor:
         """Parameters (batch, S, num_params) of the next group, given the symbols (batch, S) of the last.
 
-        ``x`` is None at the first call. Symbols of lanes that are padding or absent are ignored.
+        ``x`` is None at the first call. Symbols of lanes that are padding or absent are ignored. The blocks
+        are written out here with as few operations as they take: at one sequence the calls of operations,
+        not their arithmetic, are what drawing costs.
         """
-        g = state.call
+        g, size = state.call, self.hidden_size
+        batch, lanes, window = state.window.shape
+        rows, head = batch * lanes, size // self.num_heads
         if x is not None:
             if state.present is not None:
                 x = x.masked_fill(~state.present[:, g], self.K)
-            state.window = torch.cat([x[..., None], state.window[..., :-1]], -1)
-        index = (state.window + self._offsets()).flatten(0, 1)
-        h = F.embedding_bag(index, self.embedding, mode="sum").unflatten(0, state.window.shape[:2])
+            if window > 1:
+                state.window[..., 1:] = state.window[..., :-1] + (self.K + 1)
+            state.window[..., 0] = x
+        h = F.embedding_bag(state.window.view(rows, window), self.embedding, mode="sum")
         if len(self.group_embedding):
-            h = h + self.group_embedding[g]
+            h += self.group_embedding[g]
         mask = None
         if state.present is not None:
-            mask = state.present[:, None, : g + 1].flatten(2)[:, None].expand(-1, -1, h.shape[1], -1)
-            own = torch.zeros(h.shape[1], mask.shape[-1], dtype=torch.bool, device=h.device)
-            own[:, -h.shape[1] :].fill_diagonal_(True)
+            mask = state.present[:, None, : g + 1].flatten(2)[:, None].expand(-1, -1, lanes, -1)
+            own = torch.zeros(lanes, mask.shape[-1], dtype=torch.bool, device=h.device)
+            own[:, -lanes:].fill_diagonal_(True)
             mask = mask | own
-        for block, cache in zip(self.blocks, state.caches, strict=True):
-            h = block(h, state.rotation[g], mask, cache=cache)
+        rotation, begin, end = state.rotation[g], g * lanes, (g + 1) * lanes
+        norm = (size,)
+        for w, keys, values in zip(state.weights, state.keys, state.values, strict=True):
+            qkv = _product(F.layer_norm(h, norm, w.norm_attention), w.qkv)
+            pairs = torch.view_as_complex(qkv[:, : 2 * size].view(batch, lanes, -1, head // 2, 2))
+            qk = torch.view_as_real(pairs * rotation).view(batch, lanes, 2 * self.num_heads, head)
+            qk = qk.transpose(1, 2)
+            keys[:, :, begin:end] = qk[:, self.num_heads :]
+            values[:, :, begin:end] = qkv[:, 2 * size :].view(batch, lanes, -1, head).transpose(1, 2)
+            out = F.scaled_dot_product_attention(
+                qk[:, : self.num_heads], keys[:, :, :end], values[:, :, :end], attn_mask=mask
+            )
+            h = _product(out.transpose(1, 2).reshape(rows, size), w.out, h)
+            up = _product(F.layer_norm(h, norm, w.norm_mlp), w.up).relu_()
+            h = _product(up.mul_(up), w.down, h)
         state.call += 1
-        out: Tensor = self.head(self.norm(h))
-        return out
+        h = F.layer_norm(h, norm, self.norm.weight)
+        return F.linear(h, self.head.weight, self.head.bias).view(batch, lanes, -1)
+
+
+def _product(x: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:
+    """``plus + x @ weight.T``; a product with a vector is faster than one with a matrix of one row."""
+    if len(x) == 1:
+        vector = x.view(-1)
+        out = torch.mv(weight, vector) if plus is None else torch.addmv(plus.view(-1), weight, vector)
+        return out.view(1, -1)
+    return F.linear(x, weight) if plus is None else torch.addmm(plus, x, weight.t())
 
 
 class InfillTransformer(nn.Module):

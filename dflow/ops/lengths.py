@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dflow.core import Context
+# `dflow.core.Context`, spelled out: core is a neighbour on this floor.
+_Context = Tensor | tuple[Tensor, ...] | None
 
 
-def lengths(context: Context) -> Tensor | None:
+def lengths(context: _Context) -> Tensor | None:
     """The lengths in ``context``, int64 ``(batch,)``, or None when every entry is present.
 
     Lengths are the one kind of context that is one-dimensional and int64; in a tuple the last such
@@ -24,7 +25,7 @@ def lengths(context: Context) -> Tensor | None:
     return None
 
 
-def present(context: Context, dim: int) -> Tensor | None:
+def present(context: _Context, dim: int) -> Tensor | None:
     """Bool ``(batch, dim)``, True where an entry is present; None when all are.
 
     >>> present(torch.tensor([2, 0]), 3)
