@@ -108,7 +108,7 @@ def test_state_survives_saving(name):
 
 
 def test_training_mode_changes_nothing():
-    bijector, x = build_bijector("chain", 6), enumerate_all(6, 3)
+    bijector, x = build_bijector("chain", 6), enumerate_all(6, DIMS[6])
     z = bijector.train().forward(x)[0]
     assert torch.equal(bijector.eval().forward(x)[0], z)
 
