@@ -108,7 +108,7 @@ def test_state_survives_saving(name):
 
 
 def test_training_mode_changes_nothing():
-    bijector, x = build_bijector("chain", 6), enumerate_all(6, 3)
+    bijector, x = build_bijector("chain", 6), enumerate_all(6, DIMS[6])
     z = bijector.train().forward(x)[0]
     assert torch.equal(bijector.eval().forward(x)[0], z)
 
@@ -263,7 +263,7 @@ def test_arguments_are_checked():
     with pytest.raises(ValueError, match="dim"):
         Autoregressive(ModShift(3), net, 0)
     with pytest.raises(ValueError, match="expected 5 entries"):
-        build_bijector("autoregressive shift", 3).forward(torch.zeros(1, 4, dtype=torch.int64))
+        build_bijector("autoregressive shift", 3, 5).forward(torch.zeros(1, 4, dtype=torch.int64))
     for bad in ([0, 0], [1, 2], [[0, 1]]):
         with pytest.raises(ValueError, match="not a permutation"):
             Permute(torch.tensor(bad))
