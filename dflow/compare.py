@@ -223,7 +223,7 @@ def _threads_restored() -> Iterator[None]:
 def _evaluating(contestants: Sequence[Contestant]) -> Iterator[None]:
     modes = [c.model.training for c in contestants]
     for c in contestants:
-        c.model.eval()
+        c.model.train(False)
     try:
         yield
     finally:

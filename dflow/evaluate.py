@@ -89,7 +89,7 @@ def evaluate(
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     shown = progress and rank == 0
     mode = model.training
-    model.eval()
+    model.train(False)
     try:
         with torch.inference_mode():
             moments = _score(model, ids, lengths, batch_size, rank, world, shown)

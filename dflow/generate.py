@@ -82,7 +82,7 @@ def _draw(
         for start in range(0, n, batch_size):
             count = min(batch_size, n - start)
             mode = model.training
-            model.eval()
+            model.train(False)
             try:
                 with torch.inference_mode():
                     ids = model.generate(count, length=length, generator=generator, prompt=prompt).cpu()
