@@ -267,8 +267,9 @@ def load(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> 
         raise InputError(f"{file}: a model of type {kind!r}, not of dflow; give a folder that dflow trained")
     if not (path / "model.safetensors").is_file():
         raise InputError(f"{path}: no model.safetensors; the checkpoint is incomplete, restore or retrain it")
-    verbosity = logging.get_verbosity()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         config = DflowConfig.from_pretrained(path)
         config.settings()
@@ -284,6 +285,8 @@ def load(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> 
         raise InputError(f"{path}: the checkpoint does not fit its config.json ({error})") from None
     finally:
         logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(what):
             names = ", ".join(str(k) for k in sorted(info[what], key=str)[:3])

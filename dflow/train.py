@@ -267,7 +267,7 @@ class _Run:
         pieces = self.world * config.accumulation
         if config.batch_size % pieces:
             raise InputError(
-                f"train.batch_size {config.batch_size} must be a multiple of processes x accumulation, {pieces}"
+                f"train.batch_size {config.batch_size} must be a multiple of {pieces} (processes x accumulation)"
             )
         explicit = corpus.protocol == "sentence"
         length = recipe.model.length

@@ -9,11 +9,14 @@ from torch import Tensor, nn
 
 from dflow.bijectors import Autoregressive, Chain, Coupling, Inverse, Permute, Reverse
 from dflow.core import Bijector, Context, Distribution, Elementwise
-from dflow.distributions import Categorical, ConditionalCategorical, Mixture
+from dflow.distributions import Categorical, ConditionalCategorical, Mixture, SequenceCategorical
 from dflow.elementwise import ModAffine, ModRank, ModShift
 from dflow.flows import Flow, Split
+from dflow.nn.lstm import LSTM
 from dflow.nn.made import MADE
+from dflow.nn.transformer import GroupCausalTransformer, InfillTransformer
 from dflow.ops.modular import one_hot
+from dflow.ops.orders import ORDERS, lockstep
 
 #: Alphabet -> number of entries: primes, composites and a prime power, each small enough to enumerate.
 DIMS = {2: 8, 3: 5, 5: 4, 6: 3, 9: 3}
@@ -79,6 +82,43 @@ def autoregressive(elementwise: Elementwise, K: int, dim: int) -> Autoregressive
     return Autoregressive(elementwise, MADE(dim, K, elementwise.num_params, [16, 16]), dim)
 
 
+def transformer(K: int, num_params: int, order: Tensor, dim: int) -> GroupCausalTransformer:
+    return GroupCausalTransformer(
+        K, num_params, order, dim, hidden_size=8, num_layers=2, num_heads=2, intermediate_size=8, window=2
+    )
+
+
+def infill_coupling(elementwise: Elementwise, K: int, dim: int) -> Coupling:
+    mask = alternate(dim)
+    net = InfillTransformer(
+        K,
+        elementwise.num_params,
+        mask.nonzero().flatten(),
+        (~mask).nonzero().flatten(),
+        hidden_size=8,
+        num_heads=2,
+        intermediate_size=8,
+        window=2,
+        embedding_size=4,
+    )
+    return Coupling(elementwise, net, mask)
+
+
+def autoregressive_transformer(elementwise: Elementwise, K: int, dim: int) -> Autoregressive:
+    net = transformer(K, elementwise.num_params, lockstep(dim, dim), dim)
+    return Autoregressive(elementwise, net, dim)
+
+
+def autoregressive_lstm(elementwise: Elementwise, K: int, dim: int) -> Autoregressive:
+    net = LSTM(K, elementwise.num_params, hidden_size=8, num_layers=1, embedding_size=4)
+    return Autoregressive(elementwise, net.eval(), dim)
+
+
+def grouped(K: int, dim: int, calls: int, order: str = "lockstep") -> SequenceCategorical:
+    matrix = ORDERS[order](dim, calls)
+    return SequenceCategorical(transformer(K, K, matrix, dim), matrix, dim)
+
+
 def permutation(K: int, dim: int) -> Permute:
     return Permute(torch.randperm(dim, generator=torch.Generator().manual_seed(dim)))
 
@@ -103,6 +143,11 @@ BIJECTORS: dict[str, Callable[[int, int], Bijector]] = {
     "autoregressive shift": lambda K, dim: autoregressive(ModShift(K), K, dim),
     "autoregressive affine": lambda K, dim: autoregressive(ModAffine(K), K, dim),
     "autoregressive rank": lambda K, dim: autoregressive(ModRank(K), K, dim),
+    "coupling rank infill": lambda K, dim: infill_coupling(ModRank(K), K, dim),
+    "coupling affine infill": lambda K, dim: infill_coupling(ModAffine(K), K, dim),
+    "autoregressive rank transformer": lambda K, dim: autoregressive_transformer(ModRank(K), K, dim),
+    "autoregressive affine transformer": lambda K, dim: autoregressive_transformer(ModAffine(K), K, dim),
+    "autoregressive shift lstm": lambda K, dim: autoregressive_lstm(ModShift(K), K, dim),
     "permute": permutation,
     "reverse": lambda K, dim: Reverse(),
     "inverse": lambda K, dim: Inverse(coupling(ModAffine(K), K, dim)),
@@ -151,6 +196,13 @@ BASES: dict[str, Callable[[int, int], Distribution]] = {
     "peaked": peaked,
     "learned": lambda K, dim: Categorical(dim, K, learned=True),
     "mixture": lambda K, dim: Mixture(dim, K, 3),
+    "autoregressive": lambda K, dim: grouped(K, dim, dim),
+    "grouped": lambda K, dim: grouped(K, dim, 2),
+    "grouped bit-reversed": lambda K, dim: grouped(K, dim, min(4, dim), "bit_reversed"),
+    "grouped shuffled": lambda K, dim: grouped(K, dim, 2, "shuffled"),
+    "lstm": lambda K, dim: SequenceCategorical(
+        LSTM(K, K, hidden_size=8, num_layers=2, embedding_size=4).eval(), lockstep(dim, dim), dim
+    ),
     "split": split,
     "split flow": split_flow,
     "flow": lambda K, dim: Flow(coupling(ModAffine(K), K, dim), counted(K, dim)),

@@ -109,11 +109,11 @@ class SequenceCategorical(Distribution):
     @torch.no_grad()
     def log_prob_by_steps(self, x: Tensor, context: Context = None) -> Tensor:
         """`log_prob` of symbols computed as `sample` draws them, group by group: a check of the two."""
-        state, previous = self.net.start(len(x), context), None
-        width = int(self.order.max()) + 1
         limit = torch.full((len(x),), x.shape[1], device=x.device)
         if isinstance(context, Tensor):
             limit = torch.minimum(limit, context)
+        state = self.net.start(len(x), None if bool((limit == self.dim).all()) else limit)
+        previous, width = None, int(self.order.max()) + 1
         x = F.pad(x, (0, width - x.shape[1]))
         total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         for row in self.order[: self._groups(int(limit.max()))]:

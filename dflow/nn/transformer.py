@@ -1,9 +1,9 @@
 """Transformers: group-causal (causal is its special case) and infilling (bidirectional).
 
 Both know nothing of flows: symbols in, ``num_params`` numbers an entry out. Positions are rotary (Su et al.
-2021, arXiv 2104.09864), blocks are pre-norm with squared rectifiers (So et al. 2021, arXiv 2109.08668), and both start with a
-window over neighbouring symbols: without that locality bidirectional nets stay at the unigram entropy for a
-thousand steps.
+2021, arXiv 2104.09864), blocks are pre-norm with squared rectifiers (So et al. 2021, arXiv 2109.08668), and
+both start with a window over neighbouring symbols: without that locality bidirectional nets stay at the
+unigram entropy for a thousand steps.
 """
 
 from __future__ import annotations
@@ -180,8 +180,10 @@ class GroupCausalTransformer(nn.Module):
         self.num_heads, self.hidden_size = num_heads, hidden_size
         self.register_buffer("order", order.clone())
         self.embedding = nn.Parameter(torch.randn(window * (K + 1), hidden_size) * 0.02)
-        groups = order.shape[0] if order.shape[1] > 1 else 0
-        self.group_embedding = nn.Parameter(torch.randn(groups, hidden_size) * 0.02)
+        # With one lane the group is the position, which is told by rotation.
+        self.group_embedding: nn.Parameter | None = None
+        if order.shape[1] > 1:
+            self.group_embedding = nn.Parameter(torch.randn(order.shape[0], hidden_size) * 0.02)
         self.blocks = nn.ModuleList(
             Block(hidden_size, num_heads, intermediate_size or 4 * hidden_size, dropout)
             for _ in range(num_layers)
@@ -242,7 +244,7 @@ class GroupCausalTransformer(nn.Module):
                 ((rows @ tables[j])[:, sources[:, j]] for j in range(self.window)), torch.zeros_like(h)
             )
             h = h + (soft - soft.detach())
-        if len(self.group_embedding):
+        if self.group_embedding is not None:
             h = h + self.group_embedding.repeat_interleave(self.order.shape[1], 0)
         return h
 
@@ -343,7 +345,7 @@ class GroupCausalTransformer(nn.Module):
                 state.window[..., 1:] = state.window[..., :-1] + (self.K + 1)
             state.window[..., 0] = x
         h = F.embedding_bag(state.window.view(rows, window), self.embedding, mode="sum")
-        if len(self.group_embedding):
+        if self.group_embedding is not None:
             h += self.group_embedding[g]
         mask = None
         if state.present is not None:

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from folders import LENGTH, SETTINGS, make_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel
+
+from dflow import hf, objectives
+from dflow.config import InputError
+
+K = 5
+
+
+@pytest.fixture(params=sorted(SETTINGS))
+def model(request):
+    made = make_model(request.param, K)
+    base = objectives.closed_form(made.distribution)
+    if base is not None:
+        base.assign(torch.rand_like(base.counts) * 9)
+    return made
+
+
+def test_saved_models_come_back_the_same(model, tmp_path):
+    hf.save(model, tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    x = torch.randint(0, K, (6, LENGTH))
+    expected = model.log_prob(x)
+    drawn = model.generate(4, generator=torch.Generator().manual_seed(0))
+    for loaded in (hf.load(tmp_path), AutoModel.from_pretrained(tmp_path).eval()):
+        assert isinstance(loaded, hf.DflowModel)
+        assert torch.equal(loaded.log_prob(x), expected)
+        assert torch.equal(loaded.generate(4, generator=torch.Generator().manual_seed(0)), drawn)
+    assert AutoConfig.from_pretrained(tmp_path).family == model.config.family
+
+
+def test_forward_is_mean_nats_a_symbol(model):
+    x = torch.randint(0, K, (6, LENGTH))
+    out = model(input_ids=x)
+    assert torch.equal(out.log_prob, model.log_prob(x))
+    assert out.loss.item() == pytest.approx(-model.log_prob(x).sum().item() / x.numel())
+
+
+def test_what_is_scored_is_what_is_drawn(model):
+    x = torch.randint(0, K, (6, LENGTH))
+    assert model.round_trip(x)
+    if model.config.family in ("grouped", "transformer", "lstm"):
+        net, step = model.distribution.net, model.distribution.net.step
+        net.step = lambda *args: step(*args) + torch.arange(K)
+    else:
+        model.distribution.bijector.inverse = lambda z, context=None: (z, None)
+    assert not model.round_trip(x)
+
+
+def test_generate_draws_what_is_asked_for(model):
+    generator = torch.Generator().manual_seed(0)
+    x = model.generate(7, length=3, generator=generator)
+    assert x.shape == (7, 3)
+    assert 0 <= int(x.min()) <= int(x.max()) < K
+    assert model.generate().shape == (1, LENGTH)
+    for arguments, message in [
+        ({"num_return_sequences": 0}, "cannot draw 0"),
+        ({"length": LENGTH + 1}, "length 9"),
+        ({"length": 0}, "length 0"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            model.generate(**arguments)
+
+
+def test_prompts_are_kept_or_refused(model):
+    prompt = torch.tensor([3, 1])
+    if model.config.family in ("bipartite", "autoregressive"):
+        with pytest.raises(InputError, match="cannot continue a prompt"):
+            model.generate(prompt=prompt)
+        return
+    assert (model.generate(5, prompt=prompt)[:, :2] == prompt).all()
+    for bad, message in [
+        (torch.zeros(LENGTH, dtype=torch.int64), "fewer than the length 8"),
+        (torch.tensor([K]), "symbol 5"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            model.generate(prompt=bad)
+
+
+def test_unfit_sequences_are_refused(model):
+    with pytest.raises(InputError, match="at most 8"):
+        model.log_prob(torch.zeros(1, LENGTH + 1, dtype=torch.int64))
+    with pytest.raises(InputError, match=r"symbol 5 lies outside 0\.\.4"):
+        model.log_prob(torch.full((1, LENGTH), K))
+    with pytest.raises(InputError, match="lengths must lie in"):
+        model.log_prob(torch.zeros(1, LENGTH, dtype=torch.int64), torch.tensor([0]))
+    short = torch.zeros(1, 3, dtype=torch.int64)
+    if model.config.family in ("transformer", "lstm"):
+        assert model.log_prob(short).shape == (1,)
+    else:
+        with pytest.raises(InputError, match="exactly 8"):
+            model.log_prob(short)
+
+
+@pytest.mark.parametrize("family", sorted(SETTINGS))
+def test_lengths_have_a_law_and_all_sequences_add_up_to_one(family):
+    model = make_model(family, 2, length=4, explicit_length=True).double()
+    model.set_length_counts(torch.tensor([0.0, 3, 0, 5, 1]))
+    total = 0.0
+    for n in range(1, 5):
+        x = torch.cartesian_prod(*[torch.arange(2)] * n).view(-1, n)
+        total += model.log_prob(x).exp().sum().item()
+        padded = torch.nn.functional.pad(x, (0, 4 - n))
+        lengths = torch.full((len(x),), n)
+        torch.testing.assert_close(model.log_prob(padded, lengths), model.log_prob(x))
+        assert model.round_trip(padded, lengths)
+    assert total == pytest.approx(1, abs=1e-6)
+    drawn = model.generate(2000, generator=torch.Generator().manual_seed(0))
+    shares = torch.bincount((drawn >= 0).sum(1), minlength=5) / 2000
+    expected = torch.tensor([0, 3.5, 0.5, 5.5, 1.5]) / 11
+    assert (shares - expected).abs().max() < 0.04
+    fixed = model.generate(5, length=3)
+    assert fixed.shape == (5, 3)
+    assert (fixed >= 0).all()
+
+
+def spoil(folder: Path, what: str) -> None:
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    values = json.loads(config.read_text())
+    if what == "truncated weights":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif what == "garbage weights":
+        weights.write_bytes(os.urandom(1000))
+    elif what == "missing weights":
+        weights.unlink()
+    elif what == "missing config":
+        config.unlink()
+    elif what == "truncated config":
+        config.write_text(config.read_text()[:40])
+    elif what == "another library's model":
+        config.write_text(json.dumps(values | {"model_type": "gpt2"}))
+    elif what == "another family":
+        config.write_text(json.dumps(values | {"family": "bipartite", "num_flows": 2, "embedding_size": 4}))
+    elif what == "unknown family":
+        config.write_text(json.dumps(values | {"family": "groupd"}))
+    elif what == "another size":
+        config.write_text(json.dumps(values | {"hidden_size": 16}))
+    elif what == "a setting of the wrong type":
+        config.write_text(json.dumps(values | {"num_calls": "many"}))
+    elif what == "foreign tensors":
+        save_file({"other": torch.zeros(3)}, weights, {"format": "pt"})
+    elif what == "a tensor too many":
+        save_file(load_file(weights) | {"extra": torch.zeros(3)}, weights, {"format": "pt"})
+    elif what == "a config that is a list":
+        config.write_text("[]")
+    elif what == "a pickle":
+        weights.unlink()
+        torch.save({"a": torch.zeros(1)}, folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "truncated weights",
+        "garbage weights",
+        "missing weights",
+        "missing config",
+        "truncated config",
+        "another library's model",
+        "another family",
+        "unknown family",
+        "another size",
+        "a setting of the wrong type",
+        "foreign tensors",
+        "a tensor too many",
+        "a config that is a list",
+        "a pickle",
+    ],
+)
+def test_spoilt_folders_give_one_clear_error(what, tmp_path):
+    hf.save(make_model("grouped", K), tmp_path)
+    spoil(tmp_path, what)
+    with pytest.raises(InputError) as caught:
+        hf.load(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        hf.load(tmp_path / "none")
+
+
+def test_a_failed_save_leaves_the_old_model_whole(tmp_path, monkeypatch):
+    model = make_model("grouped", K)
+    hf.save(model, tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def full(self, folder, **kwargs):
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hf.DflowModel, "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        hf.save(model, tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

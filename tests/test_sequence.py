@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import enumerate_all, grouped, randomize
+from torch.nn import functional as F
+
+from dflow.distributions import sequence
+from dflow.ops.modular import one_hot
+from dflow.ops.orders import ORDERS
+
+CASES = [(order, dim, calls) for order in ORDERS for dim, calls in ((5, 2), (4, 4), (6, 3))]
+
+
+@pytest.mark.parametrize(("order", "dim", "calls"), CASES)
+@torch.no_grad()
+def test_probabilities_of_each_length_add_up_to_one(order, dim, calls):
+    K = 3
+    law = randomize(grouped(K, dim, calls, order))
+    for T in range(1, dim + 1):
+        x = enumerate_all(K, T)
+        lengths = torch.full((len(x),), T)
+        padded = F.pad(x, (0, dim - T), value=1)
+        log_prob = law.log_prob(padded, lengths)
+        assert abs(float(log_prob.exp().sum()) - 1) < 1e-12
+        torch.testing.assert_close(law.log_prob(x), log_prob)
+        torch.testing.assert_close(law.log_prob(one_hot(padded, K, torch.float64), lengths), log_prob)
+        torch.testing.assert_close(law.log_prob_by_steps(padded, lengths), log_prob)
+        torch.testing.assert_close(law.log_prob_by_steps(x), log_prob)
+
+
+@pytest.mark.parametrize(("order", "dim", "calls"), CASES)
+def test_draws_follow_the_law(order, dim, calls):
+    K, n = 2, 20_000
+    law = randomize(grouped(K, dim, calls, order))
+    x = law.sample(n, generator=torch.Generator().manual_seed(0))
+    places = (x * K ** torch.arange(dim - 1, -1, -1)).sum(1)
+    expected = law.log_prob(enumerate_all(K, dim)).exp().detach() * n
+    counts = torch.bincount(places, minlength=K**dim)
+    kept = expected > 5
+    chi2 = ((counts - expected)[kept] ** 2 / expected[kept]).sum()
+    assert chi2 < kept.sum() + 6 * (2 * kept.sum()).sqrt() + 10
+
+
+def test_shorter_draws_have_the_law_of_first_entries():
+    K, dim, n = 2, 6, 20_000
+    for calls in (6, 3):
+        law = randomize(grouped(K, dim, calls))
+        short = law.sample(n, generator=torch.Generator().manual_seed(0), length=2)[:, :2]
+        p = law.log_prob(enumerate_all(K, dim)).exp().detach().view(4, -1).sum(1)
+        counts = torch.bincount(short[:, 0] * 2 + short[:, 1], minlength=4) / n
+        assert (counts - p).abs().max() < 0.02
+
+
+def test_a_prompt_is_kept_and_from_left_to_right_conditions_exactly():
+    K, dim, n = 3, 4, 30_000
+    law = randomize(grouped(K, dim, dim))
+    prompt = torch.tensor([2, 0])
+    x = law.sample(n, generator=torch.Generator().manual_seed(0), prompt=prompt)
+    assert (x[:, :2] == prompt).all()
+    p = law.log_prob(enumerate_all(K, dim)).exp().detach().view(K, K, K * K)[2, 0]
+    counts = torch.bincount(x[:, 2] * K + x[:, 3], minlength=K * K) / n
+    assert (counts - p / p.sum()).abs().max() < 0.02
+    x = randomize(grouped(K, dim, 2)).sample(5, prompt=prompt)
+    assert (x[:, :2] == prompt).all()
+
+
+def test_noise_drawn_in_blocks_gives_the_same_draws_for_a_seed(monkeypatch):
+    law = grouped(3, 6, 3)
+    once = law.sample(4, generator=torch.Generator().manual_seed(3))
+    monkeypatch.setattr(sequence, "_NOISE_BLOCK", 1)
+    assert torch.equal(law.sample(4, generator=torch.Generator().manual_seed(3)), once)
+
+
+def test_one_call_a_group():
+    law = grouped(3, 6, 3)
+    assert law.num_calls == 3
+    calls = []
+    step = law.net.step
+    law.net.step = lambda x, state: calls.append(1) or step(x, state)
+    law.sample(2)
+    assert len(calls) == 3
+    law.sample(2, length=1)
+    assert len(calls) == 4

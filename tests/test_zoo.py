@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from cases import enumerate_all, randomize
+from folders import SETTINGS
+
+from dflow import zoo
+from dflow.config import InputError
+from dflow.distributions import Categorical, SequenceCategorical
+from dflow.elementwise import ModAffine
+from dflow.flows import Flow
+
+VARIANTS = [(family, {}) for family in zoo.FAMILIES] + [
+    ("grouped", {"order": "bit_reversed"}),
+    ("bipartite", {"elementwise": "affine", "num_flows": 5}),
+    ("bipartite", {"base": "mixture", "components": 2}),
+    ("autoregressive", {"num_flows": 2, "elementwise": "shift"}),
+    ("autoregressive", {"base": "autoregressive"}),
+]
+
+
+@pytest.mark.parametrize(("family", "changes"), VARIANTS)
+@torch.no_grad()
+def test_every_family_is_normalised(family, changes):
+    K, length = 3, 6
+    config = zoo.settings(family, SETTINGS[family] | {"length": length} | changes)
+    model = randomize(zoo.build(family, config, K)).eval()
+    x = enumerate_all(K, length)
+    assert abs(float(model.log_prob(x).exp().sum()) - 1) < 1e-12
+    if isinstance(model, Flow):
+        z, _ = model.transform(x)
+        assert len(torch.unique(z, dim=0)) == len(x)
+        assert torch.equal(model.bijector.inverse(z)[0], x)
+    else:
+        torch.testing.assert_close(model.log_prob_by_steps(x), model.log_prob(x))
+
+
+@pytest.mark.parametrize("family", ["bipartite", "autoregressive"])
+def test_flows_start_as_the_identity(family):
+    config = zoo.settings(family, SETTINGS[family] | {"length": 8, "num_flows": 3})
+    model = zoo.build(family, config, 5)
+    x = torch.randint(0, 5, (20, 8))
+    z, _ = model.transform(x)
+    # Three autoregressive layers lie in alternating directions: the order is reversed twice.
+    assert torch.equal(z, x)
+
+
+def test_couplings_run_from_fine_to_coarse_and_condition_on_raw_symbols():
+    for dim in (2, 5, 8, 13):
+        levels = (dim - 1).bit_length()
+        touched = torch.zeros(dim, dtype=torch.bool)
+        for known, hidden in zoo.strides(dim, levels):
+            assert not (known & touched).any()
+            touched |= hidden
+        assert touched.tolist() == [False] + [True] * (dim - 1)
+        assert len(zoo.strides(dim, 2 * levels + 1)) == 2 * levels + 1
+
+
+def test_number_of_calls_is_what_the_settings_say():
+    def calls(family, **values):
+        return zoo.build(
+            family, zoo.settings(family, SETTINGS[family] | {"length": 16} | values), 3
+        ).num_calls
+
+    assert calls("grouped", num_calls=4) == 4
+    assert calls("bipartite", num_flows=4) == 4
+    assert calls("transformer") == calls("lstm") == 16
+    assert calls("autoregressive", num_flows=2) == 2 * 17
+    assert calls("autoregressive", num_flows=1, base="autoregressive") == 17 + 16
+
+
+def test_bases_and_families_of_maps():
+    config = zoo.settings("bipartite", {"length": 16, "hidden_size": 8, "num_attention_heads": 1})
+    flow = zoo.build("bipartite", config, 5)
+    assert isinstance(flow, Flow)
+    assert isinstance(flow.base, Categorical)
+    # One law a level: positions 2^l mod 2^(l+1) for l in 0..3, and position 0.
+    assert flow.base.n_classes == 5
+    affine = zoo.build("bipartite", dataclasses.replace(config, elementwise="affine"), 5)
+    assert sum(isinstance(m, ModAffine) for m in affine.modules()) == 8
+    grouped = zoo.settings(
+        "grouped", {"length": 16, "num_calls": 5, "hidden_size": 8, "num_attention_heads": 1}
+    )
+    assert isinstance(zoo.build("grouped", grouped, 5), SequenceCategorical)
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "message"),
+    [
+        ("grouped", {"num_cals": 3}, "did you mean 'num_calls'"),
+        ("grouped", {"num_calls": 300}, r"1\.\.256"),
+        ("grouped", {"order": "lockstepp"}, "did you mean 'lockstep'"),
+        ("grouped", {"hidden_size": 100, "num_attention_heads": 3}, "hidden_size 100"),
+        ("bipartite", {"length": 1}, "length 2 or more"),
+        ("bipartite", {"elementwise": "ranks"}, "did you mean 'rank'"),
+        ("lstm", {"dropout": 1.5}, "dropout"),
+        ("lstm", {"length": 0}, "length must be at least 1"),
+        ("autoregressive", {"num_flows": 0}, "num_flows"),
+        ("lstn", {}, "did you mean 'lstm'"),
+        (7, {}, "unknown family 7"),
+    ],
+)
+def test_wrong_settings_are_named(family, values, message):
+    with pytest.raises(InputError, match=message):
+        zoo.settings(family, values)
