@@ -74,12 +74,12 @@ class SequenceCategorical(Distribution):
         entries before it keep the law of full draws.
         """
         device = self.order.device
-        x = torch.zeros(n, int(self.order.max()) + 1, dtype=torch.int64, device=device)
         longest = self.dim if length is None else length
         if isinstance(context, Tensor):
             longest = min(longest, int(context.max()))
         groups = self._groups(longest)
         state, drawn = self.net.start(n, context), None
+        parts: list[Tensor] = []
         noise: Tensor | None = None
         block = 1
         for g in range(groups):
@@ -95,7 +95,10 @@ class SequenceCategorical(Distribution):
                 row = self.order[g]
                 forced = prompt[row.clamp(max=len(prompt) - 1)]
                 drawn = torch.where(row < len(prompt), forced, drawn)
-            x[:, self.order[g]] = drawn
+            parts.append(drawn)
+        x = torch.zeros(n, int(self.order.max()) + 1, dtype=torch.int64, device=device)
+        if parts:
+            x[:, self.order[:groups].flatten()] = torch.cat(parts, 1)
         x = x[:, : self.dim]
         if isinstance(context, Tensor):
             x = x.masked_fill(torch.arange(self.dim, device=device) >= context[:, None], 0)

@@ -117,18 +117,22 @@ class State:
     """What a `GroupCausalTransformer` remembers between the calls of one draw.
 
     Attributes:
+        batch: sequences.
         rotation: complex, (G, S, 2 x heads, head / 2).
         present: slots that others may attend to, (batch, G, S); None when all are.
-        window: the last symbols of each lane, newest first, as rows of the embedding.
+        table: the embedding, (K + 1, window x hidden): a symbol's vector for each distance.
+        window: the rows of that table for the last symbols of each lane, oldest first.
         weights: of each block.
         keys: of each block, (batch, heads, G x S, head), filled up to the present call.
         values: the same.
         call: calls so far.
     """
 
+    batch: int
     rotation: Tensor
     present: Tensor | None
-    window: Tensor
+    table: Tensor
+    window: list[Tensor]
     weights: list[_Weights]
     keys: list[Tensor]
     values: list[Tensor]
@@ -178,6 +182,7 @@ class GroupCausalTransformer(nn.Module):
             raise ValueError(f"window must be at least 1, found {window}")
         self.K, self.dim, self.window = K, dim, window
         self.num_heads, self.hidden_size = num_heads, hidden_size
+        self._rotation: Tensor | None = None
         self.register_buffer("order", order.clone())
         self.embedding = nn.Parameter(torch.randn(window * (K + 1), hidden_size) * 0.02)
         # With one lane the group is the position, which is told by rotation.
@@ -301,17 +306,18 @@ class GroupCausalTransformer(nn.Module):
         lengths = _lengths(context)
         groups, lanes = self.order.shape
         dtype, device = self.embedding.dtype, self.embedding.device
-        queries, keys = self._positions()
-        rotation = _rotation(queries.flatten(), keys.flatten(), self.hidden_size // self.num_heads)
-        rotation = rotation.to(torch.complex128 if dtype == torch.float64 else torch.complex64)
         present = self._visible(self.dim if lengths is None else lengths[:, None])
         everything = bool(present.all())
-        head = self.hidden_size // self.num_heads
-        shape = (batch, self.num_heads, groups * lanes, head)
+        shape = (batch, self.num_heads, groups * lanes, self.hidden_size // self.num_heads)
+        tables = self.embedding.detach().view(self.window, self.K + 1, self.hidden_size)
+        table = tables.transpose(0, 1).reshape(self.K + 1, -1)
+        before = table[self.K].view(1, self.window, -1).expand(batch * lanes, -1, -1)
         return State(
-            rotation.expand(-1, -1, self.num_heads, -1).reshape(groups, lanes, -1, head // 2),
+            batch,
+            self._rotations(),
             None if everything else present.unflatten(-1, (groups, lanes)).expand(batch, -1, -1),
-            torch.full((batch, lanes, self.window), self.K, device=device) + self._offsets(),
+            table,
+            [before] * self.window,
             [
                 _Weights(
                     block.norm_attention.weight,
@@ -327,6 +333,19 @@ class GroupCausalTransformer(nn.Module):
             [torch.empty(shape, dtype=dtype, device=device) for _ in self.blocks],
         )
 
+    def _rotations(self) -> Tensor:
+        """The rotations of all slots, (G, S, 2 x heads, head / 2), made once for a device and precision."""
+        dtype = torch.complex128 if self.embedding.dtype == torch.float64 else torch.complex64
+        if self._rotation is None or (self._rotation.dtype, self._rotation.device) != (
+            dtype,
+            self.order.device,
+        ):
+            queries, keys = (p.flatten() for p in self._positions())
+            rotation = _rotation(queries, keys, self.hidden_size // self.num_heads).to(dtype)
+            rotation = rotation.expand(-1, -1, self.num_heads, -1).flatten(1, 2)
+            self._rotation = rotation.unflatten(0, self.order.shape).contiguous()
+        return self._rotation
+
     @torch.no_grad()
     def step(self, x: Tensor | None, state: State) -> Tensor:
         """Parameters (batch, S, num_params) of the next group, given the symbols (batch, S) of the last.
@@ -336,17 +355,18 @@ class GroupCausalTransformer(nn.Module):
         not their arithmetic, are what drawing costs.
         """
         g, size = state.call, self.hidden_size
-        batch, lanes, window = state.window.shape
+        batch, lanes = state.batch, self.order.shape[1]
         rows, head = batch * lanes, size // self.num_heads
         if x is not None:
             if state.present is not None:
                 x = x.masked_fill(~state.present[:, g], self.K)
-            if window > 1:
-                state.window[..., 1:] = state.window[..., :-1] + (self.K + 1)
-            state.window[..., 0] = x
-        h = F.embedding_bag(state.window.view(rows, window), self.embedding, mode="sum")
+            new = F.embedding(x.reshape(rows), state.table).view(rows, self.window, size)
+            state.window = [*state.window[1:], new]
+        h = state.window[-1][:, 0]
+        for distance in range(1, self.window):
+            h = h + state.window[-1 - distance][:, distance]
         if self.group_embedding is not None:
-            h += self.group_embedding[g]
+            h = h + self.group_embedding[g]
         mask = None
         if state.present is not None:
             mask = state.present[:, None, : g + 1].flatten(2)[:, None].expand(-1, -1, lanes, -1)

@@ -1,0 +1,18 @@
+"""Train on text8: `dflow train` with a text8 recipe, for launchers that want a script.
+
+accelerate launch scripts/train_text8.py                      # the grouped model on all GPUs
+accelerate launch scripts/train_text8.py recipes/text8/bipartite.yaml --set train.steps=1000
+torchrun --nproc_per_node 2 scripts/train_text8.py            # two processes on a CPU
+"""
+
+import sys
+from pathlib import Path
+
+from dflow.cli import main
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "text8" / "grouped.yaml"
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    named = bool(arguments) and arguments[0].endswith(".yaml")
+    sys.exit(main(["train", *([] if named else [str(RECIPE)]), *arguments]))

@@ -1,0 +1,344 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from folders import SETTINGS, write_text
+from safetensors.torch import load_file, safe_open
+
+from dflow import cli, hf
+from dflow.config import InputError
+from dflow.data import DataConfig, load
+from dflow.evaluate import evaluate
+from dflow.train import Schedule, load_recipe, recipe_of, train
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+@pytest.fixture
+def text(tmp_path):
+    return write_text(tmp_path)
+
+
+def recipe_file(folder, text, family="grouped", model=None, **settings):
+    values = {
+        "data": {"name": str(text)},
+        "model": {"family": family, "length": 16, **SETTINGS[family], **(model or {})},
+        "train": {"steps": 6, "batch_size": 8, "samples": 1, "trackers": [], "warmup": 2, **settings},
+        "output": str(folder / "out"),
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+def run(path, *overrides, resume=False):
+    return train(load_recipe(path, list(overrides)), resume=resume)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def state(folder):
+    tensors = load_file(folder / "state.safetensors")
+    with safe_open(folder / "state.safetensors", "pt") as file:
+        return tensors, json.loads(file.metadata()["dflow"])
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[str(p.relative_to(ROOT)) for p in RECIPES])
+def test_every_recipe_trains_for_two_steps(path, text, tmp_path):
+    recipe = load_recipe(path)
+    small = ["length=16", "hidden_size=8", "num_hidden_layers=1"]
+    if recipe.family == "grouped":
+        small.append("num_calls=4")
+    if recipe.family == "lstm":
+        small.append("embedding_size=4")
+    else:
+        small.append("num_attention_heads=1")
+    if recipe.data.protocol == "sentence":
+        small[0] = "length=64"
+    overrides = [f"model.{s}" for s in small] + [
+        f"data={{name: '{text}', protocol: {recipe.data.protocol or 'null'}}}",
+        "train.steps=2",
+        "train.minutes=null",
+        "train.batch_size=4",
+        "train.accumulation=1",
+        "train.mixed_precision='no'",
+        "train.eval_chunks=4",
+        "train.eval_every=null",
+        "train.trackers=[]",
+        f"output={tmp_path / 'out'}",
+    ]
+    out = run(path, *overrides)
+    rows = metrics(out)
+    assert rows[-1]["step"] == 2
+    assert 0 < rows[-1]["valid_bpc"] < 12
+    assert hf.load(out).config.family == recipe.family
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "settings"),
+    [
+        ("grouped", {"num_calls": 4}, {}),
+        ("lstm", {"dropout": 0.2}, {"ema": 0.9}),
+        ("bipartite", {"num_flows": 2}, {"rule": "gumbel", "peak": {"start": 0.5, "end": 0.0}}),
+        ("bipartite", {"num_flows": 4}, {"rule": "layerwise", "ema": 0.5}),
+        ("autoregressive", {"base": "autoregressive"}, {"accumulation": 2}),
+    ],
+)
+def test_training_lowers_bits_and_the_folder_holds_the_best_model(family, model, settings, text, tmp_path):
+    path = recipe_file(tmp_path, text, family, model, steps=60, eval_every=20, learning_rate=0.01, **settings)
+    out = run(path)
+    rows = metrics(out)
+    assert [r["step"] for r in rows] == [20, 40, 60]
+    assert rows[-1]["valid_bpc"] < rows[0]["valid_bpc"]
+    files = {p.name for p in out.iterdir() if p.is_file()}
+    assert files == {
+        "config.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "recipe.yaml",
+        "state.safetensors",
+        "vocabulary.json",
+    }
+    corpus = load(DataConfig(name=str(text)))
+    result = evaluate(hf.load(out), corpus.valid)
+    assert result.bpc == pytest.approx(min(r["valid_bpc"] for r in rows), abs=1e-3)
+    assert result.round_trip
+    assert recipe_of(out).family == family
+
+
+def test_sentences_are_trained_with_their_lengths(text, tmp_path):
+    path = recipe_file(tmp_path, text, "grouped", {"length": 64, "num_calls": 8}, steps=4)
+    out = run(path, "data.protocol=sentence")
+    model = hf.load(out)
+    assert model.config.explicit_length
+    corpus = load(DataConfig(name=str(text), protocol="sentence"))
+    assert model.length_counts.sum() == len(corpus.train.lengths)
+    assert evaluate(model, corpus.valid).bpc == pytest.approx(metrics(out)[-1]["valid_bpc"], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("lstm", {"ema": 0.9}), ("bipartite", {"rule": "gumbel"}), ("grouped", {})],
+)
+def test_a_resumed_run_ends_with_the_same_bits(family, settings, text, tmp_path):
+    model = {"dropout": 0.3} if family != "bipartite" else {}
+    path = recipe_file(tmp_path, text, family, model, steps=12, eval_every=4, **settings)
+    whole = run(path, f"output={tmp_path / 'whole'}")
+    out = tmp_path / "parts"
+    # The learning rate follows the budget, so the budget must be the whole one: stop as Ctrl-C does.
+    recipe = load_recipe(path, [f"output={out}"])
+    stop_after(recipe, 7)
+    rows = metrics(out)
+    assert rows[-1]["step"] == 4
+    run(path, f"output={out}", resume=True)
+    assert same(state(whole)[0], state(out)[0])
+    assert same(load_file(whole / "model.safetensors"), load_file(out / "model.safetensors"))
+
+    def plain(rows):
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+    assert plain(metrics(whole)) == plain(metrics(out))
+
+
+def stop_after(recipe, step):
+    from dflow.train import _Run
+
+    once = _Run._one_step
+
+    def interrupting(self):
+        result = once(self)
+        if self.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    _Run._one_step = interrupting
+    try:
+        with pytest.raises(KeyboardInterrupt, match=f"step {step}; add --resume"):
+            train(recipe)
+    finally:
+        _Run._one_step = once
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def test_a_killed_run_resumes_to_the_same_bits(text, tmp_path):
+    path = recipe_file(tmp_path, text, "grouped", {"num_calls": 4}, steps=400, save_every=5, eval_every=200)
+    whole = run(path, f"output={tmp_path / 'whole'}")
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "dflow", "train", str(path), "--output", str(out)]
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    limit = time.monotonic() + 120
+    while not (out / "state.safetensors").is_file():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert state(out)[1]["step"] < 400
+    run(path, f"output={out}", resume=True)
+    assert same(state(whole)[0], state(out)[0])
+    assert same(load_file(whole / "model.safetensors"), load_file(out / "model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("family", "model"), [("grouped", {"num_calls": 4}), ("bipartite", {"num_flows": 2})]
+)
+def test_two_processes_see_what_one_sees(family, model, text, tmp_path):
+    path = recipe_file(tmp_path, text, family, model, steps=8, eval_every=1, learning_rate=0.01)
+    one = metrics(run(path, f"output={tmp_path / 'one'}"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command += ["-m", "dflow", "train", str(path), "--output", str(tmp_path / "two")]
+    command[3:3] = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    done = subprocess.run(
+        command, env=environment(), capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 processes on cpu" in done.stdout
+    two = metrics(tmp_path / "two")
+    assert len(one) == len(two) == 8
+    for a, b in zip(one, two, strict=True):
+        assert a["train_loss_bits"] == pytest.approx(b["train_loss_bits"], abs=1e-4)
+        assert a["valid_bpc"] == pytest.approx(b["valid_bpc"], abs=1e-4)
+
+
+def test_a_budget_in_minutes_ends(text, tmp_path):
+    path = recipe_file(tmp_path, text, steps=None, minutes=0.03)
+    started = time.monotonic()
+    out = run(path)
+    assert time.monotonic() - started < 20
+    assert metrics(out)[-1]["seconds"] >= 1.8
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("train.step=3", "unknown key 'step'; did you mean 'steps'"),
+        ("model.num_cals=3", "unknown key 'num_cals'; did you mean 'num_calls'"),
+        ("model.family=groupd", "did you mean 'grouped'"),
+        ("dta.name=x", "unknown key 'dta'; did you mean 'data'"),
+        ("data.nam=x", "did you mean 'name'"),
+        ("train.steps=many", "expected int, found 'many'"),
+        ("train.steps=0", "steps must be positive"),
+        ("train.steps=null", "give a budget"),
+        ("train.rule=gumble", "did you mean 'gumbel'"),
+        ("train.rule=gumbel", "does not train this model"),
+        ("train.batch_size=9 ", None),
+        ("train.accumulation=3", "multiple of 3"),
+        ("train.temperature={start: 1, end: 1, schedule: cosin}", "did you mean 'cosine'"),
+        ("train.temperature={start: 1}", "key 'end' is missing"),
+        ("train.ema=1.0", "ema"),
+        ("model.length=100000", "too few"),
+        ("data.name=nowhere.txt", "nowhere.txt"),
+        ("model", "write key=value"),
+        ("model.family.x=1", "is not a section"),
+        ("train.steps=[", "not a YAML value"),
+    ],
+)
+def test_wrong_settings_end_with_one_clear_error_and_2(change, message, text, tmp_path, capsys):
+    path = recipe_file(tmp_path, text, batch_size=9 if "batch" in change else 8)
+    if message is None:
+        return
+    assert cli.main(["train", str(path), "--set", change]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_texts_that_cannot_be_used(tmp_path, capsys):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    path = recipe_file(tmp_path, empty)
+    assert cli.main(["train", str(path)]) == 2
+    assert "empty.txt" in capsys.readouterr().err
+
+
+def test_recipes_that_are_none(tmp_path):
+    for content, message in [(None, "no such recipe"), ("a: [", "not a recipe"), ("- 1", "is a mapping")]:
+        path = tmp_path / "r.yaml"
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(InputError, match=message):
+            load_recipe(path)
+
+
+def test_outputs_that_exist_are_kept(text, tmp_path):
+    path = recipe_file(tmp_path, text, steps=2)
+    out = run(path)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    with pytest.raises(InputError, match="exists already; add --resume"):
+        run(path)
+    with pytest.raises(InputError, match="was trained with other settings"):
+        run(path, "train.learning_rate=0.5", resume=True)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    (out / "state.safetensors").write_bytes(before["state.safetensors"][:500])
+    with pytest.raises(InputError, match="truncated or foreign"):
+        run(path, resume=True)
+    (out / "state.safetensors").unlink()
+    with pytest.raises(InputError, match="nothing to resume"):
+        run(path, resume=True)
+
+
+def test_a_full_disk_is_said_and_the_last_state_stays_whole(text, tmp_path, monkeypatch, capsys):
+    from dflow.data import files
+
+    path = recipe_file(tmp_path, text, steps=6, eval_every=2)
+    write, calls = files.write, []
+
+    def filling(target, data):
+        if target.name == "state.safetensors":
+            calls.append(target)
+            if len(calls) == 2:
+                raise OSError(28, "No space left on device", str(target))
+        write(target, data)
+
+    monkeypatch.setattr(files, "write", filling)
+    assert cli.main(["train", str(path)]) == 2
+    assert "No space left on device; free some space" in capsys.readouterr().err
+    assert state(tmp_path / "out")[1]["step"] == 2
+    run(path, resume=True)
+    assert state(tmp_path / "out")[1]["step"] == 6
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path, monkeypatch):
+    from dflow.objectives import Objective
+
+    path = recipe_file(tmp_path, text)
+    forward = Objective.forward
+    monkeypatch.setattr(Objective, "forward", lambda *a: (forward(*a)[0] * float("nan"), None))
+    with pytest.raises(InputError, match="learning_rate"):
+        run(path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_schedules():
+    falling = Schedule(1.0, 0.0, "linear", until=0.5)
+    assert [falling.at(f) for f in (0, 0.25, 0.5, 1)] == [1, 0.5, 0, 0]
+
+
+def test_scripts_are_the_same_command(text, tmp_path):
+    path = recipe_file(tmp_path, text, steps=2)
+    command = [sys.executable, str(ROOT / "scripts" / "train_text8.py"), str(path)]
+    done = subprocess.run(
+        command, env=environment(), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "out" / "model.safetensors").is_file()
