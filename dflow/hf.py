@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -228,13 +230,28 @@ AutoConfig.register("dflow", DflowConfig)
 AutoModel.register(DflowConfig, DflowModel)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' own bars and notes: a save a minute would bury those of the training."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def save(model: DflowModel, folder: str | os.PathLike[str]) -> None:
     """`save_pretrained` such that every file of the folder is replaced whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
-        model.save_pretrained(temporary)
+        with _quiet():
+            model.save_pretrained(temporary)
         # The config last: a folder without one is no model yet, one with a config is complete.
         for path in sorted(temporary.iterdir(), key=lambda p: p.name == "config.json"):
             with path.open("rb") as file:
@@ -267,13 +284,11 @@ def load(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> 
         raise InputError(f"{file}: a model of type {kind!r}, not of dflow; give a folder that dflow trained")
     if not (path / "model.safetensors").is_file():
         raise InputError(f"{path}: no model.safetensors; the checkpoint is incomplete, restore or retrain it")
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
         config = DflowConfig.from_pretrained(path)
         config.settings()
-        pair: Any = DflowModel.from_pretrained(path, config=config, output_loading_info=True)
+        with _quiet():
+            pair: Any = DflowModel.from_pretrained(path, config=config, output_loading_info=True)
         model, info = pair
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
@@ -283,10 +298,6 @@ def load(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> 
         ) from None
     except (RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{path}: the checkpoint does not fit its config.json ({error})") from None
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(what):
             names = ", ".join(str(k) for k in sorted(info[what], key=str)[:3])

@@ -257,6 +257,8 @@ class _Run:
         trackers = [t for t in config.trackers if t]
         try:
             self.accelerator = Accelerator(
+                # Asked for by name, since several processes are seen on a CPU only then.
+                cpu=not torch.accelerator.is_available(),
                 mixed_precision=config.mixed_precision,
                 log_with=trackers or None,
                 project_dir=str(recipe.output),
@@ -267,7 +269,7 @@ class _Run:
         pieces = self.world * config.accumulation
         if config.batch_size % pieces:
             raise InputError(
-                f"train.batch_size {config.batch_size} must be a multiple of {pieces} (processes x accumulation)"
+                f"train.batch_size {config.batch_size} is not a multiple of {pieces} (processes x accumulation)"
             )
         explicit = corpus.protocol == "sentence"
         length = recipe.model.length
