@@ -269,7 +269,7 @@ class _Run:
         pieces = self.world * config.accumulation
         if config.batch_size % pieces:
             raise InputError(
-                f"train.batch_size {config.batch_size} is not a multiple of {pieces} (processes x accumulation)"
+                f"train.batch_size {config.batch_size} is no multiple of {pieces}, processes x accumulation"
             )
         explicit = corpus.protocol == "sentence"
         length = recipe.model.length

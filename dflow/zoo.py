@@ -54,8 +54,8 @@ class ModelConfig:
 
 
 @dataclass
-class TransformerConfig(ModelConfig):
-    """Baseline: the causal Transformer, one network call a symbol."""
+class AttentionConfig(ModelConfig):
+    """What every family built on attention has."""
 
     num_attention_heads: int = setting(4, "attention heads")
     intermediate_size: int | None = setting(None, "width of the perceptrons (default 4 x hidden_size)")
@@ -72,7 +72,7 @@ class TransformerConfig(ModelConfig):
             raise InputError(f"window must be at least 1, found {self.window}")
 
     def network(self) -> dict[str, Any]:
-        """Named arguments of the Transformers of `dflow.nn.transformer`."""
+        """Named arguments of the networks in `dflow.nn.transformer`."""
         return {
             "hidden_size": self.hidden_size,
             "num_layers": self.num_hidden_layers,
@@ -81,6 +81,22 @@ class TransformerConfig(ModelConfig):
             "window": self.window,
             "dropout": self.dropout,
         }
+
+
+@dataclass
+class TransformerConfig(AttentionConfig):
+    """Baseline: the causal Transformer, one network call a symbol."""
+
+    ngram_rows: int = setting(0, "rows of each table of hashed n-grams, n = 2 .. window; 0 for none")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ngram_rows < 0:
+            raise InputError(f"ngram_rows must be at least 0, found {self.ngram_rows}")
+
+    def network(self) -> dict[str, Any]:
+        """Named arguments of `GroupCausalTransformer`."""
+        return super().network() | {"ngram_rows": self.ngram_rows}
 
 
 @dataclass
@@ -99,7 +115,7 @@ class GroupedConfig(TransformerConfig):
 
 
 @dataclass
-class BipartiteConfig(TransformerConfig):
+class BipartiteConfig(AttentionConfig):
     """Discrete coupling flow: `num_flows` couplings, fine to coarse, over a factorized base."""
 
     num_hidden_layers: int = setting(1, "attention layers of each coupling's network")

@@ -82,10 +82,11 @@ def autoregressive(elementwise: Elementwise, K: int, dim: int) -> Autoregressive
     return Autoregressive(elementwise, MADE(dim, K, elementwise.num_params, [16, 16]), dim)
 
 
-def transformer(K: int, num_params: int, order: Tensor, dim: int) -> GroupCausalTransformer:
-    return GroupCausalTransformer(
-        K, num_params, order, dim, hidden_size=8, num_layers=2, num_heads=2, intermediate_size=8, window=2
-    )
+def transformer(
+    K: int, num_params: int, order: Tensor, dim: int, window: int = 2, ngram_rows: int = 0
+) -> GroupCausalTransformer:
+    sizes = {"hidden_size": 8, "num_layers": 2, "num_heads": 2, "intermediate_size": 8}
+    return GroupCausalTransformer(K, num_params, order, dim, window=window, ngram_rows=ngram_rows, **sizes)
 
 
 def infill_coupling(elementwise: Elementwise, K: int, dim: int) -> Coupling:
@@ -199,6 +200,9 @@ BASES: dict[str, Callable[[int, int], Distribution]] = {
     "autoregressive": lambda K, dim: grouped(K, dim, dim),
     "grouped": lambda K, dim: grouped(K, dim, 2),
     "grouped bit-reversed": lambda K, dim: grouped(K, dim, min(4, dim), "bit_reversed"),
+    "grouped n-grams": lambda K, dim: SequenceCategorical(
+        transformer(K, K, lockstep(dim, 2), dim, 3, 7), lockstep(dim, 2), dim
+    ),
     "grouped shuffled": lambda K, dim: grouped(K, dim, 2, "shuffled"),
     "lstm": lambda K, dim: SequenceCategorical(
         LSTM(K, K, hidden_size=8, num_layers=2, embedding_size=4).eval(), lockstep(dim, dim), dim

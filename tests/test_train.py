@@ -242,7 +242,7 @@ def test_a_budget_in_minutes_ends(text, tmp_path):
         ("train.rule=gumble", "did you mean 'gumbel'"),
         ("train.rule=gumbel", "does not train this model"),
         ("train.batch_size=9 ", None),
-        ("train.accumulation=3", "not a multiple of 3"),
+        ("train.accumulation=3", "no multiple of 3"),
         ("train.temperature={start: 1, end: 1, schedule: cosin}", "did you mean 'cosine'"),
         ("train.temperature={start: 1}", "key 'end' is missing"),
         ("train.ema=1.0", "ema"),

@@ -13,12 +13,13 @@ from dflow.ops.orders import ORDERS, check_order, lockstep
 SHAPES = [(4, 2), (5, 2), (5, 5), (6, 4), (7, 3), (4, 1)]
 
 
+@pytest.mark.parametrize("tables", [{}, {"window": 3, "ngram_rows": 5}])
 @pytest.mark.parametrize("name", ORDERS)
 @pytest.mark.parametrize(("dim", "calls"), SHAPES)
 @torch.no_grad()
-def test_steps_give_what_the_pass_gives(name, dim, calls):
+def test_steps_give_what_the_pass_gives(name, dim, calls, tables):
     K, order = 3, ORDERS[name](dim, calls)
-    net = randomize(transformer(K, 4, order, dim))
+    net = randomize(transformer(K, 4, order, dim, **tables))
     generator = torch.Generator().manual_seed(1)
     x = torch.randint(0, K, (9, dim), generator=generator)
     for context in (None, torch.randint(1, dim + 1, (9,), generator=generator)):
@@ -114,6 +115,20 @@ def test_infilling_ignores_absent_entries_and_reads_all_known_ones():
         changed = x.clone()
         changed[0, known >= 5] = filler
         torch.testing.assert_close(net(changed, lengths)[:, present], net(x, lengths)[:, present])
+
+
+@torch.no_grad()
+def test_tables_of_n_grams_read_just_their_symbols():
+    K, dim, window = 3, 6, 3
+    net = randomize(transformer(K, 2, lockstep(dim, dim), dim, window, 1000))
+    x = torch.randint(0, K, (1, dim))
+    rows = net._rows(torch.cat([x[:, i : i + window].flip(1) for i in range(dim - window + 1)]))
+    assert rows.shape == (dim - window + 1, window + window - 1)
+    assert rows.max() < len(net.embedding)
+    every = net._rows(enumerate_all(K, window))
+    # No two of the 9 pairs or 27 triples share a row here, and the third symbol is no part of a pair.
+    assert len(every[:, window].unique()) == K**2
+    assert len(every[:, window + 1].unique()) == K**3
 
 
 def test_lookup_is_an_index_forward_and_a_product_backward():

@@ -87,8 +87,8 @@ class SequenceCategorical(Distribution):
             if noise is None or g % block == 0:
                 block = max(1, _NOISE_BLOCK // logits.numel())
                 shape = (min(block, groups - g), *logits.shape)
-                noise = torch.empty(shape, dtype=logits.dtype, device=device)
-                noise = noise.exponential_(generator=generator).log_()
+                noise = torch.rand(shape, dtype=logits.dtype, device=device, generator=generator)
+                noise = noise.log_().neg_().log_()
             # The arg-max of logits plus Gumbel noise is an exact draw (Gumbel 1954; Maddison et al. 2014).
             drawn = (logits - noise[g % block]).argmax(-1)
             if prompt is not None:

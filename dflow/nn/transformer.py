@@ -120,8 +120,7 @@ class State:
         batch: sequences.
         rotation: complex, (G, S, 2 x heads, head / 2).
         present: slots that others may attend to, (batch, G, S); None when all are.
-        table: the embedding, (K + 1, window x hidden): a symbol's vector for each distance.
-        window: the rows of that table for the last symbols of each lane, oldest first.
+        window: the last symbols of each lane, (rows, window), newest first; K stands for none.
         weights: of each block.
         keys: of each block, (batch, heads, G x S, head), filled up to the present call.
         values: the same.
@@ -131,8 +130,7 @@ class State:
     batch: int
     rotation: Tensor
     present: Tensor | None
-    table: Tensor
-    window: list[Tensor]
+    window: Tensor
     weights: list[_Weights]
     keys: list[Tensor]
     values: list[Tensor]
@@ -155,10 +153,15 @@ class GroupCausalTransformer(nn.Module):
         hidden_size, num_layers, num_heads, intermediate_size, dropout: the usual.
         window: how many last symbols of its lane a slot reads directly (a causal convolution of that width
             over one-hot rows).
+        ngram_rows: rows of each of ``window - 1`` further tables, which hold a vector for the last 2, 3, ...
+            ``window`` symbols together, found by hashing; 0 for none. They cost no arithmetic. No gradient
+            reaches the symbols of one-hot rows through them.
         zero_head: start with an output of zeros (the identity, for the parameters of a bijector).
     """
 
     order: Tensor
+    hash: Tensor
+    first_rows: Tensor
 
     def __init__(
         self,
@@ -172,19 +175,27 @@ class GroupCausalTransformer(nn.Module):
         num_heads: int = 4,
         intermediate_size: int | None = None,
         window: int = 4,
+        ngram_rows: int = 0,
         dropout: float = 0.0,
         zero_head: bool = False,
     ) -> None:
         """See the class."""
         super().__init__()
         check_order(order, dim)
-        if window < 1:
-            raise ValueError(f"window must be at least 1, found {window}")
-        self.K, self.dim, self.window = K, dim, window
+        if window < 1 or ngram_rows < 0:
+            raise ValueError(f"window {window} must be at least 1 and ngram_rows {ngram_rows} at least 0")
+        self.K, self.dim, self.window, self.ngram_rows = K, dim, window, ngram_rows
         self.num_heads, self.hidden_size = num_heads, hidden_size
         self._rotation: Tensor | None = None
         self.register_buffer("order", order.clone())
-        self.embedding = nn.Parameter(torch.randn(window * (K + 1), hidden_size) * 0.02)
+        tables = window - 1 if ngram_rows else 0
+        self.embedding = nn.Parameter(torch.randn(window * (K + 1) + tables * ngram_rows, hidden_size) * 0.02)
+        # A linear hash: the factors of column n are zero beyond its n + 2 symbols.
+        generator = torch.Generator().manual_seed(0)
+        factors = torch.randint(1 << 20, 1 << 40, (window, tables), generator=generator)
+        self.register_buffer("hash", factors * (torch.arange(window)[:, None] < torch.arange(tables) + 2))
+        first = [torch.arange(window) * (K + 1), window * (K + 1) + torch.arange(tables) * ngram_rows]
+        self.register_buffer("first_rows", torch.cat(first))
         # With one lane the group is the position, which is told by rotation.
         self.group_embedding: nn.Parameter | None = None
         if order.shape[1] > 1:
@@ -224,8 +235,13 @@ class GroupCausalTransformer(nn.Module):
             group = torch.arange(len(keys), device=keys.device) // self.order.shape[1]
         return torch.where(group > 0, keys, queries) < limit
 
-    def _offsets(self) -> Tensor:
-        return torch.arange(self.window, device=self.order.device) * (self.K + 1)
+    def _rows(self, window: Tensor) -> Tensor:
+        """Rows of the embedding for the last symbols (..., window): one a distance, one an n-gram."""
+        if not self.ngram_rows:
+            return window + self.first_rows
+        # The sum of products is a matrix product, which torch lacks for integers on a GPU.
+        keys = (window[..., None] * self.hash).sum(-2).remainder_(self.ngram_rows)
+        return torch.cat([window, keys], -1) + self.first_rows
 
     def _embed(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         """Sum over the window of one embedding for each distance and symbol: (batch, G * S, hidden)."""
@@ -235,7 +251,7 @@ class GroupCausalTransformer(nn.Module):
             absent = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
             symbols = symbols.masked_fill(absent, self.K)
         none = symbols.new_full((x.shape[0], self.dim + 1 - x.shape[1]), self.K)
-        index = torch.cat([symbols, none], 1)[:, sources] + self._offsets()
+        index = self._rows(torch.cat([symbols, none], 1)[:, sources])
         h: Tensor = F.embedding_bag(index.flatten(0, 1), self.embedding, mode="sum")
         h = h.unflatten(0, index.shape[:2])
         if x.is_floating_point():
@@ -244,7 +260,8 @@ class GroupCausalTransformer(nn.Module):
             present = F.pad(symbols != self.K, (0, self.dim + 1 - x.shape[1]))
             rows = F.pad(x, (0, 0, 0, self.dim + 1 - x.shape[1]))
             rows = torch.where(present[..., None], rows, 0.0)
-            tables = self.embedding.detach().unflatten(0, (self.window, self.K + 1))[:, : self.K]
+            tables = self.embedding.detach()[: self.window * (self.K + 1)]
+            tables = tables.unflatten(0, (self.window, self.K + 1))[:, : self.K]
             soft = sum(
                 ((rows @ tables[j])[:, sources[:, j]] for j in range(self.window)), torch.zeros_like(h)
             )
@@ -309,15 +326,11 @@ class GroupCausalTransformer(nn.Module):
         present = self._visible(self.dim if lengths is None else lengths[:, None])
         everything = bool(present.all())
         shape = (batch, self.num_heads, groups * lanes, self.hidden_size // self.num_heads)
-        tables = self.embedding.detach().view(self.window, self.K + 1, self.hidden_size)
-        table = tables.transpose(0, 1).reshape(self.K + 1, -1)
-        before = table[self.K].view(1, self.window, -1).expand(batch * lanes, -1, -1)
         return State(
             batch,
             self._rotations(),
             None if everything else present.unflatten(-1, (groups, lanes)).expand(batch, -1, -1),
-            table,
-            [before] * self.window,
+            torch.full((batch * lanes, self.window), self.K, device=device),
             [
                 _Weights(
                     block.norm_attention.weight,
@@ -360,11 +373,8 @@ class GroupCausalTransformer(nn.Module):
         if x is not None:
             if state.present is not None:
                 x = x.masked_fill(~state.present[:, g], self.K)
-            new = F.embedding(x.reshape(rows), state.table).view(rows, self.window, size)
-            state.window = [*state.window[1:], new]
-        h = state.window[-1][:, 0]
-        for distance in range(1, self.window):
-            h = h + state.window[-1 - distance][:, distance]
+            state.window = torch.cat([x.reshape(rows, 1), state.window[:, :-1]], 1)
+        h: Tensor = F.embedding_bag(self._rows(state.window), self.embedding, mode="sum")
         if self.group_embedding is not None:
             h = h + self.group_embedding[g]
         mask = None
