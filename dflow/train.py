@@ -103,7 +103,6 @@ class TrainConfig:
     trackers: list[str] = field(
         default_factory=lambda: ["tensorboard"], metadata={"help": "trackers of accelerate; [] for none"}
     )
-    compile: bool = setting(False, "torch.compile the loss")
 
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
@@ -310,9 +309,7 @@ class _Run:
         self.next_eval = self.next_save = 0.0
         self.interrupted: int | None = None
         self.wrapped: Any
-        self.wrapped, self.optimizer = self.accelerator.prepare(
-            torch.compile(objective) if config.compile else objective, self.optimizer
-        )
+        self.wrapped, self.optimizer = self.accelerator.prepare(objective, self.optimizer)
         if self.averaged is not None:
             self.averaged.to(self.accelerator.device)
 
@@ -656,7 +653,7 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _fingerprint(recipe: Recipe) -> str:
     """What has to be the same for a run to go on: everything but the budget, evaluation and output."""
     values = recipe.as_dict()
-    free = {"steps", "minutes", "accumulation", "samples", "trackers", "compile"}
+    free = {"steps", "minutes", "accumulation", "samples", "trackers"}
     free |= {"eval_every", "eval_minutes", "eval_chunks", "save_every"}
     values["train"] = {k: v for k, v in values["train"].items() if k not in free}
     values["data"] = {k: v for k, v in values["data"].items() if k != "folder"}

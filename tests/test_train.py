@@ -220,6 +220,30 @@ def test_two_processes_see_what_one_sees(family, model, text, tmp_path):
         assert a["valid_bpc"] == pytest.approx(b["valid_bpc"], abs=1e-4 if family == "grouped" else 0.05)
 
 
+def test_accumulation_changes_nothing(text, tmp_path):
+    path = recipe_file(tmp_path, text, "bipartite", {"num_flows": 2}, eval_every=1)
+    whole = metrics(run(path))
+    pieces = metrics(run(path, "train.accumulation=4", f"output={tmp_path / 'pieces'}"))
+    for a, b in zip(whole, pieces, strict=True):
+        assert a["train_loss_bits"] == pytest.approx(b["train_loss_bits"], abs=1e-4)
+
+
+@pytest.mark.parametrize("family", sorted(SETTINGS))
+def test_half_precision_trains_and_the_result_is_exact(family, text, tmp_path):
+    path = recipe_file(tmp_path, text, family, mixed_precision="bf16", steps=2)
+    out = run(path)
+    result = evaluate(hf.load(out), load(DataConfig(name=str(text))).valid)
+    assert result.round_trip
+    assert result.bpc == pytest.approx(metrics(out)[-1]["valid_bpc"], abs=1e-3)
+
+
+def test_the_tracker_is_tensorboard_unless_told_otherwise(text, tmp_path):
+    path = recipe_file(tmp_path, text, steps=2, trackers=["tensorboard"])
+    assert list((run(path) / "logs").glob("events.out.tfevents*"))
+    with pytest.raises(InputError, match="train"):
+        run(path, "train.trackers=[nothing]", f"output={tmp_path / 'other'}")
+
+
 def test_a_budget_in_minutes_ends(text, tmp_path):
     path = recipe_file(tmp_path, text, steps=None, minutes=0.03)
     started = time.monotonic()
