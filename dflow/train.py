@@ -460,7 +460,7 @@ class _Run:
             return float(self.step + every)
         config = self.config
         if config.minutes is None:
-            return self.step + max(1, (config.steps or 10) // 10)
+            return self.step + math.ceil((config.steps or 10) / 10)
         return self.elapsed + 60 * (config.eval_minutes or config.minutes / 10)
 
     def _due(self, when: float, every: int | None) -> bool:

@@ -323,13 +323,16 @@ class GroupCausalTransformer(nn.Module):
         lengths = _lengths(context)
         groups, lanes = self.order.shape
         dtype, device = self.embedding.dtype, self.embedding.device
-        present = self._visible(self.dim if lengths is None else lengths[:, None])
-        everything = bool(present.all())
+        present: Tensor | None = None
+        if lengths is not None or self.order.numel() > self.dim:
+            present = self._visible(self.dim if lengths is None else lengths[:, None])
+            everything = bool(present.all())
+            present = None if everything else present.unflatten(-1, (groups, lanes)).expand(batch, -1, -1)
         shape = (batch, self.num_heads, groups * lanes, self.hidden_size // self.num_heads)
         return State(
             batch,
             self._rotations(),
-            None if everything else present.unflatten(-1, (groups, lanes)).expand(batch, -1, -1),
+            present,
             torch.full((batch * lanes, self.window), self.K, device=device),
             [
                 _Weights(
