@@ -365,7 +365,7 @@ class _Run:
             smoothing=0.05,
         )
         started = time.monotonic() - self.elapsed
-        shown, symbols, since = 0.0, 0, time.monotonic()
+        shown, characters, since = 0.0, 0, time.monotonic()
         with self._signals(), bar:
             if self.step == 0:
                 self.next_eval, self.next_save = self._next(config.eval_every), self._next(config.save_every)
@@ -373,12 +373,13 @@ class _Run:
                 loss, count = self._one_step()
                 self.step += 1
                 self.elapsed = self._agree(time.monotonic() - started)
-                shown, symbols = loss, symbols + count
+                shown, characters = loss, characters + count
                 now = time.monotonic()
                 if now - since > 1.0 or self.fraction() >= 1:
                     # Under the layerwise rule the loss is that of the conditioners, not the model's.
-                    bar.set_postfix_str(f"loss {shown:.3f} bits, {symbols / (now - since):,.0f} symbols/s")
-                    symbols, since = 0, now
+                    rate = characters / (now - since)
+                    bar.set_postfix_str(f"{shown:.3f} bits/char, {rate:,.0f} chars/s")
+                    characters, since = 0, now
                 bar.n = min(total, self.step if in_steps else round(self.elapsed))
                 bar.update(0)
                 done = self.fraction() >= 1
@@ -396,6 +397,7 @@ class _Run:
         self.say(f"done: {self.step:,} steps, best validation {self.best:.4f} bits a character")
 
     def _one_step(self) -> tuple[float, int]:
+        """The loss in bits a character, and the characters it was measured on."""
         config, accelerator = self.config, self.accelerator
         self._schedules()
         x, lengths = self.batch(self.step)
@@ -433,12 +435,13 @@ class _Run:
                 torch._foreach_lerp_(
                     list(self.averaged.parameters()), list(self.model.parameters()), 1 - decay
                 )
-        value = objectives.bits(float(nats), total)
+        characters = total * self.corpus.train.characters_per_symbol
+        value = objectives.bits(float(nats), characters)
         if not math.isfinite(value):
             raise InputError(
                 f"the loss is {value} at step {self.step}; start again with a lower train.learning_rate"
             )
-        return value, total
+        return value, round(characters)
 
     def _schedules(self) -> None:
         config, fraction = self.config, self.fraction()
