@@ -92,11 +92,12 @@ def _draw(
             yield from ids
 
 
-def spell(ids: Tensor, tokenizer: Tokenizer, kind: Format) -> str:
-    """One sample as text for reading, or as a line of JSON with keys ``text`` and ``num_symbols``."""
+def spell(ids: Tensor, tokenizer: Tokenizer, kind: Format, number: int = 1) -> str:
+    """One sample under a title line, for reading, or as a line of JSON: ``text`` and ``num_symbols``."""
     text = tokenizer.decode(ids)
     if kind == "text":
-        return text + "\n"
+        # Samples hold line breaks of their own.
+        return f"--- sample {number} ---\n{text}\n"
     return json.dumps({"text": text, "num_symbols": int((ids >= 0).sum())}, ensure_ascii=False) + "\n"
 
 
@@ -108,8 +109,8 @@ def write(samples: Iterator[Tensor], tokenizer: Tokenizer, kind: Format, output:
         OSError: the disk is full, or the like; names ``output``, and leaves nothing behind.
     """
     if output is None:
-        for ids in samples:
-            text = spell(ids, tokenizer, kind)
+        for number, ids in enumerate(samples, 1):
+            text = spell(ids, tokenizer, kind, number)
             # What the terminal cannot show must not end a long draw.
             encoding = sys.stdout.encoding or "utf-8"
             sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
@@ -117,7 +118,8 @@ def write(samples: Iterator[Tensor], tokenizer: Tokenizer, kind: Format, output:
         return
     check_output(output)
     # An output is whole or absent, so it may as well wait in memory: a million samples of 256 are 256 MB.
-    write_whole(output, "".join(spell(ids, tokenizer, kind) for ids in samples).encode("utf-8", "replace"))
+    text = "".join(spell(ids, tokenizer, kind, number) for number, ids in enumerate(samples, 1))
+    write_whole(output, text.encode("utf-8", "replace"))
 
 
 def check_output(output: Path) -> None:

@@ -560,6 +560,7 @@ class _Run:
             "next_eval": self.next_eval,
             "next_save": self.next_save,
             "recipe": _fingerprint(self.recipe),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         }
         # Tied weights share memory, which the format refuses: each name gets its own copy.
         data = safetensors.torch.save(

@@ -96,7 +96,7 @@ def test_the_mode_is_restored(training: bool) -> None:
 
 def test_formats() -> None:
     ids = torch.tensor([0, 2, 4, -1])
-    assert spell(ids, TOKENIZER, "text") == "a\né\n"
+    assert spell(ids, TOKENIZER, "text", 7) == "--- sample 7 ---\na\né\n"
     line = spell(ids, TOKENIZER, "jsonl")
     assert line.endswith("\n")
     assert line.count("\n") == 1
@@ -111,16 +111,16 @@ def some(*rows: list[int]) -> Iterator[Tensor]:
 def test_stdout_gets_samples_as_they_come(capsys: pytest.CaptureFixture[str]) -> None:
     def samples() -> Iterator[Tensor]:
         yield torch.tensor([0])
-        assert capsys.readouterr().out == "a\n"
+        assert capsys.readouterr().out == "--- sample 1 ---\na\n"
         yield torch.tensor([1])
 
     write(samples(), TOKENIZER, "text", None)
-    assert capsys.readouterr().out == "b\n"
+    assert capsys.readouterr().out == "--- sample 2 ---\nb\n"
 
 
 def test_a_file_is_whole(tmp_path: Path) -> None:
     write(some([0, 1], [4]), TOKENIZER, "text", tmp_path / "out.txt")
-    assert (tmp_path / "out.txt").read_bytes() == "ab\né\n".encode()
+    assert (tmp_path / "out.txt").read_bytes() == ("--- sample 1 ---\nab\n--- sample 2 ---\né\n".encode())
     assert [p.name for p in tmp_path.iterdir()] == ["out.txt"]
 
 
@@ -167,4 +167,4 @@ def test_any_bytes_can_be_written(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out").read_text(encoding="utf-8"))["text"] == "\ufffdA"
     surrogates = Characters(["a", "\ud800"])
     write(some([0, 1]), surrogates, "text", tmp_path / "other")
-    assert (tmp_path / "other").read_text(encoding="utf-8") == "a?\n"
+    assert (tmp_path / "other").read_text(encoding="utf-8") == "--- sample 1 ---\na?\n"
