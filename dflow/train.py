@@ -372,7 +372,7 @@ class _Run:
             while self.fraction() < 1:
                 loss, count = self._one_step()
                 self.step += 1
-                self.elapsed = self._agree(time.monotonic() - started)
+                stop = self._agree(time.monotonic() - started)
                 shown, characters = loss, characters + count
                 now = time.monotonic()
                 if now - since > 1.0 or self.fraction() >= 1:
@@ -391,7 +391,7 @@ class _Run:
                 if config.save_every and (done or self.step >= self.next_save):
                     self.save_state()
                     self.next_save = self._next(config.save_every)
-                if self._agree(float(self.interrupted or 0)):
+                if stop:
                     self.save_state()
                     raise KeyboardInterrupt(f"stopped at step {self.step}; add --resume to go on")
         self.say(f"done: {self.step:,} steps, best validation {self.best:.4f} bits a character")
@@ -470,12 +470,16 @@ class _Run:
         in_steps = every is not None or self.config.minutes is None
         return (self.step if in_steps else self.elapsed) >= when
 
-    def _agree(self, value: float) -> float:
-        """The main process's value, so that all take the same turn."""
-        if self.world == 1:
-            return value
-        agreed: list[Any] = broadcast_object_list([value])
-        return float(agreed[0])
+    def _agree(self, elapsed: float) -> bool:
+        """Set the time spent and say whether to stop: as the main process sees it, so that all turn alike."""
+        self.elapsed, stop = elapsed, bool(self.interrupted)
+        # Without a budget in minutes nothing hangs on the time, and asking costs a round of messages.
+        if self.world > 1 and (self.config.minutes is not None or self.step % _STEPS_UNASKED == 0):
+            agreed: list[Any] = broadcast_object_list([elapsed, stop])
+            self.elapsed, stop = float(agreed[0]), bool(agreed[1])
+        elif self.world > 1:
+            stop = False
+        return stop
 
     # -- evaluation ------------------------------------------------------------------------------------------
 
@@ -639,6 +643,9 @@ class _Run:
         if self.accelerator.is_main_process and out.is_dir() and not saved:
             shutil.rmtree(out, ignore_errors=True)
 
+
+#: Steps between two agreements of several processes that have no budget in minutes.
+_STEPS_UNASKED = 16
 
 #: Batches on which a base in closed form is set before an evaluation.
 _REFIT_BATCHES = 16
