@@ -20,12 +20,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: $(INSTALLED)  ## Train a flow and an LSTM on Python's help, draw text, compare (results in demo/)
+demo: $(INSTALLED)  ## Train a grouped model and an LSTM on Python's help, draw text, compare (in demo/)
 	rm -rf demo
 	$(BIN)/dflow train recipes/demo_grouped.yaml
 	$(BIN)/dflow train recipes/demo_lstm.yaml
 	$(BIN)/dflow generate --model demo/grouped --n 100 --output demo/samples.txt
+	head -n 40 demo/samples.txt
 	$(BIN)/dflow compare demo/grouped demo/lstm --output demo
+	@echo "100 samples: demo/samples.txt; table and plot: demo/compare.md, demo/compare.png"
 
 test: $(INSTALLED)  ## Run all tests and the examples in docstrings
 	$(BIN)/python -m pytest
