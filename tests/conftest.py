@@ -9,9 +9,13 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+# The models of the tests are tiny: a second thread only waits for the first, and much longer on a busy machine.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+
+torch.set_num_threads(1)
 
 _REAL = os.environ.get("DFLOW_DATA")
 
