@@ -9,7 +9,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
-# The models of the tests are tiny: a second thread only waits for the first, and much longer on a busy machine.
+# The models of the tests are tiny: a second thread only waits for the first.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
