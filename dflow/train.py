@@ -34,6 +34,8 @@ from tqdm import tqdm
 from dflow import hf, objectives, zoo
 from dflow.config import InputError, convert, nearest, parse
 from dflow.data import Corpus, DataConfig, Text, Tokenizer, files, load
+from dflow.distributions import Categorical, Mixture
+from dflow.flows import Flow
 from dflow.ops.straight_through import SCHEDULES, scheduled
 from dflow.zoo import setting
 
@@ -284,8 +286,9 @@ class _Run:
         self.model = hf.DflowModel(settings)
         distribution = self.model.distribution
         base = objectives.closed_form(distribution)
-        if base is not None:
-            base.initialize(corpus.train.marginals(corpus.tokenizer.size).float())
+        law = distribution.base if isinstance(distribution, Flow) else None
+        if isinstance(law, (Categorical, Mixture)):
+            law.initialize(corpus.train.marginals(corpus.tokenizer.size))
         if explicit:
             self.model.set_length_counts(corpus.train.length_counts(length).float())
         rule = objectives.default_rule(distribution) if config.rule == "auto" else config.rule

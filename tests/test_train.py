@@ -220,6 +220,16 @@ def test_two_processes_see_what_one_sees(family, model, text, tmp_path):
         assert a["valid_bpc"] == pytest.approx(b["valid_bpc"], abs=1e-4 if family == "grouped" else 0.05)
 
 
+@pytest.mark.parametrize("base", ["factorized", "mixture"])
+def test_a_flow_starts_at_the_unigram_entropy(base, text, tmp_path):
+    path = recipe_file(tmp_path, text, "bipartite", {"base": base, "num_flows": 2}, steps=1)
+    corpus = load(DataConfig(name=str(text)))
+    p = corpus.train.marginals(corpus.tokenizer.size)
+    entropy = -(p[p > 0] * p[p > 0].log2()).sum().item()
+    first = metrics(run(path, "train.rule=straight_through", "train.batch_size=64"))[0]
+    assert first["train_loss_bits"] == pytest.approx(entropy, abs=0.15)
+
+
 def test_accumulation_changes_nothing(text, tmp_path):
     path = recipe_file(tmp_path, text, "bipartite", {"num_flows": 2}, eval_every=1)
     whole = metrics(run(path))
