@@ -59,7 +59,7 @@ class AttentionConfig(ModelConfig):
 
     num_attention_heads: int = setting(4, "attention heads")
     intermediate_size: int | None = setting(None, "width of the perceptrons (default 4 x hidden_size)")
-    window: int = setting(4, "last symbols that the first layer reads directly")
+    window: int = setting(4, "neighbouring symbols that the first layer reads directly, on each side")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,16 +87,20 @@ class AttentionConfig(ModelConfig):
 class TransformerConfig(AttentionConfig):
     """Baseline: the causal Transformer, one network call a symbol."""
 
-    ngram_rows: int = setting(0, "rows of each table of hashed n-grams, n = 2 .. window; 0 for none")
+    ngram_rows: int = setting(0, "rows of each table of hashed n-grams, n = 2 .. ngram_size; 0 for none")
+    ngram_size: int = setting(4, "longest n-gram with a table")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.ngram_rows < 0:
-            raise InputError(f"ngram_rows must be at least 0, found {self.ngram_rows}")
+        if self.ngram_rows < 0 or self.ngram_size < 2:
+            raise InputError(
+                f"ngram_rows must be at least 0 and ngram_size at least 2, found {self.ngram_rows} and "
+                f"{self.ngram_size}"
+            )
 
     def network(self) -> dict[str, Any]:
         """Named arguments of `GroupCausalTransformer`."""
-        return super().network() | {"ngram_rows": self.ngram_rows}
+        return super().network() | {"ngram_rows": self.ngram_rows, "ngram_size": self.ngram_size}
 
 
 @dataclass

@@ -77,37 +77,39 @@ class SequenceCategorical(Distribution):
         longest = self.dim if length is None else length
         if isinstance(context, Tensor):
             longest = min(longest, int(context.max()))
-        groups = self._groups(longest)
+        rows = self._drawn(longest)
         state, drawn = self.net.start(n, context), None
-        parts: list[Tensor] = []
+        x = torch.zeros(n, self.dim, dtype=torch.int64, device=device)
         noise: Tensor | None = None
-        block = 1
-        for g in range(groups):
+        ahead = 0
+        for g, row in enumerate(rows):
             logits = self.net.step(drawn, state)
-            if noise is None or g % block == 0:
-                block = max(1, _NOISE_BLOCK // logits.numel())
-                shape = (min(block, groups - g), *logits.shape)
+            if noise is None or ahead + len(row) > noise.shape[1]:
+                # As many groups at once as fit, and at least this one.
+                fits, wanted = max(1, _NOISE_BLOCK // (n * logits.shape[-1])), 0
+                for later in rows[g:]:
+                    if wanted and wanted + len(later) > fits:
+                        break
+                    wanted += len(later)
+                shape = (n, wanted, logits.shape[-1])
                 noise = torch.rand(shape, dtype=logits.dtype, device=device, generator=generator)
-                noise = noise.log_().neg_().log_()
+                noise, ahead = noise.log_().neg_().log_(), 0
             # The arg-max of logits plus Gumbel noise is an exact draw (Gumbel 1954; Maddison et al. 2014).
-            drawn = (logits - noise[g % block]).argmax(-1)
+            drawn = (logits - noise[:, ahead : ahead + len(row)]).argmax(-1)
+            ahead += len(row)
             if prompt is not None:
-                row = self.order[g]
                 forced = prompt[row.clamp(max=len(prompt) - 1)]
                 drawn = torch.where(row < len(prompt), forced, drawn)
-            parts.append(drawn)
-        x = torch.zeros(n, int(self.order.max()) + 1, dtype=torch.int64, device=device)
-        if parts:
-            x[:, self.order[:groups].flatten()] = torch.cat(parts, 1)
-        x = x[:, : self.dim]
+            x[:, row] = drawn
         if isinstance(context, Tensor):
             x = x.masked_fill(torch.arange(self.dim, device=device) >= context[:, None], 0)
         return x
 
-    def _groups(self, length: int) -> int:
-        """Groups up to the last that holds an entry below ``length``; later ones need no call."""
+    def _drawn(self, length: int) -> list[Tensor]:
+        """Positions of each group, up to the last that holds one below ``length``: later ones need no call."""
         needed = (self.order < length).any(1).nonzero()
-        return int(needed.max()) + 1 if len(needed) else 0
+        rows = self.order[: int(needed.max()) + 1 if len(needed) else 0]
+        return [row[row < self.dim] for row in rows]
 
     @torch.no_grad()
     def log_prob_by_steps(self, x: Tensor, context: Context = None) -> Tensor:
@@ -116,10 +118,10 @@ class SequenceCategorical(Distribution):
         if isinstance(context, Tensor):
             limit = torch.minimum(limit, context)
         state = self.net.start(len(x), None if bool((limit == self.dim).all()) else limit)
-        previous, width = None, int(self.order.max()) + 1
-        x = F.pad(x, (0, width - x.shape[1]))
+        previous = None
+        x = F.pad(x, (0, self.dim - x.shape[1]))
         total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-        for row in self.order[: self._groups(int(limit.max()))]:
+        for row in self._drawn(int(limit.max())):
             log_p = self.net.step(previous, state).log_softmax(-1)
             previous = x[:, row]
             terms = log_p.gather(-1, previous[..., None]).squeeze(-1)

@@ -94,10 +94,10 @@ def _initialize(module: nn.Module, num_layers: int) -> None:
 
 
 def _rotation(queries: Tensor, keys: Tensor, head_size: int, base: float = 10000.0) -> Tensor:
-    """Unit complex numbers (n, 2, 1, head_size / 2) that turn queries and keys to their positions."""
+    """Unit complex numbers (..., 2, 1, head_size / 2) that turn queries and keys to their positions."""
     exponent = torch.arange(0, head_size, 2, device=queries.device, dtype=torch.float64) / head_size
-    angle = torch.stack([queries, keys], 1)[..., None].to(torch.float64) * base**-exponent
-    return torch.polar(torch.ones_like(angle), angle)[:, :, None]
+    angle = torch.stack([queries, keys], -1)[..., None].to(torch.float64) * base**-exponent
+    return torch.polar(torch.ones_like(angle), angle)[..., None, :]
 
 
 @dataclass
@@ -113,53 +113,102 @@ class _Weights:
 
 
 @dataclass
+class Plan:
+    """An order as `GroupCausalTransformer` walks it, for sequences of at most ``n`` entries.
+
+    Slots are listed group by group. That of lane s in group g predicts the entry at ``order[g, s]`` and
+    carries the symbol drawn before it in its lane, at ``order[g - 1, s]``; slots with neither are left out.
+
+    Attributes:
+        n: entries.
+        ends: slots up to and including each group.
+        targets: position that each slot predicts, n for none.
+        carried: position of the symbol that each slot carries, n for none.
+        sources: positions (slots, columns) whose symbols a slot reads, n for none.
+        near: distances to the nearest known symbols (slots, 2), before and after.
+        slots: slot of each position.
+        predicting: of each group, its slots that predict, counted from its first; None where all do.
+        mask: which slot attends to which, (slots, slots); None when each sees those before it and itself.
+        rotation: complex (slots, 2, 1, head / 2), turns queries and keys to their positions.
+        gaps: rows of the embedding (slots, 0 or 2) that stand for `near`.
+    """
+
+    n: int
+    ends: list[int]
+    targets: Tensor
+    carried: Tensor
+    sources: Tensor
+    near: Tensor
+    slots: Tensor
+    predicting: list[Tensor | None]
+    mask: Tensor | None
+    rotation: Tensor
+    gaps: Tensor
+
+
+@dataclass
 class State:
     """What a `GroupCausalTransformer` remembers between the calls of one draw.
 
     Attributes:
         batch: sequences.
-        rotation: complex, (G, S, 2 x heads, head / 2).
-        present: slots that others may attend to, (batch, G, S); None when all are.
-        window: the last symbols of each lane, (rows, window), newest first; K stands for none.
+        plan: the order that is walked.
+        present: slots that others may attend to, (batch, slots); None when all are.
+        lengths: (batch, 1), or None.
+        rotation: as in the plan, or (batch, slots, ...) with lengths.
+        gaps: likewise.
+        symbols: those drawn so far, (batch, n + 1); K stands for none.
         weights: of each block.
-        keys: of each block, (batch, heads, G x S, head), filled up to the present call.
+        keys: of each block, (batch, heads, slots, head), filled up to the present call.
         values: the same.
         call: calls so far.
     """
 
     batch: int
-    rotation: Tensor
+    plan: Plan
     present: Tensor | None
-    window: Tensor
+    lengths: Tensor | None
+    rotation: Tensor
+    gaps: Tensor
+    symbols: Tensor
     weights: list[_Weights]
     keys: list[Tensor]
     values: list[Tensor]
     call: int = 0
 
 
+#: Distances to the nearest known symbol are told apart up to this many half powers of two.
+_GAPS = 18
+_FAR = 1 << 20
+
+
 class GroupCausalTransformer(nn.Module):
     """A Transformer that scores a whole sequence in one pass and draws it in G calls.
 
-    With an order ``(G, S)`` (see `dflow.ops.orders`), slot (g, s) holds the symbol drawn at ``order[g-1, s]``
-    (a start vector for g = 0), its query stands at the position ``order[g, s]`` it has to predict, and it
-    attends to all slots of groups up to g, in every lane. The output for a position depends on symbols of
-    strictly earlier groups only. With S = 1 it is the causal Transformer.
+    With an order ``(G, S)`` (see `dflow.ops.orders`), every slot predicts one entry and reads the symbols of
+    earlier groups that stand next to it, on either side, and the last one of its lane; it attends to all
+    slots of groups up to its own, in every lane. The output for a position depends on symbols of strictly
+    earlier groups only. With one lane it is the causal Transformer. No parameter belongs to an order: what is
+    known around an entry is all that a slot is told of it, and any order can be walked (`plan`).
 
     Args:
         K: size of the alphabet.
         num_params: numbers for each entry of the output.
-        order: int64 ``(G, S)``.
+        order: int64 ``(G, S)``, the order walked unless another plan is given.
         dim: longest sequence.
         hidden_size, num_layers, num_heads, intermediate_size, dropout: the usual.
-        window: how many last symbols of its lane a slot reads directly (a causal convolution of that width
-            over one-hot rows).
-        ngram_rows: rows of each of ``window - 1`` further tables, which hold a vector for the last 2, 3, ...
-            ``window`` symbols together, found by hashing; 0 for none. They cost no arithmetic. No gradient
-            reaches the symbols of one-hot rows through them.
+        window: how many symbols before an entry its slot reads directly, one vector for each distance and
+            symbol (a convolution over one-hot rows).
+        ahead: how many symbols after it likewise, where an order draws any of them earlier; default ``window``
+            if the order has several lanes, else 0.
+        ngram_rows: rows of each table that holds a vector for several neighbours together, found by hashing;
+            0 for none. They cost no arithmetic. No gradient reaches the symbols of one-hot rows through them.
+        ngram_size: longest n-gram with a table, to either side and across the entry.
         zero_head: start with an output of zeros (the identity, for the parameters of a bijector).
     """
 
     order: Tensor
+    offsets: Tensor
     hash: Tensor
     first_rows: Tensor
 
@@ -175,31 +224,43 @@ class GroupCausalTransformer(nn.Module):
         num_heads: int = 4,
         intermediate_size: int | None = None,
         window: int = 4,
+        ahead: int | None = None,
         ngram_rows: int = 0,
+        ngram_size: int = 4,
         dropout: float = 0.0,
         zero_head: bool = False,
     ) -> None:
         """See the class."""
         super().__init__()
         check_order(order, dim)
-        if window < 1 or ngram_rows < 0:
-            raise ValueError(f"window {window} must be at least 1 and ngram_rows {ngram_rows} at least 0")
-        self.K, self.dim, self.window, self.ngram_rows = K, dim, window, ngram_rows
+        several = order.shape[1] > 1
+        ahead = (window if several else 0) if ahead is None else ahead
+        if window < 1 or ahead < 0 or ngram_rows < 0 or ngram_size < 2:
+            raise ValueError(
+                f"window {window} must be at least 1, ahead {ahead} and ngram_rows {ngram_rows} at least 0, "
+                f"ngram_size {ngram_size} at least 2"
+            )
+        self.K, self.dim, self.ngram_rows = K, dim, ngram_rows
         self.num_heads, self.hidden_size = num_heads, hidden_size
-        self._rotation: Tensor | None = None
+        self._plan: Plan | None = None
         self.register_buffer("order", order.clone())
-        tables = window - 1 if ngram_rows else 0
-        self.embedding = nn.Parameter(torch.randn(window * (K + 1) + tables * ngram_rows, hidden_size) * 0.02)
-        # A linear hash: the factors of column n are zero beyond its n + 2 symbols.
+        self.register_buffer("offsets", torch.tensor([*range(-1, -window - 1, -1), *range(1, ahead + 1)]))
+        columns = len(self.offsets) + 1
+        patterns = _patterns(window, ahead, ngram_size) if ngram_rows else []
+        # A linear hash: a table's factors are zero at the columns that it does not read.
         generator = torch.Generator().manual_seed(0)
-        factors = torch.randint(1 << 20, 1 << 40, (window, tables), generator=generator)
-        self.register_buffer("hash", factors * (torch.arange(window)[:, None] < torch.arange(tables) + 2))
-        first = [torch.arange(window) * (K + 1), window * (K + 1) + torch.arange(tables) * ngram_rows]
+        factors = torch.randint(1 << 20, 1 << 40, (columns, len(patterns)), generator=generator)
+        reads = torch.zeros(columns, len(patterns), dtype=torch.int64)
+        for i, pattern in enumerate(patterns):
+            reads[torch.isin(self.offsets, torch.tensor(pattern)).nonzero().flatten(), i] = 1
+        self.register_buffer("hash", factors * reads)
+        symbols = columns * (K + 1)
+        self.gap_row = symbols + len(patterns) * ngram_rows
+        first = [torch.arange(columns) * (K + 1), symbols + torch.arange(len(patterns)) * ngram_rows]
         self.register_buffer("first_rows", torch.cat(first))
-        # With one lane the group is the position, which is told by rotation.
-        self.group_embedding: nn.Parameter | None = None
-        if order.shape[1] > 1:
-            self.group_embedding = nn.Parameter(torch.randn(order.shape[0], hidden_size) * 0.02)
+        # With one lane there are no gaps to tell of.
+        self.gaps = 2 * _GAPS if ahead else 0
+        self.embedding = nn.Parameter(torch.randn(self.gap_row + self.gaps, hidden_size) * 0.02)
         self.blocks = nn.ModuleList(
             Block(hidden_size, num_heads, intermediate_size or 4 * hidden_size, dropout)
             for _ in range(num_layers)
@@ -210,72 +271,119 @@ class GroupCausalTransformer(nn.Module):
         if zero_head:
             nn.init.zeros_(self.head.weight)
 
-    def _sources(self) -> Tensor:
-        """Positions (G, S, window) that a slot reads: the last ones of its lane; ``dim`` stands for none."""
-        groups, lanes = self.order.shape
-        none = self.order.new_full((self.window, lanes), self.dim)
-        padded = torch.cat([none, self.order.clamp(max=self.dim)])
-        return torch.stack([padded[self.window - 1 - j :][:groups] for j in range(self.window)], -1)
+    @torch.no_grad()
+    def plan(self, order: Tensor, n: int) -> Plan:
+        """How to walk ``order`` over sequences of at most ``n`` entries."""
+        groups, lanes = order.shape
+        device = order.device
+        targets = order.masked_fill(order >= n, n)
+        carried = torch.cat([targets.new_full((1, lanes), n), targets[:-1]])
+        used = (targets < n) | (carried < n)
+        ends = used.sum(1).cumsum(0).tolist()
+        group = torch.arange(groups, device=device)[:, None].expand_as(order)[used]
+        targets, carried = targets[used], carried[used]
+        # The group that draws each position; n is drawn never.
+        rank = torch.full((n + 1,), groups, device=device)
+        rank[targets] = torch.where(targets < n, group, groups)
+        around = targets[:, None] + self.offsets
+        around = around.masked_fill((around < 0) | (around > n) | (targets[:, None] == n), n)
+        sources = around.masked_fill(rank[around] >= group[:, None], n)
+        sources = torch.cat([sources, carried[:, None]], 1)
+        known = rank[:n] < group[:, None]
+        away = torch.arange(n, device=device) - targets[:, None]
+        near = [
+            torch.where(known & (away * side > 0), away.abs(), _FAR).min(1).values for side in (-1, 1)
+        ]
+        slots = torch.full((n + 1,), -1, device=device)
+        slots[targets] = torch.arange(len(targets), device=device)
+        starts = [0, *ends[:-1]]
+        predicting = [targets[a:b] < n for a, b in zip(starts, ends, strict=True)]
+        plan = Plan(
+            n,
+            ends,
+            targets,
+            carried,
+            sources,
+            torch.stack(near, 1),
+            slots[:n],
+            [None if bool(p.all()) else p.nonzero().flatten() for p in predicting],
+            None if lanes == 1 else group[:, None] >= group,
+            sources.new_empty(0),
+            sources.new_empty(0),
+        )
+        plan.rotation, plan.gaps = self._geometry(plan, None)
+        return plan
 
-    def _positions(self) -> tuple[Tensor, Tensor]:
-        """Positions (G, S) at which the queries and the keys of the slots stand."""
-        first = self.order[:1] - 1
-        return self.order, torch.cat([first, self.order[:-1]])
+    def _geometry(self, plan: Plan, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Rotation and gaps (slots, ...), or (batch, slots, ...) with lengths (batch,)."""
+        end = torch.tensor(plan.n, device=plan.targets.device) if lengths is None else lengths[:, None]
+        queries = torch.where(plan.targets < end, plan.targets, plan.carried)
+        keys = torch.where(plan.carried < end, plan.carried, plan.targets)
+        rotation = _rotation(queries, keys, self.hidden_size // self.num_heads)
+        rotation = rotation.to(torch.complex128 if self.embedding.dtype == torch.float64 else torch.complex64)
+        if not self.gaps:
+            return rotation, plan.near[:, :0]
+        before, after = plan.near.unbind(-1)
+        before = torch.where(plan.targets < end, before, _FAR)
+        after = torch.where(plan.targets + after < end, after, _FAR)
+        bucket = (2 * torch.stack([before, after], -1).double().log2()).long().clamp(max=_GAPS - 1)
+        rows = torch.tensor([self.gap_row, self.gap_row + _GAPS], device=bucket.device)
+        return rotation, bucket + rows
 
-    def _visible(
-        self,
-        limit: int | Tensor,
-        queries: Tensor | None = None,
-        keys: Tensor | None = None,
-        group: Tensor | None = None,
-    ) -> Tensor:
-        """Slots that others may attend to: those that hold a present symbol or start a present lane."""
-        if queries is None or keys is None or group is None:
-            queries, keys = (p.flatten() for p in self._positions())
-            group = torch.arange(len(keys), device=keys.device) // self.order.shape[1]
-        return torch.where(group > 0, keys, queries) < limit
+    def _own_plan(self, n: int) -> Plan:
+        """The plan of the network's own order, made once for a length, device and precision."""
+        plan, wide = self._plan, self.embedding.dtype == torch.float64
+        if (
+            plan is None
+            or plan.n != n
+            or plan.targets.device != self.order.device
+            or (plan.rotation.dtype == torch.complex128) != wide
+        ):
+            plan = self._plan = self.plan(self.order, n)
+        return plan
 
-    def _rows(self, window: Tensor) -> Tensor:
-        """Rows of the embedding for the last symbols (..., window): one a distance, one an n-gram."""
-        if not self.ngram_rows:
-            return window + self.first_rows
-        # The sum of products is a matrix product, which torch lacks for integers on a GPU.
-        keys = (window[..., None] * self.hash).sum(-2).remainder_(self.ngram_rows)
-        return torch.cat([window, keys], -1) + self.first_rows
+    def _rows(self, symbols: Tensor, gaps: Tensor) -> Tensor:
+        """Rows of the embedding for the symbols read (..., columns): of each, of n-grams, and of gaps."""
+        parts = [symbols]
+        if self.ngram_rows:
+            # The sum of products is a matrix product, which torch lacks for integers on a GPU.
+            parts.append((symbols[..., None] * self.hash).sum(-2).remainder_(self.ngram_rows))
+        rows = torch.cat(parts, -1) + self.first_rows
+        return torch.cat([rows, gaps.expand(*rows.shape[:-1], -1)], -1) if self.gaps else rows
 
-    def _embed(self, x: Tensor, lengths: Tensor | None) -> Tensor:
-        """Sum over the window of one embedding for each distance and symbol: (batch, G * S, hidden)."""
-        sources = self._sources().flatten(0, 1)
+    def _embed(self, x: Tensor, plan: Plan, gaps: Tensor, lengths: Tensor | None) -> Tensor:
+        """The sum of what each slot reads: (batch, slots, hidden)."""
         symbols = x.argmax(-1) if x.is_floating_point() else x
         if lengths is not None:
             absent = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
             symbols = symbols.masked_fill(absent, self.K)
-        none = symbols.new_full((x.shape[0], self.dim + 1 - x.shape[1]), self.K)
-        index = self._rows(torch.cat([symbols, none], 1)[:, sources])
+        read = F.pad(symbols, (0, 1), value=self.K)[:, plan.sources]
+        if lengths is not None:
+            # A slot that predicts nothing has no neighbours, only the symbol it carries.
+            read[..., :-1].masked_fill_((plan.targets >= lengths[:, None])[..., None], self.K)
+        index = self._rows(read, gaps)
         h: Tensor = F.embedding_bag(index.flatten(0, 1), self.embedding, mode="sum")
         h = h.unflatten(0, index.shape[:2])
         if x.is_floating_point():
             # The sum above is what the inference mode computes, to the last bit. The same sum as a product
             # with the one-hot rows adds nothing but its gradient.
-            present = F.pad(symbols != self.K, (0, self.dim + 1 - x.shape[1]))
-            rows = F.pad(x, (0, 0, 0, self.dim + 1 - x.shape[1]))
-            rows = torch.where(present[..., None], rows, 0.0)
-            tables = self.embedding.detach()[: self.window * (self.K + 1)]
-            tables = tables.unflatten(0, (self.window, self.K + 1))[:, : self.K]
-            soft = sum(
-                ((rows @ tables[j])[:, sources[:, j]] for j in range(self.window)), torch.zeros_like(h)
-            )
+            rows = F.pad(torch.where((symbols != self.K)[..., None], x, 0.0), (0, 0, 0, 1))
+            columns = plan.sources.shape[1]
+            tables = self.embedding.detach()[: columns * (self.K + 1)]
+            tables = tables.unflatten(0, (columns, self.K + 1))[:, : self.K]
+            soft = torch.zeros_like(h)
+            for j in range(columns):
+                soft = soft + (rows @ tables[j])[:, plan.sources[:, j]]
             h = h + (soft - soft.detach())
-        if self.group_embedding is not None:
-            h = h + self.group_embedding.repeat_interleave(self.order.shape[1], 0)
         return h
 
-    def forward(self, x: Tensor, context: Context = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context = None, plan: Plan | None = None) -> Tensor:
         """Parameters of every entry, in the order of positions.
 
         Args:
             x: symbols, int64 ``(batch, n)``, or one-hot rows ``(batch, n, K)``, with ``n <= dim``.
             context: lengths, int64 ``(batch,)``, or None.
+            plan: of another order than the network's own, made for n entries.
 
         Returns:
             ``(batch, n, num_params)``; entry i depends on entries of earlier groups only.
@@ -284,56 +392,42 @@ class GroupCausalTransformer(nn.Module):
         n = x.shape[1]
         if n > self.dim:
             raise ValueError(f"the sequence has {n} entries, the network at most {self.dim}")
-        groups, lanes = self.order.shape
-        h = self._embed(x, lengths)
-        queries, keys = (p.flatten() for p in self._positions())
-        group = torch.arange(groups * lanes, device=x.device) // lanes
-        slots = self.order.flatten().argsort()[:n]
-        causal, mask = lanes == 1, None
-        visible = self._visible(n)
-        if not bool(visible.all()):
-            # Slots that neither hold nor predict an entry are left out: fewer rows, the same values.
-            used = (visible | (queries < n)).nonzero().flatten()
-            h, queries, keys, group, visible = (
-                h[:, used],
-                queries[used],
-                keys[used],
-                group[used],
-                visible[used],
-            )
-            slots = torch.searchsorted(used, slots)
+        plan = self._own_plan(n) if plan is None else plan
+        rotation, gaps = (plan.rotation, plan.gaps) if lengths is None else self._geometry(plan, lengths)
+        h = self._embed(x, plan, gaps, lengths)
+        mask = plan.mask
         if lengths is not None:
-            visible = self._visible(lengths[:, None], queries, keys, group)
-        if lengths is not None or not bool(visible.all()):
-            mask = (group[:, None] >= group) & visible[..., None, :]
+            visible = self._visible(plan, lengths)
+            mask = _causal(len(plan.targets), x.device) if mask is None else mask
             # A row without a single visible key would be undefined; every slot sees itself.
-            mask = mask | torch.eye(len(group), dtype=torch.bool, device=x.device)
-            mask, causal = mask[:, None] if lengths is not None else mask, False
-        elif not causal:
-            mask = group[:, None] >= group
-        rotation = _rotation(queries, keys, self.hidden_size // self.num_heads)
-        rotation = rotation.to(torch.complex128 if h.dtype == torch.float64 else torch.complex64)
+            own = torch.eye(len(plan.targets), dtype=torch.bool, device=x.device)
+            mask = ((mask & visible[:, None]) | own)[:, None]
         for block in self.blocks:
-            h = block(h, rotation, mask, causal)
-        out: Tensor = self.head(self.norm(h[:, slots]))
+            h = block(h, rotation, mask, mask is None)
+        out: Tensor = self.head(self.norm(h[:, plan.slots]))
         return out
 
-    def start(self, batch: int, context: Context = None) -> State:
+    def _visible(self, plan: Plan, lengths: Tensor) -> Tensor:
+        """Slots (batch, slots) that others may attend to: those that carry or predict a present symbol."""
+        return torch.minimum(plan.targets, plan.carried) < lengths[:, None]
+
+    def start(self, batch: int, context: Context = None, plan: Plan | None = None) -> State:
         """Begin to draw ``batch`` sequences."""
         lengths = _lengths(context)
-        groups, lanes = self.order.shape
+        plan = self._own_plan(self.dim) if plan is None else plan
         dtype, device = self.embedding.dtype, self.embedding.device
         present: Tensor | None = None
-        if lengths is not None or self.order.numel() > self.dim:
-            present = self._visible(self.dim if lengths is None else lengths[:, None])
-            everything = bool(present.all())
-            present = None if everything else present.unflatten(-1, (groups, lanes)).expand(batch, -1, -1)
-        shape = (batch, self.num_heads, groups * lanes, self.hidden_size // self.num_heads)
+        if lengths is not None:
+            present = self._visible(plan, lengths)
+            present = None if bool(present.all()) else present
+        shape = (batch, self.num_heads, len(plan.targets), self.hidden_size // self.num_heads)
         return State(
             batch,
-            self._rotations(),
+            plan,
             present,
-            torch.full((batch * lanes, self.window), self.K, device=device),
+            None if lengths is None else lengths[:, None],
+            *((plan.rotation, plan.gaps) if lengths is None else self._geometry(plan, lengths)),
+            torch.full((batch, plan.n + 1), self.K, device=device),
             [
                 _Weights(
                     block.norm_attention.weight,
@@ -349,61 +443,77 @@ class GroupCausalTransformer(nn.Module):
             [torch.empty(shape, dtype=dtype, device=device) for _ in self.blocks],
         )
 
-    def _rotations(self) -> Tensor:
-        """The rotations of all slots, (G, S, 2 x heads, head / 2), made once for a device and precision."""
-        dtype = torch.complex128 if self.embedding.dtype == torch.float64 else torch.complex64
-        if self._rotation is None or (self._rotation.dtype, self._rotation.device) != (
-            dtype,
-            self.order.device,
-        ):
-            queries, keys = (p.flatten() for p in self._positions())
-            rotation = _rotation(queries, keys, self.hidden_size // self.num_heads).to(dtype)
-            rotation = rotation.expand(-1, -1, self.num_heads, -1).flatten(1, 2)
-            self._rotation = rotation.unflatten(0, self.order.shape).contiguous()
-        return self._rotation
-
     @torch.no_grad()
     def step(self, x: Tensor | None, state: State) -> Tensor:
-        """Parameters (batch, S, num_params) of the next group, given the symbols (batch, S) of the last.
+        """Parameters (batch, m, num_params) of the next group, given the symbols of the last.
 
-        ``x`` is None at the first call. Symbols of lanes that are padding or absent are ignored. The blocks
-        are written out here with as few operations as they take: at one sequence the calls of operations,
-        not their arithmetic, are what drawing costs.
+        ``x``, int64 (batch, entries of the last group), is None at the first call; symbols beyond a length
+        are ignored. The blocks are written out here with as few operations as they take: at one sequence the
+        calls of operations, not their arithmetic, are what drawing costs.
         """
-        g, size = state.call, self.hidden_size
-        batch, lanes = state.batch, self.order.shape[1]
-        rows, head = batch * lanes, size // self.num_heads
+        g, size, plan = state.call, self.hidden_size, state.plan
+        begin, end = plan.ends[g - 1] if g else 0, plan.ends[g]
+        batch, width, head = state.batch, end - begin, size // self.num_heads
         if x is not None:
-            if state.present is not None:
-                x = x.masked_fill(~state.present[:, g], self.K)
-            state.window = torch.cat([x.reshape(rows, 1), state.window[:, :-1]], 1)
-        h: Tensor = F.embedding_bag(self._rows(state.window), self.embedding, mode="sum")
-        if self.group_embedding is not None:
-            h = h + self.group_embedding[g]
+            drawn = plan.targets[plan.ends[g - 2] if g > 1 else 0 : begin]
+            if plan.predicting[g - 1] is not None:
+                drawn = drawn[plan.predicting[g - 1]]
+            if state.lengths is not None:
+                x = x.masked_fill(drawn >= state.lengths, self.K)
+            state.symbols[:, drawn] = x
+        state.call += 1
+        symbols = state.symbols[:, plan.sources[begin:end]]
+        if state.lengths is not None:
+            symbols[..., :-1].masked_fill_((plan.targets[begin:end] >= state.lengths)[..., None], self.K)
+        index = self._rows(symbols, state.gaps[..., begin:end, :]).flatten(0, 1)
+        h: Tensor = F.embedding_bag(index, self.embedding, mode="sum")
         mask = None
         if state.present is not None:
-            mask = state.present[:, None, : g + 1].flatten(2)[:, None].expand(-1, -1, lanes, -1)
-            own = torch.zeros(lanes, mask.shape[-1], dtype=torch.bool, device=h.device)
-            own[:, -lanes:].fill_diagonal_(True)
+            mask = state.present[:, None, None, :end].expand(-1, -1, width, -1)
+            own = torch.zeros(width, end, dtype=torch.bool, device=h.device)
+            own[:, begin:].fill_diagonal_(True)
             mask = mask | own
-        rotation, begin, end = state.rotation[g], g * lanes, (g + 1) * lanes
+        rotation = state.rotation[..., begin:end, :, :, :]
         norm = (size,)
         for w, keys, values in zip(state.weights, state.keys, state.values, strict=True):
             qkv = _product(F.layer_norm(h, norm, w.norm_attention), w.qkv)
-            pairs = torch.view_as_complex(qkv[:, : 2 * size].view(batch, lanes, -1, head // 2, 2))
-            qk = torch.view_as_real(pairs * rotation).view(batch, lanes, 2 * self.num_heads, head)
+            pairs = torch.view_as_complex(qkv[:, : 2 * size].view(batch, width, 2, -1, head // 2, 2))
+            qk = torch.view_as_real(pairs * rotation).view(batch, width, 2 * self.num_heads, head)
             qk = qk.transpose(1, 2)
             keys[:, :, begin:end] = qk[:, self.num_heads :]
-            values[:, :, begin:end] = qkv[:, 2 * size :].view(batch, lanes, -1, head).transpose(1, 2)
+            values[:, :, begin:end] = qkv[:, 2 * size :].view(batch, width, -1, head).transpose(1, 2)
             out = F.scaled_dot_product_attention(
                 qk[:, : self.num_heads], keys[:, :, :end], values[:, :, :end], attn_mask=mask
             )
-            h = _product(out.transpose(1, 2).reshape(rows, size), w.out, h)
+            h = _product(out.transpose(1, 2).reshape(-1, size), w.out, h)
             up = _product(F.layer_norm(h, norm, w.norm_mlp), w.up).relu_()
             h = _product(up.mul_(up), w.down, h)
-        state.call += 1
+        h = h.view(batch, width, size)
+        if plan.predicting[g] is not None:
+            h = h[:, plan.predicting[g]]
         h = F.layer_norm(h, norm, self.norm.weight)
-        return F.linear(h, self.head.weight, self.head.bias).view(batch, lanes, -1)
+        return F.linear(h, self.head.weight, self.head.bias)
+
+
+def _patterns(window: int, ahead: int, size: int) -> list[list[int]]:
+    """Offsets of the neighbours that n-grams join: before the entry, after it, and on both sides.
+
+    >>> _patterns(4, 0, 3)
+    [[-1, -2], [-1, -2, -3]]
+    >>> _patterns(2, 2, 4)
+    [[-1, -2], [1, 2], [-1, 1], [-1, -2, 1], [-1, 1, 2], [-1, -2, 1, 2]]
+    """
+    before = [list(range(-1, -n - 1, -1)) for n in range(1, min(size, window) + 1)]
+    after = [list(range(1, n + 1)) for n in range(1, min(size, ahead) + 1)]
+    across = [b + a for total in range(2, size + 1) for b in before for a in after if len(b + a) == total]
+    # Both sides nearly balanced: the nearest symbols tell the most.
+    return before[1:] + after[1:] + [p for p in across if abs(sum(1 if o > 0 else -1 for o in p)) <= 1]
+
+
+def _causal(n: int, device: torch.device) -> Tensor:
+    """Mask of slots that see those before them and themselves."""
+    line = torch.arange(n, device=device)
+    return line[:, None] >= line
 
 
 def _product(x: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:

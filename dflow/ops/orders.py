@@ -52,9 +52,38 @@ def shuffled(dim: int, num_groups: int, seed: int = 0) -> Tensor:
     return order.flatten()[torch.randperm(order.numel(), generator=generator)].reshape(order.shape)
 
 
+def islands(dim: int, num_groups: int) -> Tensor:
+    """Pieces that grow from a seed: first to the right, then to both sides at once.
+
+    A lane that starts knows nothing to lean on, and what it misses is found again only where lanes meet. An
+    island has one start for two lanes, so that there are half as many as in `lockstep`; its left lane
+    starts as late as it can.
+
+    >>> islands(10, 4)
+    tensor([[ 1, 10,  6, 10],
+            [ 2, 10,  7, 10],
+            [ 3, 10,  8, 10],
+            [ 4,  0,  9,  5]])
+    """
+    _check(dim, num_groups)
+    count = -(-dim // (2 * num_groups - 1))
+    sizes = [dim // count + (i < dim % count) for i in range(count)]
+    order = torch.full((num_groups, 2 * count), dim)
+    begin = 0
+    for i, size in enumerate(sizes):
+        left = max(0, size - num_groups)
+        seed = begin + left
+        order[: size - left, 2 * i] = torch.arange(seed, begin + size)
+        order[num_groups - left :, 2 * i + 1] = torch.arange(seed - 1, begin - 1, -1)
+        begin += size
+    kept = (order < dim).any(0)
+    return order[:, kept]
+
+
 #: Orders by name; add one here and every grouped model can use it.
 ORDERS: dict[str, Callable[[int, int], Tensor]] = {
     "lockstep": lockstep,
+    "islands": islands,
     "bit_reversed": bit_reversed,
     "shuffled": shuffled,
 }
