@@ -118,20 +118,6 @@ def test_infilling_ignores_absent_entries_and_reads_all_known_ones():
         torch.testing.assert_close(net(changed, lengths)[:, present], net(x, lengths)[:, present])
 
 
-@torch.no_grad()
-def test_tables_of_n_grams_read_just_their_symbols():
-    K, dim, window = 3, 6, 3
-    net = randomize(transformer(K, 2, lockstep(dim, dim), dim, window, 1000))
-    x = torch.randint(0, K, (1, dim))
-    rows = net._rows(torch.cat([x[:, i : i + window].flip(1) for i in range(dim - window + 1)]))
-    assert rows.shape == (dim - window + 1, window + window - 1)
-    assert rows.max() < len(net.embedding)
-    every = net._rows(enumerate_all(K, window))
-    # No two of the 9 pairs or 27 triples share a row here, and the third symbol is no part of a pair.
-    assert len(every[:, window].unique()) == K**2
-    assert len(every[:, window + 1].unique()) == K**3
-
-
 def test_lookup_is_an_index_forward_and_a_product_backward():
     weight = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     x = torch.randint(0, 5, (2, 4))

@@ -84,18 +84,18 @@ class SequenceCategorical(Distribution):
         ahead = 0
         for g, row in enumerate(rows):
             logits = self.net.step(drawn, state)
-            if noise is None or ahead + len(row) > noise.shape[1]:
+            if noise is None or ahead + len(row) > len(noise):
                 # As many groups at once as fit, and at least this one.
                 fits, wanted = max(1, _NOISE_BLOCK // (n * logits.shape[-1])), 0
                 for later in rows[g:]:
                     if wanted and wanted + len(later) > fits:
                         break
                     wanted += len(later)
-                shape = (n, wanted, logits.shape[-1])
+                shape = (wanted, n, logits.shape[-1])
                 noise = torch.rand(shape, dtype=logits.dtype, device=device, generator=generator)
                 noise, ahead = noise.log_().neg_().log_(), 0
             # The arg-max of logits plus Gumbel noise is an exact draw (Gumbel 1954; Maddison et al. 2014).
-            drawn = (logits - noise[:, ahead : ahead + len(row)]).argmax(-1)
+            drawn = (logits - noise[ahead : ahead + len(row)].transpose(0, 1)).argmax(-1)
             ahead += len(row)
             if prompt is not None:
                 forced = prompt[row.clamp(max=len(prompt) - 1)]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflow.core import Context
+from dflow.nn.embed import Neighbours
 from dflow.ops.lookup import lookup
 from dflow.ops.orders import check_order
 
@@ -130,7 +131,7 @@ class Plan:
         predicting: of each group, its slots that predict, counted from its first; None where all do.
         mask: which slot attends to which, (slots, slots); None when each sees those before it and itself.
         rotation: complex (slots, 2, 1, head / 2), turns queries and keys to their positions.
-        gaps: rows of the embedding (slots, 0 or 2) that stand for `near`.
+        gaps: rows of the embedding (slots, 2) that stand for `near`; None with one lane.
     """
 
     n: int
@@ -143,7 +144,7 @@ class Plan:
     predicting: list[Tensor | None]
     mask: Tensor | None
     rotation: Tensor
-    gaps: Tensor
+    gaps: Tensor | None
 
 
 @dataclass
@@ -169,7 +170,7 @@ class State:
     present: Tensor | None
     lengths: Tensor | None
     rotation: Tensor
-    gaps: Tensor
+    gaps: Tensor | None
     symbols: Tensor
     weights: list[_Weights]
     keys: list[Tensor]
@@ -209,8 +210,6 @@ class GroupCausalTransformer(nn.Module):
 
     order: Tensor
     offsets: Tensor
-    hash: Tensor
-    first_rows: Tensor
 
     def __init__(
         self,
@@ -240,27 +239,21 @@ class GroupCausalTransformer(nn.Module):
                 f"window {window} must be at least 1, ahead {ahead} and ngram_rows {ngram_rows} at least 0, "
                 f"ngram_size {ngram_size} at least 2"
             )
-        self.K, self.dim, self.ngram_rows = K, dim, ngram_rows
+        self.K, self.dim, self.gaps = K, dim, ahead > 0
         self.num_heads, self.hidden_size = num_heads, hidden_size
         self._plan: Plan | None = None
         self.register_buffer("order", order.clone())
         self.register_buffer("offsets", torch.tensor([*range(-1, -window - 1, -1), *range(1, ahead + 1)]))
-        columns = len(self.offsets) + 1
-        patterns = _patterns(window, ahead, ngram_size) if ngram_rows else []
-        # A linear hash: a table's factors are zero at the columns that it does not read.
-        generator = torch.Generator().manual_seed(0)
-        factors = torch.randint(1 << 20, 1 << 40, (columns, len(patterns)), generator=generator)
-        reads = torch.zeros(columns, len(patterns), dtype=torch.int64)
-        for i, pattern in enumerate(patterns):
-            reads[torch.isin(self.offsets, torch.tensor(pattern)).nonzero().flatten(), i] = 1
-        self.register_buffer("hash", factors * reads)
-        symbols = columns * (K + 1)
-        self.gap_row = symbols + len(patterns) * ngram_rows
-        first = [torch.arange(columns) * (K + 1), symbols + torch.arange(len(patterns)) * ngram_rows]
-        self.register_buffer("first_rows", torch.cat(first))
-        # With one lane there are no gaps to tell of.
-        self.gaps = 2 * _GAPS if ahead else 0
-        self.embedding = nn.Parameter(torch.randn(self.gap_row + self.gaps, hidden_size) * 0.02)
+        reach = self.offsets.tolist()
+        # The last column is the symbol that the slot carries; with one lane there are no gaps to tell of.
+        self.embed = Neighbours(
+            K,
+            hidden_size,
+            len(reach) + 1,
+            [[reach.index(o) for o in pattern] for pattern in ngrams(window, ahead, ngram_size)],
+            ngram_rows,
+            extra=2 * _GAPS if ahead else 0,
+        )
         self.blocks = nn.ModuleList(
             Block(hidden_size, num_heads, intermediate_size or 4 * hidden_size, dropout)
             for _ in range(num_layers)
@@ -309,30 +302,30 @@ class GroupCausalTransformer(nn.Module):
             [None if bool(p.all()) else p.nonzero().flatten() for p in predicting],
             None if lanes == 1 else group[:, None] >= group,
             sources.new_empty(0),
-            sources.new_empty(0),
+            None,
         )
         plan.rotation, plan.gaps = self._geometry(plan, None)
         return plan
 
-    def _geometry(self, plan: Plan, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _geometry(self, plan: Plan, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Rotation and gaps (slots, ...), or (batch, slots, ...) with lengths (batch,)."""
         end = torch.tensor(plan.n, device=plan.targets.device) if lengths is None else lengths[:, None]
         queries = torch.where(plan.targets < end, plan.targets, plan.carried)
         keys = torch.where(plan.carried < end, plan.carried, plan.targets)
         rotation = _rotation(queries, keys, self.hidden_size // self.num_heads)
-        rotation = rotation.to(torch.complex128 if self.embedding.dtype == torch.float64 else torch.complex64)
+        rotation = rotation.to(torch.complex128 if self.norm.weight.dtype == torch.float64 else torch.complex64)
         if not self.gaps:
-            return rotation, plan.near[:, :0]
+            return rotation, None
         before, after = plan.near.unbind(-1)
         before = torch.where(plan.targets < end, before, _FAR)
         after = torch.where(plan.targets + after < end, after, _FAR)
         bucket = (2 * torch.stack([before, after], -1).double().log2()).long().clamp(max=_GAPS - 1)
-        rows = torch.tensor([self.gap_row, self.gap_row + _GAPS], device=bucket.device)
+        rows = self.embed.extra_row + torch.tensor([0, _GAPS], device=bucket.device)
         return rotation, bucket + rows
 
     def _own_plan(self, n: int) -> Plan:
         """The plan of the network's own order, made once for a length, device and precision."""
-        plan, wide = self._plan, self.embedding.dtype == torch.float64
+        plan, wide = self._plan, self.norm.weight.dtype == torch.float64
         if (
             plan is None
             or plan.n != n
@@ -342,17 +335,8 @@ class GroupCausalTransformer(nn.Module):
             plan = self._plan = self.plan(self.order, n)
         return plan
 
-    def _rows(self, symbols: Tensor, gaps: Tensor) -> Tensor:
-        """Rows of the embedding for the symbols read (..., columns): of each, of n-grams, and of gaps."""
-        parts = [symbols]
-        if self.ngram_rows:
-            # The sum of products is a matrix product, which torch lacks for integers on a GPU.
-            parts.append((symbols[..., None] * self.hash).sum(-2).remainder_(self.ngram_rows))
-        rows = torch.cat(parts, -1) + self.first_rows
-        return torch.cat([rows, gaps.expand(*rows.shape[:-1], -1)], -1) if self.gaps else rows
-
-    def _embed(self, x: Tensor, plan: Plan, gaps: Tensor, lengths: Tensor | None) -> Tensor:
-        """The sum of what each slot reads: (batch, slots, hidden)."""
+    def _embed(self, x: Tensor, plan: Plan, gaps: Tensor | None, lengths: Tensor | None) -> Tensor:
+        """What each slot reads: (batch, slots, hidden)."""
         symbols = x.argmax(-1) if x.is_floating_point() else x
         if lengths is not None:
             absent = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
@@ -361,20 +345,11 @@ class GroupCausalTransformer(nn.Module):
         if lengths is not None:
             # A slot that predicts nothing has no neighbours, only the symbol it carries.
             read[..., :-1].masked_fill_((plan.targets >= lengths[:, None])[..., None], self.K)
-        index = self._rows(read, gaps)
-        h: Tensor = F.embedding_bag(index.flatten(0, 1), self.embedding, mode="sum")
-        h = h.unflatten(0, index.shape[:2])
+        h: Tensor = self.embed(read, gaps)
         if x.is_floating_point():
-            # The sum above is what the inference mode computes, to the last bit. The same sum as a product
-            # with the one-hot rows adds nothing but its gradient.
-            rows = F.pad(torch.where((symbols != self.K)[..., None], x, 0.0), (0, 0, 0, 1))
-            columns = plan.sources.shape[1]
-            tables = self.embedding.detach()[: columns * (self.K + 1)]
-            tables = tables.unflatten(0, (columns, self.K + 1))[:, : self.K]
-            soft = torch.zeros_like(h)
-            for j in range(columns):
-                soft = soft + (rows @ tables[j])[:, plan.sources[:, j]]
-            h = h + (soft - soft.detach())
+            # The inference mode's sum to the last bit, with a gradient.
+            present = torch.where((symbols != self.K)[..., None], x, 0.0)
+            h = h + self.embed.gradient_of(present, plan.sources)
         return h
 
     def forward(self, x: Tensor, context: Context = None, plan: Plan | None = None) -> Tensor:
@@ -415,7 +390,7 @@ class GroupCausalTransformer(nn.Module):
         """Begin to draw ``batch`` sequences."""
         lengths = _lengths(context)
         plan = self._own_plan(self.dim) if plan is None else plan
-        dtype, device = self.embedding.dtype, self.embedding.device
+        dtype, device = self.norm.weight.dtype, self.norm.weight.device
         present: Tensor | None = None
         if lengths is not None:
             present = self._visible(plan, lengths)
@@ -465,8 +440,8 @@ class GroupCausalTransformer(nn.Module):
         symbols = state.symbols[:, plan.sources[begin:end]]
         if state.lengths is not None:
             symbols[..., :-1].masked_fill_((plan.targets[begin:end] >= state.lengths)[..., None], self.K)
-        index = self._rows(symbols, state.gaps[..., begin:end, :]).flatten(0, 1)
-        h: Tensor = F.embedding_bag(index, self.embedding, mode="sum")
+        gaps = None if state.gaps is None else state.gaps[..., begin:end, :]
+        h: Tensor = self.embed(symbols, gaps).flatten(0, 1)
         mask = None
         if state.present is not None:
             mask = state.present[:, None, None, :end].expand(-1, -1, width, -1)
@@ -495,19 +470,19 @@ class GroupCausalTransformer(nn.Module):
         return F.linear(h, self.head.weight, self.head.bias)
 
 
-def _patterns(window: int, ahead: int, size: int) -> list[list[int]]:
-    """Offsets of the neighbours that n-grams join: before the entry, after it, and on both sides.
+def ngrams(before: int, after: int, size: int) -> list[list[int]]:
+    """Offsets of the neighbours that n-grams up to ``size`` join: before an entry, after it, and around it.
 
-    >>> _patterns(4, 0, 3)
+    >>> ngrams(4, 0, 3)
     [[-1, -2], [-1, -2, -3]]
-    >>> _patterns(2, 2, 4)
-    [[-1, -2], [1, 2], [-1, 1], [-1, -2, 1], [-1, 1, 2], [-1, -2, 1, 2]]
+    >>> ngrams(2, 2, 4)
+    [[-1, -2], [1, 2], [-1, 1], [-1, 1, 2], [-1, -2, 1], [-1, -2, 1, 2]]
     """
-    before = [list(range(-1, -n - 1, -1)) for n in range(1, min(size, window) + 1)]
-    after = [list(range(1, n + 1)) for n in range(1, min(size, ahead) + 1)]
-    across = [b + a for total in range(2, size + 1) for b in before for a in after if len(b + a) == total]
-    # Both sides nearly balanced: the nearest symbols tell the most.
-    return before[1:] + after[1:] + [p for p in across if abs(sum(1 if o > 0 else -1 for o in p)) <= 1]
+    left = [list(range(-1, -n - 1, -1)) for n in range(1, min(size, before) + 1)]
+    right = [list(range(1, n + 1)) for n in range(1, min(size, after) + 1)]
+    # Around an entry both sides are balanced: the nearest symbols tell the most.
+    around = [a + b for a in left for b in right if len(a + b) <= size and abs(len(a) - len(b)) <= 1]
+    return left[1:] + right[1:] + around
 
 
 def _causal(n: int, device: torch.device) -> Tensor:

@@ -1,0 +1,91 @@
+"""Embedding of an entry by the symbols around it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Neighbours(nn.Module):
+    """Sum of one vector for each neighbour and its symbol, and of one for each n-gram of neighbours.
+
+    Neighbours are columns: column c always stands for the same place around an entry. Symbol K stands for one
+    that is absent or not known. N-grams find their vectors by hashing (no stored keys; two may share a
+    vector): parameters that cost no arithmetic.
+
+    Args:
+        K: size of the alphabet.
+        size: features.
+        columns: neighbours.
+        ngrams: columns that each table of n-grams joins.
+        ngram_rows: vectors in each of these tables; 0 for none.
+        extra: further vectors, whose rows in `weight` begin at `extra_row`.
+        std: of the random start.
+    """
+
+    hash: Tensor
+    first_rows: Tensor
+
+    def __init__(
+        self,
+        K: int,
+        size: int,
+        columns: int,
+        ngrams: Sequence[Sequence[int]] = (),
+        ngram_rows: int = 0,
+        extra: int = 0,
+        std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        ngrams = ngrams if ngram_rows else ()
+        self.K, self.size, self.columns, self.ngram_rows = K, size, columns, ngram_rows
+        # A linear hash: a table's factors are zero at the columns that it does not join.
+        generator = torch.Generator().manual_seed(0)
+        factors = torch.randint(1 << 20, 1 << 40, (columns, len(ngrams)), generator=generator)
+        joined = torch.zeros(columns, len(ngrams), dtype=torch.int64)
+        for i, ngram in enumerate(ngrams):
+            joined[list(ngram), i] = 1
+        self.register_buffer("hash", factors * joined)
+        symbols = columns * (K + 1)
+        self.extra_row = symbols + len(ngrams) * ngram_rows
+        first = [torch.arange(columns) * (K + 1), symbols + torch.arange(len(ngrams)) * ngram_rows]
+        self.register_buffer("first_rows", torch.cat(first))
+        self.weight = nn.Parameter(torch.randn(self.extra_row + extra, size) * std)
+
+    def rows(self, symbols: Tensor) -> Tensor:
+        """Rows of `weight` for symbols (..., columns): of each, then of each n-gram."""
+        if not self.hash.shape[1]:
+            return symbols + self.first_rows
+        # The sum of products is a matrix product, which torch lacks for integers on a GPU.
+        keys = (symbols[..., None] * self.hash).sum(-2).remainder_(self.ngram_rows)
+        return torch.cat([symbols, keys], -1) + self.first_rows
+
+    def forward(self, symbols: Tensor, extra: Tensor | None = None) -> Tensor:
+        """Features (..., size) of entries with the neighbours ``symbols``, int64 (..., columns).
+
+        ``extra`` holds rows of further vectors to add, (..., any).
+        """
+        rows = self.rows(symbols)
+        if extra is not None:
+            rows = torch.cat([rows, extra.expand(*rows.shape[:-1], -1)], -1)
+        h: Tensor = F.embedding_bag(rows.flatten(0, -2), self.weight, mode="sum")
+        return h.view(*rows.shape[:-1], self.size)
+
+    def gradient_of(self, x: Tensor, sources: Tensor) -> Tensor:
+        """A zero (batch, entries, size) with the gradient that the features have in one-hot rows.
+
+        On one-hot rows the features are linear in every symbol, n-grams left aside.
+
+        Args:
+            x: one-hot rows (batch, n, K).
+            sources: index (entries, columns) into these rows; n stands for none.
+        """
+        tables = self.weight.detach()[: self.columns * (self.K + 1)]
+        tables = tables.unflatten(0, (self.columns, self.K + 1))[:, : self.K]
+        rows = F.pad(x, (0, 0, 0, 1))
+        parts = [(rows @ tables[j])[:, sources[:, j]] for j in range(self.columns)]
+        soft = torch.stack(parts).sum(0)
+        return soft - soft.detach()
