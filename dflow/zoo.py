@@ -59,7 +59,9 @@ class AttentionConfig(ModelConfig):
 
     num_attention_heads: int = setting(4, "attention heads")
     intermediate_size: int | None = setting(None, "width of the perceptrons (default 4 x hidden_size)")
-    window: int = setting(4, "neighbouring symbols that the first layer reads directly, on each side")
+    window: int = setting(8, "neighbouring symbols that the first layer reads directly, on each side")
+    ngram_rows: int = setting(0, "rows of each table of hashed n-grams, n = 2 .. ngram_size; 0 for none")
+    ngram_size: int = setting(4, "longest n-gram with a table")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,6 +72,11 @@ class AttentionConfig(ModelConfig):
             )
         if self.window < 1:
             raise InputError(f"window must be at least 1, found {self.window}")
+        if self.ngram_rows < 0 or self.ngram_size < 2:
+            raise InputError(
+                f"ngram_rows must be at least 0 and ngram_size at least 2, found {self.ngram_rows} and "
+                f"{self.ngram_size}"
+            )
 
     def network(self) -> dict[str, Any]:
         """Named arguments of the networks in `dflow.nn.transformer`."""
@@ -79,6 +86,8 @@ class AttentionConfig(ModelConfig):
             "num_heads": self.num_attention_heads,
             "intermediate_size": self.intermediate_size,
             "window": self.window,
+            "ngram_rows": self.ngram_rows,
+            "ngram_size": self.ngram_size,
             "dropout": self.dropout,
         }
 
@@ -86,21 +95,6 @@ class AttentionConfig(ModelConfig):
 @dataclass
 class TransformerConfig(AttentionConfig):
     """Baseline: the causal Transformer, one network call a symbol."""
-
-    ngram_rows: int = setting(0, "rows of each table of hashed n-grams, n = 2 .. ngram_size; 0 for none")
-    ngram_size: int = setting(4, "longest n-gram with a table")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.ngram_rows < 0 or self.ngram_size < 2:
-            raise InputError(
-                f"ngram_rows must be at least 0 and ngram_size at least 2, found {self.ngram_rows} and "
-                f"{self.ngram_size}"
-            )
-
-    def network(self) -> dict[str, Any]:
-        """Named arguments of `GroupCausalTransformer`."""
-        return super().network() | {"ngram_rows": self.ngram_rows, "ngram_size": self.ngram_size}
 
 
 @dataclass
@@ -123,8 +117,6 @@ class BipartiteConfig(AttentionConfig):
     """Discrete coupling flow: `num_flows` couplings, fine to coarse, over a factorized base."""
 
     num_hidden_layers: int = setting(1, "attention layers of each coupling's network")
-    window: int = setting(8, "known symbols that a hidden one reads on each side")
-    embedding_size: int = setting(32, "features of a symbol in that window")
     num_flows: int = setting(8, "couplings, and so network calls to draw a sequence")
     elementwise: Literal["shift", "affine", "rank"] = setting("rank", "family on Z/K: shift, affine, rank")
     base: Literal["factorized", "mixture"] = setting("factorized", "base law: factorized, mixture")
@@ -199,7 +191,6 @@ def bipartite(config: BipartiteConfig, K: int) -> Distribution:
             elementwise.num_params,
             known.nonzero().flatten(),
             hidden.nonzero().flatten(),
-            embedding_size=config.embedding_size,
             zero_head=True,
             **config.network(),
         )

@@ -100,7 +100,6 @@ def infill_coupling(elementwise: Elementwise, K: int, dim: int) -> Coupling:
         num_heads=2,
         intermediate_size=8,
         window=2,
-        embedding_size=4,
     )
     return Coupling(elementwise, net, mask)
 

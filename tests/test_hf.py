@@ -139,7 +139,7 @@ def spoil(folder: Path, what: str) -> None:
     elif what == "another library's model":
         config.write_text(json.dumps(values | {"model_type": "gpt2"}))
     elif what == "another family":
-        config.write_text(json.dumps(values | {"family": "bipartite", "num_flows": 2, "embedding_size": 4}))
+        config.write_text(json.dumps(values | {"family": "bipartite", "num_flows": 2, "window": 3}))
     elif what == "unknown family":
         config.write_text(json.dumps(values | {"family": "groupd"}))
     elif what == "another size":

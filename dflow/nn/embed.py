@@ -23,7 +23,7 @@ class Neighbours(nn.Module):
         ngrams: columns that each table of n-grams joins.
         ngram_rows: vectors in each of these tables; 0 for none.
         extra: further vectors, whose rows in `weight` begin at `extra_row`.
-        std: of the random start.
+        std: of the random start; n-grams start at zero.
     """
 
     hash: Tensor
@@ -54,6 +54,9 @@ class Neighbours(nn.Module):
         first = [torch.arange(columns) * (K + 1), symbols + torch.arange(len(ngrams)) * ngram_rows]
         self.register_buffer("first_rows", torch.cat(first))
         self.weight = nn.Parameter(torch.randn(self.extra_row + extra, size) * std)
+        # An n-gram that training never shows then adds nothing, rather than noise.
+        with torch.no_grad():
+            self.weight[symbols : self.extra_row] = 0
 
     def rows(self, symbols: Tensor) -> Tensor:
         """Rows of `weight` for symbols (..., columns): of each, then of each n-gram."""

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from dflow.core import Context
 from dflow.nn.embed import Neighbours
-from dflow.ops.lookup import lookup
 from dflow.ops.orders import check_order
 
 
@@ -512,7 +511,8 @@ class InfillTransformer(nn.Module):
         num_params: numbers for each hidden entry.
         known, hidden: int64 ``(n_known,)`` and ``(n_hidden,)``: positions in the whole sequence, sorted.
         window: known symbols read on each side.
-        embedding_size: features of one symbol in the window.
+        ngram_rows: rows of each table of hashed n-grams of these, see `dflow.nn.embed`; 0 for none.
+        ngram_size: longest n-gram with a table.
         zero_head: start with an output of zeros (the identity, for the parameters of a bijector).
     """
 
@@ -532,7 +532,8 @@ class InfillTransformer(nn.Module):
         num_heads: int = 4,
         intermediate_size: int | None = None,
         window: int = 8,
-        embedding_size: int = 32,
+        ngram_rows: int = 0,
+        ngram_size: int = 4,
         dropout: float = 0.0,
         zero_head: bool = False,
     ) -> None:
@@ -550,9 +551,12 @@ class InfillTransformer(nn.Module):
         neighbours = torch.cat([right - 1 - reach, right + reach], 1)
         outside = (neighbours < 0) | (neighbours >= len(known))
         self.register_buffer("neighbours", neighbours.masked_fill(outside, len(known)))
-        self.embedding = nn.Parameter(torch.randn(K, embedding_size) * 0.3)
-        self.edge = nn.Parameter(torch.zeros(embedding_size))
-        self.front = nn.Linear(2 * window * embedding_size, hidden_size)
+        # Column j is the symbol j + 1 places before the entry, column window + j that j + 1 places after it.
+        columns = [
+            [-o - 1 if o < 0 else window + o - 1 for o in pattern]
+            for pattern in ngrams(window, window, ngram_size)
+        ]
+        self.embed = Neighbours(K, hidden_size, 2 * window, columns, ngram_rows, std=(2 * window) ** -0.5)
         self.mix = nn.Linear(hidden_size, hidden_size)
         self.blocks = nn.ModuleList(
             Block(hidden_size, num_heads, intermediate_size or 4 * hidden_size, dropout)
@@ -561,8 +565,7 @@ class InfillTransformer(nn.Module):
         self.norm = nn.LayerNorm(hidden_size, bias=False)
         self.head = nn.Linear(hidden_size, num_params)
         _initialize(self, max(1, num_layers))
-        for layer in (self.front, self.mix):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        nn.init.kaiming_normal_(self.mix.weight, nonlinearity="relu")
         if zero_head:
             nn.init.zeros_(self.head.weight)
 
@@ -574,15 +577,17 @@ class InfillTransformer(nn.Module):
             context: lengths of the whole sequences, int64 ``(batch,)``, or None.
         """
         lengths = _lengths(context)
-        e = lookup(x, self.embedding)
+        symbols = x.argmax(-1) if x.is_floating_point() else x
         mask = None
         if lengths is not None:
-            e = torch.where((self.known < lengths[:, None])[..., None], e, self.edge)
+            symbols = symbols.masked_fill(self.known >= lengths[:, None], self.K)
             present = self.hidden < lengths[:, None]
             own = torch.eye(len(self.hidden), dtype=torch.bool, device=x.device)
             mask = (present[:, None] | own)[:, None]
-        e = torch.cat([e, self.edge.expand(len(e), 1, -1)], 1)
-        h = self.front(e[:, self.neighbours].flatten(2))
+        h: Tensor = self.embed(F.pad(symbols, (0, 1), value=self.K)[:, self.neighbours])
+        if x.is_floating_point():
+            rows = torch.where((symbols != self.K)[..., None], x, 0.0)
+            h = h + self.embed.gradient_of(rows, self.neighbours)
         h = h + self.mix(F.gelu(h, approximate="tanh"))
         rotation = _rotation(self.hidden, self.hidden, self.hidden_size // self.num_heads)
         rotation = rotation.to(torch.complex128 if h.dtype == torch.float64 else torch.complex64)
