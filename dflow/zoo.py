@@ -184,7 +184,10 @@ def bipartite(config: BipartiteConfig, K: int) -> Distribution:
     """Tran et al. 2019 (arXiv 1905.10347), couplings; ranks as in Lindt and Hoogeboom 2021."""
     estimator = StraightThrough()
     layers: list[Bijector] = []
-    for known, hidden in strides(config.length, config.num_flows):
+    levels = (config.length - 1).bit_length()
+    for i, (known, hidden) in enumerate(strides(config.length, config.num_flows)):
+        # Every level has half as many entries as the one before, and n-grams that tell less.
+        network = config.network() | {"ngram_rows": config.ngram_rows >> (i % levels)}
         elementwise = ELEMENTWISE[config.elementwise](K, estimator)
         net = InfillTransformer(
             K,
@@ -192,7 +195,7 @@ def bipartite(config: BipartiteConfig, K: int) -> Distribution:
             known.nonzero().flatten(),
             hidden.nonzero().flatten(),
             zero_head=True,
-            **config.network(),
+            **network,
         )
         layers.append(Coupling(elementwise, net, known, hidden))
     # A position's law depends on the coupling that transformed it and on nothing else, far from the ends.
