@@ -103,11 +103,18 @@ class GroupedConfig(TransformerConfig):
 
     num_calls: int = setting(32, "groups, and so network calls to draw a sequence")
     order: str = setting("lockstep", "order in which positions are drawn: " + ", ".join(ORDERS))
+    block: int = setting(
+        1, "symbols of a lane that one call draws, those after the first by a small coupling inside the group"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 1 <= self.num_calls <= self.length:
             raise InputError(f"num_calls must lie in 1..{self.length} (length), found {self.num_calls}")
+        if not 1 <= self.block <= -(-self.length // self.num_calls):
+            raise InputError(
+                f"block must lie in 1..{-(-self.length // self.num_calls)} (length / num_calls), found {self.block}"
+            )
         if self.order not in ORDERS:
             raise InputError(f"unknown order {self.order!r}; {nearest(self.order, list(ORDERS))}")
 
@@ -225,9 +232,9 @@ def autoregressive(config: AutoregressiveConfig, K: int) -> Distribution:
 
 def grouped(config: GroupedConfig, K: int) -> Distribution:
     """The sequence in groups, exact likelihood in one pass; see `dflow.ops.orders`."""
-    order = ORDERS[config.order](config.length, config.num_calls)
-    net = GroupCausalTransformer(K, K, order, config.length, **config.network())
-    return SequenceCategorical(net, order, config.length)
+    order = ORDERS[config.order](config.length, min(config.length, config.num_calls * config.block))
+    net = GroupCausalTransformer(K, K, order, config.length, block=config.block, **config.network())
+    return SequenceCategorical(net, order, config.length, config.block)
 
 
 def transformer(config: TransformerConfig, K: int) -> Distribution:

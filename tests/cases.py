@@ -83,10 +83,10 @@ def autoregressive(elementwise: Elementwise, K: int, dim: int) -> Autoregressive
 
 
 def transformer(
-    K: int, num_params: int, order: Tensor, dim: int, window: int = 2, ngram_rows: int = 0
+    K: int, num_params: int, order: Tensor, dim: int, window: int = 2, **settings: int
 ) -> GroupCausalTransformer:
     sizes = {"hidden_size": 8, "num_layers": 2, "num_heads": 2, "intermediate_size": 8}
-    return GroupCausalTransformer(K, num_params, order, dim, window=window, ngram_rows=ngram_rows, **sizes)
+    return GroupCausalTransformer(K, num_params, order, dim, window=window, **sizes, **settings)
 
 
 def infill_coupling(elementwise: Elementwise, K: int, dim: int) -> Coupling:
@@ -200,7 +200,14 @@ BASES: dict[str, Callable[[int, int], Distribution]] = {
     "grouped": lambda K, dim: grouped(K, dim, 2),
     "grouped bit-reversed": lambda K, dim: grouped(K, dim, min(4, dim), "bit_reversed"),
     "grouped n-grams": lambda K, dim: SequenceCategorical(
-        transformer(K, K, lockstep(dim, 2), dim, 3, 7), lockstep(dim, 2), dim
+        transformer(K, K, lockstep(dim, 2), dim, 3, ngram_rows=7), lockstep(dim, 2), dim
+    ),
+    "grouped islands": lambda K, dim: grouped(K, dim, 3, "islands"),
+    "grouped blocks": lambda K, dim: SequenceCategorical(
+        transformer(K, K, lockstep(dim, 3), dim, 3, ngram_rows=7, block=2), lockstep(dim, 3), dim, 2
+    ),
+    "autoregressive blocks": lambda K, dim: SequenceCategorical(
+        transformer(K, K, lockstep(dim, dim), dim, block=2), lockstep(dim, dim), dim, 2
     ),
     "grouped shuffled": lambda K, dim: grouped(K, dim, 2, "shuffled"),
     "lstm": lambda K, dim: SequenceCategorical(

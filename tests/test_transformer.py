@@ -13,7 +13,7 @@ from dflow.ops.orders import ORDERS, check_order, lockstep
 SHAPES = [(4, 2), (5, 2), (5, 5), (6, 4), (7, 3), (4, 1)]
 
 
-@pytest.mark.parametrize("tables", [{}, {"window": 3, "ngram_rows": 5}])
+@pytest.mark.parametrize("tables", [{}, {"window": 3, "ngram_rows": 5}, {"block": 2}, {"block": 3}])
 @pytest.mark.parametrize("name", ORDERS)
 @pytest.mark.parametrize(("dim", "calls"), SHAPES)
 @torch.no_grad()
@@ -86,15 +86,19 @@ def test_gradients_of_rows_are_those_of_the_soft_network():
     net = randomize(transformer(K, 2, lockstep(dim, 3), dim))
     x = torch.randint(0, K, (1, dim))
     rows = one_hot(x, K, torch.float64).requires_grad_()
-    plan = net._own_plan(dim)
-    h = net._embed(rows, plan, plan.gaps, None)
+    slots = net._own_plan().slots
+
+    def features(y):
+        return net._read(y, F.pad(y.argmax(-1) if y.is_floating_point() else y, (0, 1), value=K), slots)
+
+    h = features(rows)
     weights = torch.randn_like(h)
     (gradient,) = torch.autograd.grad((h * weights).sum(), rows)
     for j in range(dim):
         for k in range(K):
             other = x.clone()
             other[0, j] = k
-            change = ((net._embed(other, plan, plan.gaps, None) - h) * weights).sum()
+            change = ((features(other) - h) * weights).sum()
             assert change.item() == pytest.approx((gradient[0, j, k] - gradient[0, j, x[0, j]]).item())
 
 

@@ -20,28 +20,30 @@ class SequenceCategorical(Distribution):
 
     .. math:: \log p(x) = \sum_{g=1}^{G} \sum_{i \in g} \log p(x_i \mid x_{<g})
 
-    With one lane (``order`` of shape ``(dim, 1)``) it is the autoregressive law.
+    With one lane (``order`` of shape ``(dim, 1)``) it is the autoregressive law. With blocks of m rows a call
+    draws m rows of the order, the later ones each given the rows before it by a small part of the network.
 
     Args:
         net: a `SequenceNet` that gives K logits an entry.
-        order: int64 ``(G, S)``, see `dflow.ops.orders`; the same that the network was built with.
+        order: int64 ``(R, S)``, see `dflow.ops.orders`; the same that the network was built with.
         dim: longest sequence.
+        block: rows that the network draws in one call.
     """
 
     order: Tensor
 
-    def __init__(self, net: nn.Module, order: Tensor, dim: int) -> None:
+    def __init__(self, net: nn.Module, order: Tensor, dim: int, block: int = 1) -> None:
         """See the class."""
         super().__init__()
         check_order(order, dim)
         self.net: Any = net
-        self.dim = dim
+        self.dim, self.block = dim, block
         self.register_buffer("order", order.clone())
 
     @property
     def num_calls(self) -> int:
-        """One call a group."""
-        return int(self.order.shape[0])
+        """One call a block of rows."""
+        return -(-int(self.order.shape[0]) // self.block)
 
     def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
         """Exact nats (batch,) of symbols ``(batch, n)`` or one-hot rows ``(batch, n, K)``."""

@@ -113,68 +113,73 @@ class _Weights:
 
 
 @dataclass
-class Plan:
-    """An order as `GroupCausalTransformer` walks it, for sequences of at most ``n`` entries.
-
-    Slots are listed group by group. That of lane s in group g predicts the entry at ``order[g, s]`` and
-    carries the symbol drawn before it in its lane, at ``order[g - 1, s]``; slots with neither are left out.
+class Reading:
+    """Entries to be predicted, and what is read for each.
 
     Attributes:
-        n: entries.
-        ends: slots up to and including each group.
-        targets: position that each slot predicts, n for none.
-        carried: position of the symbol that each slot carries, n for none.
-        sources: positions (slots, columns) whose symbols a slot reads, n for none.
-        near: distances to the nearest known symbols (slots, 2), before and after.
-        slots: slot of each position.
-        predicting: of each group, its slots that predict, counted from its first; None where all do.
-        mask: which slot attends to which, (slots, slots); None when each sees those before it and itself.
-        rotation: complex (slots, 2, 1, head / 2), turns queries and keys to their positions.
-        gaps: rows of the embedding (slots, 2) that stand for `near`; None with one lane.
+        positions: of the entries, (entries,).
+        slots: the slot that each belongs to, ascending.
+        sources: positions (entries, columns) of the symbols read, n for none.
+        gaps: rows of the embedding (entries, 2) that tell how far the nearest known symbols are, or None.
+        cuts: entries up to each group, beginning with 0.
     """
 
-    n: int
-    ends: list[int]
-    targets: Tensor
-    carried: Tensor
-    sources: Tensor
-    near: Tensor
+    positions: Tensor
     slots: Tensor
-    predicting: list[Tensor | None]
-    mask: Tensor | None
-    rotation: Tensor
+    sources: Tensor
     gaps: Tensor | None
+    cuts: list[int]
+
+
+@dataclass
+class Plan:
+    """An order as `GroupCausalTransformer` walks it.
+
+    Attributes:
+        slots: what the slots read; their positions are those of the first entry that they predict, or, where
+            there is none, of the symbol that they carry.
+        entries: those that the slots predict, one list for each row of a block.
+        inverse: where each position stands in these lists, one after the other.
+        least: the least position that a slot predicts or carries.
+        rotation: complex (slots, 2, 1, head / 2), turns queries and keys to their positions.
+        mask: which slot attends to which, (slots, slots); None when each sees those before it and itself.
+        ascending: whether slots stand from left to right.
+    """
+
+    slots: Reading
+    entries: list[Reading]
+    inverse: Tensor
+    least: Tensor
+    rotation: Tensor
+    mask: Tensor | None
+    ascending: bool
 
 
 @dataclass
 class State:
-    """What a `GroupCausalTransformer` remembers between the calls of one draw.
+    """What a `GroupCausalTransformer` remembers between the steps of one draw.
 
     Attributes:
         batch: sequences.
         plan: the order that is walked.
-        present: slots that others may attend to, (batch, slots); None when all are.
         lengths: (batch, 1), or None.
-        rotation: as in the plan, or (batch, slots, ...) with lengths.
-        gaps: likewise.
-        symbols: those drawn so far, (batch, n + 1); K stands for none.
+        symbols: those drawn so far, (batch, dim + 1); K stands for none.
         weights: of each block.
         keys: of each block, (batch, heads, slots, head), filled up to the present call.
         values: the same.
-        call: calls so far.
+        hidden: features of the slots of the present call.
+        row: steps so far.
     """
 
     batch: int
     plan: Plan
-    present: Tensor | None
     lengths: Tensor | None
-    rotation: Tensor
-    gaps: Tensor | None
     symbols: Tensor
     weights: list[_Weights]
     keys: list[Tensor]
     values: list[Tensor]
-    call: int = 0
+    hidden: Tensor
+    row: int = 0
 
 
 #: Distances to the nearest known symbol are told apart up to this many half powers of two.
@@ -182,27 +187,51 @@ _GAPS = 18
 _FAR = 1 << 20
 
 
+class Inner(nn.Module):
+    """What a group knows, joined with symbols drawn after it: a perceptron, no attention."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        """Sizes as in `Block`."""
+        super().__init__()
+        self.read = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.norm = nn.LayerNorm(hidden_size, bias=False)
+        self.up = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, h: Tensor, read: Tensor) -> Tensor:
+        """``h`` and ``read`` (..., hidden): features of the slot, and of what stands around the entry now."""
+        h = h + self.read(read)
+        out: Tensor = h + self.down(F.relu(self.up(self.norm(h))).square())
+        return out
+
+
 class GroupCausalTransformer(nn.Module):
     """A Transformer that scores a whole sequence in one pass and draws it in G calls.
 
-    With an order ``(G, S)`` (see `dflow.ops.orders`), every slot predicts one entry and reads the symbols of
-    earlier groups that stand next to it, on either side, and the last one of its lane; it attends to all
-    slots of groups up to its own, in every lane. The output for a position depends on symbols of strictly
-    earlier groups only. With one lane it is the causal Transformer. No parameter belongs to an order: what is
-    known around an entry is all that a slot is told of it, and any order can be walked (`plan`).
+    With an order ``(R, S)`` (see `dflow.ops.orders`) and blocks of one row, every slot (g, s) predicts the
+    entry at ``order[g, s]``. It reads the symbols of earlier rows that stand next to it, on either side, and
+    the last one of its lane, and attends to all slots of groups up to its own, in every lane. The output for
+    a position depends on symbols of strictly earlier rows only. With one lane it is the causal Transformer.
+
+    With blocks of m rows a slot predicts m entries of its lane. The first is predicted as before; for each
+    further one a small perceptron (`Inner`) joins the slot's features with the symbols that stand around the
+    entry by then. It removes the dependence inside a group at a small part of the cost of a call.
+
+    No parameter belongs to an order: what is known around an entry is all that a slot is told of it, and any
+    order can be walked (`plan`).
 
     Args:
         K: size of the alphabet.
         num_params: numbers for each entry of the output.
-        order: int64 ``(G, S)``, the order walked unless another plan is given.
+        order: int64 ``(R, S)``, the order walked unless another plan is given.
         dim: longest sequence.
+        block: rows of the order that one call predicts.
         hidden_size, num_layers, num_heads, intermediate_size, dropout: the usual.
-        window: how many symbols before an entry its slot reads directly, one vector for each distance and
-            symbol (a convolution over one-hot rows).
+        window: how many symbols before an entry are read directly, one vector for each distance and symbol
+            (a convolution over one-hot rows).
         ahead: how many symbols after it likewise, where an order draws any of them earlier; default ``window``
             if the order has several lanes, else 0.
-        ngram_rows: rows of each table that holds a vector for several neighbours together, found by hashing;
-            0 for none. They cost no arithmetic. No gradient reaches the symbols of one-hot rows through them.
+        ngram_rows: rows of each table of hashed n-grams, see `dflow.nn.embed`; 0 for none.
         ngram_size: longest n-gram with a table, to either side and across the entry.
         zero_head: start with an output of zeros (the identity, for the parameters of a bijector).
     """
@@ -217,6 +246,7 @@ class GroupCausalTransformer(nn.Module):
         order: Tensor,
         dim: int,
         *,
+        block: int = 1,
         hidden_size: int = 128,
         num_layers: int = 3,
         num_heads: int = 4,
@@ -231,32 +261,33 @@ class GroupCausalTransformer(nn.Module):
         """See the class."""
         super().__init__()
         check_order(order, dim)
-        several = order.shape[1] > 1
-        ahead = (window if several else 0) if ahead is None else ahead
-        if window < 1 or ahead < 0 or ngram_rows < 0 or ngram_size < 2:
+        ahead = (window if order.shape[1] > 1 else 0) if ahead is None else ahead
+        if min(window, block) < 1 or min(ahead, ngram_rows) < 0 or ngram_size < 2:
             raise ValueError(
-                f"window {window} must be at least 1, ahead {ahead} and ngram_rows {ngram_rows} at least 0, "
-                f"ngram_size {ngram_size} at least 2"
+                f"window {window} and block {block} must be at least 1, ahead {ahead} and ngram_rows "
+                f"{ngram_rows} at least 0, ngram_size {ngram_size} at least 2"
             )
-        self.K, self.dim, self.gaps = K, dim, ahead > 0
+        self.K, self.dim, self.block = K, dim, block
         self.num_heads, self.hidden_size = num_heads, hidden_size
         self._plan: Plan | None = None
         self.register_buffer("order", order.clone())
         self.register_buffer("offsets", torch.tensor([*range(-1, -window - 1, -1), *range(1, ahead + 1)]))
         reach = self.offsets.tolist()
-        # The last column is the symbol that the slot carries; with one lane there are no gaps to tell of.
+        # The last columns are the symbols that the lane drew last; with one lane there are no gaps to tell of.
+        self.gaps = ahead > 0
         self.embed = Neighbours(
             K,
             hidden_size,
-            len(reach) + 1,
+            len(reach) + block,
             [[reach.index(o) for o in pattern] for pattern in ngrams(window, ahead, ngram_size)],
             ngram_rows,
-            extra=2 * _GAPS if ahead else 0,
+            extra=2 * _GAPS if self.gaps else 0,
         )
+        intermediate_size = intermediate_size or 4 * hidden_size
         self.blocks = nn.ModuleList(
-            Block(hidden_size, num_heads, intermediate_size or 4 * hidden_size, dropout)
-            for _ in range(num_layers)
+            Block(hidden_size, num_heads, intermediate_size, dropout) for _ in range(num_layers)
         )
+        self.inner = nn.ModuleList(Inner(hidden_size, intermediate_size) for _ in range(block - 1))
         self.norm = nn.LayerNorm(hidden_size, bias=False)
         self.head = nn.Linear(hidden_size, num_params)
         _initialize(self, num_layers)
@@ -264,91 +295,87 @@ class GroupCausalTransformer(nn.Module):
             nn.init.zeros_(self.head.weight)
 
     @torch.no_grad()
-    def plan(self, order: Tensor, n: int) -> Plan:
-        """How to walk ``order`` over sequences of at most ``n`` entries."""
-        groups, lanes = order.shape
-        device = order.device
-        targets = order.masked_fill(order >= n, n)
-        carried = torch.cat([targets.new_full((1, lanes), n), targets[:-1]])
-        used = (targets < n) | (carried < n)
-        ends = used.sum(1).cumsum(0).tolist()
-        group = torch.arange(groups, device=device)[:, None].expand_as(order)[used]
-        targets, carried = targets[used], carried[used]
-        # The group that draws each position; n is drawn never.
-        rank = torch.full((n + 1,), groups, device=device)
-        rank[targets] = torch.where(targets < n, group, groups)
-        around = targets[:, None] + self.offsets
-        around = around.masked_fill((around < 0) | (around > n) | (targets[:, None] == n), n)
-        sources = around.masked_fill(rank[around] >= group[:, None], n)
-        sources = torch.cat([sources, carried[:, None]], 1)
-        known = rank[:n] < group[:, None]
-        away = torch.arange(n, device=device) - targets[:, None]
-        near = [
-            torch.where(known & (away * side > 0), away.abs(), _FAR).min(1).values for side in (-1, 1)
-        ]
-        slots = torch.full((n + 1,), -1, device=device)
-        slots[targets] = torch.arange(len(targets), device=device)
-        starts = [0, *ends[:-1]]
-        predicting = [targets[a:b] < n for a, b in zip(starts, ends, strict=True)]
-        plan = Plan(
-            n,
-            ends,
-            targets,
-            carried,
-            sources,
-            torch.stack(near, 1),
-            slots[:n],
-            [None if bool(p.all()) else p.nonzero().flatten() for p in predicting],
-            None if lanes == 1 else group[:, None] >= group,
-            sources.new_empty(0),
-            None,
-        )
-        plan.rotation, plan.gaps = self._geometry(plan, None)
-        return plan
+    def plan(self, order: Tensor) -> Plan:
+        """How to walk ``order``, another one over sequences of the same ``dim``."""
+        check_order(order, self.dim)
+        m, n, device = self.block, self.dim, order.device
+        order = order.masked_fill(order >= n, n)
+        short = -len(order) % m
+        order = torch.cat([order, order.new_full((short, order.shape[1]), n)])
+        rows, lanes = order.shape
+        row_of = torch.arange(rows, device=device)[:, None].expand_as(order)
+        # The row that draws each position; n, which stands for none, is never drawn.
+        drawn = torch.full((n + 1,), rows, device=device)
+        drawn[order] = row_of
+        drawn[n] = rows
+        history = torch.cat([order.new_full((m, lanes), n), order])
+        # Column c: what the lane drew c + 1 rows before.
+        last = torch.stack([history[m - 1 - c : m - 1 - c + rows] for c in range(m)], -1)
 
-    def _geometry(self, plan: Plan, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Rotation and gaps (slots, ...), or (batch, slots, ...) with lengths (batch,)."""
-        end = torch.tensor(plan.n, device=plan.targets.device) if lengths is None else lengths[:, None]
-        queries = torch.where(plan.targets < end, plan.targets, plan.carried)
-        keys = torch.where(plan.carried < end, plan.carried, plan.targets)
-        rotation = _rotation(queries, keys, self.hidden_size // self.num_heads)
+        def reading(positions: Tensor, known: Tensor, carried: Tensor, slots: Tensor, cuts: list[int]) -> Reading:
+            around = positions[:, None] + self.offsets
+            around = around.masked_fill((around < 0) | (around > n), n)
+            sources = around.masked_fill(drawn[around] >= known[:, None], n)
+            gaps = None
+            if self.gaps:
+                away = torch.arange(n, device=device) - positions[:, None]
+                seen = drawn[:n] < known[:, None]
+                near = [
+                    torch.where(seen & (away * side > 0), away.abs(), _FAR).min(1).values for side in (-1, 1)
+                ]
+                gaps = (2 * torch.stack(near, 1).double().log2()).long().clamp(max=_GAPS - 1)
+                gaps += self.embed.extra_row + torch.tensor([0, _GAPS], device=device)
+            return Reading(positions, slots, torch.cat([sources, carried], 1), gaps, cuts)
+
+        blocks = order.unflatten(0, (-1, m)).transpose(1, 2)
+        present = blocks < n
+        carried = last[::m]
+        used = present.any(-1) | (carried < n).any(-1)
+        slot = torch.full(used.shape, -1, device=device)
+        slot[used] = torch.arange(int(used.sum()), device=device)
+        # A slot stands at the first entry it predicts, else at the last symbol that it carries.
+        chain = torch.cat([blocks, carried], -1)
+        first = (chain < n).to(torch.uint8).argmax(-1, keepdim=True)
+        anchor = chain.gather(-1, first)[..., 0]
+        keys = torch.where(carried[..., 0] < n, carried[..., 0], anchor)[used]
+        group = torch.arange(len(blocks), device=device)[:, None].expand_as(anchor)
+        cuts = [0, *used.sum(1).cumsum(0).tolist()]
+        slots = reading(anchor[used], m * group[used], carried[used], slot[used], cuts)
+        entries = []
+        for j in range(m):
+            some = present[..., j]
+            positions, known = blocks[..., j][some], m * group[some] + j
+            cuts = [0, *some.sum(1).cumsum(0).tolist()]
+            entries.append(reading(positions, known, last[j::m][some], slot[some], cuts))
+        rotation = _rotation(slots.positions, keys, self.hidden_size // self.num_heads)
         rotation = rotation.to(torch.complex128 if self.norm.weight.dtype == torch.float64 else torch.complex64)
-        if not self.gaps:
-            return rotation, None
-        before, after = plan.near.unbind(-1)
-        before = torch.where(plan.targets < end, before, _FAR)
-        after = torch.where(plan.targets + after < end, after, _FAR)
-        bucket = (2 * torch.stack([before, after], -1).double().log2()).long().clamp(max=_GAPS - 1)
-        rows = self.embed.extra_row + torch.tensor([0, _GAPS], device=bucket.device)
-        return rotation, bucket + rows
+        return Plan(
+            slots,
+            entries,
+            torch.cat([e.positions for e in entries]).argsort(),
+            chain.min(-1).values[used],
+            rotation,
+            None if lanes == 1 else group[used][:, None] >= group[used],
+            lanes == 1 and bool((slots.positions.diff() > 0).all()),
+        )
 
-    def _own_plan(self, n: int) -> Plan:
-        """The plan of the network's own order, made once for a length, device and precision."""
+    def _own_plan(self) -> Plan:
+        """The plan of the network's own order, made once for a device and precision."""
         plan, wide = self._plan, self.norm.weight.dtype == torch.float64
         if (
             plan is None
-            or plan.n != n
-            or plan.targets.device != self.order.device
+            or plan.inverse.device != self.order.device
             or (plan.rotation.dtype == torch.complex128) != wide
         ):
-            plan = self._plan = self.plan(self.order, n)
+            plan = self._plan = self.plan(self.order)
         return plan
 
-    def _embed(self, x: Tensor, plan: Plan, gaps: Tensor | None, lengths: Tensor | None) -> Tensor:
-        """What each slot reads: (batch, slots, hidden)."""
-        symbols = x.argmax(-1) if x.is_floating_point() else x
-        if lengths is not None:
-            absent = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
-            symbols = symbols.masked_fill(absent, self.K)
-        read = F.pad(symbols, (0, 1), value=self.K)[:, plan.sources]
-        if lengths is not None:
-            # A slot that predicts nothing has no neighbours, only the symbol it carries.
-            read[..., :-1].masked_fill_((plan.targets >= lengths[:, None])[..., None], self.K)
-        h: Tensor = self.embed(read, gaps)
+    def _read(self, x: Tensor, symbols: Tensor, reading: Reading) -> Tensor:
+        """Features (batch, entries, hidden) of what ``reading`` reads; K in ``symbols`` stands for none."""
+        h: Tensor = self.embed(symbols[:, reading.sources], reading.gaps)
         if x.is_floating_point():
             # The inference mode's sum to the last bit, with a gradient.
-            present = torch.where((symbols != self.K)[..., None], x, 0.0)
-            h = h + self.embed.gradient_of(present, plan.sources)
+            h = h + self.embed.gradient_of(x, reading.sources)
         return h
 
     def forward(self, x: Tensor, context: Context = None, plan: Plan | None = None) -> Tensor:
@@ -357,51 +384,52 @@ class GroupCausalTransformer(nn.Module):
         Args:
             x: symbols, int64 ``(batch, n)``, or one-hot rows ``(batch, n, K)``, with ``n <= dim``.
             context: lengths, int64 ``(batch,)``, or None.
-            plan: of another order than the network's own, made for n entries.
+            plan: of another order than the network's own.
 
         Returns:
-            ``(batch, n, num_params)``; entry i depends on entries of earlier groups only.
+            ``(batch, n, num_params)``; entry i depends on entries of earlier rows only.
         """
         lengths = _lengths(context)
         n = x.shape[1]
         if n > self.dim:
             raise ValueError(f"the sequence has {n} entries, the network at most {self.dim}")
-        plan = self._own_plan(n) if plan is None else plan
-        rotation, gaps = (plan.rotation, plan.gaps) if lengths is None else self._geometry(plan, lengths)
-        h = self._embed(x, plan, gaps, lengths)
+        plan = self._own_plan() if plan is None else plan
+        if n < self.dim:
+            # A short sequence is a long one whose other entries are absent.
+            short = torch.full((len(x),), n, device=x.device)
+            lengths = short if lengths is None else torch.minimum(lengths, short)
+        symbols = F.pad(x.argmax(-1) if x.is_floating_point() else x, (0, self.dim + 1 - n), value=self.K)
         mask = plan.mask
         if lengths is not None:
-            visible = self._visible(plan, lengths)
-            mask = _causal(len(plan.targets), x.device) if mask is None else mask
-            # A row without a single visible key would be undefined; every slot sees itself.
-            own = torch.eye(len(plan.targets), dtype=torch.bool, device=x.device)
-            mask = ((mask & visible[:, None]) | own)[:, None]
+            absent = torch.arange(self.dim + 1, device=x.device) >= lengths[:, None]
+            symbols = symbols.masked_fill(absent, self.K)
+            if x.is_floating_point():
+                x = F.pad(x, (0, 0, 0, self.dim - n)).masked_fill(absent[:, : self.dim, None], 0.0)
+            if not plan.ascending:
+                mask = _causal(len(plan.least), x.device) if mask is None else mask
+                # A row without a single visible key would be undefined; every slot sees itself.
+                own = torch.eye(len(plan.least), dtype=torch.bool, device=x.device)
+                mask = ((mask & (plan.least < lengths[:, None])[:, None]) | own)[:, None]
+        h = self._read(x, symbols, plan.slots)
         for block in self.blocks:
-            h = block(h, rotation, mask, mask is None)
-        out: Tensor = self.head(self.norm(h[:, plan.slots]))
+            h = block(h, plan.rotation, mask, mask is None)
+        parts = [h[:, plan.entries[0].slots]]
+        for inner, reading in zip(self.inner, plan.entries[1:], strict=True):
+            parts.append(inner(h[:, reading.slots], self._read(x, symbols, reading)))
+        out: Tensor = self.head(self.norm(torch.cat(parts, 1)[:, plan.inverse[:n]]))
         return out
-
-    def _visible(self, plan: Plan, lengths: Tensor) -> Tensor:
-        """Slots (batch, slots) that others may attend to: those that carry or predict a present symbol."""
-        return torch.minimum(plan.targets, plan.carried) < lengths[:, None]
 
     def start(self, batch: int, context: Context = None, plan: Plan | None = None) -> State:
         """Begin to draw ``batch`` sequences."""
         lengths = _lengths(context)
-        plan = self._own_plan(self.dim) if plan is None else plan
+        plan = self._own_plan() if plan is None else plan
         dtype, device = self.norm.weight.dtype, self.norm.weight.device
-        present: Tensor | None = None
-        if lengths is not None:
-            present = self._visible(plan, lengths)
-            present = None if bool(present.all()) else present
-        shape = (batch, self.num_heads, len(plan.targets), self.hidden_size // self.num_heads)
+        shape = (batch, self.num_heads, len(plan.least), self.hidden_size // self.num_heads)
         return State(
             batch,
             plan,
-            present,
             None if lengths is None else lengths[:, None],
-            *((plan.rotation, plan.gaps) if lengths is None else self._geometry(plan, lengths)),
-            torch.full((batch, plan.n + 1), self.K, device=device),
+            torch.full((batch, self.dim + 1), self.K, device=device),
             [
                 _Weights(
                     block.norm_attention.weight,
@@ -415,40 +443,55 @@ class GroupCausalTransformer(nn.Module):
             ],
             [torch.empty(shape, dtype=dtype, device=device) for _ in self.blocks],
             [torch.empty(shape, dtype=dtype, device=device) for _ in self.blocks],
+            torch.empty(0, dtype=dtype, device=device),
         )
 
     @torch.no_grad()
     def step(self, x: Tensor | None, state: State) -> Tensor:
-        """Parameters (batch, m, num_params) of the next group, given the symbols of the last.
+        """Parameters (batch, m, num_params) of the next row, given the symbols of the last.
 
-        ``x``, int64 (batch, entries of the last group), is None at the first call; symbols beyond a length
-        are ignored. The blocks are written out here with as few operations as they take: at one sequence the
-        calls of operations, not their arithmetic, are what drawing costs.
+        ``x``, int64 (batch, entries of the last row), is None at the first step; symbols beyond a length are
+        ignored. Every `block` steps cost one call of the network.
         """
-        g, size, plan = state.call, self.hidden_size, state.plan
-        begin, end = plan.ends[g - 1] if g else 0, plan.ends[g]
-        batch, width, head = state.batch, end - begin, size // self.num_heads
+        plan = state.plan
         if x is not None:
-            drawn = plan.targets[plan.ends[g - 2] if g > 1 else 0 : begin]
-            if plan.predicting[g - 1] is not None:
-                drawn = drawn[plan.predicting[g - 1]]
+            g, j = divmod(state.row - 1, self.block)
+            drawn = plan.entries[j]
+            positions = drawn.positions[drawn.cuts[g] : drawn.cuts[g + 1]]
             if state.lengths is not None:
-                x = x.masked_fill(drawn >= state.lengths, self.K)
-            state.symbols[:, drawn] = x
-        state.call += 1
-        symbols = state.symbols[:, plan.sources[begin:end]]
-        if state.lengths is not None:
-            symbols[..., :-1].masked_fill_((plan.targets[begin:end] >= state.lengths)[..., None], self.K)
-        gaps = None if state.gaps is None else state.gaps[..., begin:end, :]
-        h: Tensor = self.embed(symbols, gaps).flatten(0, 1)
+                x = x.masked_fill(positions >= state.lengths, self.K)
+            state.symbols[:, positions] = x
+        g, j = divmod(state.row, self.block)
+        state.row += 1
+        begin = plan.slots.cuts[g]
+        if j == 0:
+            state.hidden = self._call(state, begin, plan.slots.cuts[g + 1])
+        h, entries = state.hidden, plan.entries[j]
+        some = slice(entries.cuts[g], entries.cuts[g + 1])
+        if some.stop - some.start < h.shape[1]:
+            h = h[:, entries.slots[some] - begin]
+        if j:
+            gaps = None if entries.gaps is None else entries.gaps[some]
+            h = self.inner[j - 1](h, self.embed(state.symbols[:, entries.sources[some]], gaps))
+        h = F.layer_norm(h, (self.hidden_size,), self.norm.weight)
+        return F.linear(h, self.head.weight, self.head.bias)
+
+    def _call(self, state: State, begin: int, end: int) -> Tensor:
+        """Features (batch, slots, hidden) of the slots of the next group.
+
+        The blocks are written out with as few operations as they take: at one sequence the calls of
+        operations, not their arithmetic, are what drawing costs.
+        """
+        size, plan, batch, width = self.hidden_size, state.plan, state.batch, end - begin
+        head, norm = size // self.num_heads, (size,)
+        gaps = None if plan.slots.gaps is None else plan.slots.gaps[begin:end]
+        h: Tensor = self.embed(state.symbols[:, plan.slots.sources[begin:end]], gaps).flatten(0, 1)
         mask = None
-        if state.present is not None:
-            mask = state.present[:, None, None, :end].expand(-1, -1, width, -1)
+        if state.lengths is not None and not plan.ascending:
             own = torch.zeros(width, end, dtype=torch.bool, device=h.device)
             own[:, begin:].fill_diagonal_(True)
-            mask = mask | own
-        rotation = state.rotation[..., begin:end, :, :, :]
-        norm = (size,)
+            mask = (plan.least[:end] < state.lengths)[:, None, None] | own
+        rotation = plan.rotation[begin:end]
         for w, keys, values in zip(state.weights, state.keys, state.values, strict=True):
             qkv = _product(F.layer_norm(h, norm, w.norm_attention), w.qkv)
             pairs = torch.view_as_complex(qkv[:, : 2 * size].view(batch, width, 2, -1, head // 2, 2))
@@ -462,11 +505,7 @@ class GroupCausalTransformer(nn.Module):
             h = _product(out.transpose(1, 2).reshape(-1, size), w.out, h)
             up = _product(F.layer_norm(h, norm, w.norm_mlp), w.up).relu_()
             h = _product(up.mul_(up), w.down, h)
-        h = h.view(batch, width, size)
-        if plan.predicting[g] is not None:
-            h = h[:, plan.predicting[g]]
-        h = F.layer_norm(h, norm, self.norm.weight)
-        return F.linear(h, self.head.weight, self.head.bias)
+        return h.view(batch, width, size)
 
 
 def ngrams(before: int, after: int, size: int) -> list[list[int]]:
