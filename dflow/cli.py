@@ -81,11 +81,12 @@ class TextSource:
         How a text is cut is no choice: a model is one of sentences or of a stream.
         """
         from dflow.data import DataConfig
+        from dflow.hf import split_calls
         from dflow.train import recipe_of
 
-        trained = None
-        if self.data is None or (Path(folder) / "recipe.yaml").is_file():
-            trained = recipe_of(folder).data
+        path, trained = split_calls(folder)[0], None
+        if self.data is None or (path / "recipe.yaml").is_file():
+            trained = recipe_of(path).data
         if trained is None or self.data not in (None, trained.name):
             kept = None if trained is None else trained.folder
             trained = DataConfig(name=str(self.data), folder=kept)
@@ -347,7 +348,7 @@ def load_model(folder: str, device: torch.device) -> tuple[DflowModel, Tokenizer
     from dflow.data import Tokenizer
 
     model = hf.load(folder, device)
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(hf.split_calls(folder)[0])
     if tokenizer.size != model.config.vocab_size:
         raise InputError(
             f"{folder}: the vocabulary has {tokenizer.size} symbols and the model {model.config.vocab_size}; "

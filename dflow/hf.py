@@ -95,6 +95,21 @@ class DflowModel(PreTrainedModel):
         """Sequential network calls that drawing a sequence costs."""
         return self.distribution.num_calls
 
+    def choose(self, calls: int) -> None:
+        """Score and draw in ``calls`` network calls from now on.
+
+        Raises:
+            InputError: the model was not trained for that number.
+        """
+        law = self.distribution
+        if not isinstance(law, SequenceCategorical) or calls not in law.budgets:
+            known = law.budgets if isinstance(law, SequenceCategorical) else [self.num_calls]
+            raise InputError(
+                f"this {self.config.family} model is not drawn in {calls} calls, but in "
+                f"{', '.join(map(str, known))}; a grouped model can be trained for more (model.calls)"
+            )
+        law.choose(calls)
+
     def forward(self, input_ids: Tensor, lengths: Tensor | None = None, **kwargs: Any) -> DflowOutput:
         """Loss and exact log-likelihood; arguments as in `log_prob`."""
         log_prob = self.log_prob(input_ids, lengths)
@@ -262,12 +277,12 @@ def save(model: DflowModel, folder: str | os.PathLike[str]) -> None:
 
 
 def load(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> DflowModel:
-    """The model in ``folder``, in evaluation mode.
+    """The model in ``folder``, in evaluation mode; ``FOLDER@8`` is the one drawn in 8 calls.
 
     Raises:
         InputError: no such folder, not a model of dflow, truncated or foreign files.
     """
-    path = Path(folder)
+    path, calls = split_calls(folder)
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; --model takes the output folder of `dflow train`")
     file = path / "config.json"
@@ -306,4 +321,19 @@ def load(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> 
                 "restore both files from one run"
             )
     loaded: DflowModel = model.to(device).eval()
+    if calls is not None:
+        loaded.choose(calls)
     return loaded
+
+
+def split_calls(name: str | os.PathLike[str]) -> tuple[Path, int | None]:
+    """The folder and the number of calls that ``FOLDER`` or ``FOLDER@CALLS`` names.
+
+    >>> split_calls("runs/grouped@8")
+    (PosixPath('runs/grouped'), 8)
+    """
+    text = os.fspath(name)
+    folder, at, calls = text.rpartition("@")
+    if at and calls.isdigit() and not Path(text).exists():
+        return Path(folder), int(calls)
+    return Path(text), None

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from dflow.bijectors import Autoregressive, Chain, Coupling
 from dflow.config import InputError
 from dflow.core import Bijector, Context, Distribution
-from dflow.distributions import Categorical
+from dflow.distributions import Categorical, SequenceCategorical
 from dflow.elementwise import ModRank, ModShift
 from dflow.elementwise.discrete import Discrete
 from dflow.flows import Flow
@@ -81,6 +81,12 @@ def closed_form(distribution: Distribution) -> Categorical | None:
 def estimators(distribution: nn.Module) -> set[StraightThrough]:
     """The straight-through estimators in use; a schedule moves them all."""
     return {m.estimator for m in distribution.modules() if isinstance(m, Discrete)}
+
+
+def elastic(distribution: nn.Module) -> list[SequenceCategorical]:
+    """The laws that can be drawn in several numbers of calls; training takes these by turns."""
+    laws = (m for m in distribution.modules() if isinstance(m, SequenceCategorical))
+    return [law for law in laws if len(law.budgets) > 1]
 
 
 class Objective(nn.Module):

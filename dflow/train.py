@@ -295,6 +295,7 @@ class _Run:
         self.rule = rule
         self.base = base
         self.estimators = objectives.estimators(distribution)
+        self.laws = objectives.elastic(distribution)
         objective = objectives.Objective(distribution, rule)
         matrices = [p for p in objective.parameters() if p.ndim >= 2]
         others = [p for p in objective.parameters() if p.ndim < 2]
@@ -457,6 +458,9 @@ class _Run:
         for estimator in self.estimators:
             estimator.temperature = config.temperature.at(fraction)
             estimator.noise = noise.at(fraction)
+        for law in self.laws:
+            # From the seed and the step, so that all processes and resumed runs take the same.
+            law.choose(law.budgets[_mix(config.seed + 2, self.step) % len(law.budgets)])
         if self.base is not None:
             self.base.peak = config.peak.at(fraction) if config.peak and fraction < config.peak.until else 0.0
 
@@ -490,6 +494,8 @@ class _Run:
         """Exact bits on the validation text; keep the model if it is the best so far; print samples."""
         model = self.averaged if self.averaged is not None else self.model
         model.train(False)
+        for law in objectives.elastic(model.distribution):
+            law.choose(None)
         base = objectives.closed_form(model.distribution)
         peak, training = (base.peak if base is not None else 0.0), self.base
         if base is not None and training is not None:

@@ -36,6 +36,11 @@ def setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def setting_list(help: str) -> Any:
+    """A dataclass field that is an empty list by default."""
+    return field(default_factory=list, metadata={"help": help})
+
+
 @dataclass
 class ModelConfig:
     """What every family of models has."""
@@ -102,6 +107,9 @@ class GroupedConfig(TransformerConfig):
     """The sequence is drawn in `num_calls` groups, each in one network call given all earlier ones."""
 
     num_calls: int = setting(32, "groups, and so network calls to draw a sequence")
+    calls: list[int] = setting_list(
+        "further numbers of calls to train on at once; any of them can then be chosen, as in MODEL@8"
+    )
     order: str = setting("lockstep", "order in which positions are drawn: " + ", ".join(ORDERS))
     block: int = setting(
         1, "symbols of a lane that one call draws, those after the first by a small coupling inside the group"
@@ -111,10 +119,12 @@ class GroupedConfig(TransformerConfig):
         super().__post_init__()
         if not 1 <= self.num_calls <= self.length:
             raise InputError(f"num_calls must lie in 1..{self.length} (length), found {self.num_calls}")
-        if not 1 <= self.block <= -(-self.length // self.num_calls):
-            raise InputError(
-                f"block must lie in 1..{-(-self.length // self.num_calls)} (length / num_calls), found {self.block}"
-            )
+        if self.block < 1:
+            raise InputError(f"block must be at least 1, found {self.block}")
+        most = -(-self.length // self.block)
+        for calls in (self.num_calls, *self.calls):
+            if not 1 <= calls <= most:
+                raise InputError(f"calls must lie in 1..{most} (length / block), found {calls}")
         if self.order not in ORDERS:
             raise InputError(f"unknown order {self.order!r}; {nearest(self.order, list(ORDERS))}")
 
@@ -232,9 +242,15 @@ def autoregressive(config: AutoregressiveConfig, K: int) -> Distribution:
 
 def grouped(config: GroupedConfig, K: int) -> Distribution:
     """The sequence in groups, exact likelihood in one pass; see `dflow.ops.orders`."""
-    order = ORDERS[config.order](config.length, min(config.length, config.num_calls * config.block))
-    net = GroupCausalTransformer(K, K, order, config.length, block=config.block, **config.network())
-    return SequenceCategorical(net, order, config.length, config.block)
+    def rows(calls: int) -> Tensor:
+        return ORDERS[config.order](config.length, min(config.length, calls * config.block))
+
+    order, others = rows(config.num_calls), [rows(calls) for calls in config.calls]
+    ahead = config.window if any(o.shape[1] > 1 for o in (order, *others)) else 0
+    net = GroupCausalTransformer(
+        K, K, order, config.length, block=config.block, ahead=ahead, **config.network()
+    )
+    return SequenceCategorical(net, order, config.length, config.block, others)
 
 
 def transformer(config: TransformerConfig, K: int) -> Distribution:

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import enumerate_all, grouped, randomize
+from cases import enumerate_all, grouped, randomize, transformer
 from torch.nn import functional as F
 
-from dflow.distributions import sequence
+from dflow.distributions import SequenceCategorical, sequence
 from dflow.ops.modular import one_hot
-from dflow.ops.orders import ORDERS
+from dflow.ops.orders import ORDERS, islands, lockstep
 
 CASES = [(order, dim, calls) for order in ORDERS for dim, calls in ((5, 2), (4, 4), (6, 3))]
 
@@ -82,3 +82,39 @@ def test_one_call_a_group():
     assert len(calls) == 3
     law.sample(2, length=1)
     assert len(calls) == 4
+
+
+@torch.no_grad()
+def test_a_law_of_several_budgets_is_a_law_at_each():
+    K, dim = 3, 6
+    orders = [lockstep(dim, 2), lockstep(dim, 3), lockstep(dim, 6), islands(dim, 4)]
+    law = randomize(SequenceCategorical(transformer(K, K, orders[0], dim), orders[0], dim, 1, orders[1:]))
+    assert law.budgets == [2, 3, 4, 6]
+    x, found = enumerate_all(K, dim), []
+    for calls in law.budgets:
+        law.choose(calls)
+        assert law.num_calls == calls
+        log_prob = law.log_prob(x)
+        assert abs(float(log_prob.exp().sum()) - 1) < 1e-12
+        torch.testing.assert_close(law.log_prob_by_steps(x), log_prob)
+        found.append(log_prob)
+        net = law.net
+        alone = transformer(K, K, law.chosen, dim, ahead=2).double()
+        alone.load_state_dict(net.state_dict() | {"order": law.chosen})
+        torch.testing.assert_close(SequenceCategorical(alone, law.chosen, dim).log_prob(x), log_prob)
+    assert not torch.allclose(found[0], found[1])
+    law.choose(None)
+    assert law.num_calls == 2
+    with pytest.raises(ValueError, match="no order of 5 calls"):
+        law.choose(5)
+
+
+def test_blocks_cost_one_call_each():
+    K, dim = 3, 7
+    order = lockstep(dim, 4)
+    law = SequenceCategorical(transformer(K, K, order, dim, block=2), order, dim, 2)
+    calls = []
+    call = law.net._call
+    law.net._call = lambda *a: calls.append(1) or call(*a)
+    law.sample(3)
+    assert len(calls) == law.num_calls == 2

@@ -64,7 +64,7 @@ def test_every_recipe_trains_for_two_steps(path, text, tmp_path):
     recipe = load_recipe(path)
     small = ["length=16", "hidden_size=8", "num_hidden_layers=1"]
     if recipe.family == "grouped":
-        small.append("num_calls=4")
+        small += ["num_calls=4", "calls=[1, 8]"]
     if recipe.family == "lstm":
         small.append("embedding_size=4")
     else:

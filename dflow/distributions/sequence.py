@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,26 +29,72 @@ class SequenceCategorical(Distribution):
         order: int64 ``(R, S)``, see `dflow.ops.orders`; the same that the network was built with.
         dim: longest sequence.
         block: rows that the network draws in one call.
+        others: further orders that the network can walk, each a law of its own: see `choose`.
     """
 
     order: Tensor
 
-    def __init__(self, net: nn.Module, order: Tensor, dim: int, block: int = 1) -> None:
+    def __init__(
+        self, net: nn.Module, order: Tensor, dim: int, block: int = 1, others: Sequence[Tensor] = ()
+    ) -> None:
         """See the class."""
         super().__init__()
-        check_order(order, dim)
         self.net: Any = net
         self.dim, self.block = dim, block
         self.register_buffer("order", order.clone())
+        for i, other in enumerate(others):
+            self.register_buffer(f"order_{i}", other.clone())
+        self._names = {self._calls(order): "order"}
+        for i, other in enumerate(others):
+            check_order(other, dim)
+            self._names.setdefault(self._calls(other), f"order_{i}")
+        check_order(order, dim)
+        self._chosen = self._own = self._calls(order)
+        self._plans: dict[tuple[int, torch.device, torch.dtype], Any] = {}
+
+    def _calls(self, order: Tensor) -> int:
+        return -(-len(order) // self.block)
+
+    @property
+    def budgets(self) -> list[int]:
+        """Numbers of network calls for which there is an order."""
+        return sorted(self._names)
+
+    def choose(self, calls: int | None) -> None:
+        """Score and draw by the order of ``calls`` network calls from now on; None for the law's own.
+
+        Raises:
+            ValueError: there is none.
+        """
+        calls = self._own if calls is None else calls
+        if calls not in self._names:
+            raise ValueError(f"no order of {calls} calls; there are {self.budgets}")
+        self._chosen = calls
+
+    @property
+    def chosen(self) -> Tensor:
+        """The order in use, int64 ``(R, S)``."""
+        found: Tensor = getattr(self, self._names[self._chosen])
+        return found
+
+    def _extra(self) -> tuple[Any, ...]:
+        """The plan of the order in use, where it is not the network's own, made once for a device."""
+        if self._chosen == self._own:
+            return ()
+        weight = next(self.net.parameters())
+        key = (self._chosen, weight.device, weight.dtype)
+        if key not in self._plans:
+            self._plans[key] = self.net.plan(self.chosen)
+        return (self._plans[key],)
 
     @property
     def num_calls(self) -> int:
         """One call a block of rows."""
-        return -(-int(self.order.shape[0]) // self.block)
+        return self._chosen
 
     def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
         """Exact nats (batch,) of symbols ``(batch, n)`` or one-hot rows ``(batch, n, K)``."""
-        logits = self.net(x, context)
+        logits = self.net(x, context, *self._extra())
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if x.is_floating_point():
             terms = (x * logits.log_softmax(-1)).sum(-1)
@@ -80,7 +127,7 @@ class SequenceCategorical(Distribution):
         if isinstance(context, Tensor):
             longest = min(longest, int(context.max()))
         rows = self._drawn(longest)
-        state, drawn = self.net.start(n, context), None
+        state, drawn = self.net.start(n, context, *self._extra()), None
         x = torch.zeros(n, self.dim, dtype=torch.int64, device=device)
         noise: Tensor | None = None
         ahead = 0
@@ -109,8 +156,8 @@ class SequenceCategorical(Distribution):
 
     def _drawn(self, length: int) -> list[Tensor]:
         """Positions of each group, up to the last that holds one below ``length``: later ones need no call."""
-        needed = (self.order < length).any(1).nonzero()
-        rows = self.order[: int(needed.max()) + 1 if len(needed) else 0]
+        needed = (self.chosen < length).any(1).nonzero()
+        rows = self.chosen[: int(needed.max()) + 1 if len(needed) else 0]
         return [row[row < self.dim] for row in rows]
 
     @torch.no_grad()
@@ -119,7 +166,7 @@ class SequenceCategorical(Distribution):
         limit = torch.full((len(x),), x.shape[1], device=x.device)
         if isinstance(context, Tensor):
             limit = torch.minimum(limit, context)
-        state = self.net.start(len(x), None if bool((limit == self.dim).all()) else limit)
+        state = self.net.start(len(x), None if bool((limit == self.dim).all()) else limit, *self._extra())
         previous = None
         x = F.pad(x, (0, self.dim - x.shape[1]))
         total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
