@@ -19,7 +19,7 @@ from dflow.config import InputError
 from dflow.data import Text
 from dflow.evaluate import Evaluation, evaluate
 from dflow.generate import check_output, write_whole
-from dflow.hf import DflowModel
+from dflow.hf import DflowModel, split_calls
 
 FILES = ("compare.json", "compare.md", "compare.png")
 
@@ -303,65 +303,40 @@ def record(comparison: Comparison) -> str:
 
 
 def plot(comparison: Comparison) -> bytes:
-    """Bits against latency as a PNG. Names stand in a column on the right, so that none covers another."""
+    """Bits against network calls and against latency, as a PNG; a line joins the budgets of one model."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = sorted(comparison.rows, key=lambda row: row.evaluation.bpc)
+    curves: dict[str, list[Row]] = {}
+    for row in sorted(comparison.rows, key=lambda row: row.num_calls):
+        curves.setdefault(str(split_calls(row.name)[0]), []).append(row)
     # No pyplot: it has state, and may look for a display.
-    figure = Figure(figsize=(8, max(4.5, 1 + 0.3 * len(rows))), dpi=150, layout="constrained")
+    figure = Figure(figsize=(11, max(4.5, 1 + 0.3 * len(curves))), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_xscale("log")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for i, (name, rows) in enumerate(curves.items()):
+        bits = [row.evaluation.bpc for row in rows]
+        errors = [row.evaluation.standard_error or 0.0 for row in rows]
+        style = {"fmt": "o-" if len(rows) > 1 else "o", "color": f"C{i % 10}", "capsize": 3, "markersize": 5}
+        left.errorbar([row.num_calls for row in rows], bits, errors, **style)
+        label = name.replace("$", r"\$")
+        right.errorbar([row.latency_ms for row in rows], bits, errors, label=label, **style)
+    left.set_xscale("log", base=2)
+    left.xaxis.set_major_formatter("{x:g}")
+    left.set_xlabel("network calls (log scale)")
+    left.set_ylabel(f"exact bits a character ({comparison.text})")
+    right.set_xscale("log")
     # Plain numbers, and 2 and 5 between the powers of ten: all models may lie between two of those.
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
-    for i, row in enumerate(rows):
-        e, color = row.evaluation, f"C{i % 10}"
-        axes.errorbar(row.latency_ms, e.bpc, yerr=e.standard_error, fmt="o", color=color, capsize=3)
-    axes.margins(x=0.15, y=0.15)
-    axes.grid(alpha=0.3, which="both")
-    axes.set_xlabel(f"latency of one sample of {comparison.length:,} symbols (ms, log scale)")
-    axes.set_ylabel(f"exact bits a character ({comparison.text})")
-    low, high = axes.get_ylim()
-    places = spread([(row.evaluation.bpc - low) / (high - low) for row in rows], 0.9 / max(10, len(rows)))
-    for i, (row, place) in enumerate(zip(rows, places, strict=True)):
-        axes.annotate(
-            row.name.replace("$", r"\$"),
-            xy=(row.latency_ms, row.evaluation.bpc),
-            xytext=(1.04, place),
-            textcoords="axes fraction",
-            va="center",
-            color=f"C{i % 10}",
-            arrowprops={
-                "arrowstyle": "-",
-                "color": f"C{i % 10}",
-                "alpha": 0.5,
-                "linewidth": 0.8,
-                "relpos": (0, 0.5),
-            },
-        )
+    right.xaxis.set_major_formatter("{x:g}")
+    right.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
+    right.set_xlabel(f"latency of one sample of {comparison.length:,} symbols (ms, log scale)")
+    for axes in (left, right):
+        axes.margins(x=0.1, y=0.1)
+        axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper")
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", bbox_inches="tight")
+    figure.savefig(buffer, format="png")
     return buffer.getvalue()
-
-
-def spread(places: Sequence[float], gap: float) -> list[float]:
-    """Rising ``places`` in [0, 1], moved as little as it takes to lie ``gap`` apart and within.
-
-    >>> [round(p, 2) for p in spread([0.5, 0.5, 0.98], 0.1)]
-    [0.5, 0.6, 0.98]
-    >>> [round(p, 2) for p in spread([0.9, 1.0, 1.0], 0.25)]
-    [0.5, 0.75, 1.0]
-    """
-    result: list[float] = []
-    for place in places:
-        result.append(max(place, result[-1] + gap) if result else place)
-    limit = 1.0
-    for i in reversed(range(len(result))):
-        result[i] = min(result[i], limit)
-        limit = result[i] - gap
-    return result
 
 
 def check_folder(folder: Path) -> None:

@@ -36,11 +36,6 @@ def setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-def setting_list(help: str) -> Any:
-    """A dataclass field that is an empty list by default."""
-    return field(default_factory=list, metadata={"help": help})
-
-
 @dataclass
 class ModelConfig:
     """What every family of models has."""
@@ -107,8 +102,9 @@ class GroupedConfig(TransformerConfig):
     """The sequence is drawn in `num_calls` groups, each in one network call given all earlier ones."""
 
     num_calls: int = setting(32, "groups, and so network calls to draw a sequence")
-    calls: list[int] = setting_list(
-        "further numbers of calls to train on at once; any of them can then be chosen, as in MODEL@8"
+    calls: list[int] = field(
+        default_factory=list,
+        metadata={"help": "further numbers of calls to train on at once; MODEL@8 is the one of 8"},
     )
     order: str = setting("lockstep", "order in which positions are drawn: " + ", ".join(ORDERS))
     block: int = setting(
@@ -242,6 +238,7 @@ def autoregressive(config: AutoregressiveConfig, K: int) -> Distribution:
 
 def grouped(config: GroupedConfig, K: int) -> Distribution:
     """The sequence in groups, exact likelihood in one pass; see `dflow.ops.orders`."""
+
     def rows(calls: int) -> Tensor:
         return ORDERS[config.order](config.length, min(config.length, calls * config.block))
 

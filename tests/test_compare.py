@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import time
@@ -15,7 +14,6 @@ import pytest
 import torch
 from folders import corpus_of, make_model, write_text
 from matplotlib.figure import Figure
-from matplotlib.text import Annotation
 from torch import Tensor
 
 from dflow import compare as comparing
@@ -29,7 +27,6 @@ from dflow.compare import (
     num_calls,
     plot,
     record,
-    spread,
     write,
 )
 from dflow.config import InputError
@@ -161,7 +158,7 @@ def test_record_is_one_line_of_json(comparison: Comparison) -> None:
     assert found["environment"]["torch"] == torch.__version__
 
 
-def test_the_plot_names_every_model_and_no_name_covers_another(
+def test_the_plot_names_every_model_and_joins_the_budgets_of_one(
     comparison: Comparison, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Figure] = []
@@ -173,25 +170,18 @@ def test_the_plot_names_every_model_and_no_name_covers_another(
 
     monkeypatch.setattr(Figure, "savefig", keep)
     same = [replace(comparison.rows[i % 3], name=f"runs/model_${i}") for i in range(14)]
-    for rows in (comparison.rows, tuple(same), (same[0],)):
+    budgets = [replace(comparison.rows[0], name=f"runs/grouped@{c}", num_calls=c) for c in (8, 2, 4)]
+    for rows in (comparison.rows, tuple(same), (same[0],), (*budgets, comparison.rows[1])):
         png = plot(replace(comparison, rows=tuple(rows)))
         assert png.startswith(b"\x89PNG")
-        [axes] = drawn[-1].axes
-        assert axes.get_xscale() == "log"
-        labels = [t for t in axes.texts if isinstance(t, Annotation)]
-        assert len(labels) == len(rows)
-        # Of the text alone: Annotation's own box includes the line that leads to the point.
-        boxes = [super(Annotation, label).get_window_extent() for label in labels]
-        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
-        assert not any(box.overlaps(axes.get_window_extent()) for box in boxes)
-
-
-def test_spread_keeps_order_and_room() -> None:
-    for places in ([0.0] * 10, [1.0] * 10, [0.1, 0.1, 0.5, 0.51, 0.99, 1.0]):
-        result = spread(places, 0.09)
-        assert all(b - a >= 0.09 - 1e-9 for a, b in itertools.pairwise(result))
-        assert min(result) > -1e-9
-        assert max(result) < 1 + 1e-9
+        left, right = drawn[-1].axes
+        assert left.get_xscale() == right.get_xscale() == "log"
+        [legend] = drawn[-1].legends
+        names = {row.name.split("@")[0].replace("$", r"\$") for row in rows}
+        assert {t.get_text() for t in legend.get_texts()} == names
+        assert not legend.get_window_extent().overlaps(right.get_window_extent())
+    # The budgets of one model are one line, from few calls to many.
+    assert left.containers[0].lines[0].get_xdata().tolist() == [2, 4, 8]
 
 
 def test_results_are_written_and_never_over_others(comparison: Comparison, tmp_path: Path) -> None:

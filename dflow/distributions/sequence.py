@@ -155,7 +155,7 @@ class SequenceCategorical(Distribution):
         return x
 
     def _drawn(self, length: int) -> list[Tensor]:
-        """Positions of each group, up to the last that holds one below ``length``: later ones need no call."""
+        """Positions of each row, up to the last that holds one below ``length``: later ones need no call."""
         needed = (self.chosen < length).any(1).nonzero()
         rows = self.chosen[: int(needed.max()) + 1 if len(needed) else 0]
         return [row[row < self.dim] for row in rows]

@@ -229,8 +229,8 @@ class GroupCausalTransformer(nn.Module):
         hidden_size, num_layers, num_heads, intermediate_size, dropout: the usual.
         window: how many symbols before an entry are read directly, one vector for each distance and symbol
             (a convolution over one-hot rows).
-        ahead: how many symbols after it likewise, where an order draws any of them earlier; default ``window``
-            if the order has several lanes, else 0.
+        ahead: how many symbols after it likewise, where an order draws any of them earlier; default
+            ``window`` if the order has several lanes, else 0.
         ngram_rows: rows of each table of hashed n-grams, see `dflow.nn.embed`; 0 for none.
         ngram_size: longest n-gram with a table, to either side and across the entry.
         zero_head: start with an output of zeros (the identity, for the parameters of a bijector).
@@ -273,7 +273,7 @@ class GroupCausalTransformer(nn.Module):
         self.register_buffer("order", order.clone())
         self.register_buffer("offsets", torch.tensor([*range(-1, -window - 1, -1), *range(1, ahead + 1)]))
         reach = self.offsets.tolist()
-        # The last columns are the symbols that the lane drew last; with one lane there are no gaps to tell of.
+        # The last columns are what the lane drew last; with one lane there are no gaps to tell of.
         self.gaps = ahead > 0
         self.embed = Neighbours(
             K,
@@ -312,7 +312,9 @@ class GroupCausalTransformer(nn.Module):
         # Column c: what the lane drew c + 1 rows before.
         last = torch.stack([history[m - 1 - c : m - 1 - c + rows] for c in range(m)], -1)
 
-        def reading(positions: Tensor, known: Tensor, carried: Tensor, slots: Tensor, cuts: list[int]) -> Reading:
+        def reading(
+            positions: Tensor, known: Tensor, carried: Tensor, slots: Tensor, cuts: list[int]
+        ) -> Reading:
             around = positions[:, None] + self.offsets
             around = around.masked_fill((around < 0) | (around > n), n)
             sources = around.masked_fill(drawn[around] >= known[:, None], n)
@@ -348,7 +350,8 @@ class GroupCausalTransformer(nn.Module):
             cuts = [0, *some.sum(1).cumsum(0).tolist()]
             entries.append(reading(positions, known, last[j::m][some], slot[some], cuts))
         rotation = _rotation(slots.positions, keys, self.hidden_size // self.num_heads)
-        rotation = rotation.to(torch.complex128 if self.norm.weight.dtype == torch.float64 else torch.complex64)
+        wide = self.norm.weight.dtype == torch.float64
+        rotation = rotation.to(torch.complex128 if wide else torch.complex64)
         return Plan(
             slots,
             entries,
