@@ -130,6 +130,10 @@ class Reading:
     gaps: Tensor | None
     cuts: list[int]
 
+    def tensors(self) -> list[Tensor]:
+        """What there is for each entry."""
+        return [t for t in (self.positions, self.slots, self.sources, self.gaps) if t is not None]
+
 
 @dataclass
 class Plan:
@@ -139,7 +143,8 @@ class Plan:
         slots: what the slots read; their positions are those of the first entry that they predict, or, where
             there is none, of the symbol that they carry.
         entries: those that the slots predict, one list for each row of a block.
-        inverse: where each position stands in these lists, one after the other.
+        later: those of all rows but the first, one list after the other.
+        inverse: where each position stands in all lists, one after the other.
         least: the least position that a slot predicts or carries.
         rotation: complex (slots, 2, 1, head / 2), turns queries and keys to their positions.
         mask: which slot attends to which, (slots, slots); None when each sees those before it and itself.
@@ -148,6 +153,7 @@ class Plan:
 
     slots: Reading
     entries: list[Reading]
+    later: Reading
     inverse: Tensor
     least: Tensor
     rotation: Tensor
@@ -287,7 +293,7 @@ class GroupCausalTransformer(nn.Module):
         self.blocks = nn.ModuleList(
             Block(hidden_size, num_heads, intermediate_size, dropout) for _ in range(num_layers)
         )
-        self.inner = nn.ModuleList(Inner(hidden_size, intermediate_size) for _ in range(block - 1))
+        self.inner = Inner(hidden_size, intermediate_size) if block > 1 else None
         self.norm = nn.LayerNorm(hidden_size, bias=False)
         self.head = nn.Linear(hidden_size, num_params)
         _initialize(self, num_layers)
@@ -352,9 +358,13 @@ class GroupCausalTransformer(nn.Module):
         rotation = _rotation(slots.positions, keys, self.hidden_size // self.num_heads)
         wide = self.norm.weight.dtype == torch.float64
         rotation = rotation.to(torch.complex128 if wide else torch.complex64)
+        later = [
+            torch.cat(parts) for parts in zip(*(e.tensors() for e in entries[1:] or entries), strict=True)
+        ]
         return Plan(
             slots,
             entries,
+            Reading(later[0], later[1], later[2], later[3] if self.gaps else None, []),
             torch.cat([e.positions for e in entries]).argsort(),
             chain.min(-1).values[used],
             rotation,
@@ -416,10 +426,11 @@ class GroupCausalTransformer(nn.Module):
         h = self._read(x, symbols, plan.slots)
         for block in self.blocks:
             h = block(h, plan.rotation, mask, mask is None)
-        parts = [h[:, plan.entries[0].slots]]
-        for inner, reading in zip(self.inner, plan.entries[1:], strict=True):
-            parts.append(inner(h[:, reading.slots], self._read(x, symbols, reading)))
-        out: Tensor = self.head(self.norm(torch.cat(parts, 1)[:, plan.inverse[:n]]))
+        first = h[:, plan.entries[0].slots]
+        if self.inner is not None:
+            later = self.inner(h[:, plan.later.slots], self._read(x, symbols, plan.later))
+            first = torch.cat([first, later], 1)
+        out: Tensor = self.head(self.norm(first[:, plan.inverse[:n]]))
         return out
 
     def start(self, batch: int, context: Context = None, plan: Plan | None = None) -> State:
@@ -473,9 +484,9 @@ class GroupCausalTransformer(nn.Module):
         some = slice(entries.cuts[g], entries.cuts[g + 1])
         if some.stop - some.start < h.shape[1]:
             h = h[:, entries.slots[some] - begin]
-        if j:
+        if j and self.inner is not None:
             gaps = None if entries.gaps is None else entries.gaps[some]
-            h = self.inner[j - 1](h, self.embed(state.symbols[:, entries.sources[some]], gaps))
+            h = self.inner(h, self.embed(state.symbols[:, entries.sources[some]], gaps))
         h = F.layer_norm(h, (self.hidden_size,), self.norm.weight)
         return F.linear(h, self.head.weight, self.head.bias)
 
