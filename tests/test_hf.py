@@ -73,7 +73,7 @@ def test_generate_draws_what_is_asked_for(model):
 
 def test_prompts_are_kept_or_refused(model):
     prompt = torch.tensor([3, 1])
-    if model.config.family in ("bipartite", "autoregressive"):
+    if model.config.family in ("bipartite", "autoregressive", "multiscale"):
         with pytest.raises(InputError, match="cannot continue a prompt"):
             model.generate(prompt=prompt)
         return

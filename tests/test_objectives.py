@@ -129,7 +129,7 @@ def test_default_rules():
     ("family", "changes", "rule", "message"),
     [
         ("grouped", {}, "gumbel", "use likelihood"),
-        ("bipartite", {}, "likelihood", "use straight_through, gumbel or layerwise"),
+        ("bipartite", {}, "likelihood", "use straight_through, gumbel, layerwise or expected"),
         ("bipartite", {"base": "mixture"}, "layerwise", "trains no base"),
         ("bipartite", {"elementwise": "affine"}, "layerwise", "scale of ModAffine"),
     ],
