@@ -132,15 +132,15 @@ def main() -> None:
     about = environment(torch.device("cpu")) | {"cores": os.cpu_count() or 1}
     print("environment: " + ", ".join(f"{k} {v}" for k, v in about.items()))
     print(f"{arguments.minutes:g} minutes each, {vars(arguments)}\n", flush=True)
-    print("| run | exact bits a character | steps | network calls | parameters |")
-    print("|---|---:|---:|---:|---:|", flush=True)
-    results = []
-    for name, (model, rule) in runs(arguments.what).items():
-        r = result_of(name, model, rule, arguments)
-        results.append(r)
+    plan = runs(arguments.what)
+    results = [result_of(name, model, rule, arguments) for name, (model, rule) in plan.items()]
+    print(f"\nexact bits a character of the validation text, {results[0]['protocol']}\n")
+    print("| run | bits | steps | network calls | parameters |")
+    print("|---|---:|---:|---:|---:|")
+    for r in results:
         mark = "" if r["round_trip"] else " ROUND TRIP FAILED"
         cells = (f"{r['bits']:.4f}{mark}", f"{r['steps']:,}", f"{r['num_calls']}", f"{r['parameters']:,}")
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        print(f"| {r['name']} | {' | '.join(cells)} |")
     best = min(results, key=lambda r: r["bits"])
     print(f"\nbest: {best['name']}, {best['bits']:.4f} bits")
     print(json.dumps({"benchmark": arguments.what, **vars(arguments), **about, "rows": results}))
