@@ -13,7 +13,13 @@ if TYPE_CHECKING:
     from dflow.bijectors import Autoregressive, Chain, Coupling, Inverse, Permute, Reverse
     from dflow.config import InputError
     from dflow.core import Bijector, Distribution, Elementwise
-    from dflow.distributions import Categorical, ConditionalCategorical, Mixture, SequenceCategorical
+    from dflow.distributions import (
+        Categorical,
+        ConditionalCategorical,
+        Mixture,
+        SequenceCategorical,
+        Spectra,
+    )
     from dflow.elementwise import ModAffine, ModRank, ModShift
     from dflow.flows import Flow, Split
     from dflow.hf import DflowConfig, DflowModel
@@ -41,6 +47,7 @@ __all__ = [
     "Permute",
     "Reverse",
     "SequenceCategorical",
+    "Spectra",
     "Split",
     "__version__",
 ]
@@ -49,7 +56,7 @@ _HOMES = {
     "core": ("Bijector", "Distribution", "Elementwise"),
     "elementwise": ("ModAffine", "ModRank", "ModShift"),
     "bijectors": ("Autoregressive", "Chain", "Coupling", "Inverse", "Permute", "Reverse"),
-    "distributions": ("Categorical", "ConditionalCategorical", "Mixture", "SequenceCategorical"),
+    "distributions": ("Categorical", "ConditionalCategorical", "Mixture", "SequenceCategorical", "Spectra"),
     "flows": ("Flow", "Split"),
     "hf": ("DflowConfig", "DflowModel"),
     "config": ("InputError",),

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from dflow.bijectors import Autoregressive
 from dflow.config import InputError
 from dflow.data import Text
 from dflow.evaluate import Evaluation, evaluate
@@ -52,7 +53,8 @@ class Row:
         family: of the model.
         num_parameters: trained numbers.
         evaluation: exact bits, with protocol.
-        num_calls: sequential network calls to draw one sample.
+        num_calls: sequential network calls to draw one sample; where they hang on the sample, measured: the
+            mean over as many draws as rounds, rounded.
         latency_ms: from the call of `generate` for one sample to its symbols on the CPU; median.
         latency_threads: the number of threads at which that is least.
         characters_per_second: drawn in batches of `Comparison.batch_size`; median.
@@ -147,7 +149,7 @@ def compare(
             family=c.model.config.family,
             num_parameters=c.model.num_parameters(),
             evaluation=scores[i],
-            num_calls=num_calls(c.model, length),
+            num_calls=num_calls(c.model, length, rounds, seed),
             latency_ms=1e3 * latencies[i].seconds,
             latency_threads=latencies[i].threads,
             characters_per_second=rates[i],
@@ -162,9 +164,19 @@ def compare(
     return Comparison(environment(device), called, length, batch_size, rounds, names[first], rows)
 
 
-def num_calls(model: DflowModel, length: int) -> int:
-    """Network calls for a sample of ``length`` symbols: a law from left to right stops there."""
+def num_calls(model: DflowModel, length: int, rounds: int = 1, seed: int = 0) -> int:
+    """Network calls for a sample of ``length`` symbols: a law from left to right stops there.
+
+    Where an inversion takes as many as the sample needs they are counted, over ``rounds`` draws of one.
+    """
     calls: int = model.num_calls
+    layers = [m for m in model.modules() if isinstance(m, Autoregressive) and m.inversion == "jacobi"]
+    if layers:
+        before = sum(layer.calls for layer in layers)
+        for r in range(rounds):
+            model.generate(1, length=length, generator=torch.Generator(model.device).manual_seed(seed + r))
+        counted = (sum(layer.calls for layer in layers) - before) / rounds
+        return round(calls - sum(layer.num_calls for layer in layers) + counted)
     return min(calls, length) if model.config.family in ("lstm", "transformer") else calls
 
 

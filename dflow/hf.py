@@ -21,9 +21,9 @@ from transformers.utils.generic import ModelOutput
 
 from dflow import zoo
 from dflow.config import InputError
-from dflow.core import Distribution
-from dflow.distributions import SequenceCategorical
-from dflow.flows import Flow
+from dflow.core import Context, Distribution
+from dflow.distributions import Categorical, ConditionalCategorical, SequenceCategorical, Spectra
+from dflow.flows import Flow, Split
 
 
 class DflowConfig(PreTrainedConfig):
@@ -128,7 +128,7 @@ class DflowModel(PreTrainedModel):
         if self.config.explicit_length and lengths is None:
             lengths = torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
         n = input_ids.shape[1]
-        fixed = isinstance(self.distribution, Flow)
+        fixed = isinstance(self.distribution, (Flow, Split))
         if fixed and n < self.config.length:
             input_ids = nn.functional.pad(input_ids, (0, self.config.length - n))
         log_prob = self.distribution.log_prob(input_ids, lengths)
@@ -199,20 +199,16 @@ class DflowModel(PreTrainedModel):
     def round_trip(self, input_ids: Tensor, lengths: Tensor | None = None) -> bool:
         """Whether what is scored is what is drawn.
 
-        A flow has to give back every symbol from its latents. A law that draws symbols itself has to give
-        them the same probability step by step, as it draws, as in the one pass that scores them.
+        A map on Z/K has to give back every symbol from its latents. A law that draws symbols one group after
+        another has to give them the same probability step by step, as it draws, as in the one pass that
+        scores them. The parts of a split are checked each by itself; a plain table of probabilities is
+        scored and drawn from alike, which leaves nothing to check.
         """
         self._check(input_ids, lengths)
-        d = self.distribution
-        if isinstance(d, Flow):
-            if input_ids.shape[1] < self.config.length:
-                input_ids = nn.functional.pad(input_ids, (0, self.config.length - input_ids.shape[1]))
-            z, _ = d.bijector(input_ids, lengths)
-            return torch.equal(d.bijector.inverse(z, lengths)[0], input_ids)
-        if isinstance(d, SequenceCategorical):
-            steps = d.log_prob_by_steps(input_ids, lengths)
-            return bool(torch.allclose(steps, d.log_prob(input_ids, lengths), rtol=1e-4, atol=1e-3))
-        raise TypeError(f"no round trip is defined for {type(d).__name__}")
+        fixed = isinstance(self.distribution, (Flow, Split))
+        if fixed and input_ids.shape[1] < self.config.length:
+            input_ids = nn.functional.pad(input_ids, (0, self.config.length - input_ids.shape[1]))
+        return _round_trip(self.distribution, input_ids, lengths)
 
     def set_length_counts(self, counts: Tensor) -> None:
         """The lengths of the training data, ``(config.length + 1,)``: the law of lengths is theirs."""
@@ -239,6 +235,24 @@ class DflowModel(PreTrainedModel):
                 f"a {self.config.family} model scores sequences of exactly {longest} symbols, found {n}; "
                 "cut the text into such chunks"
             )
+
+
+def _round_trip(d: Distribution, x: Tensor, context: Context) -> bool:
+    if isinstance(d, Flow):
+        z, _ = d.bijector(x, context)
+        return torch.equal(d.bijector.inverse(z, context)[0], x)
+    if isinstance(d, SequenceCategorical):
+        steps = d.log_prob_by_steps(x, context)
+        return bool(torch.allclose(steps, d.log_prob(x, context), rtol=1e-4, atol=1e-3))
+    if isinstance(d, Split):
+        kept, rest = d.parts(x, context)
+        return _round_trip(d.base, *kept) and _round_trip(d.conditional, *rest)
+    if isinstance(d, Spectra):
+        z, _ = d.elementwise.forward(x, d.params(context)[0])
+        return torch.equal(d.elementwise.inverse(z, d.params(context)[0])[0], x)
+    if isinstance(d, (Categorical, ConditionalCategorical)):
+        return True
+    raise TypeError(f"no round trip is defined for {type(d).__name__}")
 
 
 AutoConfig.register("dflow", DflowConfig)

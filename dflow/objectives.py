@@ -1,13 +1,21 @@
 """What training minimises, and the units in which results are told.
 
-Three rules train a discrete flow:
+Four rules train a discrete flow, or any law with a map on Z/K in it (`dflow.distributions.Spectra`):
 
 - ``straight_through``: the exact likelihood of one-hot rows, with straight-through gradients through the
   arg-max of every layer (Bengio et al. 2013; Tran et al. 2019); with ``noise`` 1 in the estimator it is the
   Gumbel-softmax rule (Jang et al. 2017; Maddison et al. 2017).
 - ``layerwise``: the conditioner of each layer learns to predict the symbols it will move, by cross-entropy
   (Lindt and Hoogeboom 2021, arXiv 2107.11625). No gradient crosses a layer and none is biased.
+- ``expected``: each layer of shifts or affine maps learns by the mean of the latent's cost over its soft-max,
+  ``E_{s ~ softmax(l / temperature)} -log b(x - s)`` with b the base's law where the entry ends up: the exact
+  gradient of the relaxed layer next to the base, from all K costs at once. Couplings from fine to coarse have
+  one layer an entry, so each is next to the base. Where there are several, each is told the base's cost as
+  if it were the last (greedy), and no gradient crosses a layer.
 - ``likelihood``: the exact likelihood of symbols, for laws whose parameters it can reach (no bijector).
+
+Whatever the rule, parameters that the exact likelihood of symbols reaches (spectra and their weights) are
+trained by it.
 """
 
 from __future__ import annotations
@@ -20,18 +28,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflow.bijectors import Autoregressive, Chain, Coupling
+from dflow.bijectors import Autoregressive, Chain, Coupling, Permute, Reverse
 from dflow.config import InputError
-from dflow.core import Bijector, Context, Distribution
-from dflow.distributions import Categorical, SequenceCategorical
-from dflow.elementwise import ModRank, ModShift
+from dflow.core import Context, Distribution
+from dflow.distributions import Categorical, SequenceCategorical, Spectra
+from dflow.elementwise import ModAffine, ModRank, ModShift
 from dflow.elementwise.discrete import Discrete
-from dflow.flows import Flow
+from dflow.flows import Flow, Split
 from dflow.ops.lengths import present
 from dflow.ops.modular import one_hot
 from dflow.ops.straight_through import StraightThrough
 
-Rule = Literal["likelihood", "straight_through", "gumbel", "layerwise"]
+Rule = Literal["likelihood", "straight_through", "gumbel", "layerwise", "expected"]
 
 
 def bits(nats: float, count: float) -> float:
@@ -45,42 +53,63 @@ def bits(nats: float, count: float) -> float:
 
 def default_rule(distribution: Distribution) -> Rule:
     """The rule that reaches every parameter of ``distribution`` with the least bias."""
-    if not isinstance(distribution, Flow):
+    maps = _maps(distribution)
+    if not maps:
         return "likelihood"
-    if closed_form(distribution) is None:
+    if _trained_bases(distribution) or not all(isinstance(m, (ModRank, ModShift)) for m in maps):
         return "straight_through"
-    rankable = all(
-        isinstance(m, (ModRank, ModShift)) for m in distribution.modules() if isinstance(m, Discrete)
-    )
-    return "layerwise" if rankable else "straight_through"
+    return "layerwise"
 
 
 def check_rule(rule: Rule, distribution: Distribution) -> None:
     """Raise InputError for a rule under which some parameter of ``distribution`` would not learn."""
-    flow = isinstance(distribution, Flow)
-    if flow == (rule == "likelihood"):
-        way = "straight_through, gumbel or layerwise" if flow else "likelihood"
+    maps = _maps(distribution)
+    if bool(maps) == (rule == "likelihood"):
+        way = "straight_through, gumbel, layerwise or expected" if maps else "likelihood"
         raise InputError(f"rule {rule!r} does not train this model; use {way}")
-    if rule == "layerwise":
-        if closed_form(distribution) is None:
-            raise InputError("rule 'layerwise' trains no base; use base 'factorized', or 'straight_through'")
-        for module in distribution.modules():
-            if isinstance(module, Discrete) and not isinstance(module, (ModRank, ModShift)):
-                raise InputError(
-                    f"rule 'layerwise' has nothing to teach the scale of {type(module).__name__}; "
-                    "use elementwise 'shift' or 'rank', or rule 'straight_through' or 'gumbel'"
-                )
+    if rule not in ("layerwise", "expected"):
+        return
+    if _trained_bases(distribution):
+        raise InputError(f"rule {rule!r} trains no base; use base 'factorized', or 'straight_through'")
+    for module in maps:
+        if rule == "layerwise" and not isinstance(module, (ModRank, ModShift)):
+            raise InputError(
+                f"rule 'layerwise' has nothing to teach the scale of {type(module).__name__}; use "
+                "elementwise 'shift' or 'rank', or rule 'expected', 'straight_through' or 'gumbel'"
+            )
+        if rule == "expected" and not isinstance(module, (ModShift, ModAffine)):
+            raise InputError(
+                f"rule 'expected' has no closed form for the ranks of {type(module).__name__}; use "
+                "elementwise 'shift' or 'affine', or rule 'layerwise', 'straight_through' or 'gumbel'"
+            )
+
+
+def _maps(distribution: nn.Module) -> list[Discrete]:
+    return [m for m in distribution.modules() if isinstance(m, Discrete)]
+
+
+def _trained_bases(distribution: nn.Module) -> bool:
+    """Whether some flow has a base that only a gradient through its bijector's latents would train."""
+    flows = (m for m in distribution.modules() if isinstance(m, Flow))
+    return any(not isinstance(f.base, Categorical) or f.base.learned for f in flows)
+
+
+def base_of(distribution: Distribution) -> Distribution:
+    """The innermost base: what is left when all bijectors and all parts factored out are taken away."""
+    while isinstance(distribution, (Flow, Split)):
+        distribution = distribution.base
+    return distribution
 
 
 def closed_form(distribution: Distribution) -> Categorical | None:
-    """The factorized base that is a running average of latents, where there is one."""
-    base = distribution.base if isinstance(distribution, Flow) else None
+    """The factorized innermost base that is a running average of latents, where there is one."""
+    base = base_of(distribution)
     return base if isinstance(base, Categorical) and not base.learned else None
 
 
 def estimators(distribution: nn.Module) -> set[StraightThrough]:
     """The straight-through estimators in use; a schedule moves them all."""
-    return {m.estimator for m in distribution.modules() if isinstance(m, Discrete)}
+    return {m.estimator for m in _maps(distribution)}
 
 
 def elastic(distribution: nn.Module) -> list[SequenceCategorical]:
@@ -110,24 +139,58 @@ class Objective(nn.Module):
             x: symbols, int64 ``(batch, dim)``.
             context: lengths, int64 ``(batch,)``, or None.
         """
-        d = self.distribution
-        if not isinstance(d, Flow):
-            return -d.log_prob(x, context).sum(), None
-        if self.rule == "layerwise":
-            loss, z = _layerwise(d.bijector, x, context)
-        else:
-            dtype = next(d.parameters()).dtype
-            K = next(m.K for m in d.modules() if isinstance(m, Discrete))
-            z, log_det = d.transform(one_hot(x, K, dtype), context)
-            loss = -(d.base.log_prob(z, context) + log_det).sum()
-        base = closed_form(d)
-        return loss, None if base is None else base.statistics(z, context)
+        loss, z, own = _loss(self.distribution, x, context, self.rule)
+        base = closed_form(self.distribution)
+        return loss, None if base is None else base.statistics(z, own)
 
 
-def _layerwise(bijector: Bijector, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-    """Sum over layers of the cross-entropy of what each moves; and the latent of symbols ``x``."""
+def _loss(d: Distribution, x: Tensor, context: Context, rule: Rule) -> tuple[Tensor, Tensor, Context]:
+    """Loss of symbols ``x``; and what reaches the innermost base, with its context."""
+    if isinstance(d, Split):
+        kept, rest = d.parts(x, context)
+        loss, z, own = _loss(d.base, *kept, rule)
+        return loss + _loss(d.conditional, *rest, rule)[0], z, own
+    if isinstance(d, Spectra):
+        return _spectra(d, x, context, rule), x, context
+    if not isinstance(d, Flow):
+        return -d.log_prob(x, context).sum(), x, context
+    if rule in ("layerwise", "expected"):
+        loss, z = _by_layers(d, x, context, rule)
+        return loss, z, context
+    z, log_det = d.transform(_rows(d, x), context)
+    return -(d.base.log_prob(z, context) + log_det).sum(), z, context
+
+
+def _rows(d: Distribution, x: Tensor) -> Tensor:
+    return one_hot(x, _maps(d)[0].K, next(d.parameters()).dtype)
+
+
+def _spectra(law: Spectra, x: Tensor, context: Context, rule: Rule) -> Tensor:
+    """The map by the rule; weights and spectra always by the exact likelihood of the latents."""
+    if rule in ("straight_through", "gumbel"):
+        return -law.log_prob(_rows(law, x), context).sum()
+    params, log_weights = law.params(context)
+    if isinstance(law.elementwise, (ModShift, ModAffine)) and rule == "expected":
+        terms = law.elementwise.expected(x, params, -law.log_law(log_weights))
+    else:
+        z, _ = law.elementwise.forward(x, params.detach())
+        terms = _cross_entropy(params, x) - law.log_latent(z, log_weights)
+    mask = present(context, x.shape[1])
+    return (terms if mask is None else torch.where(mask, terms, 0.0)).sum()
+
+
+def _cross_entropy(params: Tensor, x: Tensor) -> Tensor:
+    """Of each entry, ``(batch, dim)``, in nats."""
+    return F.cross_entropy(params.float().flatten(0, 1), x.flatten(), reduction="none").view(x.shape)
+
+
+def _by_layers(flow: Flow, x: Tensor, context: Context, rule: Rule) -> tuple[Tensor, Tensor]:
+    """Sum over layers of what each minimises by itself; and the latent of symbols ``x``."""
     loss = torch.zeros((), device=x.device)
-    for layer in _layers(bijector):
+    layers = list(_layers(flow.bijector))
+    places = _places(layers, x, context) if rule == "expected" else [x] * len(layers)
+    base = closed_form(flow)
+    for layer, place in zip(layers, places, strict=True):
         if not isinstance(layer, (Coupling, Autoregressive)):
             x, _ = layer(x, context)
             continue
@@ -136,7 +199,11 @@ def _layerwise(bijector: Bijector, x: Tensor, context: Context) -> tuple[Tensor,
             layer.hidden_index if isinstance(layer, Coupling) else torch.arange(x.shape[1], device=x.device)
         )
         old = x.index_select(1, moved)
-        terms = F.cross_entropy(params.float().flatten(0, 1), old.flatten(), reduction="none").view(old.shape)
+        if isinstance(layer.elementwise, (ModShift, ModAffine)) and rule == "expected" and base is not None:
+            cost = -base.log_law().to(params.dtype)[base.classes[place.index_select(1, moved)]]
+            terms = layer.elementwise.expected(old, params, cost)
+        else:
+            terms = _cross_entropy(params, old)
         new, _ = layer.elementwise(old, params.detach())
         mask = present(context, x.shape[1])
         if mask is not None:
@@ -145,6 +212,17 @@ def _layerwise(bijector: Bijector, x: Tensor, context: Context) -> tuple[Tensor,
         loss = loss + terms.sum()
         x = x.index_copy(1, moved, new)
     return loss, x
+
+
+def _places(layers: list[nn.Module], x: Tensor, context: Context) -> list[Tensor]:
+    """For each layer, the place ``(batch, dim)`` of the latent at which each of its entries ends up."""
+    place = torch.arange(x.shape[1], device=x.device).expand(x.shape)
+    places = []
+    for layer in reversed(layers):
+        places.append(place)
+        if isinstance(layer, (Permute, Reverse)):
+            place, _ = layer.inverse(place, context)
+    return places[::-1]
 
 
 def _layers(bijector: nn.Module) -> Iterator[nn.Module]:
@@ -163,11 +241,22 @@ def refit(distribution: Distribution, batches: Iterable[tuple[Tensor, Tensor | N
     where there is no such base.
     """
     base = closed_form(distribution)
-    if base is None or not isinstance(distribution, Flow):
+    if base is None:
         return
     total: Tensor | None = None
     for x, context in batches:
-        counts = base.statistics(distribution.transform(x, context)[0], context)
+        counts = base.statistics(*_latent(distribution, x, context))
         total = counts if total is None else total + counts
     if total is not None:
         base.assign(total)
+
+
+def _latent(d: Distribution, x: Tensor, context: Context) -> tuple[Tensor, Context]:
+    """What reaches the innermost base of symbols ``x``, with its context."""
+    while isinstance(d, (Flow, Split)):
+        if isinstance(d, Split):
+            x, context = d.parts(x, context)[0]
+        else:
+            x, _ = d.transform(x, context)
+        d = d.base
+    return x, context

@@ -35,7 +35,6 @@ from dflow import hf, objectives, zoo
 from dflow.config import InputError, convert, nearest, parse
 from dflow.data import Corpus, DataConfig, Text, Tokenizer, files, load
 from dflow.distributions import Categorical, Mixture
-from dflow.flows import Flow
 from dflow.ops.straight_through import SCHEDULES, scheduled
 from dflow.zoo import setting
 
@@ -83,11 +82,12 @@ class TrainConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = setting(
         "no", "precision of the networks: no, bf16, fp16"
     )
-    rule: Literal["auto", "likelihood", "straight_through", "gumbel", "layerwise"] = setting(
+    rule: Literal["auto", "likelihood", "straight_through", "gumbel", "layerwise", "expected"] = setting(
         "auto", "training rule of a flow; auto takes the best for the model"
     )
     temperature: Schedule = field(
-        default_factory=lambda: Schedule(1.0, 1.0), metadata={"help": "of the straight-through soft-max"}
+        default_factory=lambda: Schedule(1.0, 1.0),
+        metadata={"help": "of the soft-max of rules straight_through, gumbel and expected"},
     )
     noise: Schedule | None = field(
         default=None, metadata={"help": "factor of the Gumbel noise (rule gumbel: 1 falling to 0)"}
@@ -286,7 +286,7 @@ class _Run:
         self.model = hf.DflowModel(settings)
         distribution = self.model.distribution
         base = objectives.closed_form(distribution)
-        law = distribution.base if isinstance(distribution, Flow) else None
+        law = objectives.base_of(distribution)
         if isinstance(law, (Categorical, Mixture)):
             law.initialize(corpus.train.marginals(corpus.tokenizer.size))
         if explicit:
@@ -345,9 +345,10 @@ class _Run:
         self.accelerator.init_trackers("logs")
         d, corpus = self.accelerator.device, self.corpus
         parameters = sum(p.numel() for p in self.model.parameters())
+        most = "at most " * (getattr(self.recipe.model, "inversion", "loop") == "jacobi")
         self.say(
             f"{self.recipe.family}: {parameters:,} parameters, rule {self.rule}, "
-            f"{self.model.num_calls} network calls to draw {self.recipe.model.length} symbols\n"
+            f"{most}{self.model.num_calls} network calls to draw {self.recipe.model.length} symbols\n"
             f"{corpus.name} ({corpus.protocol}): {corpus.train.num_symbols:,} symbols to train on, "
             f"{corpus.tokenizer.size} different\n"
             f"{self.world} process{'es' * (self.world > 1)} on {d.type}, "
@@ -380,7 +381,7 @@ class _Run:
                 shown, characters = loss, characters + count
                 now = time.monotonic()
                 if now - since > 1.0 or self.fraction() >= 1:
-                    # Under the layerwise rule the loss is that of the conditioners, not the model's.
+                    # Under layerwise and expected the loss is that of the conditioners, not the model's.
                     rate = characters / (now - since)
                     bar.set_postfix_str(f"{shown:.3f} bits/char, {rate:,.0f} chars/s")
                     characters, since = 0, now

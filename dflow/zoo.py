@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from dflow.bijectors import Autoregressive, Chain, Coupling, Reverse
 from dflow.config import InputError, nearest, parse
 from dflow.core import Bijector, Distribution
-from dflow.distributions import Categorical, Mixture, SequenceCategorical
+from dflow.distributions import Categorical, ConditionalCategorical, Mixture, SequenceCategorical, Spectra
 from dflow.elementwise import ModAffine, ModRank, ModShift
-from dflow.flows import Flow
+from dflow.flows import Flow, Split
 from dflow.nn.lstm import LSTM
 from dflow.nn.transformer import GroupCausalTransformer, InfillTransformer
 from dflow.ops.orders import ORDERS, lockstep
@@ -153,11 +153,39 @@ class AutoregressiveConfig(TransformerConfig):
         "factorized", "base law: factorized, mixture, autoregressive"
     )
     components: int = setting(16, "components of a mixture base")
+    inversion: Literal["loop", "jacobi"] = setting(
+        "loop", "how symbols are drawn: loop, a call a symbol; jacobi, parallel calls until nothing changes"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_flows < 1:
             raise InputError(f"num_flows must be at least 1, found {self.num_flows}")
+
+
+@dataclass
+class MultiscaleConfig(AttentionConfig):
+    """Coarse to fine: at each level every second entry is drawn given the others, in one network call."""
+
+    num_hidden_layers: int = setting(1, "attention layers of each level's network")
+    num_levels: int | None = setting(None, "levels, and so network calls (default: until one entry is left)")
+    conditional: Literal["categorical", "spectra"] = setting(
+        "spectra", "law of a level: categorical, spectra (one of a few shared laws, mapped on Z/K)"
+    )
+    elementwise: Literal["shift", "affine", "rank"] = setting("rank", "family on Z/K: shift, affine, rank")
+    num_spectra: int = setting(4, "laws from which each entry chooses; with 1 it is a discrete flow")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.length < 2:
+            raise InputError(f"a level needs length 2 or more, found {self.length}")
+        most = (self.length - 1).bit_length()
+        if self.num_levels is not None and not 1 <= self.num_levels <= most:
+            raise InputError(
+                f"num_levels must lie in 1..{most} for length {self.length}, found {self.num_levels}"
+            )
+        if self.num_spectra < 1:
+            raise InputError(f"num_spectra must be at least 1, found {self.num_spectra}")
 
 
 @dataclass
@@ -226,7 +254,7 @@ def autoregressive(config: AutoregressiveConfig, K: int) -> Distribution:
         elementwise = ELEMENTWISE[config.elementwise](K, estimator)
         net = _causal(config, K, elementwise.num_params, zero_head=True)
         layers += [Reverse()] * (i > 0)
-        layers.append(Autoregressive(elementwise, net, config.length))
+        layers.append(Autoregressive(elementwise, net, config.length, config.inversion))
     if config.base == "autoregressive":
         order = lockstep(config.length, config.length)
         base: Distribution = SequenceCategorical(_causal(config, K, K), order, config.length)
@@ -234,6 +262,53 @@ def autoregressive(config: AutoregressiveConfig, K: int) -> Distribution:
         # The first entries of the last layer have little context and a law of their own.
         base = _base(config, K, torch.arange(config.length).clamp(max=15))
     return Flow(Chain(layers), base)
+
+
+class _Infill(nn.Module):
+    """The conditioner of a coupling as that of a `Split`: every second entry given the entries kept.
+
+    Its positions are those of the whole sequence, which lie ``stride`` apart.
+    """
+
+    def __init__(self, net: nn.Module, stride: int) -> None:
+        super().__init__()
+        self.net, self.stride = net, stride
+
+    def forward(self, x: Tensor, kept: Tensor | None = None, rest: Tensor | None = None) -> Tensor:
+        lengths = None if kept is None or rest is None else self.stride * (kept + rest)
+        out: Tensor = self.net(x, lengths)
+        return out
+
+
+def multiscale(config: MultiscaleConfig, K: int) -> Distribution:
+    """Split priors as in Lindt and Hoogeboom 2021 (arXiv 2107.11625), in the strides of `bipartite`."""
+    estimator = StraightThrough()
+    levels = config.num_levels or (config.length - 1).bit_length()
+    coarsest = -(-config.length >> levels)
+    law: Distribution = Categorical(coarsest, K, torch.arange(coarsest).clamp(max=1))
+    for level in reversed(range(levels)):
+        stride = 1 << level
+        positions = torch.arange(0, config.length, stride)
+        kept = torch.arange(len(positions)) % 2 == 0
+        elementwise = ELEMENTWISE[config.elementwise](K, estimator)
+        outputs = Spectra.num_outputs(elementwise, config.num_spectra)
+        net = _Infill(
+            InfillTransformer(
+                K,
+                K if config.conditional == "categorical" else outputs,
+                positions[kept],
+                positions[~kept],
+                zero_head=True,
+                # As in `bipartite`: fewer entries a level, and n-grams that tell less.
+                **config.network() | {"ngram_rows": config.ngram_rows >> level},
+            ),
+            stride,
+        )
+        conditional: Distribution = ConditionalCategorical(net)
+        if config.conditional == "spectra":
+            conditional = Spectra(elementwise, net, K, config.num_spectra)
+        law = Split(kept, conditional, law)
+    return law
 
 
 def grouped(config: GroupedConfig, K: int) -> Distribution:
@@ -291,6 +366,7 @@ FAMILIES: dict[str, tuple[type[ModelConfig], Callable[[Any, int], Distribution]]
     "grouped": (GroupedConfig, grouped),
     "bipartite": (BipartiteConfig, bipartite),
     "autoregressive": (AutoregressiveConfig, autoregressive),
+    "multiscale": (MultiscaleConfig, multiscale),
     "transformer": (TransformerConfig, transformer),
     "lstm": (LstmConfig, lstm),
 }

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dflow.bijectors import Autoregressive, Chain, Coupling, Inverse, Permute, Reverse
 from dflow.core import Bijector, Context, Distribution, Elementwise
-from dflow.distributions import Categorical, ConditionalCategorical, Mixture, SequenceCategorical
+from dflow.distributions import Categorical, ConditionalCategorical, Mixture, SequenceCategorical, Spectra
 from dflow.elementwise import ModAffine, ModRank, ModShift
 from dflow.flows import Flow, Split
 from dflow.nn.lstm import LSTM
@@ -51,8 +51,8 @@ class Conditioner(nn.Module):
 class Given(Conditioner):
     """Net of a conditional law: called with the kept entries and, with lengths, those of both parts."""
 
-    def __init__(self, kept: int, hidden: int, K: int) -> None:
-        super().__init__(torch.arange(kept), hidden, K, K)
+    def __init__(self, kept: int, hidden: int, K: int, num_params: int | None = None) -> None:
+        super().__init__(torch.arange(kept), hidden, K, num_params or K)
 
     def forward(self, x: Tensor, kept: Tensor | None = None, rest: Tensor | None = None) -> Tensor:  # type: ignore[override]
         return super().forward(x, kept)
@@ -78,8 +78,9 @@ def partial_coupling(K: int, dim: int) -> Coupling:
     )
 
 
-def autoregressive(elementwise: Elementwise, K: int, dim: int) -> Autoregressive:
-    return Autoregressive(elementwise, MADE(dim, K, elementwise.num_params, [16, 16]), dim)
+def autoregressive(elementwise: Elementwise, K: int, dim: int, inversion: str = "loop") -> Autoregressive:
+    net = MADE(dim, K, elementwise.num_params, [16, 16])
+    return Autoregressive(elementwise, net, dim, inversion)  # type: ignore[arg-type]
 
 
 def transformer(
@@ -147,6 +148,7 @@ BIJECTORS: dict[str, Callable[[int, int], Bijector]] = {
     "coupling affine infill": lambda K, dim: infill_coupling(ModAffine(K), K, dim),
     "autoregressive rank transformer": lambda K, dim: autoregressive_transformer(ModRank(K), K, dim),
     "autoregressive affine transformer": lambda K, dim: autoregressive_transformer(ModAffine(K), K, dim),
+    "autoregressive affine jacobi": lambda K, dim: autoregressive(ModAffine(K), K, dim, "jacobi"),
     "autoregressive shift lstm": lambda K, dim: autoregressive_lstm(ModShift(K), K, dim),
     "permute": permutation,
     "reverse": lambda K, dim: Reverse(),
@@ -176,6 +178,13 @@ def split(K: int, dim: int) -> Split:
     mask = alternate(dim)
     kept = int(mask.sum())
     return Split(mask, ConditionalCategorical(Given(kept, dim - kept, K)), counted(K, kept))
+
+
+def split_spectra(elementwise: Elementwise, K: int, dim: int, components: int) -> Split:
+    mask = alternate(dim)
+    kept = int(mask.sum())
+    net = Given(kept, dim - kept, K, Spectra.num_outputs(elementwise, components))
+    return Split(mask, Spectra(elementwise, net, K, components), counted(K, kept))
 
 
 def split_flow(K: int, dim: int) -> Split:
@@ -215,6 +224,9 @@ BASES: dict[str, Callable[[int, int], Distribution]] = {
     ),
     "split": split,
     "split flow": split_flow,
+    "spectra": lambda K, dim: split_spectra(ModRank(K), K, dim, 3),
+    "spectra affine": lambda K, dim: split_spectra(ModAffine(K), K, dim, 2),
+    "spectrum shift": lambda K, dim: split_spectra(ModShift(K), K, dim, 1),
     "flow": lambda K, dim: Flow(coupling(ModAffine(K), K, dim), counted(K, dim)),
 }
 

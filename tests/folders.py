@@ -17,6 +17,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "grouped": {"num_calls": 2, "num_attention_heads": 1, "hidden_size": 8, "num_hidden_layers": 1},
     "bipartite": {"num_flows": 2, "num_attention_heads": 1, "hidden_size": 8, "window": 2},
     "autoregressive": {"num_flows": 1, "num_attention_heads": 1, "hidden_size": 8, "num_hidden_layers": 1},
+    "multiscale": {"num_attention_heads": 1, "hidden_size": 8, "window": 2, "num_spectra": 2},
     "transformer": {"num_attention_heads": 1, "hidden_size": 8, "num_hidden_layers": 1},
     "lstm": {"hidden_size": 8, "num_hidden_layers": 2, "embedding_size": 4},
 }

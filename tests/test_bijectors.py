@@ -193,6 +193,55 @@ def test_inverse_stops_at_the_longest_sequence():
     assert bijector.inverse(empty, torch.zeros(0, dtype=torch.int64))[0].shape == (0, 6)
 
 
+@pytest.mark.parametrize("name", [name for name in BIJECTORS if name.startswith("autoregressive")])
+@pytest.mark.parametrize("K", [2, 5, 6])
+def test_jacobi_and_loop_invert_alike(name, K):
+    bijector, z = build_bijector(name, K), enumerate_all(K, DIMS[K])
+    lengths = torch.arange(len(z)) % (DIMS[K] + 1)
+    for context in (None, lengths):
+        found = {}
+        for inversion in ("loop", "jacobi"):
+            bijector.inversion, bijector.calls = inversion, 0
+            found[inversion] = bijector.inverse(z, context)[0]
+            assert 1 <= bijector.calls <= bijector.num_calls
+        assert torch.equal(found["loop"], found["jacobi"])
+        assert torch.equal(bijector.forward(found["jacobi"], context)[0], z)
+
+
+class Previous(nn.Module):
+    """Shifts by the symbol before, times ``factor``, plus ``offset``."""
+
+    def __init__(self, factor, offset):
+        super().__init__()
+        self.factor, self.offset = factor, offset
+
+    def forward(self, x, context=None):
+        before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
+        return one_hot((self.factor * before + self.offset) % 7, 7)
+
+
+@pytest.mark.parametrize(
+    ("factor", "offset", "calls"),
+    [
+        (0, 0, 1),  # the identity: the start is right, and one call says so
+        (0, 3, 2),  # a net that ignores its input: one call, and one that verifies
+        (1, 0, 6),  # x is constant from its first entry on, which is right from the start
+        (1, 1, 7),  # every entry waits for the one before
+    ],
+)
+def test_jacobi_counts_its_calls(factor, offset, calls):
+    bijector = Autoregressive(ModShift(7), Previous(factor, offset), 6, "jacobi")
+    z = torch.tensor([[1, 0, 0, 0, 0, 0]])
+    x, _ = bijector.inverse(z)
+    assert bijector.calls == calls
+    assert torch.equal(bijector.forward(x)[0], z)
+    bijector.inverse(z)
+    assert bijector.calls == 2 * calls
+    assert bijector.num_calls == 7
+    with pytest.raises(ValueError, match="'loop' or 'jacobi', found 'newton'"):
+        Autoregressive(ModShift(7), nn.Identity(), 6, "newton")
+
+
 def test_a_coupling_shows_its_net_the_known_entries_only():
     seen = []
 

@@ -5,7 +5,10 @@ import torch
 from cases import BASES, DIMS, build_base, code, enumerate_all
 from torch import nn
 
-from dflow.distributions import Categorical, ConditionalCategorical, Mixture
+from dflow.bijectors import Coupling
+from dflow.distributions import Categorical, ConditionalCategorical, Mixture, Spectra
+from dflow.elementwise import ModAffine, ModRank, ModShift
+from dflow.flows import Flow
 from dflow.ops.modular import one_hot
 
 every = pytest.mark.parametrize(("name", "K"), [(name, K) for name in BASES for K in DIMS])
@@ -206,3 +209,59 @@ def test_arguments_are_checked():
         Categorical(2, 3, learned=True).assign(torch.zeros(2, 3))
     assert "learned=False" in repr(base)
     assert "components=2" in repr(Mixture(2, 3, 2))
+
+
+def test_spectra_start_as_decreasing_laws_from_peaked_to_flat():
+    law = Spectra(ModRank(5), nn.Identity(), 5, 3).log_spectra().exp()
+    torch.testing.assert_close(law.sum(1), torch.ones(3))
+    assert (law.diff(dim=1) < 0).all()
+    assert (law[:, 0].diff() < 0).all()
+
+
+@pytest.mark.parametrize("elementwise", [ModShift, ModAffine, ModRank])
+@torch.no_grad()
+def test_spectra_are_a_mixture_of_the_laws_of_the_latent(elementwise):
+    K, rows = 4, 6
+    family = elementwise(K)
+    out = torch.randn(rows, 2, family.num_params + 3, dtype=torch.float64)
+    law = Spectra(family, nn.Identity(), K, 3).double()
+    nn.init.normal_(law.spectra, std=0.1)
+    weights = torch.softmax(out[..., family.num_params :], -1)
+    x = enumerate_all(K, 2)
+    for row in range(rows):
+        context = out[row].expand(len(x), -1, -1)
+        z, _ = family.forward(x, context[..., : family.num_params])
+        p = (weights[row] @ law.log_spectra().exp()).expand(len(x), -1, -1)
+        expected = p.gather(-1, z[..., None]).prod(1).squeeze(-1)
+        torch.testing.assert_close(law.log_prob(x, context).exp(), expected)
+        assert float(expected.sum()) == pytest.approx(1)
+
+
+def test_with_one_spectrum_the_law_is_that_of_a_coupling_over_a_factorized_base():
+    K, dim = 5, 4
+    mask = torch.arange(dim) % 2 == 0
+    law = build_base("spectrum shift", K, dim)
+    base = Categorical(dim, K, torch.tensor([0, 2, 1, 2]), learned=True).double()
+    with torch.no_grad():
+        base.logits.copy_(torch.cat([law.base.log_law(), law.conditional.log_spectra()]))
+    coupling = Coupling(ModShift(K), law.conditional.net, mask)
+    x = enumerate_all(K, dim)
+    torch.testing.assert_close(Flow(coupling, base).log_prob(x), law.log_prob(x))
+
+
+def test_arguments_of_spectra_are_checked():
+    with pytest.raises(ValueError, match="components"):
+        Spectra(ModRank(3), nn.Identity(), 3, 0)
+    law = Spectra(ModRank(3), nn.Identity(), 3, 2)
+    x, out = torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4, 5)
+    assert law.log_prob(x, out).shape == (2,)
+    for bad, context, message in [
+        (x, None, "needs a context"),
+        (x, out[..., 1:], "the net gave"),
+        (x[:, :2], out, "expected int64"),
+        (x[:1], out, "1 rows of x"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            law.log_prob(bad, context)
+    with pytest.raises(ValueError, match="3 draws"):
+        law.sample(3, out)

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from folders import corpus_of, make_model, write_text
+from folders import LENGTH, SETTINGS, corpus_of, make_model, write_text
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from dflow import compare as comparing
+from dflow import hf
 from dflow.compare import (
     FILES,
     Comparison,
@@ -216,3 +217,16 @@ def test_no_model_and_two_of_one_name_are_refused(text: Text) -> None:
         compare([])
     with pytest.raises(InputError, match="one name"):
         compare(contestants(text, "lstm", "lstm"))
+
+
+def test_calls_that_hang_on_the_sample_are_counted():
+    config = hf.DflowConfig(
+        family="autoregressive", vocab_size=5, length=LENGTH, inversion="jacobi", **SETTINGS["autoregressive"]
+    )
+    model = hf.DflowModel(config).eval()
+    assert model.num_calls == LENGTH + 1
+    # Zero weights of the heads: the identity, which one call confirms.
+    assert num_calls(model, LENGTH, rounds=3) == 1
+    net = model.distribution.bijector[0].net
+    torch.nn.init.constant_(net.head.bias[:1], -9.0)
+    assert num_calls(model, LENGTH, rounds=3) == 2

@@ -187,3 +187,32 @@ def test_arguments_are_checked(name):
         family.forward(torch.tensor([[0, -1, 1]] * 2), params)
     empty, _ = family.forward(x[:0], params[:0])
     assert empty.shape == (0, 3)
+
+
+@pytest.mark.parametrize("K", [2, 5, 6, 9])
+@pytest.mark.parametrize("name", ["shift", "affine"])
+def test_expected_cost_is_the_mean_over_every_map(name, K):
+    family = FAMILIES[name](K, StraightThrough(temperature=0.7))
+    x, params = case(family, K, rows=3)
+    params = params.clone().requires_grad_()
+    cost = torch.randn(
+        3, K, K, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    ).requires_grad_()
+    mean = torch.zeros(3, K, dtype=torch.float64)
+    soft = [torch.softmax(part / 0.7, -1) for part in params.split(K, -1)]  # phi(K) < K: two parts at most
+    for s in range(K):
+        for a in range(family.num_params - K if name == "affine" else 1):
+            chosen = torch.full_like(params, -9.0)
+            chosen[..., s] = 9
+            weight = soft[0][..., s]
+            if name == "affine":
+                chosen[..., K + a] = 9
+                weight = weight * soft[1][..., a]
+            z, _ = family.forward(x, chosen)
+            mean = mean + weight * cost.gather(-1, z[..., None]).squeeze(-1)
+    found = family.expected(x, params, cost)
+    torch.testing.assert_close(found, mean)
+    g = torch.randn(3, K, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    expected = torch.autograd.grad(mean, (params, cost), g)
+    for one, other in zip(torch.autograd.grad(found, (params, cost), g), expected, strict=True):
+        torch.testing.assert_close(one, other)

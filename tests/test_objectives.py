@@ -8,9 +8,9 @@ from folders import SETTINGS
 from torch.nn import functional as F
 
 from dflow import objectives, zoo
-from dflow.bijectors import Chain, Coupling
+from dflow.bijectors import Autoregressive, Chain, Coupling, Reverse
 from dflow.config import InputError
-from dflow.flows import Flow
+from dflow.flows import Flow, Split
 
 K, LENGTH = 4, 8
 
@@ -43,6 +43,13 @@ def shaken(model):
         ("autoregressive", {"num_flows": 2}, "layerwise"),
         ("autoregressive", {"num_flows": 2}, "gumbel"),
         ("autoregressive", {"num_flows": 1, "base": "autoregressive"}, "straight_through"),
+        ("bipartite", {"num_flows": 3, "elementwise": "shift"}, "expected"),
+        ("bipartite", {"num_flows": 3, "elementwise": "affine"}, "expected"),
+        ("autoregressive", {"num_flows": 2, "elementwise": "affine"}, "expected"),
+        ("multiscale", {"conditional": "categorical"}, "likelihood"),
+        ("multiscale", {}, "layerwise"),
+        ("multiscale", {}, "gumbel"),
+        ("multiscale", {"elementwise": "affine", "num_spectra": 1}, "expected"),
     ],
 )
 def test_gradients_reach_every_parameter(family, changes, rule):
@@ -50,7 +57,9 @@ def test_gradients_reach_every_parameter(family, changes, rule):
     objective = objectives.Objective(model, rule)
     for estimator in objectives.estimators(model):
         estimator.noise = float(rule == "gumbel")
-    loss, _ = objective(torch.randint(0, K, (32, LENGTH)))
+    x = torch.randint(0, K, (32, LENGTH))
+    objectives.refit(model, [(x % 2, None)])  # a uniform base costs the same at every latent
+    loss, _ = objective(x)
     loss.backward()
     idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert idle == []
@@ -119,19 +128,26 @@ def test_default_rules():
         "lstm": "likelihood",
         "bipartite": "layerwise",
         "autoregressive": "layerwise",
+        "multiscale": "layerwise",
     }
     assert {f: objectives.default_rule(build(f)) for f in rules} == rules
     assert objectives.default_rule(build("bipartite", elementwise="affine")) == "straight_through"
     assert objectives.default_rule(build("bipartite", base="mixture")) == "straight_through"
+    assert objectives.default_rule(build("multiscale", conditional="categorical")) == "likelihood"
 
 
 @pytest.mark.parametrize(
     ("family", "changes", "rule", "message"),
     [
         ("grouped", {}, "gumbel", "use likelihood"),
-        ("bipartite", {}, "likelihood", "use straight_through, gumbel or layerwise"),
+        ("bipartite", {}, "likelihood", "use straight_through, gumbel, layerwise or expected"),
         ("bipartite", {"base": "mixture"}, "layerwise", "trains no base"),
         ("bipartite", {"elementwise": "affine"}, "layerwise", "scale of ModAffine"),
+        ("bipartite", {"base": "mixture", "elementwise": "shift"}, "expected", "trains no base"),
+        ("bipartite", {}, "expected", "no closed form for the ranks of ModRank"),
+        ("multiscale", {}, "likelihood", "use straight_through, gumbel, layerwise or expected"),
+        ("multiscale", {"conditional": "categorical"}, "layerwise", "use likelihood"),
+        ("multiscale", {}, "expected", "no closed form"),
     ],
 )
 def test_rules_that_would_leave_something_untrained_are_refused(family, changes, rule, message):
@@ -139,10 +155,12 @@ def test_rules_that_would_leave_something_untrained_are_refused(family, changes,
         objectives.Objective(build(family, **changes), rule)
 
 
-@pytest.mark.parametrize("rule", ["layerwise", "gumbel"])
-def test_every_rule_learns_dependence(rule):
+@pytest.mark.parametrize(
+    ("rule", "elementwise"), [("layerwise", "rank"), ("gumbel", "rank"), ("expected", "affine")]
+)
+def test_every_rule_learns_dependence(rule, elementwise):
     """Odd symbols repeat the even ones before them: half of the bits can go."""
-    model = build("bipartite", num_flows=1, hidden_size=16)
+    model = build("bipartite", num_flows=1, hidden_size=16, elementwise=elementwise)
     assert isinstance(model, Flow)
     objective = objectives.Objective(model, rule)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
@@ -154,6 +172,8 @@ def test_every_rule_learns_dependence(rule):
     for step in range(150):
         for estimator in objectives.estimators(model):
             estimator.noise = max(0.0, 1 - step / 100) if rule == "gumbel" else 0.0
+        # The marginals are uniform: every latent costs the same until the base is drawn to some symbol.
+        model.base.peak = 0.5 if rule == "expected" and step < 50 else 0.0
         loss, counts = objective(batch(32))
         optimizer.zero_grad()
         loss.backward()
@@ -163,3 +183,98 @@ def test_every_rule_learns_dependence(rule):
     bits = objectives.bits(-model.log_prob(batch(1000)).sum().item(), 1000 * LENGTH)
     assert bits < 1.1  # of 2 without learning; the optimum is 1
     assert math.isfinite(bits)
+
+
+def by_enumeration(model, x, lengths=None, temperature=1.0):
+    """The loss of rule expected, shift by shift, for couplings and reversals of shifts."""
+    loss, h, dim = 0.0, x, x.shape[1]
+    layers = list(model.bijector.bijectors)
+    law = model.base.log_law()[model.base.classes]
+    for i, layer in enumerate(layers):
+        if not isinstance(layer, (Coupling, Autoregressive)):
+            h, _ = layer(h, lengths)
+            continue
+        moved = layer.hidden_index.tolist() if isinstance(layer, Coupling) else range(dim)
+        params = layer.params(h, lengths)
+        turns = sum(isinstance(later, Reverse) for later in layers[i:])
+        for b in range(len(x)):
+            T = dim if lengths is None else int(lengths[b])
+            for j, p in enumerate(moved):
+                place = T - 1 - p if turns % 2 else p
+                if p < T:
+                    for s in range(K):
+                        share = torch.softmax(params[b, j] / temperature, -1)[s]
+                        loss = loss - share * law[place, (h[b, p] - s) % K]
+        h = layer(h, lengths)[0].detach()
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("bipartite", {"num_flows": 3}), ("bipartite", {"num_flows": 5}), ("autoregressive", {"num_flows": 3})],
+)
+@pytest.mark.parametrize("lengths", [None, torch.tensor([8, 5, 1])])
+def test_expected_loss_and_gradient_are_those_of_all_shifts(family, changes, lengths):
+    model = shaken(build(family, elementwise="shift", **changes)).double()
+    model.base.assign(9 * torch.rand_like(model.base.counts))
+    for estimator in objectives.estimators(model):
+        estimator.temperature = 0.6
+    x = torch.randint(0, K, (3, LENGTH))
+    loss, counts = objectives.Objective(model, "expected")(x, lengths)
+    expected = by_enumeration(model, x, lengths, 0.6)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    assert torch.equal(counts, model.base.statistics(model.transform(x, lengths)[0], lengths))
+    parameters = list(model.parameters())
+    found = torch.autograd.grad(loss, parameters)
+    for one, other in zip(found, torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_next_to_the_base_straight_through_shifts_have_the_gradient_of_the_expected_loss():
+    """So what `expected` gains over straight-through shifts, with one layer an entry, is time alone."""
+    model = shaken(build("bipartite", num_flows=3, elementwise="shift")).double()
+    model.base.assign(9 * torch.rand_like(model.base.counts))
+    x = torch.randint(0, K, (16, LENGTH))
+    parameters = list(model.parameters())
+    for temperature in (1.0, 0.3):
+        for estimator in objectives.estimators(model):
+            estimator.temperature = temperature
+        losses = [objectives.Objective(model, rule)(x)[0] for rule in ("expected", "straight_through")]
+        for one, other in zip(*(torch.autograd.grad(loss, parameters) for loss in losses), strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("lengths", [None, torch.tensor([8, 5, 1] * 4)])
+def test_spectra_learn_ranks_by_cross_entropy_and_the_rest_by_likelihood(lengths):
+    model = shaken(build("multiscale", num_spectra=3)).double()
+    x = torch.randint(0, K, (12, LENGTH))
+    loss, counts = objectives.Objective(model, "layerwise")(x, lengths)
+    expected, law, h, own = 0.0, model, x, lengths
+    while isinstance(law, Split):
+        (kept, context), (rest, given) = law.parts(h, own)
+        params, _ = law.conditional.params(given)
+        terms = F.cross_entropy(params.flatten(0, 1), rest.flatten(), reduction="none").view(rest.shape)
+        there = (
+            torch.ones_like(terms) if lengths is None else torch.arange(rest.shape[1]) < given[-1][:, None]
+        )
+        expected += (terms * there).sum() - law.conditional.log_prob(rest, given).sum()
+        law, h, own = law.base, kept, context
+    expected = expected - law.log_prob(h, own).sum()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert torch.equal(counts, law.statistics(h, own))
+    objectives.refit(model, [(x, lengths)])
+    assert torch.equal(law.counts, counts)
+
+
+def test_spectra_under_the_other_rules_cost_what_they_are():
+    x = torch.randint(0, K, (12, LENGTH))
+    for elementwise, rule in (
+        ("rank", "straight_through"),
+        ("shift", "straight_through"),
+        ("shift", "expected"),
+    ):
+        model = shaken(build("multiscale", elementwise=elementwise)).double()
+        for estimator in objectives.estimators(model):
+            estimator.temperature = 1e-3  # one-hot: the mean over maps is that of the arg-max
+        loss, _ = objectives.Objective(model, rule)(x)
+        assert loss.item() == pytest.approx(-model.log_prob(x).sum().item(), rel=1e-4)

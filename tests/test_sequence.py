@@ -118,3 +118,25 @@ def test_blocks_cost_one_call_each():
     law.net._call = lambda *a: calls.append(1) or call(*a)
     law.sample(3)
     assert len(calls) == law.num_calls == 2
+
+
+@pytest.mark.parametrize(("order", "dim", "calls"), CASES)
+def test_the_fixed_point_is_the_draw(order, dim, calls, monkeypatch):
+    law = randomize(grouped(3, dim, calls, order))
+    lengths = torch.arange(50) % dim + 1
+    for context, block in ((None, 1 << 22), (None, 1), (lengths, 1 << 22), (lengths.clamp(max=2), 1)):
+        monkeypatch.setattr(sequence, "_NOISE_BLOCK", block)
+        drawn = law.sample(50, context, torch.Generator().manual_seed(7))
+        x, used = law.sample_by_fixed_point(50, context, torch.Generator().manual_seed(7))
+        assert torch.equal(x, drawn)
+        assert 1 <= used <= calls + 1
+
+
+def test_the_fixed_point_of_independent_symbols_takes_two_calls():
+    law = grouped(3, 6, 6)
+    torch.nn.init.zeros_(law.net.head.weight)
+    torch.nn.init.constant_(law.net.head.bias[0], -9.0)  # nothing starts right
+    assert law.sample_by_fixed_point(8)[1] == 2
+    law.net.forward = lambda x, context=None: torch.randn(*x.shape, 3)
+    with pytest.raises(RuntimeError, match="no draw after 7 calls"):
+        law.sample_by_fixed_point(8)

@@ -98,6 +98,9 @@ def test_every_recipe_trains_for_two_steps(path, text, tmp_path):
         ("bipartite", {"num_flows": 2}, {"rule": "gumbel", "peak": {"start": 0.5, "end": 0.0}}),
         ("bipartite", {"num_flows": 4}, {"rule": "layerwise", "ema": 0.5}),
         ("autoregressive", {"base": "autoregressive"}, {"accumulation": 2}),
+        ("multiscale", {}, {}),
+        ("multiscale", {"conditional": "categorical"}, {}),
+        ("bipartite", {"num_flows": 2, "elementwise": "affine"}, {"rule": "expected"}),
     ],
 )
 def test_training_lowers_bits_and_the_folder_holds_the_best_model(family, model, settings, text, tmp_path):

@@ -11,7 +11,7 @@ from dflow import zoo
 from dflow.config import InputError
 from dflow.distributions import Categorical, SequenceCategorical
 from dflow.elementwise import ModAffine
-from dflow.flows import Flow
+from dflow.flows import Flow, Split
 
 VARIANTS = [(family, {}) for family in zoo.FAMILIES] + [
     ("grouped", {"order": "bit_reversed"}),
@@ -19,6 +19,10 @@ VARIANTS = [(family, {}) for family in zoo.FAMILIES] + [
     ("bipartite", {"base": "mixture", "components": 2}),
     ("autoregressive", {"num_flows": 2, "elementwise": "shift"}),
     ("autoregressive", {"base": "autoregressive"}),
+    ("autoregressive", {"num_flows": 2, "inversion": "jacobi"}),
+    ("multiscale", {"num_spectra": 1, "elementwise": "shift"}),
+    ("multiscale", {"num_levels": 1, "num_spectra": 3, "elementwise": "affine"}),
+    ("multiscale", {"num_levels": 2, "conditional": "categorical"}),
 ]
 
 
@@ -34,7 +38,7 @@ def test_every_family_is_normalised(family, changes):
         z, _ = model.transform(x)
         assert len(torch.unique(z, dim=0)) == len(x)
         assert torch.equal(model.bijector.inverse(z)[0], x)
-    else:
+    elif isinstance(model, SequenceCategorical):
         torch.testing.assert_close(model.log_prob_by_steps(x), model.log_prob(x))
 
 
@@ -70,6 +74,8 @@ def test_number_of_calls_is_what_the_settings_say():
     assert calls("transformer") == calls("lstm") == 16
     assert calls("autoregressive", num_flows=2) == 2 * 17
     assert calls("autoregressive", num_flows=1, base="autoregressive") == 17 + 16
+    assert calls("multiscale") == 4
+    assert calls("multiscale", num_levels=2) == calls("multiscale", num_levels=2, length=13) == 2
 
 
 def test_bases_and_families_of_maps():
@@ -99,6 +105,10 @@ def test_bases_and_families_of_maps():
         ("lstm", {"dropout": 1.5}, "dropout"),
         ("lstm", {"length": 0}, "length must be at least 1"),
         ("autoregressive", {"num_flows": 0}, "num_flows"),
+        ("autoregressive", {"inversion": "jacobian"}, "did you mean 'jacobi'"),
+        ("multiscale", {"length": 1}, "length 2 or more"),
+        ("multiscale", {"num_levels": 9}, r"1\.\.8 for length 256, found 9"),
+        ("multiscale", {"num_spectra": 0}, "num_spectra"),
         ("lstn", {}, "did you mean 'lstm'"),
         (7, {}, "unknown family 7"),
     ],
@@ -106,3 +116,16 @@ def test_bases_and_families_of_maps():
 def test_wrong_settings_are_named(family, values, message):
     with pytest.raises(InputError, match=message):
         zoo.settings(family, values)
+
+
+@pytest.mark.parametrize("length", [2, 7, 16])
+def test_levels_of_a_multiscale_law_are_the_couplings_of_a_bipartite_flow(length):
+    config = zoo.settings("multiscale", SETTINGS["multiscale"] | {"length": length, "window": 3})
+    law, levels = zoo.build("multiscale", config, 3), (length - 1).bit_length()
+    for known, hidden in zoo.strides(length, levels):
+        assert isinstance(law, Split)
+        assert torch.equal(law.conditional.net.net.known, known.nonzero().flatten())
+        assert torch.equal(law.conditional.net.net.hidden, hidden.nonzero().flatten())
+        law = law.base
+    assert isinstance(law, Categorical)
+    assert law.dim == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,33 +15,51 @@ from dflow.ops.lengths import keep_absent, lengths, present
 class Autoregressive(Bijector):
     """``z_i = elementwise(x_i; net(x_<i))``.
 
-    `forward` costs one parallel call. `inverse` on symbols takes one cached step an entry and then
-    verifies with the parallel call that `forward` uses, so that it is its exact inverse although cached
-    and parallel results differ in the last bits: ``x <- elementwise.inverse(z, net(x))`` is repeated
-    until nothing changes, which is normally at once, and always within dim calls since each adds at
-    least one entry to the prefix that is right. `inverse` on one-hot rows takes dim parallel calls and
-    is differentiable.
+    `forward` costs one parallel call. `inverse` on symbols repeats ``x <- elementwise.inverse(z, net(x))``,
+    with the parallel call that `forward` uses, until nothing changes. The only fixed point is the exact
+    inverse, and it is reached within dim + 1 calls from anywhere, since each adds at least one entry to the
+    prefix that is right. ``inversion`` says where it starts:
+
+    - "loop": from the result of one cached step an entry, which differs from the fixed point at most where
+      cached and parallel results differ in their last bits. Normally dim steps and one call.
+    - "jacobi": from z, without any step. The fewer entries hang on their neighbours, the fewer calls; two
+      where the net ignores x. A call is parallel, so it costs more than a step but not dim times as much.
+
+    `inverse` on one-hot rows takes dim parallel calls and is differentiable. The attribute ``calls`` counts
+    steps and calls of all inversions of symbols so far.
 
     Absent entries (context of lengths) stay as they are.
 
-    Source: Papamakarios et al. 2017, arXiv 1705.07057; Tran et al. 2019, arXiv 1905.10347.
+    Source: Papamakarios et al. 2017, arXiv 1705.07057; Tran et al. 2019, arXiv 1905.10347; Song et al.
+    2021, arXiv 2002.03629 (fixed-point iteration).
 
     Args:
         elementwise: family of the transformation.
         net: the conditioner, a `SequenceNet`.
         dim: number of entries.
+        inversion: "loop" or "jacobi"; an attribute too, and no part of the state.
 
     Raises:
-        ValueError: dim < 1, or an ``x`` or params of another shape than announced.
+        ValueError: dim < 1, another inversion, or an ``x`` or params of another shape than announced.
     """
 
-    def __init__(self, elementwise: Elementwise, net: nn.Module, dim: int) -> None:
+    def __init__(
+        self,
+        elementwise: Elementwise,
+        net: nn.Module,
+        dim: int,
+        inversion: Literal["loop", "jacobi"] = "loop",
+    ) -> None:
         super().__init__()
         if dim < 1:
             raise ValueError(f"dim must be at least 1, found {dim}")
+        if inversion not in ("loop", "jacobi"):
+            raise ValueError(f"inversion must be 'loop' or 'jacobi', found {inversion!r}")
         self.elementwise = elementwise
         self.net = net
         self.dim = dim
+        self.inversion = inversion
+        self.calls = 0
 
     def params(self, x: Tensor, context: Context = None) -> Tensor:
         """Parameters of all entries in one parallel call, ``(batch, dim, num_params)``."""
@@ -79,6 +97,20 @@ class Autoregressive(Bijector):
         return self._present(x, z, torch.cat(terms, 1), context)
 
     def _inverse_symbols(self, z: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        x = z if self.inversion == "jacobi" else self._by_steps(z, context)
+        for _ in range(self.dim + 1):
+            new, log_det = self.elementwise.inverse(z, self.params(x, context))
+            new, log_det = self._present(new, z, log_det, context)
+            self.calls += 1
+            if torch.equal(new, x):
+                return new, log_det
+            x = new
+        raise RuntimeError(
+            f"no inverse after {self.dim + 1} calls: the net answers differently each time it is asked "
+            "(dropout? call eval() on the model first) or looks ahead"
+        )
+
+    def _by_steps(self, z: Tensor, context: Context) -> Tensor:
         found = lengths(context)
         # Entries beyond the longest sequence are absent in every row.
         steps = self.dim if found is None else min(self.dim, max(found.tolist(), default=0))
@@ -91,16 +123,8 @@ class Autoregressive(Bijector):
             previous, _ = self.elementwise.inverse(entry, params)
             previous = keep_absent(previous, entry, None if mask is None else mask[:, i : i + 1])
             x[:, i : i + 1] = previous
-        for _ in range(self.dim + 1):
-            new, log_det = self.elementwise.inverse(z, self.params(x, context))
-            new, log_det = self._present(new, z, log_det, context)
-            if torch.equal(new, x):
-                return x, log_det
-            x = new
-        raise RuntimeError(
-            f"no inverse after {self.dim + 1} calls: the net answers differently each time it is asked "
-            "(dropout? call eval() on the model first) or looks ahead"
-        )
+        self.calls += steps
+        return x
 
     def _present(self, new: Tensor, old: Tensor, log_det: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         mask = present(context, self.dim)
@@ -110,7 +134,7 @@ class Autoregressive(Bijector):
 
     @property
     def num_calls(self) -> int:
-        """One step an entry, and the parallel call that verifies."""
+        """One step an entry, and the parallel call that verifies; the most that "jacobi" takes."""
         return self.dim + 1
 
     @property

@@ -140,9 +140,7 @@ class SequenceCategorical(Distribution):
                     if wanted and wanted + len(later) > fits:
                         break
                     wanted += len(later)
-                shape = (wanted, n, logits.shape[-1])
-                noise = torch.rand(shape, dtype=logits.dtype, device=device, generator=generator)
-                noise, ahead = noise.log_().neg_().log_(), 0
+                noise, ahead = _gumbel(wanted, logits, generator), 0
             # The arg-max of logits plus Gumbel noise is an exact draw (Gumbel 1954; Maddison et al. 2014).
             drawn = (logits - noise[ahead : ahead + len(row)].transpose(0, 1)).argmax(-1)
             ahead += len(row)
@@ -176,3 +174,51 @@ class SequenceCategorical(Distribution):
             terms = log_p.gather(-1, previous[..., None]).squeeze(-1)
             total = total + torch.where(row < limit[:, None], terms, 0.0).sum(1)
         return total.to(log_p.dtype)
+
+    @torch.no_grad()
+    def sample_by_fixed_point(
+        self, n: int, context: Context = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, int]:
+        """The draws of `sample` with the same generator, in as many parallel calls as it takes.
+
+        With the Gumbel noise g of all entries fixed, ``x = argmax(logits(x) + g)`` is a triangular system:
+        ``x <- argmax(logits(x) + g)`` from x = 0 is right in one more row after each call, at least, and
+        nothing changes any more at its only fixed point, which is the draw (Song et al. 2021, arXiv
+        2002.03629). It can differ from that of `sample` where two symbols are as good as tied, since cached
+        and parallel results differ in their last bits.
+
+        Returns:
+            Symbols int64 ``(n, dim)``, and the calls, from 1 to the rows of the order plus 1.
+
+        Raises:
+            RuntimeError: the net answers differently when asked twice (dropout in training mode).
+        """
+        device, dim = self.order.device, self.dim
+        x = torch.zeros(n, dim, dtype=torch.int64, device=device)
+        absent, longest = None, dim
+        if isinstance(context, Tensor):
+            absent = torch.arange(dim, device=device) >= context[:, None]
+            longest = min(dim, int(context.max()))
+        rows, noise = self._drawn(longest), None
+        used = torch.cat(rows)
+        for call in range(1, len(rows) + 2):
+            logits: Tensor = self.net(x, context, *self._extra())[:, used]
+            if noise is None:
+                noise = _gumbel(len(used), logits, generator).transpose(0, 1)
+            new = x.index_copy(1, used, (logits - noise).argmax(-1))
+            if absent is not None:
+                new = new.masked_fill(absent, 0)
+            if torch.equal(new, x):
+                return x, call
+            x = new
+        raise RuntimeError(
+            f"no draw after {len(rows) + 1} calls: the net answers differently each time it is asked "
+            "(dropout? call eval() on the model first) or looks ahead"
+        )
+
+
+def _gumbel(entries: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Minus Gumbel noise (entries, batch, K) for logits ``like`` (batch, any, K)."""
+    shape = (entries, like.shape[0], like.shape[-1])
+    noise = torch.rand(shape, dtype=like.dtype, device=like.device, generator=generator)
+    return noise.log_().neg_().log_()

@@ -102,6 +102,20 @@ class ModShift(Discrete):
         loc = self.estimator(params)
         return modular.shift(x, loc) if to_latent else modular.unshift(x, loc)
 
+    def expected(self, x: Tensor, params: Tensor, cost: Tensor) -> Tensor:
+        """``sum_s softmax(params / temperature)_s cost[x - s]``: the mean cost of the latent of a random loc.
+
+        Args:
+            x: symbols, int64 ``(batch, dim)``.
+            params: ``(batch, dim, K)``.
+            cost: of every latent, floating ``(batch, dim, K)``.
+
+        Returns:
+            ``(batch, dim)``, differentiable in ``params`` and ``cost``; O(K) an entry.
+        """
+        latents = (x[..., None] - torch.arange(self.K, device=x.device)).remainder_(self.K)
+        return (torch.softmax(params / self.estimator.temperature, -1) * cost.gather(-1, latents)).sum(-1)
+
 
 class ModAffine(Discrete):
     """``z = (x - loc) / scale mod K``: K logits for ``loc``, then phi(K) for ``scale``, a unit of Z/K.
@@ -134,6 +148,19 @@ class ModAffine(Discrete):
         if to_latent:
             return modular.affine(x, loc, scale, self.inverses)
         return modular.unaffine(x, loc, scale, self.units)
+
+    def expected(self, x: Tensor, params: Tensor, cost: Tensor) -> Tensor:
+        """Mean cost of the latent where loc and scale are drawn from their soft-maxes, each by itself.
+
+        ``sum_s sum_a softmax(l / temperature)_s softmax(m / temperature)_a cost[(x - s) / units[a]]`` for
+        ``params`` l (K) and m (phi(K)); arguments and result as in `ModShift.expected`, O(K phi(K)) an entry.
+        """
+        moved = (x[..., None] - torch.arange(self.K, device=x.device)).remainder_(self.K)
+        latents = (moved[..., None] * self.inverses).remainder_(self.K)
+        costs = cost.gather(-1, latents.flatten(-2)).view(latents.shape)
+        params = params / self.estimator.temperature
+        loc, scale = torch.softmax(params[..., : self.K], -1), torch.softmax(params[..., self.K :], -1)
+        return (loc * (costs @ scale[..., None]).squeeze(-1)).sum(-1)
 
 
 class ModRank(Discrete):

@@ -43,11 +43,16 @@ class Split(Distribution):
 
     def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
         """Exact log-likelihood in nats, ``(batch,)``."""
+        (x_a, own), (x_b, given) = self.parts(x, context)
+        return self.conditional.log_prob(x_b, given) + self.base.log_prob(x_a, own)
+
+    def parts(self, x: Tensor, context: Context = None) -> tuple[tuple[Tensor, Context], ...]:
+        """``x_a`` with the context of the base, and ``x_b`` with that of the conditional."""
         if x.shape[1] != self.dim:
             raise ValueError(f"expected {self.dim} entries, found x of shape {tuple(x.shape)}")
         x_a, x_b = x.index_select(1, self.kept_index), x.index_select(1, self.rest_index)
         own, given = self._contexts(x_a, context)
-        return self.conditional.log_prob(x_b, given) + self.base.log_prob(x_a, own)
+        return (x_a, own), (x_b, given)
 
     def sample(self, n: int, context: Context = None, generator: torch.Generator | None = None) -> Tensor:
         """``n`` exact draws: x_a from the base, then x_b given x_a."""

@@ -1,0 +1,117 @@
+"""A conditional law on Z/K: a bijection chosen by the context over one of a few shared spectra."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dflow.core import Context, Distribution, Elementwise
+from dflow.distributions.categorical import check_entries, clear_absent, total
+from dflow.ops.lengths import present
+from dflow.ops.modular import check_alphabet
+
+#: Spectra are the soft-max of this times their parameter, so that they keep up with networks at their
+#: learning rate: Adam moves a logit by at most the learning rate a step, whatever the data say.
+_GAIN = 10.0
+
+
+class Spectra(Distribution):
+    r"""Entries independent given the context: each is mapped to a latent that has one of C laws.
+
+    .. math:: p(x_i \mid \text{context}) = \sum_{c=1}^{C} w_{ic} \, S_{c, z_i},
+        \qquad z_i = \text{elementwise}(x_i; \text{params}_i)
+
+    The parameters of the map and the logits of the weights w come from one call of the net; the spectra S,
+    ``(C, K)``, are shared by all entries and contexts. They start as power laws ``(z + 1)^-a`` of which the
+    first is the most peaked. A flow on Z/K over a factorized base has C = 1, and moves one and the same set
+    of probabilities about whatever the context; C of them let a context be certain or uncertain too.
+
+    With ranks (`dflow.elementwise.ModRank`) z is the place of the symbol among all, most probable first.
+    The gradient of `log_prob` reaches w and S in both modes, params in the mode of one-hot rows only
+    (straight-through).
+
+    Args:
+        elementwise: family of the map on Z/K.
+        net: called with the context, or with the items of a tuple, gives ``(batch, dim, num_params + C)``;
+            without the last C where C = 1.
+        K: size of the alphabet.
+        components: C.
+
+    Raises:
+        ValueError: K < 2, components < 1, no context, or an output of the net or ``x`` that does not fit.
+    """
+
+    def __init__(self, elementwise: Elementwise, net: nn.Module, K: int, components: int) -> None:
+        super().__init__()
+        if components < 1:
+            raise ValueError(f"components must be at least 1, found {components}")
+        self.elementwise = elementwise
+        self.net = net
+        self.K = check_alphabet(K)
+        self.components = components
+        powers = torch.linspace(2.5, 0.5, components) if components > 1 else torch.ones(1)
+        self.spectra = nn.Parameter(-powers[:, None] * torch.arange(1, K + 1).log() / _GAIN)
+
+    @staticmethod
+    def num_outputs(elementwise: Elementwise, components: int) -> int:
+        """Numbers that the net has to give for each entry."""
+        return elementwise.num_params + (components if components > 1 else 0)
+
+    def extra_repr(self) -> str:
+        """For ``repr``."""
+        return f"K={self.K}, components={self.components}"
+
+    def log_spectra(self) -> Tensor:
+        """``log S``, ``(C, K)``."""
+        return torch.log_softmax(_GAIN * self.spectra, -1)
+
+    def params(self, context: Context) -> tuple[Tensor, Tensor]:
+        """Parameters of the map ``(batch, dim, num_params)`` and ``log w`` ``(batch, dim, C)``."""
+        if context is None:
+            raise ValueError("a conditional law needs a context")
+        # As in a coupling: what an arg-max decides must not hang on the precision.
+        with torch.autocast(device_type=self.spectra.device.type, enabled=False):
+            out: Tensor = self.net(*context) if isinstance(context, tuple) else self.net(context)
+        size, expected = self.elementwise.num_params, self.num_outputs(self.elementwise, self.components)
+        if out.ndim != 3 or out.shape[-1] != expected:
+            raise ValueError(f"the net gave {tuple(out.shape)}, expected (batch, dim, {expected})")
+        if self.components == 1:
+            return out, out.new_zeros(*out.shape[:2], 1)
+        return out[..., :size], torch.log_softmax(out[..., size:], -1)
+
+    def log_latent(self, z: Tensor, log_weights: Tensor) -> Tensor:
+        """``log sum_c w_c S[c, z]`` of symbols z, ``(batch, dim)``, given ``log w`` ``(batch, dim, C)``."""
+        return torch.logsumexp(log_weights + self.log_spectra().T[z], -1)
+
+    def log_law(self, log_weights: Tensor) -> Tensor:
+        """The same for every latent: ``(batch, dim, K)``."""
+        return torch.logsumexp(log_weights[..., None] + self.log_spectra(), -2)
+
+    def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
+        """Exact log-likelihood in nats, ``(batch,)``: on rows in the dtype of ``x``, else the net's."""
+        params, log_weights = self.params(context)
+        check_entries(x, params.shape[1], self.K)
+        if x.shape[0] != params.shape[0]:
+            raise ValueError(f"{x.shape[0]} rows of x for a context of {params.shape[0]}")
+        z, _ = self.elementwise.forward(x, params)
+        if x.is_floating_point():
+            terms, dtype = (self.log_law(log_weights).to(x.dtype) * z).sum(-1), x.dtype
+        else:
+            terms, dtype = self.log_latent(z, log_weights), log_weights.dtype
+        return total(terms, present(context, x.shape[1])).to(dtype)
+
+    @torch.no_grad()
+    def sample(self, n: int, context: Context = None, generator: torch.Generator | None = None) -> Tensor:
+        """One exact draw for each of the ``n`` rows of the context, int64 ``(n, dim)``."""
+        params, log_weights = self.params(context)
+        if params.shape[0] != n:
+            raise ValueError(f"{n} draws asked of a context of {params.shape[0]} rows")
+        law = self.log_law(log_weights).double().exp()
+        z = law.flatten(0, 1).multinomial(1, generator=generator).view(law.shape[:2])
+        x, _ = self.elementwise.inverse(z, params)
+        return clear_absent(x, present(context, x.shape[1]))
+
+    @property
+    def num_calls(self) -> int:
+        """One."""
+        return 1
