@@ -22,8 +22,11 @@ from transformers.utils.generic import ModelOutput
 from dflow import zoo
 from dflow.config import InputError
 from dflow.core import Distribution
-from dflow.distributions import SequenceCategorical
+from dflow.distributions import SequenceCategorical, Walk
 from dflow.flows import Flow
+
+#: Laws that draw symbols themselves, without a bijector after.
+_Symbols = (SequenceCategorical, Walk)
 
 
 class DflowConfig(PreTrainedConfig):
@@ -139,7 +142,8 @@ class DflowModel(PreTrainedModel):
             length: symbols of each, at most ``config.length``, the default.
             generator: source of randomness, on the model's device.
             prompt: int64 ``(n,)`` first symbols, for models that draw symbols themselves; see
-                `SequenceCategorical.sample` for what it means in orders other than left to right.
+                `SequenceCategorical.sample` for what it means in orders other than left to right, and
+                `Walk.sample` for any-order models.
 
         Raises:
             InputError: what cannot be drawn.
@@ -157,10 +161,10 @@ class DflowModel(PreTrainedModel):
             else:
                 context = torch.full((num_return_sequences,), length, device=self.device)
         if prompt is not None:
-            if not isinstance(self.distribution, SequenceCategorical):
+            if not isinstance(self.distribution, _Symbols):
                 raise InputError(
                     f"a {self.config.family} flow cannot continue a prompt; use a model that draws symbols "
-                    "themselves: grouped, transformer or lstm"
+                    "themselves: grouped, any_order, transformer or lstm"
                 )
             if not 1 <= len(prompt) < (length or longest):
                 raise InputError(
@@ -171,7 +175,7 @@ class DflowModel(PreTrainedModel):
             x = self.distribution.sample(
                 num_return_sequences, context, generator, prompt.to(self.device), length
             )
-        elif isinstance(self.distribution, SequenceCategorical):
+        elif isinstance(self.distribution, _Symbols):
             x = self.distribution.sample(num_return_sequences, context, generator, length=length)
         else:
             x = self.distribution.sample(num_return_sequences, context, generator)
@@ -194,7 +198,7 @@ class DflowModel(PreTrainedModel):
                 input_ids = nn.functional.pad(input_ids, (0, self.config.length - input_ids.shape[1]))
             z, _ = d.bijector(input_ids, lengths)
             return torch.equal(d.bijector.inverse(z, lengths)[0], input_ids)
-        if isinstance(d, SequenceCategorical):
+        if isinstance(d, _Symbols):
             steps = d.log_prob_by_steps(input_ids, lengths)
             return bool(torch.allclose(steps, d.log_prob(input_ids, lengths), rtol=1e-4, atol=1e-3))
         raise TypeError(f"no round trip is defined for {type(d).__name__}")

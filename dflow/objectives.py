@@ -8,6 +8,10 @@ Three rules train a discrete flow:
 - ``layerwise``: the conditioner of each layer learns to predict the symbols it will move, by cross-entropy
   (Lindt and Hoogeboom 2021, arXiv 2107.11625). No gradient crosses a layer and none is biased.
 - ``likelihood``: the exact likelihood of symbols, for laws whose parameters it can reach (no bijector).
+
+One trains an any-order model, for all orders at once:
+
+- ``masked``: the bound of `AnyOrder.elbo` (Hoogeboom et al. 2022, arXiv 2110.02037).
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from torch.nn import functional as F
 from dflow.bijectors import Autoregressive, Chain, Coupling
 from dflow.config import InputError
 from dflow.core import Bijector, Context, Distribution
-from dflow.distributions import Categorical
+from dflow.distributions import Categorical, Walk
 from dflow.elementwise import ModRank, ModShift
 from dflow.elementwise.discrete import Discrete
 from dflow.flows import Flow
@@ -31,7 +35,7 @@ from dflow.ops.lengths import present
 from dflow.ops.modular import one_hot
 from dflow.ops.straight_through import StraightThrough
 
-Rule = Literal["likelihood", "straight_through", "gumbel", "layerwise"]
+Rule = Literal["likelihood", "straight_through", "gumbel", "layerwise", "masked"]
 
 
 def bits(nats: float, count: float) -> float:
@@ -45,6 +49,8 @@ def bits(nats: float, count: float) -> float:
 
 def default_rule(distribution: Distribution) -> Rule:
     """The rule that reaches every parameter of ``distribution`` with the least bias."""
+    if isinstance(distribution, Walk):
+        return "masked"
     if not isinstance(distribution, Flow):
         return "likelihood"
     if closed_form(distribution) is None:
@@ -58,8 +64,12 @@ def default_rule(distribution: Distribution) -> Rule:
 def check_rule(rule: Rule, distribution: Distribution) -> None:
     """Raise InputError for a rule under which some parameter of ``distribution`` would not learn."""
     flow = isinstance(distribution, Flow)
-    if flow == (rule == "likelihood"):
-        way = "straight_through, gumbel or layerwise" if flow else "likelihood"
+    if flow:
+        fits, way = rule not in ("likelihood", "masked"), "straight_through, gumbel or layerwise"
+    else:
+        way = default_rule(distribution)
+        fits = rule == way
+    if not fits:
         raise InputError(f"rule {rule!r} does not train this model; use {way}")
     if rule == "layerwise":
         if closed_form(distribution) is None:
@@ -105,6 +115,8 @@ class Objective(nn.Module):
             context: lengths, int64 ``(batch,)``, or None.
         """
         d = self.distribution
+        if isinstance(d, Walk):
+            return -d.model.elbo(x, context).sum(), None
         if not isinstance(d, Flow):
             return -d.log_prob(x, context).sum(), None
         if self.rule == "layerwise":

@@ -83,8 +83,8 @@ class TrainConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = setting(
         "no", "precision of the networks: no, bf16, fp16"
     )
-    rule: Literal["auto", "likelihood", "straight_through", "gumbel", "layerwise"] = setting(
-        "auto", "training rule of a flow; auto takes the best for the model"
+    rule: Literal["auto", "likelihood", "straight_through", "gumbel", "layerwise", "masked"] = setting(
+        "auto", "training rule; auto takes the best for the model"
     )
     temperature: Schedule = field(
         default_factory=lambda: Schedule(1.0, 1.0), metadata={"help": "of the straight-through soft-max"}
@@ -379,7 +379,8 @@ class _Run:
                 shown, characters = loss, characters + count
                 now = time.monotonic()
                 if now - since > 1.0 or self.fraction() >= 1:
-                    # Under the layerwise rule the loss is that of the conditioners, not the model's.
+                    # Under the layerwise rule the loss is that of the conditioners, not the model's; under
+                    # the masked one it is an estimate of a bound.
                     rate = characters / (now - since)
                     bar.set_postfix_str(f"{shown:.3f} bits/char, {rate:,.0f} chars/s")
                     characters, since = 0, now
@@ -490,6 +491,10 @@ class _Run:
         """Exact bits on the validation text; keep the model if it is the best so far; print samples."""
         model = self.averaged if self.averaged is not None else self.model
         model.train(False)
+        if self.averaged is not None:
+            # What is counted, not learned, has its own memory.
+            for old, new in zip(self.averaged.buffers(), self.model.buffers(), strict=True):
+                old.copy_(new)
         base = objectives.closed_form(model.distribution)
         peak, training = (base.peak if base is not None else 0.0), self.base
         if base is not None and training is not None:
