@@ -35,6 +35,7 @@ def shaken(model):
         ("transformer", {}, "likelihood"),
         ("grouped", {}, "likelihood"),
         ("lstm", {}, "likelihood"),
+        ("any_order", {"ngram_rows": 1}, "masked"),
         ("bipartite", {"num_flows": 3}, "layerwise"),
         ("bipartite", {"num_flows": 3}, "straight_through"),
         ("bipartite", {"num_flows": 3}, "gumbel"),
@@ -117,6 +118,7 @@ def test_default_rules():
         "grouped": "likelihood",
         "transformer": "likelihood",
         "lstm": "likelihood",
+        "any_order": "masked",
         "bipartite": "layerwise",
         "autoregressive": "layerwise",
     }
@@ -129,6 +131,9 @@ def test_default_rules():
     ("family", "changes", "rule", "message"),
     [
         ("grouped", {}, "gumbel", "use likelihood"),
+        ("grouped", {}, "masked", "use likelihood"),
+        ("any_order", {}, "likelihood", "use masked"),
+        ("bipartite", {}, "masked", "use straight_through, gumbel or layerwise"),
         ("bipartite", {}, "likelihood", "use straight_through, gumbel or layerwise"),
         ("bipartite", {"base": "mixture"}, "layerwise", "trains no base"),
         ("bipartite", {"elementwise": "affine"}, "layerwise", "scale of ModAffine"),

@@ -20,10 +20,13 @@ from dflow.core import Context, Distribution
 from dflow.ops.lengths import lengths as lengths_in
 from dflow.ops.lengths import present
 from dflow.ops.modular import check_alphabet
-from dflow.ops.orders import check_order
+from dflow.ops.orders import bit_reversed, check_order
 
 #: Calls of a fixed order are scored together as long as they hold at most this many entries.
 _ENTRIES = 1 << 13
+
+#: Entropies are compared in steps of this many nats.
+_STEP = 2.0**-10
 
 #: Memory of the running average of costs, a visit.
 _MOMENTUM = 0.98
@@ -319,6 +322,10 @@ class Ordered(Walk):
 class Confident(Walk):
     """Every call draws the entries of least entropy given what is known.
 
+    Entropies are rounded first, or those that are equal (all, at the start) would be told apart by the
+    rounding errors of the moment, and a sequence scored by another order than it was drawn by. Of equal ones
+    those that lie far apart come first, since what is drawn together is drawn independently.
+
     Args:
         model: the any-order model.
         num_calls: calls.
@@ -326,10 +333,13 @@ class Confident(Walk):
             is shorter than ``dim``, each call draws in proportion.
     """
 
+    spread: Tensor
+
     def __init__(self, model: AnyOrder, num_calls: int, measured: bool = False) -> None:
         """See the class."""
         super().__init__(model, num_calls)
         self.measured = measured
+        self.register_buffer("spread", bit_reversed(model.dim, model.dim).flatten())
 
     def step(self, call: int, x: Tensor, known: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """See `Walk.step`."""
@@ -342,11 +352,12 @@ class Confident(Walk):
         count = torch.full((len(x),), n, device=x.device) if lengths is None else lengths
         hidden = ~known if mask is None else ~known & mask
         logits = self.model.logits(x, known, context)
-        log_p = logits.detach().log_softmax(-1)
-        entropy = -(log_p.exp() * log_p).sum(-1).masked_fill(~hidden, math.inf)
+        entropy = torch.special.entr(logits.detach().softmax(-1)).sum(-1)
+        entropy = (entropy / _STEP).round().masked_fill(~hidden, math.inf)
         # Rounded up, so that all of a sequence is drawn with the last call.
         quota = -(-count * done // dim) - (count - hidden.sum(1))
-        rank = entropy.argsort(dim=1, stable=True).argsort(1)
+        spread = self.spread[self.spread < n]
+        rank = spread[entropy[:, spread].argsort(dim=1, stable=True)].argsort(1)
         drawn = (rank < quota[:, None]) & hidden
         return drawn, logits[drawn]
 
