@@ -292,5 +292,7 @@ def test_wrong_arguments_name_the_value():
         schedule(torch.rand(4), 5)
     with pytest.raises(ValueError, match="and 9"):
         net.measure(torch.zeros(2, 4, dtype=torch.int64), 9)
+    with pytest.raises(ValueError, match=r"\[1, 2\] do not draw all of 4"):
+        net.elbo(x[:, :4], sizes=torch.tensor([1, 2]))
     with pytest.raises(ValueError, match="window 0"):
         MaskedTransformer(3, 3, 4, hidden_size=8, num_heads=2, window=0)

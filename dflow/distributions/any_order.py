@@ -83,6 +83,8 @@ class AnyOrder(nn.Module):
         one random order for each sequence, walked to its end.
         """
         batch, n = x.shape[:2]
+        if sizes is not None and int(sizes.sum()) < n:
+            raise ValueError(f"calls of sizes {sizes.tolist()} do not draw all of {n} entries")
         mask = present(context, n)
         noise = torch.rand(batch, n, device=x.device, generator=generator)
         # Absent entries come last.
