@@ -250,6 +250,30 @@ def test_calls_are_what_is_counted():
     assert len(calls) == 8 + sure.num_calls
 
 
+@torch.no_grad()
+def test_what_is_surest_is_drawn_in_every_segment():
+    dim, n = 8, 50
+    law = Confident(model(3, dim), 4)
+    x = torch.randint(0, 3, (n, dim))
+    known = torch.zeros(n, dim, dtype=torch.bool)
+    for call in range(4):
+        entropy = torch.special.entr(law.model.logits(x, known).softmax(-1)).sum(-1).masked_fill(known, 9.0)
+        drawn, _ = law.step(call, x, known, None)
+        assert (drawn.view(n, 2, 4).sum(-1) == 1).all()
+        least = entropy.view(n, 2, 4).min(-1).values
+        assert (entropy.view(n, 2, 4)[drawn.view(n, 2, 4)].view(n, 2) - least).max() < 2e-3
+        known |= drawn
+    assert known.all()
+    # Fewer at once: the surest of the segments' surest.
+    law.model.costs.copy_(torch.tensor([9.0, 1, 1, 1, 1, 1, 1, 1]))
+    known = torch.zeros(n, dim, dtype=torch.bool)
+    measured = Confident(law.model, 4, measured=True)
+    drawn, _ = measured.step(0, x, known, None)
+    assert (drawn.sum(1) == 1).all()
+    entropy = torch.special.entr(law.model.logits(x, known).softmax(-1)).sum(-1)
+    assert (entropy[drawn] - entropy.min(1).values).max() < 2e-3
+
+
 def test_learns_dependence():
     """Sequences that count on from a random symbol: one symbol tells all others, whatever the order."""
     K, dim = 4, 8

@@ -20,7 +20,7 @@ from dflow.core import Context, Distribution
 from dflow.ops.lengths import lengths as lengths_in
 from dflow.ops.lengths import present
 from dflow.ops.modular import check_alphabet
-from dflow.ops.orders import bit_reversed, check_order
+from dflow.ops.orders import check_order
 
 #: Calls of a fixed order are scored together as long as they hold at most this many entries.
 _ENTRIES = 1 << 13
@@ -29,7 +29,7 @@ _ENTRIES = 1 << 13
 _STEP = 2.0**-10
 
 #: Memory of the running average of costs, a visit.
-_MOMENTUM = 0.98
+_MOMENTUM = 0.99
 
 
 class AnyOrder(nn.Module):
@@ -117,6 +117,10 @@ class AnyOrder(nn.Module):
         total, visits = torch.zeros_like(self.costs), torch.zeros_like(self.costs)
         total.index_add_(0, t, costs.to(total.dtype))
         visits.index_add_(0, t, torch.ones_like(costs, dtype=total.dtype))
+        # What one t costs tells of those beside it too: a visit to each alone would take many steps.
+        reach = self.dim // 32
+        kernel = torch.ones(1, 1, 2 * reach + 1, dtype=total.dtype, device=total.device)
+        total, visits = F.conv1d(torch.stack([total, visits])[:, None], kernel, padding=reach)[:, 0]
         self.costs.lerp_(total / visits.clamp(min=1), 1 - _MOMENTUM**visits)
 
     def log_prob_along(self, x: Tensor, calls: Tensor, num_calls: int, context: Context = None) -> Tensor:
@@ -322,11 +326,14 @@ class Ordered(Walk):
 
 
 class Confident(Walk):
-    """Every call draws the entries of least entropy given what is known.
+    """Every call draws in each segment the entry of least entropy given what is known.
 
-    Entropies are rounded first, or those that are equal (all, at the start) would be told apart by the
-    rounding errors of the moment, and a sequence scored by another order than it was drawn by. Of equal ones
-    those that lie far apart come first, since what is drawn together is drawn independently.
+    The segments are those of `dflow.ops.orders.lockstep`, of ``num_calls`` entries: what is drawn together is
+    drawn independently and has to lie apart, but what is surest lies side by side. A call that draws fewer
+    entries takes the surest of these, one that draws more goes on with the second of each segment.
+
+    Entropies are rounded first, or those that are equal would be told apart by the rounding errors of the
+    moment, and a sequence scored by another order than it was drawn by. Of equal ones the left comes first.
 
     Args:
         model: the any-order model.
@@ -335,13 +342,10 @@ class Confident(Walk):
             is shorter than ``dim``, each call draws in proportion.
     """
 
-    spread: Tensor
-
     def __init__(self, model: AnyOrder, num_calls: int, measured: bool = False) -> None:
         """See the class."""
         super().__init__(model, num_calls)
         self.measured = measured
-        self.register_buffer("spread", bit_reversed(model.dim, model.dim).flatten())
 
     def step(self, call: int, x: Tensor, known: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """See `Walk.step`."""
@@ -358,8 +362,10 @@ class Confident(Walk):
         entropy = (entropy / _STEP).round().masked_fill(~hidden, math.inf)
         # Rounded up, so that all of a sequence is drawn with the last call.
         quota = -(-count * done // dim) - (count - hidden.sum(1))
-        spread = self.spread[self.spread < n]
-        rank = spread[entropy[:, spread].argsort(dim=1, stable=True)].argsort(1)
+        segments = F.pad(entropy, (0, -n % self.num_calls), value=math.inf).unflatten(1, (-1, self.num_calls))
+        place = segments.argsort(dim=2, stable=True).argsort(2).flatten(1)[:, :n]
+        overall = entropy.argsort(dim=1, stable=True).argsort(1)
+        rank = (place * n + overall).masked_fill(~hidden, n * n).argsort(dim=1, stable=True).argsort(1)
         drawn = (rank < quota[:, None]) & hidden
         return drawn, logits[drawn]
 
