@@ -215,6 +215,10 @@ def test_training_keeps_the_costs_and_scoring_does_not():
     # The untrained network knows next to nothing: every entry costs log K at every t.
     torch.testing.assert_close(net.costs, torch.full((4,), math.log(3)), rtol=0.05, atol=0)
     assert not net.costs.requires_grad
+    wide = AnyOrder(net.net, 64, 3)
+    wide.costs.fill_(0.0)
+    wide._note(torch.tensor([10]), torch.tensor([8.0]))
+    assert wide.costs.nonzero().flatten().tolist() == [8, 9, 10, 11, 12]
 
 
 def test_scoring_in_pieces_changes_nothing(monkeypatch):

@@ -119,8 +119,7 @@ class AnyOrder(nn.Module):
         visits.index_add_(0, t, torch.ones_like(costs, dtype=total.dtype))
         # What one t costs tells of those beside it too: a visit to each alone would take many steps.
         reach = self.dim // 32
-        kernel = torch.ones(1, 1, 2 * reach + 1, dtype=total.dtype, device=total.device)
-        total, visits = F.conv1d(torch.stack([total, visits])[:, None], kernel, padding=reach)[:, 0]
+        total, visits = (F.pad(v, (reach, reach)).unfold(0, 2 * reach + 1, 1).sum(1) for v in (total, visits))
         self.costs.lerp_(total / visits.clamp(min=1), 1 - _MOMENTUM**visits)
 
     def log_prob_along(self, x: Tensor, calls: Tensor, num_calls: int, context: Context = None) -> Tensor:
