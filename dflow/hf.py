@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,14 @@ from transformers.utils.generic import ModelOutput
 from dflow import zoo
 from dflow.config import InputError
 from dflow.core import Context, Distribution
-from dflow.distributions import Categorical, ConditionalCategorical, SequenceCategorical, Spectra
+from dflow.distributions import Categorical, ConditionalCategorical, SequenceCategorical, Spectra, Walk
 from dflow.flows import Flow, Split
+
+#: Laws that draw symbols themselves, without a bijector after.
+_Symbols = (SequenceCategorical, Walk)
+
+#: Laws that draw symbols themselves, without a bijector after.
+_Symbols = (SequenceCategorical, Walk)
 
 
 class DflowConfig(PreTrainedConfig):
@@ -101,7 +107,10 @@ class DflowModel(PreTrainedModel):
         Raises:
             InputError: the model was not trained for that number.
         """
-        law = self.distribution
+        law, settings = self.distribution, self.config.settings()
+        if isinstance(law, Walk) and isinstance(settings, zoo.AnyOrderConfig):
+            self.distribution = zoo.walk(replace(settings, num_calls=calls), law.model)
+            return
         if not isinstance(law, SequenceCategorical) or calls not in law.budgets:
             known = law.budgets if isinstance(law, SequenceCategorical) else [self.num_calls]
             raise InputError(
@@ -154,7 +163,8 @@ class DflowModel(PreTrainedModel):
             length: symbols of each, at most ``config.length``, the default.
             generator: source of randomness, on the model's device.
             prompt: int64 ``(n,)`` first symbols, for models that draw symbols themselves; see
-                `SequenceCategorical.sample` for what it means in orders other than left to right.
+                `SequenceCategorical.sample` for what it means in orders other than left to right, and
+                `Walk.sample` for any-order models.
 
         Raises:
             InputError: what cannot be drawn.
@@ -172,10 +182,10 @@ class DflowModel(PreTrainedModel):
             else:
                 context = torch.full((num_return_sequences,), length, device=self.device)
         if prompt is not None:
-            if not isinstance(self.distribution, SequenceCategorical):
+            if not isinstance(self.distribution, _Symbols):
                 raise InputError(
                     f"a {self.config.family} flow cannot continue a prompt; use a model that draws symbols "
-                    "themselves: grouped, transformer or lstm"
+                    "themselves: grouped, any_order, transformer or lstm"
                 )
             if not 1 <= len(prompt) < (length or longest):
                 raise InputError(
@@ -186,7 +196,7 @@ class DflowModel(PreTrainedModel):
             x = self.distribution.sample(
                 num_return_sequences, context, generator, prompt.to(self.device), length
             )
-        elif isinstance(self.distribution, SequenceCategorical):
+        elif isinstance(self.distribution, _Symbols):
             x = self.distribution.sample(num_return_sequences, context, generator, length=length)
         else:
             x = self.distribution.sample(num_return_sequences, context, generator)
@@ -241,7 +251,7 @@ def _round_trip(d: Distribution, x: Tensor, context: Context) -> bool:
     if isinstance(d, Flow):
         z, _ = d.bijector(x, context)
         return torch.equal(d.bijector.inverse(z, context)[0], x)
-    if isinstance(d, SequenceCategorical):
+    if isinstance(d, _Symbols):
         steps = d.log_prob_by_steps(x, context)
         return bool(torch.allclose(steps, d.log_prob(x, context), rtol=1e-4, atol=1e-3))
     if isinstance(d, Split):

@@ -14,6 +14,10 @@ Four rules train a discrete flow, or any law with a map on Z/K in it (`dflow.dis
   if it were the last (greedy), and no gradient crosses a layer.
 - ``likelihood``: the exact likelihood of symbols, for laws whose parameters it can reach (no bijector).
 
+One trains an any-order model, for all orders at once:
+
+- ``masked``: the bound of `AnyOrder.elbo` (Hoogeboom et al. 2022, arXiv 2110.02037).
+
 Whatever the rule, parameters that the exact likelihood of symbols reaches (spectra and their weights) are
 trained by it.
 """
@@ -31,7 +35,7 @@ from torch.nn import functional as F
 from dflow.bijectors import Autoregressive, Chain, Coupling, Permute, Reverse
 from dflow.config import InputError
 from dflow.core import Context, Distribution
-from dflow.distributions import Categorical, SequenceCategorical, Spectra
+from dflow.distributions import Categorical, SequenceCategorical, Spectra, Walk
 from dflow.elementwise import ModAffine, ModRank, ModShift
 from dflow.elementwise.discrete import Discrete
 from dflow.flows import Flow, Split
@@ -39,7 +43,7 @@ from dflow.ops.lengths import present
 from dflow.ops.modular import one_hot
 from dflow.ops.straight_through import StraightThrough
 
-Rule = Literal["likelihood", "straight_through", "gumbel", "layerwise", "expected"]
+Rule = Literal["likelihood", "straight_through", "gumbel", "layerwise", "expected", "masked"]
 
 
 def bits(nats: float, count: float) -> float:
@@ -53,6 +57,8 @@ def bits(nats: float, count: float) -> float:
 
 def default_rule(distribution: Distribution) -> Rule:
     """The rule that reaches every parameter of ``distribution`` with the least bias."""
+    if isinstance(distribution, Walk):
+        return "masked"
     maps = _maps(distribution)
     if not maps:
         return "likelihood"
@@ -64,8 +70,12 @@ def default_rule(distribution: Distribution) -> Rule:
 def check_rule(rule: Rule, distribution: Distribution) -> None:
     """Raise InputError for a rule under which some parameter of ``distribution`` would not learn."""
     maps = _maps(distribution)
-    if bool(maps) == (rule == "likelihood"):
-        way = "straight_through, gumbel, layerwise or expected" if maps else "likelihood"
+    if maps:
+        fits, way = rule not in ("likelihood", "masked"), "straight_through, gumbel, layerwise or expected"
+    else:
+        way = default_rule(distribution)
+        fits = rule == way
+    if not fits:
         raise InputError(f"rule {rule!r} does not train this model; use {way}")
     if rule not in ("layerwise", "expected"):
         return
@@ -150,6 +160,8 @@ def _loss(d: Distribution, x: Tensor, context: Context, rule: Rule) -> tuple[Ten
         kept, rest = d.parts(x, context)
         loss, z, own = _loss(d.base, *kept, rule)
         return loss + _loss(d.conditional, *rest, rule)[0], z, own
+    if isinstance(d, Walk):
+        return -d.model.elbo(x, context).sum(), x, context
     if isinstance(d, Spectra):
         return _spectra(d, x, context, rule), x, context
     if not isinstance(d, Flow):

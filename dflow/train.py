@@ -82,8 +82,8 @@ class TrainConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = setting(
         "no", "precision of the networks: no, bf16, fp16"
     )
-    rule: Literal["auto", "likelihood", "straight_through", "gumbel", "layerwise", "expected"] = setting(
-        "auto", "training rule of a flow; auto takes the best for the model"
+    rule: Literal["auto", "likelihood", "straight_through", "gumbel", "layerwise", "expected", "masked"] = (
+        setting("auto", "training rule; auto takes the best for the model")
     )
     temperature: Schedule = field(
         default_factory=lambda: Schedule(1.0, 1.0),
@@ -381,7 +381,8 @@ class _Run:
                 shown, characters = loss, characters + count
                 now = time.monotonic()
                 if now - since > 1.0 or self.fraction() >= 1:
-                    # Under layerwise and expected the loss is that of the conditioners, not the model's.
+                    # Under layerwise and expected the loss is that of the conditioners, not the model's; under
+                    # masked it is an estimate of a bound.
                     rate = characters / (now - since)
                     bar.set_postfix_str(f"{shown:.3f} bits/char, {rate:,.0f} chars/s")
                     characters, since = 0, now
@@ -497,6 +498,10 @@ class _Run:
         model.train(False)
         for law in objectives.elastic(model.distribution):
             law.choose(None)
+        if self.averaged is not None:
+            # What is counted, not learned, has its own memory.
+            for old, new in zip(self.averaged.buffers(), self.model.buffers(), strict=True):
+                old.copy_(new)
         base = objectives.closed_form(model.distribution)
         peak, training = (base.peak if base is not None else 0.0), self.base
         if base is not None and training is not None:

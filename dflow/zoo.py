@@ -16,12 +16,22 @@ from torch import Tensor, nn
 from dflow.bijectors import Autoregressive, Chain, Coupling, Reverse
 from dflow.config import InputError, nearest, parse
 from dflow.core import Bijector, Distribution
-from dflow.distributions import Categorical, ConditionalCategorical, Mixture, SequenceCategorical, Spectra
+from dflow.distributions import (
+    AnyOrder,
+    Categorical,
+    ConditionalCategorical,
+    Confident,
+    Mixture,
+    Ordered,
+    SequenceCategorical,
+    Spectra,
+    Walk,
+)
 from dflow.elementwise import ModAffine, ModRank, ModShift
 from dflow.flows import Flow, Split
 from dflow.nn.lstm import LSTM
-from dflow.nn.transformer import GroupCausalTransformer, InfillTransformer
-from dflow.ops.orders import ORDERS, lockstep
+from dflow.nn.transformer import GroupCausalTransformer, InfillTransformer, MaskedTransformer
+from dflow.ops.orders import ORDERS, lockstep, shuffled
 from dflow.ops.straight_through import StraightThrough
 
 ELEMENTWISE: dict[str, type[ModShift | ModAffine | ModRank]] = {
@@ -123,6 +133,30 @@ class GroupedConfig(TransformerConfig):
                 raise InputError(f"calls must lie in 1..{most} (length / block), found {calls}")
         if self.order not in ORDERS:
             raise InputError(f"unknown order {self.order!r}; {nearest(self.order, list(ORDERS))}")
+
+
+@dataclass
+class AnyOrderConfig(TransformerConfig):
+    """Peer: one network for all orders (absorbing-state diffusion), and the order that draws with it."""
+
+    num_calls: int = setting(32, "network calls to draw a sequence")
+    order: Literal["random", "lockstep", "islands", "bit_reversed", "confidence"] = setting(
+        "lockstep",
+        "what each call draws: of one fixed order (random, lockstep, islands, bit_reversed), or what the "
+        "network is surest of (confidence)",
+    )
+    schedule: Literal["uniform", "dp"] = setting(
+        "uniform", "entries of each call of the orders random and confidence: uniform, dp (by measured costs)"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.num_calls <= self.length:
+            raise InputError(f"num_calls must lie in 1..{self.length} (length), found {self.num_calls}")
+        if self.schedule == "dp" and self.order not in ("random", "confidence"):
+            raise InputError(
+                f"order {self.order!r} fixes what each call draws; schedule 'dp' is for random and confidence"
+            )
 
 
 @dataclass
@@ -325,6 +359,22 @@ def grouped(config: GroupedConfig, K: int) -> Distribution:
     return SequenceCategorical(net, order, config.length, config.block, others)
 
 
+def any_order(config: AnyOrderConfig, K: int) -> Distribution:
+    """Hoogeboom et al. 2022 (arXiv 2110.02037), walked along one order, where its likelihood is exact."""
+    net = MaskedTransformer(K, K, config.length, **config.network())
+    return walk(config, AnyOrder(net, config.length, K))
+
+
+def walk(config: AnyOrderConfig, model: AnyOrder) -> Walk:
+    """``model`` along the order and in the number of calls that ``config`` names."""
+    if config.order == "confidence":
+        return Confident(model, config.num_calls, config.schedule == "dp")
+    if config.schedule == "dp":
+        return Ordered(model, shuffled(config.length, config.length), config.num_calls)
+    name = "shuffled" if config.order == "random" else config.order
+    return Ordered(model, ORDERS[name](config.length, config.num_calls))
+
+
 def transformer(config: TransformerConfig, K: int) -> Distribution:
     """The causal Transformer."""
     order = lockstep(config.length, config.length)
@@ -364,6 +414,7 @@ def _base(config: BipartiteConfig | AutoregressiveConfig, K: int, classes: Tenso
 #: Families by name: the settings and the builder.
 FAMILIES: dict[str, tuple[type[ModelConfig], Callable[[Any, int], Distribution]]] = {
     "grouped": (GroupedConfig, grouped),
+    "any_order": (AnyOrderConfig, any_order),
     "bipartite": (BipartiteConfig, bipartite),
     "autoregressive": (AutoregressiveConfig, autoregressive),
     "multiscale": (MultiscaleConfig, multiscale),

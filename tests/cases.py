@@ -9,14 +9,23 @@ from torch import Tensor, nn
 
 from dflow.bijectors import Autoregressive, Chain, Coupling, Inverse, Permute, Reverse
 from dflow.core import Bijector, Context, Distribution, Elementwise
-from dflow.distributions import Categorical, ConditionalCategorical, Mixture, SequenceCategorical, Spectra
+from dflow.distributions import (
+    AnyOrder,
+    Categorical,
+    ConditionalCategorical,
+    Confident,
+    Mixture,
+    Ordered,
+    SequenceCategorical,
+    Spectra,
+)
 from dflow.elementwise import ModAffine, ModRank, ModShift
 from dflow.flows import Flow, Split
 from dflow.nn.lstm import LSTM
 from dflow.nn.made import MADE
-from dflow.nn.transformer import GroupCausalTransformer, InfillTransformer
+from dflow.nn.transformer import GroupCausalTransformer, InfillTransformer, MaskedTransformer
 from dflow.ops.modular import one_hot
-from dflow.ops.orders import ORDERS, lockstep
+from dflow.ops.orders import ORDERS, lockstep, shuffled
 
 #: Alphabet -> number of entries: primes, composites and a prime power, each small enough to enumerate.
 DIMS = {2: 8, 3: 5, 5: 4, 6: 3, 9: 3}
@@ -120,6 +129,11 @@ def grouped(K: int, dim: int, calls: int, order: str = "lockstep") -> SequenceCa
     return SequenceCategorical(transformer(K, K, matrix, dim), matrix, dim)
 
 
+def any_order(K: int, dim: int, ngram_rows: int = 0) -> AnyOrder:
+    sizes = {"hidden_size": 8, "num_layers": 2, "num_heads": 2, "intermediate_size": 8}
+    return AnyOrder(MaskedTransformer(K, K, dim, window=2, ngram_rows=ngram_rows, **sizes), dim, K)
+
+
 def permutation(K: int, dim: int) -> Permute:
     return Permute(torch.randperm(dim, generator=torch.Generator().manual_seed(dim)))
 
@@ -219,6 +233,9 @@ BASES: dict[str, Callable[[int, int], Distribution]] = {
         transformer(K, K, lockstep(dim, dim), dim, block=2), lockstep(dim, dim), dim, 2
     ),
     "grouped shuffled": lambda K, dim: grouped(K, dim, 2, "shuffled"),
+    "any order, lockstep": lambda K, dim: Ordered(any_order(K, dim, 7), lockstep(dim, 2)),
+    "any order, random": lambda K, dim: Ordered(any_order(K, dim), shuffled(dim, dim), 2),
+    "any order, confidence": lambda K, dim: Confident(any_order(K, dim), 2),
     "lstm": lambda K, dim: SequenceCategorical(
         LSTM(K, K, hidden_size=8, num_layers=2, embedding_size=4).eval(), lockstep(dim, dim), dim
     ),

@@ -15,6 +15,7 @@ LENGTH = 8
 TEXT = "\n".join(f"line {i} of a text: {'abcde'[i % 5] * (i % 7)}." for i in range(200)) + "\n"
 SETTINGS: dict[str, dict[str, Any]] = {
     "grouped": {"num_calls": 2, "num_attention_heads": 1, "hidden_size": 8, "num_hidden_layers": 1},
+    "any_order": {"num_calls": 2, "num_attention_heads": 1, "hidden_size": 8, "num_hidden_layers": 1},
     "bipartite": {"num_flows": 2, "num_attention_heads": 1, "hidden_size": 8, "window": 2},
     "autoregressive": {"num_flows": 1, "num_attention_heads": 1, "hidden_size": 8, "num_hidden_layers": 1},
     "multiscale": {"num_attention_heads": 1, "hidden_size": 8, "window": 2, "num_spectra": 2},

@@ -63,8 +63,10 @@ def same(a, b):
 def test_every_recipe_trains_for_two_steps(path, text, tmp_path):
     recipe = load_recipe(path)
     small = ["length=16", "hidden_size=8", "num_hidden_layers=1"]
+    if recipe.family in ("grouped", "any_order"):
+        small.append("num_calls=4")
     if recipe.family == "grouped":
-        small += ["num_calls=4", "calls=[1, 8]"]
+        small.append("calls=[1, 8]")
     if recipe.family == "lstm":
         small.append("embedding_size=4")
     else:
@@ -95,6 +97,7 @@ def test_every_recipe_trains_for_two_steps(path, text, tmp_path):
     [
         ("grouped", {"num_calls": 4}, {}),
         ("lstm", {"dropout": 0.2}, {"ema": 0.9}),
+        ("any_order", {"num_calls": 4, "order": "random", "schedule": "dp"}, {"ema": 0.5}),
         ("bipartite", {"num_flows": 2}, {"rule": "gumbel", "peak": {"start": 0.5, "end": 0.0}}),
         ("bipartite", {"num_flows": 4}, {"rule": "layerwise", "ema": 0.5}),
         ("autoregressive", {"base": "autoregressive"}, {"accumulation": 2}),
@@ -137,7 +140,7 @@ def test_sentences_are_trained_with_their_lengths(text, tmp_path):
 
 @pytest.mark.parametrize(
     ("family", "settings"),
-    [("lstm", {"ema": 0.9}), ("bipartite", {"rule": "gumbel"}), ("grouped", {})],
+    [("lstm", {"ema": 0.9}), ("bipartite", {"rule": "gumbel"}), ("grouped", {}), ("any_order", {"ema": 0.9})],
 )
 def test_a_resumed_run_ends_with_the_same_bits(family, settings, text, tmp_path):
     model = {"dropout": 0.3} if family != "bipartite" else {}

@@ -15,6 +15,9 @@ from dflow.flows import Flow, Split
 
 VARIANTS = [(family, {}) for family in zoo.FAMILIES] + [
     ("grouped", {"order": "bit_reversed"}),
+    ("any_order", {"order": "random", "schedule": "dp", "num_calls": 3}),
+    ("any_order", {"order": "confidence", "schedule": "dp", "num_calls": 4}),
+    ("any_order", {"order": "islands"}),
     ("bipartite", {"elementwise": "affine", "num_flows": 5}),
     ("bipartite", {"base": "mixture", "components": 2}),
     ("autoregressive", {"num_flows": 2, "elementwise": "shift"}),
@@ -70,6 +73,7 @@ def test_number_of_calls_is_what_the_settings_say():
         ).num_calls
 
     assert calls("grouped", num_calls=4) == 4
+    assert calls("any_order", num_calls=5) == calls("any_order", num_calls=5, order="confidence") == 5
     assert calls("bipartite", num_flows=4) == 4
     assert calls("transformer") == calls("lstm") == 16
     assert calls("autoregressive", num_flows=2) == 2 * 17
@@ -100,6 +104,9 @@ def test_bases_and_families_of_maps():
         ("grouped", {"num_calls": 300}, r"1\.\.256"),
         ("grouped", {"order": "lockstepp"}, "did you mean 'lockstep'"),
         ("grouped", {"hidden_size": 100, "num_attention_heads": 3}, "hidden_size 100"),
+        ("any_order", {"num_calls": 0}, r"1\.\.256"),
+        ("any_order", {"order": "left"}, "lockstep"),
+        ("any_order", {"schedule": "dp"}, "for random and confidence"),
         ("bipartite", {"length": 1}, "length 2 or more"),
         ("bipartite", {"elementwise": "ranks"}, "did you mean 'rank'"),
         ("lstm", {"dropout": 1.5}, "dropout"),

@@ -1,7 +1,18 @@
 """Laws with exact likelihood and exact sampling."""
 
+from dflow.distributions.any_order import AnyOrder, Confident, Ordered, Walk
 from dflow.distributions.categorical import Categorical, ConditionalCategorical, Mixture
 from dflow.distributions.sequence import SequenceCategorical
 from dflow.distributions.spectra import Spectra
 
-__all__ = ["Categorical", "ConditionalCategorical", "Mixture", "SequenceCategorical", "Spectra"]
+__all__ = [
+    "AnyOrder",
+    "Categorical",
+    "ConditionalCategorical",
+    "Confident",
+    "Mixture",
+    "Ordered",
+    "SequenceCategorical",
+    "Spectra",
+    "Walk",
+]

@@ -1,8 +1,8 @@
-"""Transformers: group-causal (causal is its special case) and infilling (bidirectional).
+"""Transformers: group-causal (causal is its special case), infilling and masked (both bidirectional).
 
-Both know nothing of flows: symbols in, ``num_params`` numbers an entry out. Positions are rotary (Su et al.
+They know nothing of flows: symbols in, ``num_params`` numbers an entry out. Positions are rotary (Su et al.
 2021, arXiv 2104.09864), blocks are pre-norm with squared rectifiers (So et al. 2021, arXiv 2109.08668), and
-both start with a window over neighbouring symbols: without that locality bidirectional nets stay at the
+all start with a window over neighbouring symbols: without that locality bidirectional nets stay at the
 unigram entropy for a thousand steps.
 """
 
@@ -654,3 +654,115 @@ def _lengths(context: Context) -> Tensor | None:
     if isinstance(context, tuple):
         raise TypeError("a sequence network takes lengths (batch,) as context, found a tuple")
     return context
+
+
+class MaskedTransformer(nn.Module):
+    """Bidirectional Transformer over a sequence of which any entries are known: the any-order network.
+
+    Every entry reads itself and the ``window`` symbols on either side as far as they are known, n-grams of
+    these neighbours, and how far off the nearest known symbols stand; all present entries then attend to all.
+
+    Args:
+        K: size of the alphabet.
+        num_params: numbers for each entry of the output.
+        dim: longest sequence.
+        hidden_size, num_layers, num_heads, intermediate_size, dropout: the usual.
+        window: symbols read on each side.
+        ngram_rows, ngram_size: tables of hashed n-grams as in `GroupCausalTransformer`.
+    """
+
+    def __init__(
+        self,
+        K: int,
+        num_params: int,
+        dim: int,
+        *,
+        hidden_size: int = 128,
+        num_layers: int = 3,
+        num_heads: int = 4,
+        intermediate_size: int | None = None,
+        window: int = 4,
+        ngram_rows: int = 0,
+        ngram_size: int = 4,
+        dropout: float = 0.0,
+    ) -> None:
+        """See the class."""
+        super().__init__()
+        if dim < 1 or window < 1 or ngram_rows < 0 or ngram_size < 2:
+            raise ValueError(
+                f"dim {dim} and window {window} must be at least 1, ngram_rows {ngram_rows} at least 0, "
+                f"ngram_size {ngram_size} at least 2"
+            )
+        self.K, self.dim, self.window = K, dim, window
+        self.head_size = hidden_size // num_heads
+        self._turned: Tensor | None = None
+        patterns = ngrams(window, window, ngram_size)
+        self.embed = Neighbours(
+            K,
+            hidden_size,
+            2 * window + 1,
+            [[window + offset for offset in pattern] for pattern in patterns],
+            ngram_rows,
+            extra=2 * _GAPS,
+        )
+        self.blocks = nn.ModuleList(
+            Block(hidden_size, num_heads, intermediate_size or 4 * hidden_size, dropout)
+            for _ in range(num_layers)
+        )
+        self.norm = nn.LayerNorm(hidden_size, bias=False)
+        self.head = nn.Linear(hidden_size, num_params)
+        _initialize(self, num_layers)
+
+    def forward(self, x: Tensor, known: Tensor, context: Context = None) -> Tensor:
+        """Parameters (batch, n, num_params) of every entry given the known ones.
+
+        Args:
+            x: symbols, int64 ``(batch, n)``, or one-hot rows ``(batch, n, K)``, with ``n <= dim``; entries
+                that are not known are never read.
+            known: bool ``(batch, n)``.
+            context: lengths, int64 ``(batch,)``, or None.
+        """
+        lengths = _lengths(context)
+        n = x.shape[1]
+        if n > self.dim:
+            raise ValueError(f"the sequence has {n} entries, the network at most {self.dim}")
+        line = torch.arange(n, device=x.device)
+        mask = None
+        if lengths is not None:
+            present = line < lengths[:, None]
+            known = known & present
+            # A row without a single visible key would be undefined; every entry sees itself.
+            mask = (present[:, None] | torch.eye(n, dtype=torch.bool, device=x.device))[:, None]
+        symbols = (x.argmax(-1) if x.is_floating_point() else x).masked_fill(~known, self.K)
+        columns = 2 * self.window + 1
+        read = F.pad(symbols, (self.window, self.window), value=self.K).unfold(1, columns, 1)
+        h: Tensor = self.embed(read, self._gaps(known))
+        if x.is_floating_point():
+            # The inference mode's sum to the last bit, with a gradient.
+            sources = line[:, None] + torch.arange(-self.window, self.window + 1, device=x.device)
+            sources = sources.masked_fill((sources < 0) | (sources >= n), n)
+            h = h + self.embed.gradient_of(torch.where(known[..., None], x, 0.0), sources)
+        rotation = self._turns(line, h.dtype)
+        for block in self.blocks:
+            h = block(h, rotation, mask)
+        out: Tensor = self.head(self.norm(h))
+        return out
+
+    def _gaps(self, known: Tensor) -> Tensor:
+        """Rows of the embedding (batch, n, 2) for the distances to the nearest known entries, either side."""
+        line = torch.arange(known.shape[1], device=known.device)
+        last = torch.where(known, line, -_FAR).cummax(1).values
+        following = torch.where(known, line, _FAR).flip(1).cummin(1).values.flip(1)
+        before = line - F.pad(last[:, :-1], (1, 0), value=-_FAR)
+        after = F.pad(following[:, 1:], (0, 1), value=_FAR) - line
+        bucket = (2 * torch.stack([before, after], -1).double().log2()).long().clamp(max=_GAPS - 1)
+        return bucket + (self.embed.extra_row + torch.tensor([0, _GAPS], device=known.device))
+
+    def _turns(self, line: Tensor, dtype: torch.dtype) -> Tensor:
+        """The rotation of positions ``line``, made once for the longest length seen, device and precision."""
+        kind = torch.complex128 if dtype == torch.float64 else torch.complex64
+        made = self._turned
+        if made is None or len(made) < len(line) or made.device != line.device or made.dtype != kind:
+            with torch.inference_mode(False):  # or training could not use what scoring made
+                made = self._turned = _rotation(line, line, self.head_size).to(kind)
+        return made[: len(line)]

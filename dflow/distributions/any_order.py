@@ -1,0 +1,405 @@
+"""Any-order laws of sequences: one network that predicts every entry from any others.
+
+Absorbing-state diffusion and masked language models are the same family (Hoogeboom et al. 2022,
+arXiv 2110.02037; Austin et al. 2021, arXiv 2107.03006; Shi et al. 2024, arXiv 2406.04329). Over all orders
+such a model has a bound (`AnyOrder.elbo`); along one order, or along one that is a function of what has been
+drawn, it has an exact likelihood (`Walk`).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dflow.core import Context, Distribution
+from dflow.ops.lengths import lengths as lengths_in
+from dflow.ops.lengths import present
+from dflow.ops.modular import check_alphabet
+from dflow.ops.orders import check_order
+
+#: Calls of a fixed order are scored together as long as they hold at most this many entries.
+_ENTRIES = 1 << 13
+
+#: Entropies are compared in steps of this many nats.
+_STEP = 2.0**-10
+
+#: Memory of the running average of costs, a visit.
+_MOMENTUM = 0.99
+
+
+class AnyOrder(nn.Module):
+    """The order-agnostic model: a network, and what a step of it costs.
+
+    Args:
+        net: called as ``net(x, known, context)`` with a bool mask ``known (batch, n)``; gives K logits an
+            entry and never reads entries that are not known.
+        dim: longest sequence.
+        K: size of the alphabet.
+
+    Attributes:
+        costs: mean nats of an entry once t entries of ``dim`` are known, (dim,): a running average of what
+            `elbo` met in training mode. The input of `schedule`.
+    """
+
+    costs: Tensor
+
+    def __init__(self, net: nn.Module, dim: int, K: int) -> None:
+        """See the class."""
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f"dim must be at least 1, found {dim}")
+        self.net: Any = net
+        self.dim, self.K = dim, check_alphabet(K)
+        # A line, for which groups of equal size are best.
+        self.register_buffer("costs", math.log(K) * torch.arange(dim, 0, -1) / dim)
+        self._sizes: tuple[Tensor, Tensor] | None = None
+
+    def logits(self, x: Tensor, known: Tensor, context: Context = None) -> Tensor:
+        """Logits (batch, n, K) of every entry given the known ones, at least float32."""
+        found: Tensor = self.net(x, known, context)
+        return found.to(torch.promote_types(found.dtype, torch.float32))
+
+    def elbo(
+        self,
+        x: Tensor,
+        context: Context = None,
+        generator: torch.Generator | None = None,
+        sizes: Tensor | None = None,
+    ) -> Tensor:
+        r"""Unbiased estimate (batch,) of a bound on the log-likelihood, in nats: its mean over all orders.
+
+        .. math:: \mathbb{E}_{t, k} \frac{n}{n - t} \sum_{i \notin k} \log p(x_i \mid x_k)
+
+        with t uniform in 0..n-1 and k a set of t known entries (Hoogeboom et al. 2022, eq. 6). One network
+        call; the t of a batch are spread evenly, each still uniform (Kingma et al. 2021, arXiv 2107.00630,
+        section I.1).
+
+        With ``sizes`` (calls,), how many entries each call draws, it is the bound for such groups instead:
+        one random order for each sequence, walked to its end.
+        """
+        batch, n = x.shape[:2]
+        if sizes is not None and int(sizes.sum()) < n:
+            raise ValueError(f"calls of sizes {sizes.tolist()} do not draw all of {n} entries")
+        mask = present(context, n)
+        noise = torch.rand(batch, n, device=x.device, generator=generator)
+        # Absent entries come last.
+        rank = (noise if mask is None else noise.masked_fill(~mask, 2.0)).argsort(1).argsort(1)
+        if sizes is not None:
+            calls = torch.arange(len(sizes), device=x.device).repeat_interleave(sizes.to(x.device))
+            return self.log_prob_along(x, calls[rank], len(sizes), context)
+        count = self._count(x, context)
+        even = torch.arange(batch, dtype=torch.float64, device=x.device) / max(1, batch)
+        place = (even + torch.rand((), dtype=torch.float64, device=x.device, generator=generator)) % 1
+        t = torch.minimum((place * count).long(), count - 1)
+        return self.elbo_given(x, rank < t[:, None], context)
+
+    def elbo_given(self, x: Tensor, known: Tensor, context: Context = None) -> Tensor:
+        """The term of `elbo` for the known entries ``known``, bool (batch, n); not all may be known.
+
+        In training mode it moves `costs`.
+        """
+        mask, count = present(context, x.shape[1]), self._count(x, context)
+        known = known if mask is None else known & mask
+        hidden = ~known if mask is None else ~known & mask
+        total = torch.where(hidden, self._terms(x, known, context), 0.0).sum(1)
+        t = known.sum(1)
+        if self.training:
+            self._note(t * self.dim // count, -total.detach() / (count - t))
+        return total * (count / (count - t)).to(total.dtype)
+
+    @torch.no_grad()
+    def _note(self, t: Tensor, costs: Tensor) -> None:
+        total, visits = torch.zeros_like(self.costs), torch.zeros_like(self.costs)
+        total.index_add_(0, t, costs.to(total.dtype))
+        visits.index_add_(0, t, torch.ones_like(costs, dtype=total.dtype))
+        # What one t costs tells of those beside it too: a visit to each alone would take many steps.
+        reach = self.dim // 32
+        total, visits = (F.pad(v, (reach, reach)).unfold(0, 2 * reach + 1, 1).sum(1) for v in (total, visits))
+        self.costs.lerp_(total / visits.clamp(min=1), 1 - _MOMENTUM**visits)
+
+    def log_prob_along(self, x: Tensor, calls: Tensor, num_calls: int, context: Context = None) -> Tensor:
+        """Exact nats (batch,) if call ``calls[b, i]`` draws entry i of sequence b.
+
+        Args:
+            x: symbols ``(batch, n)`` or one-hot rows ``(batch, n, K)``.
+            calls: int64 (batch, n) or (n,), in 0..num_calls-1.
+            num_calls: network passes that it takes; several sequences' are joined up to a bounded memory.
+            context: lengths or None.
+        """
+        batch, n = x.shape[:2]
+        calls, mask, lengths = calls.expand(batch, n), present(context, n), lengths_in(context)
+        together = max(1, _ENTRIES // max(1, batch * n))
+        total = torch.zeros(batch, dtype=torch.float64, device=x.device)
+        dtype = torch.float32
+        for call in torch.arange(num_calls, device=x.device)[:, None, None].split(together):
+            times = len(call)
+            terms = self._terms(
+                x.expand(times, *x.shape).flatten(0, 1),
+                (calls < call).flatten(0, 1),
+                None if lengths is None else lengths.repeat(times),
+            ).view(times, batch, n)
+            drawn = calls == call if mask is None else (calls == call) & mask
+            total = total + torch.where(drawn, terms, 0.0).sum((0, 2), dtype=torch.float64)
+            dtype = terms.dtype
+        return total.to(dtype)
+
+    @torch.no_grad()
+    def measure(
+        self, x: Tensor, points: int = 33, generator: torch.Generator | None = None, batch_size: int = 32
+    ) -> Tensor:
+        """Costs (dim,) on held-out symbols ``x``, int64 (texts, dim), with one random mask for each and t.
+
+        Measured at ``points`` values of t spread evenly, linear between them. `costs` is left as it is.
+        """
+        if x.shape[1:] != (self.dim,) or not len(x) or not 1 <= points <= self.dim:
+            raise ValueError(
+                f"costs are measured on texts (n, {self.dim}) at 1..{self.dim} points, "
+                f"found {tuple(x.shape)} and {points}"
+            )
+        at = torch.linspace(0, self.dim - 1, points, dtype=torch.float64).round().long()
+        found = torch.zeros(points, dtype=torch.float64)
+        for i, t in enumerate(at.tolist()):
+            for part in x.split(batch_size):
+                noise = torch.rand(part.shape, device=x.device, generator=generator)
+                known = noise.argsort(1).argsort(1) < t
+                found[i] -= self._terms(part, known, None)[~known].sum(dtype=torch.float64).cpu()
+            found[i] /= len(x) * (self.dim - t)
+        line = torch.arange(self.dim)
+        right = torch.searchsorted(at, line).clamp(max=points - 1)
+        left = (right - 1).clamp(min=0)
+        share = (line - at[left]) / (at[right] - at[left]).clamp(min=1)
+        return found[left].lerp(found[right], share.double())
+
+    def sizes(self, num_calls: int) -> Tensor:
+        """`schedule` of the present `costs`, int64 (num_calls,)."""
+        made = self._sizes
+        if made is None or len(made[1]) != num_calls or not torch.equal(made[0], self.costs):
+            made = self._sizes = self.costs.clone(), schedule(self.costs, num_calls)
+        return made[1]
+
+    def _terms(self, x: Tensor, known: Tensor, context: Context) -> Tensor:
+        """Log-probability (batch, n) of each entry of ``x`` given the known ones."""
+        logits = self.logits(x, known, context)
+        if x.is_floating_point():
+            return (x * logits.log_softmax(-1)).sum(-1)
+        return -F.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="none").view(x.shape)
+
+    def _count(self, x: Tensor, context: Context) -> Tensor:
+        """Entries present, (batch,)."""
+        found = lengths_in(context)
+        return torch.full((len(x),), x.shape[1], device=x.device) if found is None else found
+
+
+class Walk(Distribution):
+    """Exact law of an any-order model whose entries are drawn in an order that the drawn ones determine.
+
+    What a call draws is independent given all that earlier calls drew, so that probabilities multiply. With
+    an order that depends on nothing that is still hidden they add up to one (DUEL, arXiv 2603.01367).
+    """
+
+    def __init__(self, model: AnyOrder, num_calls: int) -> None:
+        """``num_calls`` lies in 1..model.dim."""
+        super().__init__()
+        if not 1 <= num_calls <= model.dim:
+            raise ValueError(f"num_calls must lie in 1..{model.dim} (the length), found {num_calls}")
+        self.model, self._num_calls = model, num_calls
+
+    @property
+    def num_calls(self) -> int:
+        """Passes over the whole sequence."""
+        return self._num_calls
+
+    @abstractmethod
+    def step(self, call: int, x: Tensor, known: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """Entries that a call draws, bool (batch, n), given the known ones; and their logits (entries, K)."""
+
+    def needed(self, length: int) -> int:
+        """Calls after which the first ``length`` entries are drawn."""
+        return self.num_calls
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        context: Context = None,
+        generator: torch.Generator | None = None,
+        prompt: Tensor | None = None,
+        length: int | None = None,
+    ) -> Tensor:
+        """``n`` sequences, int64 ``(n, dim)``, in `num_calls` calls; absent entries are 0.
+
+        ``prompt``, int64 ``(m,)``, is known at the first positions before the first call, so that every entry
+        is drawn given it. ``length`` leaves out calls that draw entries at or beyond it only.
+        """
+        dim, device = self.model.dim, self.model.costs.device
+        x = torch.zeros(n, dim, dtype=torch.int64, device=device)
+        known = torch.zeros(n, dim, dtype=torch.bool, device=device)
+        if prompt is not None:
+            x[:, : len(prompt)], known[:, : len(prompt)] = prompt, True
+        lengths = lengths_in(context)
+        longest = dim if length is None else length
+        if lengths is not None:
+            longest = min(longest, int(lengths.max()))
+        for call in range(self.needed(longest)):
+            drawn, logits = self.step(call, x, known, context)
+            noise = torch.rand(logits.shape, dtype=logits.dtype, device=device, generator=generator)
+            # The arg-max of logits plus Gumbel noise is an exact draw (Gumbel 1954; Maddison et al. 2014).
+            x[drawn] = (logits - noise.log_().neg_().log_()).argmax(-1)
+            known = known | drawn
+        mask = present(context, dim)
+        return x if mask is None else torch.where(mask, x, 0)
+
+    def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
+        """Exact nats (batch,) of symbols ``(batch, n)`` or one-hot rows ``(batch, n, K)``."""
+        return self.log_prob_by_steps(x, context)
+
+    def log_prob_by_steps(self, x: Tensor, context: Context = None) -> Tensor:
+        """`log_prob` computed as `sample` draws."""
+        known = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+        total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        dtype = torch.float32
+        for call in range(self.needed(x.shape[1])):
+            drawn, logits = self.step(call, x, known, context)
+            log_p, seen = logits.log_softmax(-1), x[drawn]
+            if x.is_floating_point():
+                terms = (seen * log_p).sum(-1)
+            else:
+                terms = log_p.gather(-1, seen[:, None]).squeeze(-1)
+            total = total.index_add(0, drawn.nonzero()[:, 0], terms.double())
+            known = known | drawn
+            dtype = terms.dtype
+        return total.to(dtype)
+
+
+class Ordered(Walk):
+    """Along one fixed order.
+
+    Args:
+        model: the any-order model.
+        order: int64 ``(G, S)``, see `dflow.ops.orders`.
+        num_calls: of an order with one lane, ``(dim, 1)``: draw several rows a call, as many as
+            `AnyOrder.sizes` says. Default G, one row a call.
+    """
+
+    rank: Tensor
+
+    def __init__(self, model: AnyOrder, order: Tensor, num_calls: int | None = None) -> None:
+        """See the class."""
+        check_order(order, model.dim)
+        if num_calls is not None and order.shape[1] != 1:
+            raise ValueError(f"num_calls is for orders with one lane, found {order.shape[1]} lanes")
+        super().__init__(model, len(order) if num_calls is None else num_calls)
+        row = torch.arange(len(order), device=order.device)[:, None].expand_as(order)
+        rank = torch.empty(model.dim, dtype=torch.int64, device=order.device)
+        rank[order[order < model.dim]] = row[order < model.dim]
+        self.merged = num_calls is not None
+        self.register_buffer("rank", rank)
+
+    def calls(self) -> Tensor:
+        """The call that draws each entry, int64 (dim,)."""
+        if not self.merged:
+            return self.rank
+        calls = torch.arange(self.num_calls).repeat_interleave(self.model.sizes(self.num_calls))
+        return calls.to(self.rank.device)[self.rank]
+
+    def needed(self, length: int) -> int:
+        """Calls after which the first ``length`` entries are drawn."""
+        return int(self.calls()[:length].max()) + 1
+
+    def step(self, call: int, x: Tensor, known: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """See `Walk.step`."""
+        drawn = (self.calls()[: x.shape[1]] == call) & ~known
+        mask = present(context, x.shape[1])
+        drawn = drawn if mask is None else drawn & mask
+        return drawn, self.model.logits(x, known, context)[drawn]
+
+    def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
+        """Exact nats (batch,) of symbols ``(batch, n)`` or rows ``(batch, n, K)``, calls side by side."""
+        calls = self.calls()[: x.shape[1]]
+        return self.model.log_prob_along(x, calls, self.needed(x.shape[1]), context)
+
+
+class Confident(Walk):
+    """Every call draws in each segment the entry of least entropy given what is known.
+
+    The segments are those of `dflow.ops.orders.lockstep`, of ``num_calls`` entries: what is drawn together is
+    drawn independently and has to lie apart, but what is surest lies side by side. A call that draws fewer
+    entries takes the surest of these, one that draws more goes on with the second of each segment.
+
+    Entropies are rounded first, or those that are equal would be told apart by the rounding errors of the
+    moment, and a sequence scored by another order than it was drawn by. Of equal ones the left comes first.
+
+    Args:
+        model: the any-order model.
+        num_calls: calls.
+        measured: draw as many a call as `AnyOrder.sizes` says, instead of equally many. Of a sequence that
+            is shorter than ``dim``, each call draws in proportion.
+    """
+
+    def __init__(self, model: AnyOrder, num_calls: int, measured: bool = False) -> None:
+        """See the class."""
+        super().__init__(model, num_calls)
+        self.measured = measured
+
+    def step(self, call: int, x: Tensor, known: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """See `Walk.step`."""
+        n, dim = x.shape[1], self.model.dim
+        if self.measured:
+            done = int(self.model.sizes(self.num_calls)[: call + 1].sum())
+        else:
+            done = -(-dim * (call + 1) // self.num_calls)
+        mask, lengths = present(context, n), lengths_in(context)
+        count = torch.full((len(x),), n, device=x.device) if lengths is None else lengths
+        hidden = ~known if mask is None else ~known & mask
+        logits = self.model.logits(x, known, context)
+        entropy = torch.special.entr(logits.detach().softmax(-1)).sum(-1)
+        entropy = (entropy / _STEP).round().masked_fill(~hidden, math.inf)
+        # Rounded up, so that all of a sequence is drawn with the last call.
+        quota = -(-count * done // dim) - (count - hidden.sum(1))
+        segments = F.pad(entropy, (0, -n % self.num_calls), value=math.inf).unflatten(1, (-1, self.num_calls))
+        place = segments.argsort(dim=2, stable=True).argsort(2).flatten(1)[:, :n]
+        overall = entropy.argsort(dim=1, stable=True).argsort(1)
+        rank = (place * n + overall).masked_fill(~hidden, n * n).argsort(dim=1, stable=True).argsort(1)
+        drawn = (rank < quota[:, None]) & hidden
+        return drawn, logits[drawn]
+
+
+def schedule(costs: Tensor, num_calls: int) -> Tensor:
+    """How many entries each call should draw, int64 (num_calls,), at least one each, by dynamic programming.
+
+    Drawing k entries once t are known costs k * L_t. The L_t are sorted first: without noise each entry more
+    that is known can only lower them. Hoogeboom et al. 2022, section 3 and appendix A.2.
+
+    Args:
+        costs: L_t for t = 0..dim-1, floating (dim,).
+        num_calls: in 1..dim.
+
+    >>> schedule(torch.tensor([3.0, 1.0, 1.0, 1.0]), 2)
+    tensor([1, 3])
+    """
+    dim = len(costs)
+    if costs.ndim != 1 or not costs.is_floating_point() or not 1 <= num_calls <= dim:
+        raise ValueError(
+            f"a schedule takes floating costs (dim,) and 1..dim calls, found {tuple(costs.shape)} "
+            f"{costs.dtype} and {num_calls}"
+        )
+    line = torch.arange(dim + 1)
+    level = costs.detach().double().cpu().sort(descending=True).values
+    # step[t, s]: from t known entries to s by one call.
+    step = (line - line[:dim, None]) * level[:, None]
+    step = step.masked_fill(line <= line[:dim, None], math.inf)
+    best, choices = torch.full((dim + 1,), math.inf, dtype=torch.float64), []
+    best[0] = 0
+    for _ in range(num_calls):
+        found = (best[:dim, None] + step).min(0)
+        best = found.values
+        choices.append(found.indices)
+    ends = [dim]
+    for choice in reversed(choices):
+        ends.append(int(choice[ends[-1]]))
+    return torch.tensor(ends[::-1]).diff()
