@@ -381,8 +381,8 @@ class _Run:
                 shown, characters = loss, characters + count
                 now = time.monotonic()
                 if now - since > 1.0 or self.fraction() >= 1:
-                    # Under layerwise and expected the loss is that of the conditioners, not the model's; under
-                    # masked it is an estimate of a bound.
+                    # Under layerwise and expected the loss is that of the conditioners, not of the model;
+                    # under masked it is an estimate of a bound.
                     rate = characters / (now - since)
                     bar.set_postfix_str(f"{shown:.3f} bits/char, {rate:,.0f} chars/s")
                     characters, since = 0, now
