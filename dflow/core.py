@@ -79,14 +79,15 @@ class Distribution(nn.Module, ABC):
 
 
 class SequenceNet(Protocol):
-    """What a sequence law or layer needs of its network: one pass for scoring, G steps for drawing.
+    """What a sequence law or layer needs of its network: one pass for scoring, a step a row for drawing.
 
-    Networks are built with an order ``(G, S)`` (see `dflow.ops.orders`); an autoregressive layer's has S = 1.
-    It also has to be an ``nn.Module``.
+    Networks are built with an order ``(R, S)`` (see `dflow.ops.orders`); an autoregressive layer's has S = 1.
+    It also has to be an ``nn.Module``. One that can walk other orders too takes a plan as third argument of
+    the call and of `start`, made by its ``plan(order)``.
     """
 
     def __call__(self, x: Tensor, context: Context = None) -> Tensor:
-        """Params ``(batch, dim, P)`` by position in both modes; they depend on earlier groups only."""
+        """Params ``(batch, dim, P)`` by position in both modes; they depend on earlier rows only."""
         ...
 
     def start(self, batch: int, context: Context = None) -> Any:
@@ -94,5 +95,8 @@ class SequenceNet(Protocol):
         ...
 
     def step(self, x: Tensor | None, state: Any) -> Tensor:
-        """Params ``(batch, S, P)`` of the next group; ``x``, int64 ``(batch, S)``, None at first."""
+        """Params ``(batch, m, P)`` of the m entries of the next row; ``x``, the last row's symbols.
+
+        Entries at or beyond ``dim`` (padding) are in neither; ``x`` is int64, None at first.
+        """
         ...
