@@ -20,7 +20,7 @@ from dflow.config import InputError
 from dflow.data import Text
 from dflow.evaluate import Evaluation, evaluate
 from dflow.generate import check_output, write_whole
-from dflow.hf import DflowModel, split_calls
+from dflow.hf import DflowModel
 
 FILES = ("compare.json", "compare.md", "compare.png")
 
@@ -140,7 +140,9 @@ def compare(
         for c in contestants
     ]
     latencies = measure(contestants, 1, length, rounds, seed, progress)
-    batches = measure(contestants, batch_size, length, max(3, rounds // 2), seed, progress)
+    batches = latencies
+    if batch_size > 1:
+        batches = measure(contestants, batch_size, length, max(3, rounds // 2), seed, progress)
     first = next((i for i, c in enumerate(contestants) if c.model.config.family == "lstm"), 0)
     rates = [speed.characters / speed.seconds for speed in batches]
     rows = tuple(
@@ -321,7 +323,8 @@ def plot(comparison: Comparison) -> bytes:
 
     curves: dict[str, list[Row]] = {}
     for row in sorted(comparison.rows, key=lambda row: row.num_calls):
-        curves.setdefault(str(split_calls(row.name)[0]), []).append(row)
+        name, _, calls = row.name.rpartition("@")
+        curves.setdefault(name if name and calls.isdigit() else row.name, []).append(row)
     # No pyplot: it has state, and may look for a display.
     figure = Figure(figsize=(11, max(4.5, 1 + 0.3 * len(curves))), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
