@@ -98,7 +98,7 @@ class DflowModel(PreTrainedModel):
 
     @property
     def num_calls(self) -> int:
-        """Sequential network calls that drawing a sequence costs."""
+        """Sequential network calls that drawing a sequence costs, at most."""
         return self.distribution.num_calls
 
     def choose(self, calls: int) -> None:

@@ -77,6 +77,12 @@ def check_rule(rule: Rule, distribution: Distribution) -> None:
         fits = rule == way
     if not fits:
         raise InputError(f"rule {rule!r} does not train this model; use {way}")
+    innermost = closed_form(distribution)
+    for module in distribution.modules():
+        if isinstance(module, Categorical) and not module.learned and module is not innermost:
+            raise InputError(
+                "only the innermost base has a closed form; give the part factored out a learned one"
+            )
     if rule not in ("layerwise", "expected"):
         return
     if _trained_bases(distribution):
@@ -170,7 +176,7 @@ def _loss(d: Distribution, x: Tensor, context: Context, rule: Rule) -> tuple[Ten
         loss, z = _by_layers(d, x, context, rule)
         return loss, z, context
     z, log_det = d.transform(_rows(d, x), context)
-    return -(d.base.log_prob(z, context) + log_det).sum(), z, context
+    return -(d.base.log_prob(z, context) + log_det).sum(), *_latent(d.base, z, context)
 
 
 def _rows(d: Distribution, x: Tensor) -> Tensor:
@@ -264,7 +270,7 @@ def refit(distribution: Distribution, batches: Iterable[tuple[Tensor, Tensor | N
 
 
 def _latent(d: Distribution, x: Tensor, context: Context) -> tuple[Tensor, Context]:
-    """What reaches the innermost base of symbols ``x``, with its context."""
+    """What reaches the innermost base of ``x``, in either mode, with its context."""
     while isinstance(d, (Flow, Split)):
         if isinstance(d, Split):
             x, context = d.parts(x, context)[0]

@@ -5,9 +5,11 @@
 
 ``rules`` trains the family ``bipartite`` (8 couplings, fine to coarse) with each elementwise family and each
 rule that reaches all its parameters; ``ladder`` the family ``multiscale`` with one and the same conditioner
-and richer and richer laws of its entries. Every model has the same networks, seed, batches and seconds (the
-steps it gets done in them are printed). Bits are exact, on the first chunks of the validation text. A run
-whose result is in the output folder already is not repeated. The last line is one JSON object.
+and richer and richer laws of its entries. Every model has the same networks, seed, batches and time, and the
+steps that it gets done are printed. The time is ``--minutes`` on the clock, or, on a machine that is not left
+alone, ``--seconds`` of the processor: as many steps as fit, by the median of some. Bits are exact, on the
+first chunks of the validation text. A run whose result is in the output folder already is not repeated. The
+last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -15,16 +17,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dflow import hf
+from dflow import hf, objectives, zoo
 from dflow.compare import environment
 from dflow.data import load
 from dflow.evaluate import evaluate
-from dflow.train import METRICS, recipe_from, train
+from dflow.train import METRICS, Recipe, recipe_from, train
 
 ANNEALED = {"start": 1.0, "end": 0.1, "schedule": "exponential"}
 RULES: dict[str, dict[str, Any]] = {
@@ -57,6 +62,25 @@ def runs(what: str) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         for name, rule in RULES.items()
         if name not in excluded
     }
+
+
+def seconds_a_step(recipe: Recipe, K: int) -> float:
+    """Median of the processor's time for a step of ``recipe``, over an alphabet of K."""
+    torch.manual_seed(0)
+    model = zoo.build(recipe.family, recipe.model, K)
+    named = recipe.train.rule
+    rule = objectives.default_rule(model) if named == "auto" else named
+    objective = objectives.Objective(model, rule)
+    optimizer = torch.optim.AdamW(objective.parameters(), fused=True)
+    times = []
+    for _ in range(12):
+        x = torch.randint(K, (recipe.train.batch_size, recipe.model.length))
+        start = time.process_time()
+        objective(x)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.process_time() - start)
+    return statistics.median(times)
 
 
 def result_of(
@@ -92,6 +116,11 @@ def result_of(
         },
         name,
     )
+    if arguments.seconds:
+        size = load(recipe.data).tokenizer.size
+        steps = max(1, round(arguments.seconds / seconds_a_step(recipe, size)))
+        budget = replace(recipe.train, steps=steps, minutes=None, eval_minutes=None, eval_every=steps)
+        recipe = replace(recipe, train=budget)
     train(recipe)
     metrics = (output / METRICS).read_text(encoding="utf-8").splitlines()
     trained = hf.load(output)
@@ -118,7 +147,10 @@ def main() -> None:
     parser.add_argument(
         "what", nargs="?", choices=("rules", "ladder"), default="rules", help="default: rules"
     )
-    parser.add_argument("--minutes", type=float, default=3.0, help="budget of each run")
+    parser.add_argument("--minutes", type=float, default=3.0, help="budget of each run on the clock")
+    parser.add_argument(
+        "--seconds", type=float, help="budget of each run on the processor, in place of minutes"
+    )
     parser.add_argument("--data", default="ptb", help="text, as in a recipe")
     parser.add_argument("--output", required=True, help="folder for the models and their results")
     parser.add_argument("--length", type=int, default=256, help="symbols of a chunk")
@@ -131,7 +163,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     about = environment(torch.device("cpu")) | {"cores": os.cpu_count() or 1}
     print("environment: " + ", ".join(f"{k} {v}" for k, v in about.items()))
-    print(f"{arguments.minutes:g} minutes each, {vars(arguments)}\n", flush=True)
+    print(f"settings: {vars(arguments)}\n", flush=True)
     plan = runs(arguments.what)
     results = [result_of(name, model, rule, arguments) for name, (model, rule) in plan.items()]
     print(f"\nexact bits a character of the validation text, {results[0]['protocol']}\n")

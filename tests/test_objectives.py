@@ -190,6 +190,19 @@ def test_every_rule_learns_dependence(rule, elementwise):
     assert math.isfinite(bits)
 
 
+def test_a_law_around_a_split_counts_what_reaches_the_innermost_base():
+    inner = shaken(build("multiscale", elementwise="shift"))
+    coupling = shaken(build("bipartite", num_flows=1, elementwise="shift")).bijector
+    flow = Flow(coupling, inner)
+    x = torch.randint(0, K, (16, LENGTH))
+    loss, counts = objectives.Objective(flow, "straight_through")(x)
+    assert loss.item() == pytest.approx(-flow.log_prob(x).sum().item(), rel=1e-5)
+    assert torch.equal(counts, objectives.base_of(flow).statistics(coupling(x)[0][:, :1]))
+    half = build("bipartite", length=4)
+    with pytest.raises(InputError, match="part factored out"):
+        objectives.Objective(Split(torch.arange(LENGTH) < 4, half, build("bipartite", length=4)), "gumbel")
+
+
 def by_enumeration(model, x, lengths=None, temperature=1.0):
     """The loss of rule expected, shift by shift, for couplings and reversals of shifts."""
     loss, h, dim = 0.0, x, x.shape[1]
