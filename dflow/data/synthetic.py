@@ -103,6 +103,11 @@ def _powers(K: int, dim: int) -> Tensor:
     return K ** torch.arange(dim - 1, -1, -1)
 
 
+def _uniform(possible: Tensor, entropy: float) -> Tensor:
+    """Log-probabilities of a law that is uniform over its outcomes."""
+    return torch.full(possible.shape, -entropy, dtype=torch.float64).masked_fill(~possible, -math.inf)
+
+
 def _check(**bounds: tuple[int, int, float]) -> None:
     for name, (value, low, high) in bounds.items():
         if not low <= value <= high:
@@ -140,8 +145,8 @@ class _Table(Law):
     @cached_property
     def factorized(self) -> float:
         """By sums over the table."""
-        axes = range(self.dim)
-        return sum(entropy(self.probabilities.sum([j for j in axes if j != i])) for i in axes)
+        marginals = (self.probabilities.movedim(i, 0).reshape(self.K, -1).sum(1) for i in range(self.dim))
+        return sum(map(entropy, marginals))
 
     def log_prob(self, x: Tensor) -> Tensor:
         """By the table."""
@@ -240,7 +245,7 @@ class Addition(Law):
         """Minus the entropy where the sum is right."""
         terms = x[:, : 2 * self.digits].unflatten(1, (2, self.digits))
         right = (self._sum(terms) == x[:, 2 * self.digits :]).all(1)
-        return torch.where(right, -self.entropy, -math.inf).double()
+        return _uniform(right, self.entropy)
 
     def _sum(self, terms: Tensor) -> Tensor:
         digits = terms.sum(1)
@@ -483,7 +488,7 @@ class SetShuffling(Law):
     def log_prob(self, x: Tensor) -> Tensor:
         """Minus the entropy where every element is there."""
         right = (x.sort(1).values == torch.arange(self.size)).all(1)
-        return torch.where(right, -self.entropy, -math.inf).double()
+        return _uniform(right, self.entropy)
 
 
 @dataclass(frozen=True)
@@ -538,6 +543,10 @@ class SetSummation(Law):
                         laws[n, s, v - 1] = self._counts[n - 1][s - v] / whole
         return laws
 
+    @cached_property
+    def _cumulative(self) -> Tensor:
+        return self._laws.cumsum(-1)
+
     @property
     def entropy(self) -> float:
         """The log of their number."""
@@ -552,15 +561,17 @@ class SetSummation(Law):
         """Number by number, each from its law given the entries and the sum left."""
         left = torch.full((n,), self.total)
         drawn = []
+        u = torch.rand(self.size, n, 1, dtype=torch.float64, generator=generator)
         for entries in range(self.size, 0, -1):
-            x = self._laws[entries, left].multinomial(1, generator=generator).squeeze(1)
+            cumulative = self._cumulative[entries, left]
+            x = (u[entries - 1] * cumulative[:, -1:] >= cumulative).sum(1)
             left = left - x - 1
             drawn.append(x)
         return torch.stack(drawn, 1)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Minus the entropy where the sum is right."""
-        return torch.where(x.sum(1) + self.dim == self.total, -self.entropy, -math.inf).double()
+        return _uniform(x.sum(1) + self.dim == self.total, self.entropy)
 
 
 #: Laws by name.
@@ -586,10 +597,11 @@ def law(name: str, parameters: Mapping[str, Any], where: str = "data") -> Law:
     6
     >>> law("synthetic/adition", {})
     Traceback (most recent call last):
-    dflow.config.InputError: data: no law 'synthetic/adition'; did you mean 'synthetic/addition'?
+    dflow.config.InputError: data: no law 'adition' among synthetic/; did you mean 'addition'?
     """
-    kind = LAWS.get(name.removeprefix(PREFIX))
-    if kind is None or not is_law(name):
-        raise InputError(f"{where}: no law {name!r}; {nearest(name, [PREFIX + n for n in LAWS])}")
+    short = name.removeprefix(PREFIX)
+    kind = LAWS.get(short)
+    if kind is None:
+        raise InputError(f"{where}: no law {short!r} among {PREFIX}; {nearest(short, list(LAWS))}")
     found: Law = parse(kind, parameters, f"{where}.parameters")
     return found
