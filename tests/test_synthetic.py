@@ -351,6 +351,45 @@ def test_estimates_come_with_their_error(trained: Path, monkeypatch: pytest.Monk
     assert plain.standard_error == pytest.approx(float(nats.std()) / len(nats) ** 0.5, rel=1e-3)
 
 
+class Half:
+    """One of two processes; `reduce` adds what the other would send."""
+
+    num_processes, device = 2, torch.device("cpu")
+
+    def __init__(self, rank: int, other: list[torch.Tensor]) -> None:
+        self.process_index, self.sent, self.other = rank, [], other
+
+    def reduce(self, totals: torch.Tensor, reduction: str) -> torch.Tensor:
+        assert reduction == "sum"
+        self.sent.append(totals)
+        return totals + (self.other[0] if self.other else 0)
+
+
+@pytest.mark.parametrize("limit", [None, 101])
+def test_two_processes_score_each_sequence_once(trained: Path, limit: int | None) -> None:
+    model = hf.load(trained)
+    text = load(load_recipe(trained / "recipe.yaml").data).test
+    assert isinstance(text, Draws)
+    second: Any = Half(1, [])
+    evaluate_law(model, text, limit=limit, accelerator=second)
+    first: Any = Half(0, second.sent)
+    both = evaluate_law(model, text, limit=limit, accelerator=first)
+    alone = evaluate_law(model, text, limit=limit)
+    assert both.nats == pytest.approx(alone.nats, rel=1e-6)
+    assert both.standard_error == pytest.approx(alone.standard_error, rel=1e-5)
+    assert (both.num_sequences, both.num_checked) == (alone.num_sequences, 2 * alone.num_checked)
+
+
+def test_a_training_on_a_law_is_resumed_and_compared(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(load_recipe(trained / "recipe.yaml", ["train.steps=4"]), resume=True)
+    steps = [json.loads(line)["step"] for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert steps[-1] == 4
+    assert cli.main(["compare", str(trained), "--rounds", "1", "--limit", "20", "--batch-size", "2"]) == 0
+    assert "synthetic/full_rank, test" in capsys.readouterr().out
+
+
 def test_the_commands_speak_of_laws(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["evaluate", "--model", str(trained)]) == 0
     out = capsys.readouterr().out
