@@ -138,6 +138,11 @@ class BipartiteConfig(AttentionConfig):
         super().__post_init__()
         if self.length < 2:
             raise InputError(f"a coupling needs length 2 or more, found {self.length}")
+        if self.masks == "blocks" and self.conditioner == "attention" and self.num_flows < self.length - 1:
+            raise InputError(
+                "conditioner 'attention' tells hidden positions apart by their known neighbours, and all of "
+                "a block have the same; use conditioner 'perceptron', or num_flows of length - 1"
+            )
         if self.num_flows < 1:
             raise InputError(f"num_flows must be at least 1, found {self.num_flows}")
 

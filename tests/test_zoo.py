@@ -144,6 +144,7 @@ def test_bases_and_families_of_maps():
         ("bipartite", {"length": 1}, "length 2 or more"),
         ("bipartite", {"elementwise": "ranks"}, "did you mean 'rank'"),
         ("bipartite", {"masks": "singles"}, "did you mean 'single'"),
+        ("bipartite", {"masks": "blocks"}, "use conditioner 'perceptron'"),
         ("autoregressive", {"base_classes": 0}, "base_classes"),
         ("lstm", {"dropout": 1.5}, "dropout"),
         ("lstm", {"length": 0}, "length must be at least 1"),
