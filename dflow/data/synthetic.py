@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dflow.config import InputError, nearest, parse
 
@@ -412,15 +411,16 @@ class Potts(Law):
     def _gibbs(self, n: int, generator: torch.Generator | None) -> Tensor:
         neighbours, colours = self._neighbours
         # The last column stands for a neighbour that is missing: a state that equals none.
-        x = torch.randint(self.K, (n, self.dim + 1), generator=generator)
+        x = torch.randint(self.K, (n, self.dim + 1), generator=generator, dtype=torch.int16)
         x[:, -1] = self.K
         for _ in range(self.sweeps):
             for colour in colours:
-                equal = F.one_hot(x[:, neighbours[colour]], self.K + 1)[..., : self.K].sum(2)
+                near = x[:, neighbours[colour]]
+                equal = torch.stack([(near == k).sum(2) for k in range(self.K)], 2)
                 u = torch.rand(equal.shape, generator=generator)
                 # Arg-max of logits plus Gumbel noise is an exact draw.
-                x[:, colour] = (self.coupling * equal - u.log_().neg_().log_()).argmax(-1)
-        return x[:, :-1].contiguous()
+                x[:, colour] = (self.coupling * equal - u.log_().neg_().log_()).argmax(-1).to(x.dtype)
+        return x[:, :-1].long()
 
     @cached_property
     def _neighbours(self) -> tuple[Tensor, list[Tensor]]:

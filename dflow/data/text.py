@@ -195,7 +195,7 @@ class Text:
 
 @dataclass(frozen=True, eq=False)
 class Draws(Text):
-    """A law as a text: `crops` draws afresh, `chunks` gives `NUM_DRAWS` draws that are always the same."""
+    """A law as a text: `crops` draws afresh, `chunks` gives draws that are always the same."""
 
     law: Law = field(kw_only=True)
 
@@ -204,7 +204,9 @@ class Draws(Text):
         """The split ``name`` of a law: its own draws to evaluate on."""
         # The seeds of training are hashes of 56 bits.
         seed = ("train", "valid", "test").index(name)
-        x = law.sample(NUM_DRAWS, torch.Generator().manual_seed(seed))
+        # A law without an entropy is drawn by many sweeps.
+        n = NUM_DRAWS if law.entropy is not None else NUM_DRAWS // 16
+        x = law.sample(n, torch.Generator().manual_seed(seed))
         codes = x.flatten().numpy().astype(compact(law.K))
         return Draws(name, torch.from_numpy(codes), None, x.numel(), law=law)
 
@@ -239,7 +241,7 @@ class Draws(Text):
             )
 
 
-#: Draws of each split of a law; an evaluation scores them where outcomes are too many to list.
+#: Draws of each split of a law that is exact; an evaluation scores them where outcomes cannot be listed.
 NUM_DRAWS = 1 << 14
 
 
