@@ -24,7 +24,8 @@ from dflow.config import InputError, convert
 if TYPE_CHECKING:
     import torch
 
-    from dflow.data import DataConfig, Tokenizer
+    from dflow.data import Corpus, DataConfig, Tokenizer
+    from dflow.evaluate import Evaluation, LawEvaluation
     from dflow.hf import DflowModel
 
 
@@ -69,7 +70,8 @@ class TextSource:
     """Flags of every verb that scores a text."""
 
     data: str | None = flag(
-        "pydoc, ptb, text8, text8-prefix, or a path (default: what the model was trained on)", None
+        "pydoc, ptb, text8, text8-prefix, synthetic/LAW, or a path (default: what the model was trained on)",
+        None,
     )
     folder: str | None = flag("folder of the data (default: as in training, or DFLOW_DATA)", None)
     split: Literal["train", "valid", "test"] = flag("which part of the text", "test")
@@ -112,10 +114,13 @@ class Train:
 
 @dataclass(kw_only=True)
 class Evaluate(TextSource, Machine):
-    """Exact bits a character of a model on a text. A failed round trip ends with exit code 1."""
+    """Exact bits a character of a model on a text, or its distance from a synthetic law.
+
+    A failed round trip ends with exit code 1.
+    """
 
     model: str = flag("folder of the model")
-    batch_size: int = flag("chunks scored at a time", 32)
+    batch_size: int | None = flag("chunks scored at a time (default: 32; of a law 1024)", None)
 
 
 @dataclass(kw_only=True)
@@ -187,8 +192,9 @@ def evaluate(flags: Evaluate) -> int:
     import torch
     from accelerate import Accelerator
 
-    from dflow.data import load
+    from dflow.data import Draws, load
     from dflow.evaluate import evaluate as run
+    from dflow.evaluate import evaluate_law
 
     accelerator = None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -197,25 +203,27 @@ def evaluate(flags: Evaluate) -> int:
     device = flags.settle() if accelerator is None else accelerator.device
     model, tokenizer = load_model(flags.model, device)
     corpus = load(flags.config(flags.model, model), tokenizer)
-    result = run(
-        model,
-        corpus.split(flags.split),
-        batch_size=flags.batch_size,
-        progress=True,
-        limit=flags.limit,
-        accelerator=accelerator,
-    )
+    text = corpus.split(flags.split)
+    options: dict[str, Any] = {"progress": True, "limit": flags.limit, "accelerator": accelerator}
+    if flags.batch_size is not None:
+        options["batch_size"] = flags.batch_size
+    result: Evaluation | LawEvaluation
+    if isinstance(text, Draws):
+        result = evaluate_law(model, text, **options)
+        rows = law_rows(result, corpus)
+    else:
+        result = run(model, text, **options)
+        rows = [
+            ("text", f"{corpus.name}, {flags.split}"),
+            ("protocol", result.protocol),
+            ("symbols scored", f"{result.num_symbols:,} in {result.num_chunks:,} chunks"),
+            ("bits a character", f"{result.bpc:.4f}"),
+            ("standard error", told(result.standard_error)),
+            ("kind", result.kind),
+        ]
     status = "intact" if result.round_trip else "FAILED"
-    rows = [
-        ("model", flags.model),
-        ("text", f"{corpus.name}, {flags.split}"),
-        ("protocol", result.protocol),
-        ("symbols scored", f"{result.num_symbols:,} in {result.num_chunks:,} chunks"),
-        ("bits a character", f"{result.bpc:.4f}"),
-        ("standard error", "-" if result.standard_error is None else f"{result.standard_error:.4f}"),
-        ("kind", result.kind),
-        ("round trip", f"{status} on {result.num_checked} chunks"),
-    ]
+    checked = "draws" if isinstance(text, Draws) else "chunks"
+    rows = [("model", flags.model), *rows, ("round trip", f"{status} on {result.num_checked} {checked}")]
     if accelerator is None or accelerator.is_main_process:
         print_table(rows)
         about = {"model": flags.model, "data": corpus.name, "split": flags.split, "checksum": corpus.checksum}
@@ -226,6 +234,29 @@ def evaluate(flags: Evaluate) -> int:
         complain(f"{flags.model}: the round trip failed; the figures above do not describe what it draws")
         return 1
     return 0
+
+
+def told(value: float | None) -> str:
+    """A figure, or a dash where there is none."""
+    return "-" if value is None else f"{value:.4f}"
+
+
+def law_rows(result: LawEvaluation, corpus: Corpus) -> list[tuple[str, str]]:
+    """Lines of the table for a law."""
+    exact = result.kind == "exact"
+    scored = "all {:,} outcomes, weighted" if exact else "{:,} draws that no training has seen"
+    return [
+        ("law", f"{corpus.name}: {corpus.law!r}"),
+        ("scored", scored.format(result.num_sequences)),
+        ("nats a sequence", told(result.nats)),
+        ("bits an entry", told(result.bits)),
+        ("standard error", "0 (exact)" if exact else f"{told(result.standard_error)} nats"),
+        ("entropy", f"{told(result.entropy)} nats"),
+        ("gap (KL)", f"{told(result.gap)} nats"),
+        ("independent entries", f"{told(result.factorized)} nats"),
+        ("uniform", f"{told(result.uniform)} nats"),
+        ("kind", result.kind),
+    ]
 
 
 def generate(flags: Generate) -> int:

@@ -93,9 +93,14 @@ def _draw(
 
 
 def spell(ids: Tensor, tokenizer: Tokenizer, kind: Format, number: int = 1) -> str:
-    """One sample under a title line, for reading, or as a line of JSON: ``text`` and ``num_symbols``."""
+    """One sample under a title line, for reading, or as a line of JSON: ``text`` and ``num_symbols``.
+
+    Samples that are a line each need no title.
+    """
     text = tokenizer.decode(ids)
     if kind == "text":
+        if tokenizer.one_line:
+            return f"{text}\n"
         # Samples hold line breaks of their own.
         return f"--- sample {number} ---\n{text}\n"
     return json.dumps({"text": text, "num_symbols": int((ids >= 0).sum())}, ensure_ascii=False) + "\n"

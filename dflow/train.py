@@ -95,6 +95,7 @@ class TrainConfig:
     peak: Schedule | None = field(
         default=None, metadata={"help": "pull of the base towards symbol 0, which breaks the identity trap"}
     )
+    refit_batches: int = setting(16, "batches that set a base in closed form before an evaluation")
     base_momentum: float = setting(0.98, "memory of a base in closed form, a step")
     seed: int = setting(0, "seed of weights, batches and dropout")
     eval_every: int | None = setting(None, "steps between evaluations")
@@ -113,7 +114,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise InputError(f"{name} must be positive, found {value}")
-        for name in ("batch_size", "accumulation"):
+        for name in ("batch_size", "accumulation", "refit_batches"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, found {getattr(self, name)}")
         for name in ("ema", "base_momentum"):
@@ -205,10 +206,20 @@ def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
     family = model.pop("family", None)
     if family is None:
         raise InputError(f"{where}: key 'model.family' is missing; {nearest('', list(zoo.FAMILIES))}")
+    data = parse(DataConfig, sections.data, f"{where}: data")
+    law = data.law(f"{where}: data")
+    if law is not None:
+        model.setdefault("length", law.dim)
+    config = zoo.settings(family, model, f"{where}: model")
+    if law is not None and config.length != law.dim:
+        raise InputError(
+            f"{where}: model.length is {config.length} and sequences of {data.name} have {law.dim} symbols; "
+            "leave it out, or change data.parameters"
+        )
     return Recipe(
-        data=parse(DataConfig, sections.data, f"{where}: data"),
+        data=data,
         family=family,
-        model=zoo.settings(family, model, f"{where}: model"),
+        model=config,
         train=parse(TrainConfig, sections.train, f"{where}: train"),
         output=Path(convert(str, sections.output, f"{where}: output")),
         paper=parse(Paper, sections.paper, f"{where}: paper") if sections.paper else None,
@@ -349,7 +360,7 @@ class _Run:
         self.say(
             f"{self.recipe.family}: {parameters:,} parameters, rule {self.rule}, "
             f"{most}{self.model.num_calls} network calls to draw {self.recipe.model.length} symbols\n"
-            f"{corpus.name} ({corpus.protocol}): {corpus.train.num_symbols:,} symbols to train on, "
+            f"{corpus.name} ({corpus.protocol}): {corpus.train.amount}, "
             f"{corpus.tokenizer.size} different\n"
             f"{self.world} process{'es' * (self.world > 1)} on {d.type}, "
             f"precision {self.config.mixed_precision}, {torch.get_num_threads()} threads each; output {out}"
@@ -508,7 +519,7 @@ class _Run:
             base.peak = 0.0
             kept = training.counts.clone()
             # The exact optimum for the weights at hand, where training had a running average of old ones.
-            batches = (self._on_device(self.batch(self.step + i)) for i in range(_REFIT_BATCHES))
+            batches = (self._on_device(self.batch(self.step + i)) for i in range(self.config.refit_batches))
             objectives.refit(model.distribution, batches)
         bpc = self._bits(model, self.corpus.valid)
         improved = bpc < self.best
@@ -661,9 +672,6 @@ class _Run:
 
 #: Steps between two agreements of several processes that have no budget in minutes.
 _STEPS_UNASKED = 16
-
-#: Batches on which a base in closed form is set before an evaluation.
-_REFIT_BATCHES = 16
 
 
 def _mix(*numbers: int) -> int:

@@ -30,6 +30,8 @@ from dflow.distributions import (
 from dflow.elementwise import ModAffine, ModRank, ModShift
 from dflow.flows import Flow, Split
 from dflow.nn.lstm import LSTM
+from dflow.nn.perceptron import InfillPerceptron
+from dflow.nn.table import LARGEST, InfillTable, PrefixTable
 from dflow.nn.transformer import GroupCausalTransformer, InfillTransformer, MaskedTransformer
 from dflow.ops.orders import ORDERS, lockstep, shuffled
 from dflow.ops.straight_through import StraightThrough
@@ -161,10 +163,16 @@ class AnyOrderConfig(TransformerConfig):
 
 @dataclass
 class BipartiteConfig(AttentionConfig):
-    """Discrete coupling flow: `num_flows` couplings, fine to coarse, over a factorized base."""
+    """Discrete coupling flow: `num_flows` couplings over a factorized base."""
 
     num_hidden_layers: int = setting(1, "attention layers of each coupling's network")
     num_flows: int = setting(8, "couplings, and so network calls to draw a sequence")
+    masks: Literal["strides", "halves", "single", "blocks"] = setting(
+        "strides", "what each coupling knows and hides: strides, halves, single, blocks"
+    )
+    conditioner: Literal["attention", "perceptron", "table"] = setting(
+        "attention", "network of a coupling: attention; for short sequences perceptron, table"
+    )
     elementwise: Literal["shift", "affine", "rank"] = setting("rank", "family on Z/K: shift, affine, rank")
     base: Literal["factorized", "mixture"] = setting("factorized", "base law: factorized, mixture")
     components: int = setting(16, "components of a mixture base")
@@ -173,6 +181,11 @@ class BipartiteConfig(AttentionConfig):
         super().__post_init__()
         if self.length < 2:
             raise InputError(f"a coupling needs length 2 or more, found {self.length}")
+        if self.masks == "blocks" and self.conditioner == "attention" and self.num_flows < self.length - 1:
+            raise InputError(
+                "conditioner 'attention' tells hidden positions apart by their known neighbours, and all of "
+                "a block have the same; use conditioner 'perceptron', or num_flows of length - 1"
+            )
         if self.num_flows < 1:
             raise InputError(f"num_flows must be at least 1, found {self.num_flows}")
 
@@ -186,6 +199,12 @@ class AutoregressiveConfig(TransformerConfig):
     base: Literal["factorized", "mixture", "autoregressive"] = setting(
         "factorized", "base law: factorized, mixture, autoregressive"
     )
+    base_classes: int = setting(
+        16, "first entries that have a law of their own in a factorized base; the rest share one"
+    )
+    conditioner: Literal["attention", "table"] = setting(
+        "attention", "network of a layer: attention; for short sequences table"
+    )
     components: int = setting(16, "components of a mixture base")
     inversion: Literal["loop", "jacobi"] = setting(
         "loop", "how symbols are drawn: loop, a call a symbol; jacobi, parallel calls until nothing changes"
@@ -193,8 +212,9 @@ class AutoregressiveConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_flows < 1:
-            raise InputError(f"num_flows must be at least 1, found {self.num_flows}")
+        for name in ("num_flows", "base_classes"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, found {getattr(self, name)}")
 
 
 @dataclass
@@ -255,26 +275,67 @@ def strides(dim: int, num_flows: int) -> list[tuple[Tensor, Tensor]]:
     return masks
 
 
+def halves(dim: int, num_flows: int) -> list[tuple[Tensor, Tensor]]:
+    """Masks of couplings that hide the odd positions and the even ones by turns, and know all others.
+
+    >>> [(k.nonzero().flatten().tolist(), h.nonzero().flatten().tolist()) for k, h in halves(4, 2)]
+    [([0, 2], [1, 3]), ([1, 3], [0, 2])]
+    """
+    odd = torch.arange(dim) % 2 == 1
+    return [(~odd, odd) if i % 2 == 0 else (odd, ~odd) for i in range(num_flows)]
+
+
+def single(dim: int, num_flows: int) -> list[tuple[Tensor, Tensor]]:
+    """Masks of couplings that hide one position in turn, the last first, and know all others.
+
+    With ``dim`` of them nothing that an autoregressive layer can use is lost, and one position given *all*
+    others has the least entropy of all.
+
+    >>> [(k.nonzero().flatten().tolist(), h.nonzero().flatten().tolist()) for k, h in single(3, 2)]
+    [([0, 1], [2]), ([0, 2], [1])]
+    """
+    positions = torch.arange(dim)
+    return [(positions != p, positions == p) for p in (dim - 1 - i % dim for i in range(num_flows))]
+
+
+def blocks(dim: int, num_flows: int) -> list[tuple[Tensor, Tensor]]:
+    """Masks of couplings that hide one of ``num_flows + 1`` blocks, the last first, and know all before it.
+
+    Every coupling conditions on symbols that none has transformed. With ``dim - 1`` of them it is the
+    autoregressive layer; couplings beyond that begin again with the last block.
+
+    >>> [(k.nonzero().flatten().tolist(), h.nonzero().flatten().tolist()) for k, h in blocks(5, 2)]
+    [([0, 1, 2, 3], [4]), ([0, 1], [2, 3])]
+    """
+    positions = torch.arange(dim)
+    parts = list(torch.tensor_split(positions, min(num_flows, dim - 1) + 1))[:0:-1]
+    found = [parts[i % len(parts)] for i in range(num_flows)]
+    return [(positions < part[0], (positions >= part[0]) & (positions <= part[-1])) for part in found]
+
+
+#: Masks (known, hidden) of couplings by name, from the number of positions and of couplings.
+MASKS: dict[str, Callable[[int, int], list[tuple[Tensor, Tensor]]]] = {
+    "strides": strides,
+    "halves": halves,
+    "single": single,
+    "blocks": blocks,
+}
+
+
 def bipartite(config: BipartiteConfig, K: int) -> Distribution:
     """Tran et al. 2019 (arXiv 1905.10347), couplings; ranks as in Lindt and Hoogeboom 2021."""
     estimator = StraightThrough()
     layers: list[Bijector] = []
-    levels = (config.length - 1).bit_length()
-    for i, (known, hidden) in enumerate(strides(config.length, config.num_flows)):
-        # Every level has half as many entries as the one before, and n-grams that tell less.
-        network = config.network() | {"ngram_rows": config.ngram_rows >> (i % levels)}
+    for known, hidden in MASKS[config.masks](config.length, config.num_flows):
         elementwise = ELEMENTWISE[config.elementwise](K, estimator)
-        net = InfillTransformer(
-            K,
-            elementwise.num_params,
-            known.nonzero().flatten(),
-            hidden.nonzero().flatten(),
-            zero_head=True,
-            **network,
+        net = _infill(
+            config, K, elementwise.num_params, known.nonzero().flatten(), hidden.nonzero().flatten()
         )
         layers.append(Coupling(elementwise, net, known, hidden))
-    # A position's law depends on the coupling that transformed it and on nothing else, far from the ends.
     positions = torch.arange(config.length)
+    if config.masks != "strides":
+        return Flow(Chain(layers), _base(config, K, positions))
+    # A position's law depends on the coupling that transformed it and on nothing else, far from the ends.
     level = torch.tensor([(p & -p).bit_length() - 1 if p else -1 for p in positions.tolist()])
     classes = torch.unique(level, return_inverse=True)[1]
     return Flow(Chain(layers), _base(config, K, classes))
@@ -286,7 +347,11 @@ def autoregressive(config: AutoregressiveConfig, K: int) -> Distribution:
     layers: list[Bijector] = []
     for i in range(config.num_flows):
         elementwise = ELEMENTWISE[config.elementwise](K, estimator)
-        net = _causal(config, K, elementwise.num_params, zero_head=True)
+        if config.conditioner == "table":
+            _check_table(sum(K**n for n in range(config.length)), elementwise.num_params)
+            net: nn.Module = PrefixTable(K, elementwise.num_params, config.length)
+        else:
+            net = _causal(config, K, elementwise.num_params, zero_head=True)
         layers += [Reverse()] * (i > 0)
         layers.append(Autoregressive(elementwise, net, config.length, config.inversion))
     if config.base == "autoregressive":
@@ -294,7 +359,7 @@ def autoregressive(config: AutoregressiveConfig, K: int) -> Distribution:
         base: Distribution = SequenceCategorical(_causal(config, K, K), order, config.length)
     else:
         # The first entries of the last layer have little context and a law of their own.
-        base = _base(config, K, torch.arange(config.length).clamp(max=15))
+        base = _base(config, K, torch.arange(config.length).clamp(max=config.base_classes - 1))
     return Flow(Chain(layers), base)
 
 
@@ -403,6 +468,42 @@ def _causal(config: TransformerConfig, K: int, num_params: int, zero_head: bool 
     return GroupCausalTransformer(
         K, num_params, order, config.length, zero_head=zero_head, **config.network()
     )
+
+
+def _infill(config: BipartiteConfig, K: int, num_params: int, known: Tensor, hidden: Tensor) -> nn.Module:
+    """The network of a coupling."""
+    if config.conditioner == "table":
+        _check_table(K ** len(known), len(hidden) * num_params)
+        return InfillTable(K, num_params, known, hidden)
+    if config.conditioner == "perceptron":
+        return InfillPerceptron(
+            K,
+            num_params,
+            known,
+            hidden,
+            hidden_size=config.hidden_size,
+            num_layers=config.num_hidden_layers,
+            intermediate_size=config.intermediate_size,
+            dropout=config.dropout,
+            zero_head=True,
+        )
+    return InfillTransformer(
+        K,
+        num_params,
+        known,
+        hidden,
+        zero_head=True,
+        # Fewer entries, and n-grams of symbols that lie further off: both call for less.
+        **config.network() | {"ngram_rows": config.ngram_rows * 2 * len(hidden) // config.length},
+    )
+
+
+def _check_table(rows: int, columns: int) -> None:
+    if rows * columns > LARGEST:
+        raise InputError(
+            f"conditioner 'table' would hold {rows:,} contexts x {columns} numbers, above {LARGEST:,}; use "
+            "another conditioner, a smaller alphabet or a shorter sequence"
+        )
 
 
 def _base(config: BipartiteConfig | AutoregressiveConfig, K: int, classes: Tensor) -> Distribution:

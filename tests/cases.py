@@ -23,6 +23,8 @@ from dflow.elementwise import ModAffine, ModRank, ModShift
 from dflow.flows import Flow, Split
 from dflow.nn.lstm import LSTM
 from dflow.nn.made import MADE
+from dflow.nn.perceptron import InfillPerceptron
+from dflow.nn.table import InfillTable, PrefixTable
 from dflow.nn.transformer import GroupCausalTransformer, InfillTransformer, MaskedTransformer
 from dflow.ops.modular import one_hot
 from dflow.ops.orders import ORDERS, lockstep, shuffled
@@ -114,6 +116,23 @@ def infill_coupling(elementwise: Elementwise, K: int, dim: int) -> Coupling:
     return Coupling(elementwise, net, mask)
 
 
+def perceptron_coupling(elementwise: Elementwise, K: int, dim: int) -> Coupling:
+    mask = alternate(dim)
+    places = mask.nonzero().flatten(), (~mask).nonzero().flatten()
+    net = InfillPerceptron(K, elementwise.num_params, *places, hidden_size=8, intermediate_size=8)
+    return Coupling(elementwise, net, mask)
+
+
+def table_coupling(elementwise: Elementwise, K: int, dim: int) -> Coupling:
+    mask = torch.arange(dim) != 1
+    net = InfillTable(K, elementwise.num_params, mask.nonzero().flatten(), torch.tensor([1]))
+    return Coupling(elementwise, net, mask)
+
+
+def autoregressive_table(elementwise: Elementwise, K: int, dim: int) -> Autoregressive:
+    return Autoregressive(elementwise, PrefixTable(K, elementwise.num_params, dim), dim)
+
+
 def autoregressive_transformer(elementwise: Elementwise, K: int, dim: int) -> Autoregressive:
     net = transformer(K, elementwise.num_params, lockstep(dim, dim), dim)
     return Autoregressive(elementwise, net, dim)
@@ -160,6 +179,9 @@ BIJECTORS: dict[str, Callable[[int, int], Bijector]] = {
     "autoregressive rank": lambda K, dim: autoregressive(ModRank(K), K, dim),
     "coupling rank infill": lambda K, dim: infill_coupling(ModRank(K), K, dim),
     "coupling affine infill": lambda K, dim: infill_coupling(ModAffine(K), K, dim),
+    "coupling rank perceptron": lambda K, dim: perceptron_coupling(ModRank(K), K, dim),
+    "coupling shift table": lambda K, dim: table_coupling(ModShift(K), K, dim),
+    "autoregressive affine table": lambda K, dim: autoregressive_table(ModAffine(K), K, dim),
     "autoregressive rank transformer": lambda K, dim: autoregressive_transformer(ModRank(K), K, dim),
     "autoregressive affine transformer": lambda K, dim: autoregressive_transformer(ModAffine(K), K, dim),
     "autoregressive affine jacobi": lambda K, dim: autoregressive(ModAffine(K), K, dim, "jacobi"),

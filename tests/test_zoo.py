@@ -20,6 +20,10 @@ VARIANTS = [(family, {}) for family in zoo.FAMILIES] + [
     ("any_order", {"order": "islands"}),
     ("bipartite", {"elementwise": "affine", "num_flows": 5}),
     ("bipartite", {"base": "mixture", "components": 2}),
+    ("bipartite", {"masks": "halves", "num_flows": 3}),
+    ("bipartite", {"masks": "single", "num_flows": 7, "conditioner": "table"}),
+    ("bipartite", {"masks": "blocks", "num_flows": 3, "conditioner": "perceptron"}),
+    ("autoregressive", {"num_flows": 2, "conditioner": "table", "base_classes": 3}),
     ("autoregressive", {"num_flows": 2, "elementwise": "shift"}),
     ("autoregressive", {"base": "autoregressive"}),
     ("autoregressive", {"num_flows": 2, "inversion": "jacobi"}),
@@ -66,6 +70,49 @@ def test_couplings_run_from_fine_to_coarse_and_condition_on_raw_symbols():
         assert len(zoo.strides(dim, 2 * levels + 1)) == 2 * levels + 1
 
 
+@pytest.mark.parametrize("name", zoo.MASKS)
+@pytest.mark.parametrize("dim", [2, 3, 8])
+def test_masks_are_disjoint_and_neither_is_empty(name, dim):
+    for flows in (1, dim - 1, dim, 2 * dim + 1):
+        masks = zoo.MASKS[name](dim, flows)
+        assert len(masks) == flows
+        for known, hidden in masks:
+            assert known.any()
+            assert hidden.any()
+            assert not (known & hidden).any()
+            assert name not in ("halves", "single") or (known | hidden).all()
+
+
+def test_single_masks_hide_every_position_in_turn_and_blocks_know_raw_symbols_only():
+    hidden = torch.stack([h for _, h in zoo.single(5, 5)])
+    assert torch.equal(hidden, torch.eye(5, dtype=torch.bool).flip(0))
+    assert torch.equal(torch.stack([h for _, h in zoo.single(5, 7)])[5:], hidden[:2])
+    touched = torch.zeros(16, dtype=torch.bool)
+    sizes = []
+    for known, hides in zoo.blocks(16, 4):
+        assert not (known & touched).any()
+        touched |= hides
+        sizes.append(int(hides.sum()))
+    assert sizes == [3, 3, 3, 3]
+    assert touched.tolist() == [False] * 4 + [True] * 12
+
+
+def test_entries_have_laws_of_their_own_where_asked():
+    def classes(family, **values):
+        flow = zoo.build(family, zoo.settings(family, SETTINGS[family] | {"length": 6} | values), 3)
+        return flow.base.classes.tolist()
+
+    assert classes("bipartite", masks="single") == classes("bipartite", masks="halves") == [0, 1, 2, 3, 4, 5]
+    assert classes("autoregressive", base_classes=3) == [0, 1, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("family", ["bipartite", "autoregressive"])
+def test_a_table_that_is_too_large_is_refused(family):
+    config = zoo.settings(family, SETTINGS[family] | {"length": 64, "conditioner": "table"})
+    with pytest.raises(InputError, match="another conditioner"):
+        zoo.build(family, config, 5)
+
+
 def test_number_of_calls_is_what_the_settings_say():
     def calls(family, **values):
         return zoo.build(
@@ -109,6 +156,9 @@ def test_bases_and_families_of_maps():
         ("any_order", {"schedule": "dp"}, "for random and confidence"),
         ("bipartite", {"length": 1}, "length 2 or more"),
         ("bipartite", {"elementwise": "ranks"}, "did you mean 'rank'"),
+        ("bipartite", {"masks": "singles"}, "did you mean 'single'"),
+        ("bipartite", {"masks": "blocks"}, "use conditioner 'perceptron'"),
+        ("autoregressive", {"base_classes": 0}, "base_classes"),
         ("lstm", {"dropout": 1.5}, "dropout"),
         ("lstm", {"length": 0}, "length must be at least 1"),
         ("autoregressive", {"num_flows": 0}, "num_flows"),

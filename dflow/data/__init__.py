@@ -1,8 +1,9 @@
-"""Text for flows: known sets and the user's own files, tokenizers, crops and chunks."""
+"""Text for flows: known sets, the user's own files and synthetic laws; tokenizers, crops and chunks."""
 
 from dflow.data.sets import FileRow, SetRow, check, list_sets, prepare
-from dflow.data.text import MAX_SENTENCE, Corpus, DataConfig, Text, load
-from dflow.data.tokenizers import Bytes, Characters, SentencePiece, Tokenizer
+from dflow.data.synthetic import Law
+from dflow.data.text import MAX_SENTENCE, Corpus, DataConfig, Draws, Text, load
+from dflow.data.tokenizers import Bytes, Characters, Numbers, SentencePiece, Tokenizer
 
 __all__ = [
     "MAX_SENTENCE",
@@ -10,7 +11,10 @@ __all__ = [
     "Characters",
     "Corpus",
     "DataConfig",
+    "Draws",
     "FileRow",
+    "Law",
+    "Numbers",
     "SentencePiece",
     "SetRow",
     "Text",

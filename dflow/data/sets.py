@@ -4,6 +4,7 @@ r"""The texts that dflow knows by name, and how each is found, fetched, checked 
   Python.
 - ``ptb``: Penn Treebank in Mikolov's preprocessing, from the character files or from the word files.
 - ``text8``: the first 10^8 bytes of a cleaned Wikipedia, 90M/5M/5M characters, ``a-z`` and space.
+- ``synthetic/...``: laws to draw from, see `dflow.data.synthetic`.
 - ``text8-prefix``: the first 6,538,912 bytes of text8, for quick trials; *not* comparable with published
   figures of text8.
 
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from dflow.config import InputError, nearest
 from dflow.data import files
+from dflow.data.synthetic import LAWS, PREFIX
 
 #: Train, valid and test text.
 Splits = tuple[str, str, str]
@@ -332,6 +334,7 @@ def list_sets(folder: str | os.PathLike[str] | None = None) -> list[SetRow]:
         local = known.local(place)
         where = str(next(iter(local)).parent) if local else ""
         rows.append(SetRow(known.name, "found" if local else "missing", where, known.license, known.note))
+    rows += [SetRow(PREFIX + name, "drawn", "", "", law.note) for name, law in LAWS.items()]
     return rows
 
 
@@ -382,6 +385,10 @@ def prepare(name: str, folder: str | os.PathLike[str] | None = None) -> list[Fil
 
 
 def _known(name: str) -> KnownSet:
+    if name.removeprefix(PREFIX) in LAWS and name.startswith(PREFIX):
+        raise InputError(
+            f"{name} is drawn, not read: there is no file to fetch or to check; name it in a recipe"
+        )
     if name not in KNOWN:
         raise InputError(f"no data set {name!r}; {nearest(name, [PYDOC, *KNOWN])}")
     return KNOWN[name]

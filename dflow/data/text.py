@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dflow.config import InputError, nearest
-from dflow.data import files, sets
-from dflow.data.tokenizers import Bytes, Characters, SentencePiece, Tokenizer, compact
+from dflow.data import files, sets, synthetic
+from dflow.data.synthetic import Law
+from dflow.data.tokenizers import Bytes, Characters, Numbers, SentencePiece, Tokenizer, compact
 
 #: Longest sentence of the sentence protocol (Ziegler and Rush 2019, arXiv 1901.10548).
 MAX_SENTENCE = 288
@@ -28,7 +29,9 @@ class DataConfig:
 
     name: str = field(
         default=sets.PYDOC,
-        metadata={"help": "pydoc, ptb, text8, text8-prefix, or the path of a text file or folder"},
+        metadata={
+            "help": "pydoc, ptb, text8, text8-prefix, synthetic/LAW, or the path of a text file or folder"
+        },
     )
     protocol: Literal["stream", "sentence"] | None = field(
         default=None,
@@ -48,6 +51,9 @@ class DataConfig:
         default=0.05, metadata={"help": "share for validation, of your own text or of pydoc"}
     )
     test: float = field(default=0.05, metadata={"help": "share for the test, of your own text or of pydoc"})
+    parameters: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "parameters of a synthetic law"}
+    )
 
     def __post_init__(self) -> None:
         """Check the shares and sizes."""
@@ -57,6 +63,19 @@ class DataConfig:
             )
         if self.vocab_size < 2:
             raise InputError(f"vocab_size={self.vocab_size} must be at least 2")
+        if self.parameters and not synthetic.is_law(self.name):
+            raise InputError(
+                f"parameters are those of a synthetic law and {self.name!r} is none; leave them out, or name "
+                f"a law: {', '.join(synthetic.PREFIX + name for name in synthetic.LAWS)}"
+            )
+
+    def law(self, where: str = "data") -> Law | None:
+        """The synthetic law that `name` and `parameters` say, or None when a text is named.
+
+        Raises:
+            InputError: no such law, or parameters that it does not take.
+        """
+        return synthetic.law(self.name, self.parameters, where) if synthetic.is_law(self.name) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +101,11 @@ class Text:
     def longest(self) -> int:
         """Length of the longest sentence, or of the stream."""
         return self.ids.shape[-1]
+
+    @property
+    def amount(self) -> str:
+        """What there is to train on, in words."""
+        return f"{self.num_symbols:,} symbols to train on"
 
     @cached_property
     def characters_per_symbol(self) -> float:
@@ -170,11 +194,64 @@ class Text:
 
 
 @dataclass(frozen=True, eq=False)
+class Draws(Text):
+    """A law as a text: `crops` draws afresh, `chunks` gives draws that are always the same."""
+
+    law: Law = field(kw_only=True)
+
+    @staticmethod
+    def of(law: Law, name: str) -> Draws:
+        """The split ``name`` of a law: its own draws to evaluate on."""
+        # The seeds of training are hashes of 56 bits.
+        seed = ("train", "valid", "test").index(name)
+        # A law without an entropy is drawn by many sweeps.
+        n = NUM_DRAWS if law.entropy is not None else NUM_DRAWS // 16
+        x = law.sample(n, torch.Generator().manual_seed(seed))
+        codes = x.flatten().numpy().astype(compact(law.K))
+        return Draws(name, torch.from_numpy(codes), None, x.numel(), law=law)
+
+    @property
+    def amount(self) -> str:
+        """The law's entropy, and what independent entries cost."""
+        told = [
+            f"{name} {value:.4f} nats"
+            for name, value in (("entropy", self.law.entropy), ("factorized", self.law.factorized))
+            if value is not None
+        ]
+        return f"fresh draws of {self.law.dim} symbols ({', '.join(told)})"
+
+    def crops(
+        self, batch: int, length: int, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """``batch`` fresh draws, int64 ``(batch, length)``, and None.
+
+        Raises:
+            InputError: ``length`` is not the law's.
+        """
+        if batch < 1:
+            raise ValueError(f"batch={batch} must be positive")
+        self._fits(length)
+        return self.law.sample(batch, generator), None
+
+    def _fits(self, length: int) -> None:
+        if length != self.law.dim:
+            raise InputError(
+                f"the law is over sequences of {self.law.dim} symbols and the model's length is {length}; "
+                f"set model.length to {self.law.dim} or leave it out, or change the law's parameters"
+            )
+
+
+#: Draws of each split of a law that is exact; an evaluation scores them where outcomes cannot be listed.
+NUM_DRAWS = 1 << 14
+
+
+@dataclass(frozen=True, eq=False)
 class Corpus:
     """A text in three splits, with the tokenizer that spells it.
 
     ``checksum`` is that of the whole text (all splits, UTF-8) and ``num_characters`` its length, so that a
-    result can say on what it was measured where the text has no fixed version.
+    result can say on what it was measured where the text has no fixed version. ``law`` is the synthetic law
+    of which the text is drawn, and then the checksum is that of its name and parameters.
     """
 
     name: str
@@ -186,6 +263,7 @@ class Corpus:
     num_characters: int
     checksum: str
     note: str = ""
+    law: Law | None = None
 
     def split(self, name: str) -> Text:
         """The split called ``name``: train, valid or test."""
@@ -204,8 +282,11 @@ def load(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
 
     Raises:
         InputError: Nothing of that name, damaged or undecodable files, too little text, settings that do not
-            go together, a character outside the vocabulary.
+            go together, a character outside the vocabulary, parameters that a law does not take.
     """
+    law = config.law()
+    if law is not None:
+        return _drawn(law, config, tokenizer)
     known = sets.KNOWN.get(config.name)
     protocol = config.protocol or "stream"
     if known is not None:
@@ -236,10 +317,39 @@ def load(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
         name=config.name,
         protocol=protocol,
         tokenizer=tokenizer,
-        **texts,
+        train=texts["train"],
+        valid=texts["valid"],
+        test=texts["test"],
         num_characters=len(whole),
         checksum=files.digest(whole.encode("utf-8")),
         note=note,
+    )
+
+
+def _drawn(law: Law, config: DataConfig, tokenizer: Tokenizer | None) -> Corpus:
+    """A law as a corpus."""
+    plain = DataConfig(config.name, folder=config.folder, parameters=config.parameters)
+    if replace(config, protocol=None) != plain or config.protocol == "sentence":
+        raise InputError(
+            f"{config.name} is drawn: leave out protocol, tokenizer, vocab_size, lowercase, valid and test"
+        )
+    if tokenizer is not None and tokenizer != Numbers(law.K):
+        raise InputError(
+            f"{config.name} has {law.K} symbols, spelled as numbers; the model has {tokenizer.size}, spelled "
+            f"as {tokenizer.kind}; name data like those that it was trained on"
+        )
+    train, valid, test = (Draws.of(law, split) for split in ("train", "valid", "test"))
+    return Corpus(
+        name=config.name,
+        protocol="stream",
+        tokenizer=Numbers(law.K),
+        train=train,
+        valid=valid,
+        test=test,
+        num_characters=train.num_characters + valid.num_characters + test.num_characters,
+        checksum=files.digest(repr(law).encode()),
+        note=law.note,
+        law=law,
     )
 
 

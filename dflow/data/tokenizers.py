@@ -35,6 +35,9 @@ class Tokenizer(ABC):
 
     kind: ClassVar[str]
 
+    #: Whether the text of a sequence never holds a line break.
+    one_line: ClassVar[bool] = False
+
     @property
     @abstractmethod
     def size(self) -> int:
@@ -113,7 +116,7 @@ class Tokenizer(ABC):
 class _Vocabulary:
     """What ``vocabulary.json`` holds."""
 
-    tokenizer: Literal["characters", "bytes", "sentencepiece"]
+    tokenizer: Literal["characters", "bytes", "sentencepiece", "numbers"]
     size: int
     symbols: list[str] | None = None
     model: str | None = None
@@ -139,7 +142,7 @@ def _read(record: _Vocabulary, folder: Path) -> Tokenizer:
             )
         tokenizer = SentencePiece(proto)
     else:
-        tokenizer = Bytes()
+        tokenizer = Numbers(record.size) if record.tokenizer == "numbers" else Bytes()
     if tokenizer.size != record.size:
         raise InputError(f"size {record.size} does not match the {tokenizer.size} symbols")
     return tokenizer
@@ -267,6 +270,48 @@ class Bytes(Tokenizer):
 
     def _record(self) -> _Vocabulary:
         return _Vocabulary("bytes", 256)
+
+
+class Numbers(Tokenizer):
+    """Symbols that are no text: their numbers, with spaces between.
+
+    >>> Numbers(20).encode("3 0 17").tolist(), Numbers(20).decode([3, 0, 17])
+    ([3, 0, 17], '3 0 17')
+    """
+
+    kind = "numbers"
+    one_line = True
+
+    def __init__(self, size: int) -> None:
+        """Take the numbers 0 .. size - 1.
+
+        Raises:
+            InputError: Fewer than two.
+        """
+        if size < 2:
+            raise InputError(f"an alphabet needs at least two symbols, found {size}")
+        self._size = size
+
+    @property
+    def size(self) -> int:
+        """How many numbers, K."""
+        return self._size
+
+    def codes(self, text: str) -> Codes:
+        """The numbers in ``text``."""
+        words = text.split()
+        for word in words:
+            if not (word.isascii() and word.isdigit() and int(word) < self.size):
+                raise InputError(
+                    f"{word!r} is no number in 0..{self.size - 1}, which is what this model knows"
+                )
+        return np.array([int(word) for word in words], dtype=compact(self.size))
+
+    def _spell(self, ids: Codes) -> str:
+        return " ".join(map(str, ids.tolist()))
+
+    def _record(self) -> _Vocabulary:
+        return _Vocabulary("numbers", self.size)
 
 
 def _utf8(text: str) -> bytes:
