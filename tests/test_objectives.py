@@ -133,8 +133,8 @@ def test_default_rules():
         "multiscale": "layerwise",
     }
     assert {f: objectives.default_rule(build(f)) for f in rules} == rules
-    assert objectives.default_rule(build("bipartite", elementwise="affine")) == "straight_through"
-    assert objectives.default_rule(build("bipartite", base="mixture")) == "straight_through"
+    assert objectives.default_rule(build("bipartite", elementwise="affine")) == "gumbel"
+    assert objectives.default_rule(build("bipartite", base="mixture")) == "gumbel"
     assert objectives.default_rule(build("multiscale", conditional="categorical")) == "likelihood"
 
 
