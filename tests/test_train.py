@@ -67,7 +67,7 @@ def test_every_recipe_trains_for_two_steps(path, text, tmp_path):
     if recipe.family in ("grouped", "any_order"):
         small.append("num_calls=4")
     if recipe.family == "grouped":
-        small.append("calls=[1, 8]")
+        small.append("calls=[1, 2]")
     if recipe.family == "lstm":
         small.append("embedding_size=4")
     else:
