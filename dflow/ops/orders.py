@@ -2,8 +2,9 @@
 
 An order is an int64 matrix ``(G, S)``: row g lists the positions drawn together, one in each of S lanes, by
 one network call (or, with blocks, by a part of one: see `dflow.nn.transformer`). Lane s is a chain: what is
-drawn at ``order[g, s]`` is carried to where ``order[g + 1, s]`` is drawn. Every position in ``range(dim)`` stands in it exactly once; entries at or beyond ``dim``
-are padding, which makes groups of unequal size and lengths that G does not divide possible.
+drawn at ``order[g, s]`` is carried to where ``order[g + 1, s]`` is drawn. Every position in ``range(dim)``
+stands in it exactly once; entries at or beyond ``dim`` are padding, which makes groups of unequal size and
+lengths that G does not divide possible.
 """
 
 from __future__ import annotations
