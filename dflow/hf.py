@@ -110,6 +110,8 @@ class DflowModel(PreTrainedModel):
         law, settings = self.distribution, self.config.settings()
         if isinstance(law, Walk) and isinstance(settings, zoo.AnyOrderConfig):
             self.distribution = zoo.walk(replace(settings, num_calls=calls), law.model)
+            # The order is saved with the model: the config has to tell of the same.
+            self.config.num_calls = calls
             return
         if not isinstance(law, SequenceCategorical) or calls not in law.budgets:
             known = law.budgets if isinstance(law, SequenceCategorical) else [self.num_calls]

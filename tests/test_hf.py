@@ -213,3 +213,17 @@ def test_a_failed_save_leaves_the_old_model_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         hf.save(model, tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@torch.no_grad()
+def test_an_any_order_model_of_another_budget_is_saved_as_such(tmp_path):
+    whole = make_model("any_order", 5)
+    hf.save(whole, tmp_path / "model")
+    model = hf.load(f"{tmp_path / 'model'}@4")
+    assert model.num_calls == 4
+    x = torch.randint(0, 5, (3, model.config.length))
+    hf.save(model, tmp_path / "saved")
+    again = hf.load(tmp_path / "saved")
+    assert again.num_calls == 4
+    torch.testing.assert_close(again.log_prob(x), model.log_prob(x))
+    assert not torch.allclose(hf.load(tmp_path / "model").log_prob(x), model.log_prob(x))
