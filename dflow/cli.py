@@ -24,9 +24,11 @@ from dflow.config import InputError, convert
 if TYPE_CHECKING:
     import torch
 
-    from dflow.data import Corpus, DataConfig, Tokenizer
-    from dflow.evaluate import Evaluation, LawEvaluation
-    from dflow.hf import DflowModel
+    from accelerate import Accelerator
+
+    from dflow.data import Corpus, DataConfig, ImageConfig, Tokenizer
+    from dflow.evaluate import Evaluation, ImageEvaluation, LawEvaluation
+    from dflow.hf import DflowImageModel, DflowModel
 
 
 def flag(help: str, default: Any = dataclasses.MISSING) -> Any:
@@ -66,16 +68,17 @@ class Machine:
 
 
 @dataclass(kw_only=True)
-class TextSource:
-    """Flags of every verb that scores a text."""
+class Source:
+    """Flags of every verb that scores data."""
 
     data: str | None = flag(
-        "pydoc, ptb, text8, text8-prefix, synthetic/LAW, or a path (default: what the model was trained on)",
+        "pydoc, ptb, text8, text8-prefix, synthetic/LAW, or a path; for a model of images mnist, "
+        "binarized_mnist, cifar10, ... (default: what the model was trained on)",
         None,
     )
     folder: str | None = flag("folder of the data (default: as in training, or DFLOW_DATA)", None)
-    split: Literal["train", "valid", "test"] = flag("which part of the text", "test")
-    limit: int | None = flag("score the first LIMIT chunks only", None)
+    split: Literal["train", "valid", "test"] = flag("which part of the data", "test")
+    limit: int | None = flag("score the first LIMIT chunks (images, rows) only", None)
 
     def config(self, folder: str, model: DflowModel) -> DataConfig:
         """The data section of the recipe that the model in ``folder`` was trained by, changed by the flags.
@@ -88,12 +91,24 @@ class TextSource:
 
         path, trained = split_calls(folder)[0], None
         if self.data is None or (path / "recipe.yaml").is_file():
-            trained = recipe_of(path).data
+            found = recipe_of(path).data
+            trained = found if isinstance(found, DataConfig) else None
         if trained is None or self.data not in (None, trained.name):
             kept = None if trained is None else trained.folder
             trained = DataConfig(name=str(self.data), folder=kept)
         protocol: Literal["stream", "sentence"] = "sentence" if model.config.explicit_length else "stream"
         return dataclasses.replace(trained, protocol=protocol, folder=self.folder or trained.folder)
+
+    def images(self, folder: str) -> ImageConfig:
+        """The data of images or a table on which the model in ``folder`` was trained, changed by the flags."""
+        from dflow.data import ImageConfig
+        from dflow.train import recipe_of
+
+        trained = recipe_of(folder).data
+        if not isinstance(trained, ImageConfig):
+            raise InputError(f"{folder}: its recipe.yaml tells of text; restore both files from one run")
+        name = self.data or trained.name
+        return dataclasses.replace(trained, name=name, folder=self.folder or trained.folder)
 
 
 @dataclass(kw_only=True)
@@ -113,19 +128,22 @@ class Train:
 
 
 @dataclass(kw_only=True)
-class Evaluate(TextSource, Machine):
-    """Exact bits a character of a model on a text, or its distance from a synthetic law.
+class Evaluate(Source, Machine):
+    """Exact bits a character of a model on a text, or its distance from a synthetic law; bounds on images.
 
     A failed round trip ends with exit code 1.
     """
 
     model: str = flag("folder of the model")
-    batch_size: int | None = flag("chunks scored at a time (default: 32; of a law 1024)", None)
+    batch_size: int | None = flag("chunks scored at a time (default: 32; of a law 1024, images 100)", None)
+    draws: int = flag("draws of the dequantizer for each image or row", 256)
+    precision: Literal["float64", "float32"] = flag("in which bounds are computed", "float64")
+    seed: int = flag("seed of the draws", 0)
 
 
 @dataclass(kw_only=True)
 class Generate(Machine):
-    """Draw text from a model. Seed and batch size fix the result on one kind of machine."""
+    """Draw text or images from a model. Seed and batch size fix the result on one kind of machine."""
 
     model: str = flag("folder of the model")
     n: int = flag("how many samples", 1)
@@ -133,12 +151,17 @@ class Generate(Machine):
     seed: int = flag("seed of the draws", 0)
     batch_size: int = flag("samples drawn at a time", 100)
     prompt: str | None = flag("text that each sample begins with, for models that can continue one", None)
-    format: Literal["text", "jsonl"] = flag("text: for reading; jsonl: one JSON object a line", "text")
-    output: str | None = flag("file to write, whole or not at all (default: standard output)", None)
+    format: Literal["text", "jsonl", "png", "npy", "csv"] | None = flag(
+        "text (default): for reading; jsonl: one JSON object a line. Of images png (default): a grid; npy, csv",
+        None,
+    )
+    output: str | None = flag(
+        "file to write, whole or not at all (default: standard output; samples.png)", None
+    )
 
 
 @dataclass(kw_only=True)
-class Compare(TextSource, Machine):
+class Compare(Source, Machine):
     """Bits, network calls and speed of several models, with ratios to the LSTM among them."""
 
     models: list[str] = field(metadata={"help": "folders of the models", "positional": True})
@@ -146,6 +169,15 @@ class Compare(TextSource, Machine):
     batch_size: int = flag("samples drawn together where characters a second are measured", 100)
     rounds: int = flag("rounds of measuring", 10)
     output: str | None = flag("folder for compare.md, compare.json and compare.png", None)
+
+
+@dataclass(kw_only=True)
+class PlotDensity(Machine):
+    """Density p(v) and dequantized data q(v) of a model of two dimensions, as pictures side by side."""
+
+    model: str = flag("folder of the model")
+    output: str = flag("PNG file to write, whole or not at all", "density.png")
+    cells: int = flag("points of the plot a side", 400)
 
 
 @dataclass(kw_only=True)
@@ -195,12 +227,15 @@ def evaluate(flags: Evaluate) -> int:
     from dflow.data import Draws, load
     from dflow.evaluate import evaluate as run
     from dflow.evaluate import evaluate_law
+    from dflow.hf import DflowImageModel, kind_of
 
     accelerator = None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         set_threads(flags.threads)
         accelerator = Accelerator(cpu=flags.device == "cpu" or not torch.cuda.is_available())
     device = flags.settle() if accelerator is None else accelerator.device
+    if kind_of(flags.model) is DflowImageModel:
+        return evaluate_pictures(flags, device, accelerator)
     model, tokenizer = load_model(flags.model, device)
     corpus = load(flags.config(flags.model, model), tokenizer)
     text = corpus.split(flags.split)
@@ -236,6 +271,61 @@ def evaluate(flags: Evaluate) -> int:
     return 0
 
 
+def evaluate_pictures(flags: Evaluate, device: torch.device, accelerator: Accelerator | None) -> int:
+    """`dflow evaluate` of a model of images or a table."""
+    import torch
+
+    from dflow.data import load_images
+    from dflow.evaluate import evaluate_images
+    from dflow.hf import DflowImageModel, load
+
+    model = load(flags.model, device, DflowImageModel)
+    images = load_images(flags.images(flags.model))
+    result = evaluate_images(
+        model,
+        images.split(flags.split),
+        unit=images.unit,
+        draws=flags.draws,
+        limit=flags.limit,
+        precision=getattr(torch, flags.precision),
+        seed=flags.seed,
+        progress=True,
+        accelerator=accelerator,
+        **({} if flags.batch_size is None else {"batch_size": flags.batch_size}),
+    )
+    if accelerator is None or accelerator.is_main_process:
+        print_table([("model", flags.model), *image_rows(result, images.name, flags.split)])
+        about = {"model": flags.model, "data": images.name, "split": flags.split, "checksum": images.checksum}
+        print(json.dumps(about | dataclasses.asdict(result)))
+    if accelerator is not None:
+        accelerator.end_training()
+    if not result.intact:
+        complain(f"{flags.model}: a draw left the cell of its datum; the figures above do not hold")
+        return 1
+    return 0
+
+
+def image_rows(result: ImageEvaluation, name: str, split: str) -> list[tuple[str, str]]:
+    """Lines of the table for images."""
+    few = result.ess < _FEW_DRAWS < result.draws
+    rows = [
+        ("data", f"{name}, {split}: {result.num_rows:,} rows"),
+        ("unit", result.unit),
+        ("vi", f"{told(result.vi)} (standard error {told(result.vi_error)})"),
+        ("nll", f"{told(result.nll)} (standard error {told(result.nll_error)})"),
+        ("KL(q, p)", told(result.kl)),
+        ("effective draws", f"{result.ess:.1f} of {result.draws:,}" + ", few: nll may lie too low" * few),
+        ("kind", f"{result.kind}, {result.precision}"),
+    ]
+    if result.exact is not None:
+        rows.insert(5, ("exact", told(result.exact)))
+    return [*rows, ("cells", "intact" if result.intact else "FAILED")]
+
+
+#: Effective draws under which an importance-weighted bound hangs on the luck of a few.
+_FEW_DRAWS = 10
+
+
 def told(value: float | None) -> str:
     """A figure, or a dash where there is none."""
     return "-" if value is None else f"{value:.4f}"
@@ -263,7 +353,12 @@ def generate(flags: Generate) -> int:
     """`dflow generate`."""
     from dflow.generate import check_output, write
     from dflow.generate import generate as run
+    from dflow.hf import DflowImageModel, kind_of
 
+    if kind_of(flags.model) is DflowImageModel:
+        return generate_pictures(flags)
+    if flags.format not in (None, "text", "jsonl"):
+        raise InputError(f"--format {flags.format}: this is a model of text; use text or jsonl")
     output = None if flags.output is None else Path(flags.output)
     if output is not None:
         check_output(output)
@@ -283,7 +378,46 @@ def generate(flags: Generate) -> int:
         prompt=prompt,
         progress=output is not None or not sys.stdout.isatty(),
     )
-    write(samples, tokenizer, flags.format, output)
+    write(samples, tokenizer, flags.format or "text", output)
+    return 0
+
+
+def generate_pictures(flags: Generate) -> int:
+    """`dflow generate` of a model of images or a table."""
+    from dflow import generate as drawing
+    from dflow.hf import DflowImageModel, load
+
+    for name in ("length", "prompt"):
+        if getattr(flags, name) is not None:
+            raise InputError(f"--{name} is for models of text; {flags.model} is one of images or tables")
+    if flags.format in ("text", "jsonl"):
+        raise InputError(f"--format {flags.format}: this is a model of images or tables; use png, npy or csv")
+    kind = flags.format or "png"
+    output = Path(flags.output or f"samples.{kind}")
+    drawing.check_output(output)
+    model = load(flags.model, flags.settle(), DflowImageModel)
+    x = drawing.generate_images(
+        model, flags.n, seed=flags.seed, batch_size=flags.batch_size, progress=True
+    )
+    levels = {n for n in model.config.levels}
+    drawing.write_whole(output, drawing.encode_images(x, kind, max(levels) if None not in levels else None))
+    print(output)
+    return 0
+
+
+def plot_density(flags: PlotDensity) -> int:
+    """`dflow plot density`."""
+    from dflow import plot
+    from dflow.data import load_images
+    from dflow.generate import check_output, write_whole
+    from dflow.hf import DflowImageModel, load
+
+    output = Path(flags.output)
+    check_output(output)
+    model = load(flags.model, flags.settle(), DflowImageModel)
+    data = load_images(Source().images(flags.model)).train
+    write_whole(output, plot.density(model, data, flags.cells))
+    print(output)
     return 0
 
 
@@ -354,10 +488,15 @@ VERBS: tuple[tuple[str, type[Any], Callable[[Any], int], str], ...] = (
         "dflow generate --model runs/grouped --n 100 --seed 1 --output samples.txt",
     ),
     ("compare", Compare, compare, "dflow compare runs/grouped runs/lstm --output comparison"),
+    ("plot density", PlotDensity, plot_density, "dflow plot density --model runs/images/checkerboard"),
     ("data list", DataList, data_list, "dflow data list --folder texts"),
     ("data prepare", DataPrepare, data_prepare, "dflow data prepare text8 --folder texts"),
     ("data check", DataCheck, data_check, "dflow data check ptb --folder texts"),
 )
+
+
+#: What the verbs of two words are about.
+GROUPS = {"data": "texts and images: list, prepare, check", "plot": "pictures of a model: density"}
 
 
 # -- what verbs share ------------------------------------------------------------------------------------
@@ -470,12 +609,7 @@ def build_parser() -> argparse.ArgumentParser:
     for verb, cls, function, example in VERBS:
         group, _, name = verb.rpartition(" ")
         if group and group not in groups:
-            inner = verbs.add_parser(
-                group,
-                help="texts: list, prepare, check",
-                description="Texts: list, prepare, check.",
-                epilog="example: dflow data list",
-            )
+            inner = verbs.add_parser(group, help=GROUPS[group], epilog=f"example: {example}")
             groups[group] = inner.add_subparsers(metavar="VERB", required=True)
         doc = str(cls.__doc__)
         sub = (groups[group] if group else verbs).add_parser(

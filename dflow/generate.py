@@ -1,22 +1,25 @@
-"""Drawing text from a model, and writing it whole or not at all."""
+"""Drawing text and images from a model, and writing them whole or not at all."""
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from dflow.config import InputError
-from dflow.data import Tokenizer, files
-from dflow.hf import DflowModel
+from dflow.data import Tokenizer, files, pictures
+from dflow.hf import DflowImageModel, DflowModel
 
 Format = Literal["text", "jsonl"]
+ImageFormat = Literal["png", "npy", "csv"]
 
 
 def generate(
@@ -90,6 +93,46 @@ def _draw(
                 model.train(mode)
             bar.update(count)
             yield from ids
+
+
+def generate_images(
+    model: DflowImageModel, n: int, *, seed: int = 0, batch_size: int = 100, progress: bool = False
+) -> Tensor:
+    """``n`` exact draws ``(n, C, H, W)``, on the CPU; fixed as those of `generate`.
+
+    Raises:
+        InputError: an argument outside its range.
+    """
+    for name, value in (("number of samples", n), ("batch size", batch_size)):
+        if value < 1:
+            raise InputError(f"{name} {value} must be at least 1")
+    if not 0 <= seed < 1 << 63:
+        raise InputError(f"seed {seed} must be from 0 to {(1 << 63) - 1}")
+    generator = torch.Generator(model.device).manual_seed(seed)
+    parts = []
+    with tqdm(total=n, unit="sample", desc="draw", delay=1, mininterval=1, disable=not progress) as bar:
+        for start in range(0, n, batch_size):
+            parts.append(model.generate(min(batch_size, n - start), generator).cpu())
+            bar.update(len(parts[-1]))
+    return torch.cat(parts)
+
+
+def encode_images(x: Tensor, kind: ImageFormat, levels: int | None) -> bytes:
+    """Draws ``(n, C, H, W)`` as a PNG of all of them in a grid, an array of numpy, or lines of numbers.
+
+    Raises:
+        InputError: a picture of what is none.
+    """
+    if kind == "npy":
+        buffer = io.BytesIO()
+        np.save(buffer, x.numpy(), allow_pickle=False)
+        return buffer.getvalue()
+    if kind == "csv":
+        return "".join(",".join(map(str, row)) + "\n" for row in x.flatten(1).tolist()).encode()
+    if levels is None or x.shape[1] not in (1, 3):
+        raise InputError("these data are no pictures; use --format csv or npy")
+    shape = (x.shape[1], x.shape[2], x.shape[3])
+    return pictures.grid(x.flatten(1), shape, levels)
 
 
 def spell(ids: Tensor, tokenizer: Tokenizer, kind: Format, number: int = 1) -> str:

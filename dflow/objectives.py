@@ -35,6 +35,7 @@ from torch.nn import functional as F
 from dflow.bijectors import Autoregressive, Chain, Coupling, Permute, Reverse
 from dflow.config import InputError
 from dflow.core import Context, Distribution
+from dflow.dequantize import Bound, Dequantized, Elbo, Iwbo, Renyi
 from dflow.distributions import Categorical, SequenceCategorical, Spectra, Walk
 from dflow.elementwise import ModAffine, ModRank, ModShift
 from dflow.elementwise.discrete import Discrete
@@ -282,3 +283,61 @@ def _latent(d: Distribution, x: Tensor, context: Context) -> tuple[Tensor, Conte
             x, _ = d.transform(x, context)
         d = d.base
     return x, context
+
+
+# -- models of images and tables -----------------------------------------------------------------------------
+
+
+def bound_of(rule: str, draws: int, alpha: float) -> Bound:
+    """The bound that a training rule names: elbo (also for auto), iwbo or renyi.
+
+    Raises:
+        InputError: an importance-weighted or Renyi bound of one draw, which is the elbo.
+    """
+    if rule in ("elbo", "auto"):
+        return Elbo(draws)
+    if draws < 2:
+        raise InputError(f"rule {rule!r} with {draws} draw is the elbo; set train.draws to 2 or more")
+    return Iwbo(draws) if rule == "iwbo" else Renyi(draws, alpha)
+
+
+def guaranteed(bound: Bound, draws: int) -> Bound:
+    """The bound by which a model trained under ``bound`` is judged: the elbo, or else the iwbo."""
+    return Elbo(1) if isinstance(bound, Elbo) else Iwbo(max(bound.k, draws))
+
+
+def gaussian(law: Dequantized) -> Normal | CovarianceNormal | None:
+    """A density in closed form: its moments are those of the dequantized data."""
+    density = law.density
+    return density if isinstance(density, (Normal, CovarianceNormal)) and not density.learned else None
+
+
+class BoundObjective(nn.Module):
+    """Minus a bound, as a module so that processes can share its gradients."""
+
+    def __init__(self, law: Dequantized, bound: Bound) -> None:
+        """See the class."""
+        super().__init__()
+        law.check(bound)
+        self.law, self.bound = law, bound
+
+    def forward(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor | None]:
+        """Loss in nats summed over the batch, and the moments of a Gaussian density in closed form.
+
+        Args:
+            x: integers ``(batch, dim)``.
+            context: None.
+        """
+        values, statistics = self.law.objective(x, self.bound)
+        return -values.sum(), statistics
+
+
+@torch.no_grad()
+def initialize(law: Dequantized, x: Tensor, generator: torch.Generator) -> None:
+    """Start from data: scales of a flow, or moments of a Gaussian, from noise in the cells of ``x``."""
+    noise = law.dequantizer.noise(x.shape[0], generator)
+    v, _ = law.dequantizer.start(x, noise)
+    if isinstance(law.density, (Normal, CovarianceNormal)):
+        law.density.initialize(law.density.statistics(v))
+    else:
+        linear.initialize(law.density, v)

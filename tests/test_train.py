@@ -89,7 +89,7 @@ def test_every_recipe_trains_for_two_steps(path, text, tmp_path):
     out = run(path, *overrides)
     rows = metrics(out)
     assert rows[-1]["step"] == 2
-    assert 0 < rows[-1]["valid_bpc"] < 12
+    assert 0 < rows[-1]["valid_bits"] < 12
     assert hf.load(out).config.family == recipe.family
 
 
@@ -112,7 +112,7 @@ def test_training_lowers_bits_and_the_folder_holds_the_best_model(family, model,
     out = run(path)
     rows = metrics(out)
     assert [r["step"] for r in rows] == [20, 40, 60]
-    assert rows[-1]["valid_bpc"] < rows[0]["valid_bpc"]
+    assert rows[-1]["valid_bits"] < rows[0]["valid_bits"]
     files = {p.name for p in out.iterdir() if p.is_file()}
     assert files == {
         "config.json",
@@ -124,7 +124,7 @@ def test_training_lowers_bits_and_the_folder_holds_the_best_model(family, model,
     }
     corpus = load(DataConfig(name=str(text)))
     result = evaluate(hf.load(out), corpus.valid)
-    assert result.bpc == pytest.approx(min(r["valid_bpc"] for r in rows), abs=1e-3)
+    assert result.bpc == pytest.approx(min(r["valid_bits"] for r in rows), abs=1e-3)
     assert result.round_trip
     assert recipe_of(out).family == family
 
@@ -136,7 +136,7 @@ def test_sentences_are_trained_with_their_lengths(text, tmp_path):
     assert model.config.explicit_length
     corpus = load(DataConfig(name=str(text), protocol="sentence"))
     assert model.length_counts.sum() == len(corpus.train.lengths)
-    assert evaluate(model, corpus.valid).bpc == pytest.approx(metrics(out)[-1]["valid_bpc"], abs=1e-3)
+    assert evaluate(model, corpus.valid).bpc == pytest.approx(metrics(out)[-1]["valid_bits"], abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_two_processes_see_what_one_sees(family, model, text, tmp_path):
     for a, b in zip(one, two, strict=True):
         assert a["train_loss_bits"] == pytest.approx(b["train_loss_bits"], abs=1e-4)
         # Where two logits are equal but for rounding, a rank may turn out otherwise.
-        assert a["valid_bpc"] == pytest.approx(b["valid_bpc"], abs=1e-4 if family == "grouped" else 0.05)
+        assert a["valid_bits"] == pytest.approx(b["valid_bits"], abs=1e-4 if family == "grouped" else 0.05)
 
 
 @pytest.mark.parametrize("base", ["factorized", "mixture"])
@@ -251,7 +251,7 @@ def test_half_precision_trains_and_the_result_is_exact(family, text, tmp_path):
     out = run(path)
     result = evaluate(hf.load(out), load(DataConfig(name=str(text))).valid)
     assert result.round_trip
-    assert result.bpc == pytest.approx(metrics(out)[-1]["valid_bpc"], abs=1e-3)
+    assert result.bpc == pytest.approx(metrics(out)[-1]["valid_bits"], abs=1e-3)
 
 
 def test_the_tracker_is_tensorboard_unless_told_otherwise(text, tmp_path):

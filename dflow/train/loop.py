@@ -15,10 +15,9 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -31,208 +30,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from dflow import hf, objectives, zoo
-from dflow.config import InputError, convert, nearest, parse
-from dflow.data import Corpus, DataConfig, Text, Tokenizer, files, load
-from dflow.distributions import Categorical, Mixture
-from dflow.ops.straight_through import SCHEDULES, scheduled
-from dflow.zoo import setting
-
-STATE = "state.safetensors"
-RECIPE = "recipe.yaml"
-METRICS = "metrics.jsonl"
-
-
-@dataclass
-class Schedule:
-    """A value that moves from `start` to `end` over the first `until` of the training."""
-
-    start: float
-    end: float
-    schedule: str = "linear"
-    until: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise InputError(f"unknown schedule {self.schedule!r}; {nearest(self.schedule, list(SCHEDULES))}")
-        if not 0 < self.until <= 1:
-            raise InputError(f"until must lie in (0, 1], found {self.until}")
-
-    def at(self, fraction: float) -> float:
-        """The value after ``fraction`` of the training."""
-        return scheduled(self.schedule, min(1.0, fraction / self.until), self.start, self.end)
-
-
-@dataclass
-class TrainConfig:
-    """How a model is trained. The budget is `steps`, `minutes` or both: what is reached first ends it."""
-
-    steps: int | None = setting(None, "budget in steps of the optimizer")
-    minutes: float | None = setting(None, "budget in minutes, evaluations included")
-    batch_size: int = setting(32, "sequences of one step, over all processes and accumulation")
-    accumulation: int = setting(1, "pieces into which each process cuts its part of a batch")
-    learning_rate: float = setting(2e-3, "peak learning rate (AdamW)")
-    final_learning_rate: float = setting(0.0, "learning rate at the end, as a share of the peak (cosine)")
-    warmup: int = setting(100, "steps of linear warm-up")
-    weight_decay: float = setting(0.01, "weight decay of matrices")
-    clip: float = setting(1.0, "largest norm of the gradient; 0 for none")
-    ema: float = setting(
-        0.0, "decay of the moving average of weights that is evaluated and saved; 0 for none"
-    )
-    mixed_precision: Literal["no", "bf16", "fp16"] = setting(
-        "no", "precision of the networks: no, bf16, fp16"
-    )
-    rule: Literal["auto", "likelihood", "straight_through", "gumbel", "layerwise", "expected", "masked"] = (
-        setting("auto", "training rule; auto takes the best for the model")
-    )
-    temperature: Schedule = field(
-        default_factory=lambda: Schedule(1.0, 1.0),
-        metadata={"help": "of the soft-max of rules straight_through, gumbel and expected"},
-    )
-    noise: Schedule | None = field(
-        default=None, metadata={"help": "factor of the Gumbel noise (rule gumbel: 1 falling to 0)"}
-    )
-    peak: Schedule | None = field(
-        default=None, metadata={"help": "pull of the base towards symbol 0, which breaks the identity trap"}
-    )
-    refit_batches: int = setting(16, "batches that set a base in closed form before an evaluation")
-    base_momentum: float = setting(0.98, "memory of a base in closed form, a step")
-    seed: int = setting(0, "seed of weights, batches and dropout")
-    eval_every: int | None = setting(None, "steps between evaluations")
-    eval_minutes: float | None = setting(None, "minutes between evaluations (default: a tenth of the budget)")
-    eval_chunks: int = setting(128, "chunks of the validation text used during training; 0 for all")
-    save_every: int | None = setting(None, "steps between saves of the training state (default: evaluations)")
-    samples: int = setting(2, "samples printed at each evaluation")
-    trackers: list[str] = field(
-        default_factory=lambda: ["tensorboard"], metadata={"help": "trackers of accelerate; [] for none"}
-    )
-
-    def __post_init__(self) -> None:
-        if self.steps is None and self.minutes is None:
-            raise InputError("give a budget: steps or minutes")
-        for name in ("steps", "minutes", "eval_every", "eval_minutes", "save_every"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise InputError(f"{name} must be positive, found {value}")
-        for name in ("batch_size", "accumulation", "refit_batches"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, found {getattr(self, name)}")
-        for name in ("ema", "base_momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name} must lie in [0, 1), found {getattr(self, name)}")
-        if self.learning_rate <= 0:
-            raise InputError(f"learning_rate must be positive, found {self.learning_rate}")
-
-
-@dataclass
-class Paper:
-    """A published value that a recipe is measured against."""
-
-    value: float
-    unit: str
-    source: str
-    protocol: str = ""
-
-
-@dataclass
-class Recipe:
-    """What to train, on what, how, and where to put it."""
-
-    data: DataConfig
-    family: str
-    model: zoo.ModelConfig
-    train: TrainConfig
-    output: Path
-    paper: Paper | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, as in the file."""
-        values: dict[str, Any] = {
-            "data": asdict(self.data),
-            "model": {"family": self.family} | asdict(self.model),
-            "train": asdict(self.train),
-            "output": str(self.output),
-        }
-        return values | ({"paper": asdict(self.paper)} if self.paper else {})
-
-
-@dataclass
-class _File:
-    """The sections of a recipe's file."""
-
-    model: dict[str, Any]
-    train: dict[str, Any]
-    output: str
-    data: dict[str, Any] = field(default_factory=dict)
-    paper: dict[str, Any] | None = None
-
-
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe strictly; ``overrides`` are ``key=value`` with dotted keys and YAML values.
-
-    Raises:
-        InputError: no such file, no YAML, an unknown key or a value of the wrong type.
-    """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such recipe; recipes/ holds some to start from") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a recipe ({str(error).splitlines()[0]})") from None
-    if not isinstance(values, Mapping):
-        raise InputError(f"{path}: a recipe is a mapping with the sections data, model, train and output")
-    tree = copy.deepcopy(dict(values))
-    for override in overrides or []:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise InputError(f"--set {override}: write key=value, for example train.minutes=3")
-        *parents, last = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise InputError(f"--set {override}: {parent} is not a section")
-        try:
-            node[last] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise InputError(f"--set {override}: {text!r} is not a YAML value") from None
-    return recipe_from(tree, str(path))
-
-
-def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
-    """A recipe from plain values; ``where`` names their source in errors."""
-    sections = parse(_File, values, where)
-    model = dict(sections.model)
-    family = model.pop("family", None)
-    if family is None:
-        raise InputError(f"{where}: key 'model.family' is missing; {nearest('', list(zoo.FAMILIES))}")
-    data = parse(DataConfig, sections.data, f"{where}: data")
-    law = data.law(f"{where}: data")
-    if law is not None:
-        model.setdefault("length", law.dim)
-    config = zoo.settings(family, model, f"{where}: model")
-    if law is not None and config.length != law.dim:
-        raise InputError(
-            f"{where}: model.length is {config.length} and sequences of {data.name} have {law.dim} symbols; "
-            "leave it out, or change data.parameters"
-        )
-    return Recipe(
-        data=data,
-        family=family,
-        model=config,
-        train=parse(TrainConfig, sections.train, f"{where}: train"),
-        output=Path(convert(str, sections.output, f"{where}: output")),
-        paper=parse(Paper, sections.paper, f"{where}: paper") if sections.paper else None,
-    )
-
-
-def recipe_of(folder: str | Path) -> Recipe:
-    """The recipe that the model in ``folder`` was trained by."""
-    path = Path(folder) / RECIPE
-    if not path.is_file():
-        raise InputError(f"{folder}: no {RECIPE}; name the data yourself")
-    return load_recipe(path)
-
+from dflow import hf, objectives
+from dflow.config import InputError
+from dflow.data import files
+from dflow.train.recipe import METRICS, RECIPE, STATE, Recipe
+from dflow.train.tasks import Batch, Task, mix, task_of
 
 def train(recipe: Recipe, resume: bool = False) -> Path:
     """Train, evaluate and save; returns the output folder, which is a model folder.
@@ -247,8 +49,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         raise InputError(f"{output}: nothing to resume (no {STATE}); start without --resume")
     if not resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output}: exists already; add --resume to go on, or choose another output")
-    corpus = load(recipe.data, Tokenizer.load(output) if resume else None)
-    run = _Run(recipe, corpus)
+    run = _Run(task_of(recipe, resume))
     try:
         if resume:
             run.restore()
@@ -262,9 +63,9 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
 class _Run:
     """One training in progress."""
 
-    def __init__(self, recipe: Recipe, corpus: Corpus) -> None:
-        config = recipe.train
-        self.recipe, self.config, self.corpus = recipe, config, corpus
+    def __init__(self, task: Task) -> None:
+        recipe, config = task.recipe, task.recipe.train
+        self.task, self.recipe, self.config, self.model = task, recipe, config, task.model
         AcceleratorState._reset_state()  # a second training in one process may use another precision
         trackers = [t for t in config.trackers if t]
         try:
@@ -283,38 +84,18 @@ class _Run:
             raise InputError(
                 f"train.batch_size {config.batch_size} is no multiple of {pieces}, processes x accumulation"
             )
-        explicit = corpus.protocol == "sentence"
-        length = recipe.model.length
-        for text in (corpus.train, corpus.valid):
-            text.crops(1, length, torch.Generator().manual_seed(0))
-        torch.manual_seed(config.seed)
-        settings = hf.DflowConfig(
-            family=recipe.family,
-            vocab_size=corpus.tokenizer.size,
-            explicit_length=explicit,
-            **asdict(recipe.model),
-        )
-        self.model = hf.DflowModel(settings)
-        distribution = self.model.distribution
-        base = objectives.closed_form(distribution)
-        law = objectives.base_of(distribution)
-        if isinstance(law, (Categorical, Mixture)):
-            law.initialize(corpus.train.marginals(corpus.tokenizer.size))
-        if explicit:
-            self.model.set_length_counts(corpus.train.length_counts(length).float())
-        rule = objectives.default_rule(distribution) if config.rule == "auto" else config.rule
-        self.rule = rule
-        self.base = base
-        self.estimators = objectives.estimators(distribution)
-        self.laws = objectives.elastic(distribution)
-        objective = objectives.Objective(distribution, rule)
+        objective = task.objective
+        self.base = task.closed_form(self.model)
         matrices = [p for p in objective.parameters() if p.ndim >= 2]
         others = [p for p in objective.parameters() if p.ndim < 2]
+        groups = [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        # What is all in closed form has nothing to optimise.
+        self.learned = bool(matrices or others)
         self.optimizer = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": config.weight_decay},
-                {"params": others, "weight_decay": 0.0},
-            ],
+            groups if self.learned else [torch.zeros(())],
             lr=config.learning_rate,
             betas=(0.9, 0.99),
             fused=True,
@@ -324,16 +105,18 @@ class _Run:
         self.next_eval = self.next_save = 0.0
         self.interrupted: int | None = None
         self.wrapped: Any
-        self.wrapped, self.optimizer = self.accelerator.prepare(objective, self.optimizer)
+        if self.learned:
+            self.wrapped, self.optimizer = self.accelerator.prepare(objective, self.optimizer)
+        else:
+            self.wrapped = objective.to(self.accelerator.device)
         if self.averaged is not None:
             self.averaged.to(self.accelerator.device)
 
     # -- batches ---------------------------------------------------------------------------------------------
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor | None]:
+    def batch(self, step: int) -> Batch:
         """The whole batch of ``step``: the same on every process and in every run with this seed."""
-        generator = torch.Generator().manual_seed(_mix(self.config.seed, step))
-        return self.corpus.train.crops(self.config.batch_size, self.recipe.model.length, generator)
+        return self.task.batch(mix(self.config.seed, step))
 
     def fraction(self) -> float:
         """How much of the budget is spent, in [0, 1]."""
@@ -351,18 +134,12 @@ class _Run:
             out.mkdir(parents=True, exist_ok=True)
             if not resumed:
                 files.write(out / RECIPE, yaml.safe_dump(self.recipe.as_dict(), sort_keys=False).encode())
-                self.corpus.tokenizer.save(out)
+                self.task.save(out)
         self.accelerator.wait_for_everyone()
         self.accelerator.init_trackers("logs")
-        d, corpus = self.accelerator.device, self.corpus
-        parameters = sum(p.numel() for p in self.model.parameters())
-        most = "at most " * (getattr(self.recipe.model, "inversion", "loop") == "jacobi")
         self.say(
-            f"{self.recipe.family}: {parameters:,} parameters, rule {self.rule}, "
-            f"{most}{self.model.num_calls} network calls to draw {self.recipe.model.length} symbols\n"
-            f"{corpus.name} ({corpus.protocol}): {corpus.train.amount}, "
-            f"{corpus.tokenizer.size} different\n"
-            f"{self.world} process{'es' * (self.world > 1)} on {d.type}, "
+            f"{self.task.describe()}\n"
+            f"{self.world} process{'es' * (self.world > 1)} on {self.accelerator.device.type}, "
             f"precision {self.config.mixed_precision}, {torch.get_num_threads()} threads each; output {out}"
         )
 
@@ -381,7 +158,7 @@ class _Run:
             smoothing=0.05,
         )
         started = time.monotonic() - self.elapsed
-        shown, characters, since = 0.0, 0, time.monotonic()
+        shown, counted, since = 0.0, 0.0, time.monotonic()
         with self._signals(), bar:
             if self.step == 0:
                 self.next_eval, self.next_save = self._next(config.eval_every), self._next(config.save_every)
@@ -389,14 +166,15 @@ class _Run:
                 loss, count = self._one_step()
                 self.step += 1
                 stop = self._agree(time.monotonic() - started)
-                shown, characters = loss, characters + count
+                shown, counted = loss, counted + count
                 now = time.monotonic()
                 if now - since > 1.0 or self.fraction() >= 1:
                     # Under layerwise and expected the loss is that of the conditioners, not of the model;
                     # under masked it is an estimate of a bound.
-                    rate = characters / (now - since)
-                    bar.set_postfix_str(f"{shown:.3f} bits/char, {rate:,.0f} chars/s")
-                    characters, since = 0, now
+                    rate = counted / (now - since)
+                    task = self.task
+                    bar.set_postfix_str(f"{shown:.3f} {task.short}, {rate:,.0f} {task.things}/s")
+                    counted, since = 0.0, now
                 bar.n = min(total, self.step if in_steps else round(self.elapsed))
                 bar.update(0)
                 done = self.fraction() >= 1
@@ -411,36 +189,39 @@ class _Run:
                 if stop:
                     self.save_state()
                     raise KeyboardInterrupt(f"stopped at step {self.step}; add --resume to go on")
-        self.say(f"done: {self.step:,} steps, best validation {self.best:.4f} bits a character")
+        self.say(f"done: {self.step:,} steps, best validation {self.best:.4f} {self.task.unit}")
 
-    def _one_step(self) -> tuple[float, int]:
-        """The loss in bits a character, and the characters it was measured on."""
+    def _one_step(self) -> tuple[float, float]:
+        """The loss in the task's unit, and the things (characters, dimensions) it was measured on."""
         config, accelerator = self.config, self.accelerator
         self._schedules()
-        x, lengths = self.batch(self.step)
-        total = x.numel() if lengths is None else int(lengths.sum())
+        x, lengths = batch = self.batch(self.step)
+        total = self.task.entries(batch)
         own = slice(self.rank, None, self.world)
         xs = x[own].chunk(config.accumulation)
         ls = [None] * len(xs) if lengths is None else list(lengths[own].chunk(config.accumulation))
         # Dropout and Gumbel noise come from the seed and the step too, so that resuming needs no more.
-        torch.manual_seed(_mix(config.seed + 1 + self.rank, self.step))
+        torch.manual_seed(mix(config.seed + 1 + self.rank, self.step))
         self.model.train()
         nats, counts = torch.zeros((), device=accelerator.device), None
         for i, (piece, part) in enumerate(zip(xs, ls, strict=True)):
             last = i == len(xs) - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
+            alone = last or not self.learned
+            with contextlib.nullcontext() if alone else accelerator.no_sync(self.wrapped):
                 loss, latents = self.wrapped(
                     piece.to(accelerator.device), None if part is None else part.to(accelerator.device)
                 )
                 # Processes average their gradients: the mean over the whole batch needs the factor.
-                accelerator.backward(loss * (self.world / total))
+                if self.learned:
+                    accelerator.backward(loss * (self.world / total))
             nats = nats + loss.detach()
             if latents is not None:
                 counts = latents if counts is None else counts + latents
-        if config.clip:
-            accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.learned:
+            if config.clip:
+                accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         if self.world > 1:
             nats = accelerator.reduce(nats)
         if self.base is not None and counts is not None:
@@ -452,13 +233,13 @@ class _Run:
                 torch._foreach_lerp_(
                     list(self.averaged.parameters()), list(self.model.parameters()), 1 - decay
                 )
-        characters = total * self.corpus.train.characters_per_symbol
-        value = objectives.bits(float(nats), characters)
+        count = self.task.count(batch)
+        value = objectives.bits(float(nats), count)
         if not math.isfinite(value):
             raise InputError(
                 f"the loss is {value} at step {self.step}; start again with a lower train.learning_rate"
             )
-        return value, round(characters)
+        return value, count
 
     def _schedules(self) -> None:
         config, fraction = self.config, self.fraction()
@@ -467,15 +248,7 @@ class _Run:
         rate = config.learning_rate * cosine * min(1.0, (self.step + 1) / max(1, config.warmup))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        noise = config.noise or (Schedule(1.0, 0.0) if self.rule == "gumbel" else Schedule(0.0, 0.0))
-        for estimator in self.estimators:
-            estimator.temperature = config.temperature.at(fraction)
-            estimator.noise = noise.at(fraction)
-        for law in self.laws:
-            # From the seed and the step, so that all processes and resumed runs take the same.
-            law.choose(law.budgets[_mix(config.seed + 2, self.step) % len(law.budgets)])
-        if self.base is not None:
-            self.base.peak = config.peak.at(fraction) if config.peak and fraction < config.peak.until else 0.0
+        self.task.schedule(self.step, fraction)
 
     def _next(self, every: int | None) -> float:
         """The next evaluation or save: a step, or a time in seconds."""
@@ -504,25 +277,19 @@ class _Run:
     # -- evaluation ------------------------------------------------------------------------------------------
 
     def evaluate(self, loss: float) -> None:
-        """Exact bits on the validation text; keep the model if it is the best so far; print samples."""
+        """Score the validation data; keep the model if it is the best so far; show samples."""
+        task = self.task
         model = self.averaged if self.averaged is not None else self.model
         model.train(False)
-        for law in objectives.elastic(model.distribution):
-            law.choose(None)
         if self.averaged is not None:
             # What is counted, not learned, has its own memory.
             for old, new in zip(self.averaged.buffers(), self.model.buffers(), strict=True):
                 old.copy_(new)
-        base = objectives.closed_form(model.distribution)
-        peak, training = (base.peak if base is not None else 0.0), self.base
-        if base is not None and training is not None:
-            base.peak = 0.0
-            kept = training.counts.clone()
-            # The exact optimum for the weights at hand, where training had a running average of old ones.
-            batches = (self._on_device(self.batch(self.step + i)) for i in range(self.config.refit_batches))
-            objectives.refit(model.distribution, batches)
-        bpc = self._bits(model, self.corpus.valid)
-        improved = bpc < self.best
+        kept = task.settle(
+            model, (self._on_device(self.batch(self.step + i)) for i in range(self.config.refit_batches))
+        )
+        found = self._bits(model)
+        improved = found < self.best
         if self.accelerator.is_main_process:
             if improved:
                 hf.save(model, self.recipe.output)
@@ -530,44 +297,34 @@ class _Run:
                 "step": self.step,
                 "seconds": round(self.elapsed, 1),
                 "train_loss_bits": round(loss, 5),
-                "valid_bpc": round(bpc, 5),
+                "valid_bits": round(found, 5),
                 "learning_rate": self.optimizer.param_groups[0]["lr"],
             }
             with (self.recipe.output / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
             note = "best" if improved else f"best {self.best:.4f}"
-            self.say(f"step {self.step:,}: valid {bpc:.4f} bits a character (exact, {note})")
+            self.say(f"step {self.step:,}: valid {found:.4f} {task.unit} ({task.kind}, {note})")
             if self.config.samples:
-                generator = torch.Generator(self.accelerator.device).manual_seed(self.config.seed)
-                for row in model.generate(self.config.samples, generator=generator):
-                    text = self.corpus.tokenizer.decode(row.cpu())
-                    self.say("  | " + text.replace("\n", "\n  | "))
-        self.best = min(self.best, bpc)
-        self.accelerator.log({"loss_bits": loss, "valid_bpc": bpc}, step=self.step)
-        if base is not None and training is not None:
-            base.peak = peak
-            if model is self.model:
-                training.counts.copy_(kept)
+                for line in task.show(model, self.step, self.accelerator.device):
+                    self.say(line)
+        self.best = min(self.best, found)
+        self.accelerator.log({"loss_bits": loss, "valid_bits": found}, step=self.step)
+        task.unsettle(model, kept)
         self.accelerator.wait_for_everyone()
 
     @torch.no_grad()
-    def _bits(self, model: hf.DflowModel, text: Text) -> float:
-        """Exact bits a character on the first `eval_chunks` chunks, spread over the processes."""
-        ids, lengths = text.chunks(self.recipe.model.length)
-        limit = self.config.eval_chunks or len(ids)
-        ids, lengths = ids[:limit], None if lengths is None else lengths[:limit]
-        nats = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
-        size = max(1, self.config.batch_size // self.world)
-        for start in range(self.rank * size, len(ids), self.world * size):
-            rows = slice(start, start + size)
-            x, part = self._on_device((ids[rows], None if lengths is None else lengths[rows]))
-            nats -= model.log_prob(x, part).double().sum()
+    def _bits(self, model: Any) -> float:
+        """What the validation data cost in the task's unit, spread over the processes."""
+        device = self.accelerator.device
+        batches, count = self.task.valid(device, self.rank, self.world)
+        nats = torch.zeros((), dtype=torch.float64, device=device)
+        for batch in batches:
+            nats += self.task.nats(model, batch)
         if self.world > 1:
             nats = self.accelerator.reduce(nats)
-        symbols = ids.numel() if lengths is None else int(lengths.sum()) + len(lengths)
-        return objectives.bits(float(nats), symbols * text.characters_per_symbol)
+        return objectives.bits(float(nats), count)
 
-    def _on_device(self, batch: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    def _on_device(self, batch: Batch) -> Batch:
         x, lengths = batch
         device = self.accelerator.device
         return x.to(device), None if lengths is None else lengths.to(device)
@@ -672,12 +429,6 @@ class _Run:
 
 #: Steps between two agreements of several processes that have no budget in minutes.
 _STEPS_UNASKED = 16
-
-
-def _mix(*numbers: int) -> int:
-    """A seed that differs for every combination of ``numbers``."""
-    digest = hashlib.sha256(",".join(map(str, numbers)).encode()).digest()
-    return int.from_bytes(digest[:7], "big")
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

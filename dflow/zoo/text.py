@@ -1,11 +1,7 @@
-"""Models by name: a settings dataclass a family, and the builder that turns it into a distribution.
-
-This is the only floor that reads settings of a model; what lies below takes named arguments.
-"""
+"""Families over sequences of symbols: their settings, and their builders."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dflow.bijectors import Autoregressive, Chain, Coupling, Reverse
-from dflow.config import InputError, nearest, parse
+from dflow.config import InputError, nearest
 from dflow.core import Bijector, Distribution
 from dflow.distributions import (
     AnyOrder,
@@ -35,17 +31,13 @@ from dflow.nn.table import LARGEST, InfillTable, PrefixTable
 from dflow.nn.transformer import GroupCausalTransformer, InfillTransformer, MaskedTransformer
 from dflow.ops.orders import ORDERS, lockstep, shuffled
 from dflow.ops.straight_through import StraightThrough
+from dflow.zoo.settings import setting
 
 ELEMENTWISE: dict[str, type[ModShift | ModAffine | ModRank]] = {
     "shift": ModShift,
     "affine": ModAffine,
     "rank": ModRank,
 }
-
-
-def setting(default: Any, help: str) -> Any:
-    """A dataclass field with a default and a line of help."""
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -522,27 +514,3 @@ FAMILIES: dict[str, tuple[type[ModelConfig], Callable[[Any, int], Distribution]]
     "transformer": (TransformerConfig, transformer),
     "lstm": (LstmConfig, lstm),
 }
-
-
-def settings(family: object, values: dict[str, Any], where: str = "model") -> ModelConfig:
-    """The settings of ``family`` from a mapping, strictly.
-
-    >>> settings("grouped", {"num_calls": 16}).num_calls
-    16
-    >>> settings("groupd", {})
-    Traceback (most recent call last):
-    dflow.config.InputError: model: unknown family 'groupd'; did you mean 'grouped'?
-    """
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise InputError(f"{where}: unknown family {family!r}; {nearest(str(family), list(FAMILIES))}")
-    return parse(FAMILIES[family][0], values, where)
-
-
-def build(family: str, config: ModelConfig, K: int) -> Distribution:
-    """The distribution over sequences of symbols in Z/K that ``config`` describes."""
-    return FAMILIES[family][1](config, K)
-
-
-def fields(family: str) -> list[str]:
-    """Names of the settings of ``family``."""
-    return [f.name for f in dataclasses.fields(FAMILIES[family][0])]

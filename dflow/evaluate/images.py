@@ -1,0 +1,153 @@
+"""Bounds of the likelihood of images and tables, and the likelihood itself where it can be had."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from dflow.config import InputError
+from dflow.data import Samples
+from dflow.hf import DflowImageModel
+from dflow.objectives import bits
+
+#: Rows times draws of one pass, times entries: 2^24 float64 numbers are 128 MB a layer.
+_PASS = 1 << 24
+
+
+@dataclass(frozen=True)
+class ImageEvaluation:
+    """What a model costs on data, in `unit`; all from the same draws of the dequantizer.
+
+    Attributes:
+        vi: minus the elbo (mean of log p(v) - log q(v | x)): an upper bound of the cost, in expectation.
+        nll: minus the importance-weighted bound of `draws` draws: an upper bound in expectation, tighter.
+        kl: ``vi - nll``, an estimate from below of KL(q(v | x) || p(v | x)).
+        exact: the cost itself, where the density has cell masses; else None.
+        vi_error: standard error of `vi` over data, None for a single one.
+        nll_error: that of `nll`.
+        ess: mean effective number of draws, 1 to `draws`; where it is small, `nll` hangs on a few draws and
+            can lie below the truth.
+        unit: "bits a dimension" or "bits" (a datum).
+        kind: what vi and nll are.
+        draws: of the dequantizer, for each datum.
+        precision: in which they were computed.
+        num_rows: data scored.
+        intact: whether every draw fell into the cell of its datum.
+    """
+
+    vi: float
+    nll: float
+    kl: float
+    exact: float | None
+    vi_error: float | None
+    nll_error: float | None
+    ess: float
+    unit: str
+    kind: str
+    draws: int
+    precision: str
+    num_rows: int
+    intact: bool
+
+
+def evaluate_images(
+    model: DflowImageModel,
+    data: Samples,
+    *,
+    unit: str = "bits a dimension",
+    draws: int = 256,
+    batch_size: int = 100,
+    limit: int | None = None,
+    precision: torch.dtype = torch.float64,
+    seed: int = 0,
+    progress: bool = False,
+    accelerator: Accelerator | None = None,
+) -> ImageEvaluation:
+    r"""Bounds of the cost of ``data`` under ``model``.
+
+    With weights :math:`w_k = p(v_k) / q(v_k \mid x)`, :math:`v_k \sim q(\cdot \mid x)`, for K draws
+
+    .. math:: \mathrm{vi} = -\tfrac 1 K \sum_k \log w_k, \qquad \mathrm{nll} = -\log \tfrac 1 K \sum_k w_k .
+
+    Draws come in chunks, so that memory hangs on the batch size and not on K.
+
+    Args:
+        model: scored in a copy of the precision asked for.
+        data: a split.
+        unit: "bits a dimension", or "bits" for those of a whole datum.
+        draws: K.
+        batch_size: data a pass, on each process.
+        limit: score the first ``limit`` data only.
+        precision: of the model and the draws; sums are in float64 in any case.
+        seed: of the draws.
+        progress: show a bar on stderr.
+        accelerator: spread the data over its processes.
+
+    Raises:
+        InputError: nothing to score, data of another kind than the model's, or a bound that is not finite.
+    """
+    for name, value in (("draws", draws), ("batch size", batch_size), ("limit", limit)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} {value} must be at least 1")
+    scored = copy.deepcopy(model).to(precision).train(False)
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    total = min(data.num_rows, limit or data.num_rows)
+    chunk = max(1, min(draws, _PASS // (batch_size * scored.dim)))
+    dims = 1 if unit == "bits" else scored.dim
+    moments = torch.zeros(8, dtype=torch.float64)
+    exact = True
+    mine = range(rank * batch_size, total, world * batch_size)
+    shown = progress and rank == 0
+    with torch.inference_mode(), tqdm(total=total, unit="row", desc="score", delay=1, disable=not shown) as bar:
+        for start in mine:
+            x = scored.check(data.rows(slice(start, min(total, start + batch_size))).to(scored.device))
+            generator = torch.Generator(x.device).manual_seed(seed + start)
+            found = scored.law.assess(x, draws, chunk, generator)
+            masses: Tensor | None = None
+            if exact:
+                try:
+                    masses = scored.law.exact_log_prob(x).double()
+                except ValueError:
+                    exact = False
+            v = scored.law.place(x, generator)
+            intact = torch.equal(scored.law.partition.quantize(v), x.to(torch.int64) if not x.is_floating_point() else x)
+            terms = [torch.ones_like(found.elbo), -found.elbo, found.elbo**2, -found.iwbo, found.iwbo**2, found.ess]
+            terms.append(torch.zeros_like(found.elbo) if masses is None else -masses)
+            sums = torch.stack([t.double().sum() for t in terms]).cpu()
+            moments += torch.cat([sums, torch.tensor([float(not intact)], dtype=torch.float64)])
+            bar.update(len(x))
+    totals = torch.cat([moments, torch.tensor([float(not exact)], dtype=torch.float64)])
+    if accelerator is not None and world > 1:
+        totals = accelerator.reduce(totals.to(accelerator.device), "sum").cpu()
+    n, vi, vi2, nll, nll2, ess, mass, failed, inexact = totals.tolist()
+    if not math.isfinite(vi) or not math.isfinite(nll):
+        raise InputError(
+            f"the model's bound on the {data.name} data is not finite; its training diverged or its checkpoint "
+            "is damaged"
+        )
+
+    def error(first: float, second: float) -> float | None:
+        spread = max(0.0, second / n - (first / n) ** 2)
+        return bits(math.sqrt(spread / (n - 1)), dims) if n > 1 else None
+
+    return ImageEvaluation(
+        vi=bits(vi / n, dims),
+        nll=bits(nll / n, dims),
+        kl=bits((vi - nll) / n, dims),
+        exact=None if inexact else bits(mass / n, dims),
+        vi_error=error(vi, vi2),
+        nll_error=error(nll, nll2),
+        ess=ess / n,
+        unit=unit,
+        kind=f"upper bounds in expectation, from {draws:,} draws",
+        draws=draws,
+        precision=str(precision).removeprefix("torch."),
+        num_rows=int(n),
+        intact=failed == 0,
+    )

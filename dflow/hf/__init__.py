@@ -1,0 +1,18 @@
+"""dflow models as transformers models: config, save, load, generate, score. Thin: the models are in `zoo`."""
+
+from dflow.hf.folder import kind_of, load, save, split_calls
+from dflow.hf.images import DflowImageConfig, DflowImageModel, DflowImageOutput
+from dflow.hf.symbols import DflowConfig, DflowModel, DflowOutput
+
+__all__ = [
+    "DflowConfig",
+    "DflowImageConfig",
+    "DflowImageModel",
+    "DflowImageOutput",
+    "DflowModel",
+    "DflowOutput",
+    "kind_of",
+    "load",
+    "save",
+    "split_calls",
+]

@@ -1,0 +1,148 @@
+"""Model folders: saved whole or not at all, loaded strictly."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from dflow.config import InputError
+from dflow.hf.images import DflowImageModel
+from dflow.hf.symbols import DflowModel
+
+M = TypeVar("M", DflowModel, DflowImageModel)
+
+#: Model types of `config.json`, what they are models of, and their classes.
+_KINDS: dict[str, tuple[str, type[DflowModel | DflowImageModel]]] = {
+    "dflow": ("text", DflowModel),
+    "dflow-image": ("images or tables", DflowImageModel),
+}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' own bars and notes: a save a minute would bury those of the training."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def save(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
+    """`save_pretrained` such that every file of the folder is replaced whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    try:
+        with _quiet():
+            model.save_pretrained(temporary)
+        # The config last: a folder without one is no model yet, one with a config is complete.
+        for path in sorted(temporary.iterdir(), key=lambda p: p.name == "config.json"):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def kind_of(folder: str | os.PathLike[str]) -> type[DflowModel | DflowImageModel]:
+    """The class of the model in ``folder``.
+
+    Raises:
+        InputError: no such folder, not a model of dflow.
+    """
+    path, _ = split_calls(folder)
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder; --model takes the output folder of `dflow train`")
+    file = path / "config.json"
+    try:
+        kind = json.loads(file.read_bytes()).get("model_type")
+    except FileNotFoundError:
+        raise InputError(
+            f"{path}: not a model (no config.json); give the output folder of `dflow train`"
+        ) from None
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{file}: truncated or not a config ({error}); restore the file") from None
+    if kind not in _KINDS:
+        raise InputError(f"{file}: a model of type {kind!r}, not of dflow; give a folder that dflow trained")
+    return _KINDS[kind][1]
+
+
+def load(
+    folder: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    kind: type[M] = DflowModel,  # type: ignore[assignment]
+) -> M:
+    """The model in ``folder``, in evaluation mode; ``FOLDER@8`` is the one of text drawn in 8 calls.
+
+    Args:
+        folder: written by `save`.
+        device: to put it on.
+        kind: `DflowModel` or `DflowImageModel`.
+
+    Raises:
+        InputError: no such folder, not a model of dflow or one of another kind, truncated or foreign files.
+    """
+    path, calls = split_calls(folder)
+    found = kind_of(folder)
+    if found is not kind:
+        names = {cls: name for name, cls in _KINDS.values()}
+        raise InputError(f"{path}: a model of {names[found]}; this takes a model of {names[kind]}")
+    file = path / "config.json"
+    if not (path / "model.safetensors").is_file():
+        raise InputError(f"{path}: no model.safetensors; the checkpoint is incomplete, restore or retrain it")
+    try:
+        config = kind.config_class.from_pretrained(path)
+        config.settings()
+        with _quiet():
+            pair: Any = kind.from_pretrained(path, config=config, output_loading_info=True)
+        model, info = pair
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+    except (SafetensorError, EOFError) as error:
+        raise InputError(
+            f"{path / 'model.safetensors'}: truncated or damaged ({error}); restore the file"
+        ) from None
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: the checkpoint does not fit its config.json ({error})") from None
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(what):
+            names = ", ".join(str(k) for k in sorted(info[what], key=str)[:3])
+            raise InputError(
+                f"{path}: the checkpoint is foreign to its config.json: {what.replace('_', ' ')} {names}; "
+                "restore both files from one run"
+            )
+    loaded: M = model.to(device).eval()
+    if calls is not None:
+        if not isinstance(loaded, DflowModel):
+            raise InputError(f"{folder}: only a model of text is drawn in a number of calls; leave out @{calls}")
+        loaded.choose(calls)
+    return loaded
+
+
+def split_calls(name: str | os.PathLike[str]) -> tuple[Path, int | None]:
+    """The folder and the number of calls that ``FOLDER`` or ``FOLDER@CALLS`` names.
+
+    >>> split_calls("runs/grouped@8")
+    (PosixPath('runs/grouped'), 8)
+    """
+    text = os.fspath(name)
+    folder, at, calls = text.rpartition("@")
+    if at and calls.isdigit() and not Path(text).exists():
+        return Path(folder), int(calls)
+    return Path(text), None

@@ -1,0 +1,141 @@
+"""Models of images and tables as transformers models. Thin: the model is in `zoo`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from dflow import zoo
+from dflow.config import InputError
+from dflow.dequantize import Estimate
+
+
+class DflowImageConfig(PreTrainedConfig):
+    """Settings of a model of images or tables: its family, and what the family's settings list.
+
+    Args:
+        family: a name in `dflow.zoo.IMAGES`.
+        kwargs: settings of the family (unknown ones are refused when the model is built), and those of
+            every transformers config.
+    """
+
+    model_type = "dflow-image"
+
+    def __init__(self, family: str = "dequantized", **kwargs: Any) -> None:
+        """See the class."""
+        self.family = family
+        if family in zoo.IMAGES:
+            known = set(zoo.fields(family))
+            kwargs |= asdict(zoo.settings(family, {k: v for k, v in kwargs.items() if k in known}))
+        super().__init__(**kwargs)
+
+    def settings(self) -> zoo.DequantizedConfig:
+        """The family's settings, checked."""
+        if self.family not in zoo.IMAGES:
+            raise InputError(f"a {self.family!r} is no family of images; known: {', '.join(zoo.IMAGES)}")
+        found: zoo.DequantizedConfig = zoo.settings(
+            self.family, {name: getattr(self, name) for name in zoo.fields(self.family)}
+        )
+        if not found.shape or not found.levels:
+            raise InputError("shape and levels are missing; restore the file")
+        return found
+
+
+@dataclass
+class DflowImageOutput(ModelOutput):
+    """Mean of minus the bound in bits a dimension, and the bound of each datum in nats."""
+
+    loss: Tensor | None = None
+    elbo: Tensor | None = None
+
+
+class DflowImageModel(PreTrainedModel):
+    """A model of integers (pixels, columns): bounds of its likelihood, exact where that can be had, and draws."""
+
+    config_class = DflowImageConfig
+    base_model_prefix = "law"
+    main_input_name = "pixel_values"
+    config: DflowImageConfig
+
+    def __init__(self, config: DflowImageConfig) -> None:
+        """Build the model that ``config`` describes, with fresh weights."""
+        super().__init__(config)
+        settings = config.settings()
+        # Masks and permutations are computed, not loaded; see `DflowModel`.
+        with torch.device("cpu"):
+            self.law = zoo.build_image(config.family, settings)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Modules initialise themselves; the default would undo it."""
+
+    @property
+    def dim(self) -> int:
+        """Entries of one datum."""
+        return self.config.settings().dim
+
+    def forward(self, pixel_values: Tensor, generator: torch.Generator | None = None, **kwargs: Any) -> DflowImageOutput:
+        """The evidence lower bound, from one draw; values as in `elbo`."""
+        x = self.check(pixel_values)
+        values = self.law.elbo(x, 1, generator).values
+        return DflowImageOutput(loss=-Estimate(values, "elbo", True).bits_per_dim(x.shape[1]).mean(), elbo=values)
+
+    def elbo(self, pixel_values: Tensor, k: int = 1, generator: torch.Generator | None = None) -> Estimate:
+        """``E_q[log p(v) - log q(v | x)]`` in nats, from ``k`` draws: a lower bound in expectation.
+
+        ``pixel_values`` are integers ``(batch, C, H, W)`` or ``(batch, C*H*W)``.
+
+        Raises:
+            InputError: another shape, or values outside the model's levels.
+        """
+        return self.law.elbo(self.check(pixel_values), k, generator)
+
+    def iwbo(self, pixel_values: Tensor, k: int, generator: torch.Generator | None = None) -> Estimate:
+        """``E log 1/k sum_i p(v_i) / q(v_i | x)`` in nats: a lower bound in expectation, tighter with ``k``."""
+        return self.law.iwbo(self.check(pixel_values), k, generator)
+
+    def exact_log_prob(self, pixel_values: Tensor) -> Tensor:
+        """Exact log-likelihood in nats, where the model has one.
+
+        Raises:
+            InputError: it has none.
+        """
+        x = self.check(pixel_values)
+        try:
+            return self.law.exact_log_prob(x)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+
+    @torch.no_grad()
+    def generate(self, num_return_sequences: int = 1, generator: torch.Generator | None = None) -> Tensor:
+        """Exact draws, int64 ``(n, C, H, W)``; on hypercubes a draw may lie outside the levels of the data."""
+        if num_return_sequences < 1:
+            raise InputError(f"cannot draw {num_return_sequences} samples; ask for 1 or more")
+        return self.law.sample(num_return_sequences, generator).unflatten(1, tuple(self.config.shape))
+
+    def check(self, x: Tensor) -> Tensor:
+        """``x`` flat, ``(batch, dim)``, or an `InputError`."""
+        shape = tuple(self.config.shape)
+        if x.shape[1:] != shape and (x.ndim != 2 or x.shape[1] != self.dim):
+            raise InputError(f"data of shape {tuple(x.shape[1:])}; this model takes {shape}")
+        x = x.reshape(len(x), -1)
+        levels = self.config.levels
+        tops = levels if len(levels) == x.shape[1] else levels * x.shape[1]
+        highest = torch.tensor([torch.inf if n is None else n - 1 for n in tops], device=x.device)
+        bad = (x > highest) | ((x < 0) & highest.isfinite())
+        if bad.any():
+            row, column = bad.nonzero()[0].tolist()
+            raise InputError(
+                f"value {x[row, column].item()} of entry {column} lies outside 0..{tops[column]}; "
+                "this model was trained on data of other levels"
+            )
+        return x
+
+
+AutoConfig.register("dflow-image", DflowImageConfig)
+AutoModel.register(DflowImageConfig, DflowImageModel)

@@ -1,0 +1,29 @@
+"""Training: recipes, and one loop for every model."""
+
+from dflow.train.loop import train
+from dflow.train.recipe import (
+    METRICS,
+    RECIPE,
+    STATE,
+    Paper,
+    Recipe,
+    Schedule,
+    TrainConfig,
+    load_recipe,
+    recipe_from,
+    recipe_of,
+)
+
+__all__ = [
+    "METRICS",
+    "RECIPE",
+    "STATE",
+    "Paper",
+    "Recipe",
+    "Schedule",
+    "TrainConfig",
+    "load_recipe",
+    "recipe_from",
+    "recipe_of",
+    "train",
+]

@@ -1,0 +1,243 @@
+"""Recipes: what to train, on what, how, and where to put it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from dflow import zoo
+from dflow.config import InputError, convert, nearest, parse
+from dflow.data import DataConfig, ImageConfig
+from dflow.ops.straight_through import SCHEDULES, scheduled
+from dflow.zoo import setting
+
+STATE = "state.safetensors"
+RECIPE = "recipe.yaml"
+METRICS = "metrics.jsonl"
+
+
+@dataclass
+class Schedule:
+    """A value that moves from `start` to `end` over the first `until` of the training."""
+
+    start: float
+    end: float
+    schedule: str = "linear"
+    until: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise InputError(f"unknown schedule {self.schedule!r}; {nearest(self.schedule, list(SCHEDULES))}")
+        if not 0 < self.until <= 1:
+            raise InputError(f"until must lie in (0, 1], found {self.until}")
+
+    def at(self, fraction: float) -> float:
+        """The value after ``fraction`` of the training."""
+        return scheduled(self.schedule, min(1.0, fraction / self.until), self.start, self.end)
+
+
+@dataclass
+class TrainConfig:
+    """How a model is trained. The budget is `steps`, `minutes` or both: what is reached first ends it."""
+
+    steps: int | None = setting(None, "budget in steps of the optimizer")
+    minutes: float | None = setting(None, "budget in minutes, evaluations included")
+    batch_size: int = setting(32, "sequences of one step, over all processes and accumulation")
+    accumulation: int = setting(1, "pieces into which each process cuts its part of a batch")
+    learning_rate: float = setting(2e-3, "peak learning rate (AdamW)")
+    final_learning_rate: float = setting(0.0, "learning rate at the end, as a share of the peak (cosine)")
+    warmup: int = setting(100, "steps of linear warm-up")
+    weight_decay: float = setting(0.01, "weight decay of matrices")
+    clip: float = setting(1.0, "largest norm of the gradient; 0 for none")
+    ema: float = setting(
+        0.0, "decay of the moving average of weights that is evaluated and saved; 0 for none"
+    )
+    mixed_precision: Literal["no", "bf16", "fp16"] = setting(
+        "no", "precision of the networks: no, bf16, fp16"
+    )
+    rule: Literal[
+        "auto",
+        "likelihood",
+        "straight_through",
+        "gumbel",
+        "layerwise",
+        "expected",
+        "masked",
+        "elbo",
+        "iwbo",
+        "renyi",
+    ] = setting("auto", "training rule; auto takes the best for the model (of images: elbo)")
+    draws: int = setting(1, "draws of the dequantizer for each datum, of rules elbo, iwbo and renyi")
+    alpha: float = setting(-math.inf, "order of rule renyi; -inf is VR-max")
+    temperature: Schedule = field(
+        default_factory=lambda: Schedule(1.0, 1.0),
+        metadata={"help": "of the soft-max of rules straight_through, gumbel and expected"},
+    )
+    noise: Schedule | None = field(
+        default=None, metadata={"help": "factor of the Gumbel noise (rule gumbel: 1 falling to 0)"}
+    )
+    peak: Schedule | None = field(
+        default=None, metadata={"help": "pull of the base towards symbol 0, which breaks the identity trap"}
+    )
+    refit_batches: int = setting(16, "batches that set a base in closed form before an evaluation")
+    base_momentum: float = setting(0.98, "memory of a base in closed form, a step")
+    seed: int = setting(0, "seed of weights, batches and dropout")
+    eval_every: int | None = setting(None, "steps between evaluations")
+    eval_minutes: float | None = setting(None, "minutes between evaluations (default: a tenth of the budget)")
+    eval_chunks: int | None = setting(
+        None,
+        "chunks (images) of the validation data used during training; 0 for all (default: 128, 2048 images)",
+    )
+    eval_draws: int = setting(16, "draws of the dequantizer at an evaluation, after rules iwbo and renyi")
+    save_every: int | None = setting(None, "steps between saves of the training state (default: evaluations)")
+    samples: int = setting(2, "samples printed at each evaluation")
+    trackers: list[str] = field(
+        default_factory=lambda: ["tensorboard"], metadata={"help": "trackers of accelerate; [] for none"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.minutes is None:
+            raise InputError("give a budget: steps or minutes")
+        for name in ("steps", "minutes", "eval_every", "eval_minutes", "save_every"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise InputError(f"{name} must be positive, found {value}")
+        for name in ("batch_size", "accumulation", "refit_batches", "draws", "eval_draws"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, found {getattr(self, name)}")
+        for name in ("ema", "base_momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} must lie in [0, 1), found {getattr(self, name)}")
+        if self.learning_rate <= 0:
+            raise InputError(f"learning_rate must be positive, found {self.learning_rate}")
+
+
+@dataclass
+class Paper:
+    """A published value that a recipe is measured against."""
+
+    value: float
+    unit: str
+    source: str
+    protocol: str = ""
+    measure: str = setting("", "which figure of `dflow evaluate` it compares with: vi, nll or kl")
+    set: list[str] = field(
+        default_factory=list, metadata={"help": "settings, as of --set, that turn the recipe into its setup"}
+    )
+
+
+@dataclass
+class Recipe:
+    """What to train, on what, how, and where to put it."""
+
+    data: DataConfig | ImageConfig
+    family: str
+    model: Any
+    train: TrainConfig
+    output: Path
+    paper: list[Paper] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as in the file."""
+        values: dict[str, Any] = {
+            "data": asdict(self.data),
+            "model": {"family": self.family} | asdict(self.model),
+            "train": asdict(self.train),
+            "output": str(self.output),
+        }
+        return values | ({"paper": [asdict(p) for p in self.paper]} if self.paper else {})
+
+
+@dataclass
+class _File:
+    """The sections of a recipe's file."""
+
+    model: dict[str, Any]
+    train: dict[str, Any]
+    output: str
+    data: dict[str, Any] = field(default_factory=dict)
+    paper: dict[str, Any] | list[Any] | None = None
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe strictly; ``overrides`` are ``key=value`` with dotted keys and YAML values.
+
+    Raises:
+        InputError: no such file, no YAML, an unknown key or a value of the wrong type.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such recipe; recipes/ holds some to start from") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a recipe ({str(error).splitlines()[0]})") from None
+    if not isinstance(values, Mapping):
+        raise InputError(f"{path}: a recipe is a mapping with the sections data, model, train and output")
+    tree = copy.deepcopy(dict(values))
+    for override in overrides or []:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise InputError(f"--set {override}: write key=value, for example train.minutes=3")
+        *parents, last = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise InputError(f"--set {override}: {parent} is not a section")
+        try:
+            node[last] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise InputError(f"--set {override}: {text!r} is not a YAML value") from None
+    return recipe_from(tree, str(path))
+
+
+def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
+    """A recipe from plain values; ``where`` names their source in errors."""
+    sections = parse(_File, values, where)
+    model = dict(sections.model)
+    family = model.pop("family", None)
+    if family is None:
+        raise InputError(f"{where}: key 'model.family' is missing; {nearest('', list(zoo.FAMILIES))}")
+    train = parse(TrainConfig, sections.train, f"{where}: train")
+    values_of = sections.paper if isinstance(sections.paper, list) else [sections.paper] * bool(sections.paper)
+    paper = [parse(Paper, value, f"{where}: paper") for value in values_of]
+    output = Path(convert(str, sections.output, f"{where}: output"))
+    if family in zoo.IMAGES:
+        images = parse(ImageConfig, sections.data, f"{where}: data")
+        found = zoo.settings(family, model, f"{where}: model")
+        if train.rule not in ("auto", *IMAGE_RULES):
+            raise InputError(
+                f"{where}: train.rule {train.rule!r} trains models of text; use {', '.join(IMAGE_RULES)}"
+            )
+        return Recipe(images, family, found, train, output, paper)
+    if train.rule in IMAGE_RULES:
+        raise InputError(f"{where}: train.rule {train.rule!r} trains models of images; use auto")
+    data = parse(DataConfig, sections.data, f"{where}: data")
+    law = data.law(f"{where}: data")
+    if law is not None:
+        model.setdefault("length", law.dim)
+    config = zoo.settings(family, model, f"{where}: model")
+    if law is not None and config.length != law.dim:
+        raise InputError(
+            f"{where}: model.length is {config.length} and sequences of {data.name} have {law.dim} symbols; "
+            "leave it out, or change data.parameters"
+        )
+    return Recipe(data, family, config, train, output, paper)
+
+
+#: Rules for models of images and tables.
+IMAGE_RULES = ("elbo", "iwbo", "renyi")
+
+
+def recipe_of(folder: str | Path) -> Recipe:
+    """The recipe that the model in ``folder`` was trained by."""
+    path = Path(folder) / RECIPE
+    if not path.is_file():
+        raise InputError(f"{folder}: no {RECIPE}; name the data yourself")
+    return load_recipe(path)

@@ -1,0 +1,322 @@
+"""What the loop of training asks of a kind of data: its batches, model, objective, units and samples."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dflow import hf, objectives, zoo
+from dflow.config import InputError
+from dflow.data import Corpus, ImageConfig, ImageSet, Tokenizer, files, load, load_images, pictures
+from dflow.distributions import Categorical, Mixture
+from dflow.train.recipe import Recipe, Schedule
+
+Batch = tuple[Tensor, Tensor | None]
+
+
+class Task(ABC):
+    """A model being trained on data.
+
+    Attributes:
+        recipe: what to train on what; settings that are those of the data are filled in.
+        model: with fresh weights, but for what is set in closed form from the data.
+        objective: loss in nats summed over a batch, and statistics for what has a closed form (or None).
+        rule: the training rule.
+        unit: of what is told, "bits a character".
+        short: the same, short.
+        things: what a rate counts.
+        kind: of the figure told at an evaluation: "exact" or the name of a bound.
+    """
+
+    recipe: Recipe
+    model: PreTrainedModel
+    objective: nn.Module
+    rule: str
+    unit: str
+    short: str
+    things: str
+    kind: str
+
+    @abstractmethod
+    def batch(self, seed: int) -> Batch:
+        """The whole batch that a seed gives: the same on every process."""
+
+    @abstractmethod
+    def entries(self, batch: Batch) -> int:
+        """Entries (symbols, dimensions) over which the loss of a batch is averaged."""
+
+    @abstractmethod
+    def count(self, batch: Batch) -> float:
+        """Things (characters, dimensions, data) over which the loss of a batch is told."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write what belongs to the model beside its weights."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The model and the data, in two lines."""
+
+    @abstractmethod
+    def valid(self, device: torch.device, rank: int, world: int) -> tuple[Iterator[Batch], float]:
+        """This process's share of the validation data, in batches; and the things in all of it."""
+
+    @abstractmethod
+    def nats(self, model: Any, batch: Batch) -> Tensor:
+        """Minus the likelihood, or its bound, of a batch: summed, float64."""
+
+    @abstractmethod
+    def show(self, model: Any, step: int, device: torch.device) -> Iterator[str]:
+        """Draw and show samples; yields lines to print."""
+
+    def closed_form(self, model: Any) -> Any:
+        """What has a closed form and is moved by statistics, or None."""
+        return None
+
+    def schedule(self, step: int, fraction: float) -> None:
+        """Move what moves with the training."""
+        return
+
+    def settle(self, model: Any, batches: Iterator[Batch]) -> Any:
+        """Make a model ready to be evaluated; what `unsettle` needs to go on training."""
+        return None
+
+    def unsettle(self, model: Any, kept: Any) -> None:
+        """Undo `settle`."""
+        return
+
+
+def task_of(recipe: Recipe, resume: bool) -> Task:
+    """The task that a recipe describes, with its data read and its model built."""
+    if isinstance(recipe.data, ImageConfig):
+        return _Images(recipe, load_images(recipe.data))
+    return _Text(recipe, load(recipe.data, Tokenizer.load(recipe.output) if resume else None))
+
+
+class _Text(Task):
+    """Sequences of symbols, scored exactly."""
+
+    unit, short, things, kind = "bits a character", "bits/char", "chars", "exact"
+    model: hf.DflowModel
+
+    def __init__(self, recipe: Recipe, corpus: Corpus) -> None:
+        config = recipe.train
+        self.recipe, self.corpus, self.length = recipe, corpus, recipe.model.length
+        explicit = corpus.protocol == "sentence"
+        for text in (corpus.train, corpus.valid):
+            text.crops(1, self.length, torch.Generator().manual_seed(0))
+        torch.manual_seed(config.seed)
+        settings = hf.DflowConfig(
+            family=recipe.family,
+            vocab_size=corpus.tokenizer.size,
+            explicit_length=explicit,
+            **asdict(recipe.model),
+        )
+        self.model = hf.DflowModel(settings)
+        distribution = self.model.distribution
+        law = objectives.base_of(distribution)
+        if isinstance(law, (Categorical, Mixture)):
+            law.initialize(corpus.train.marginals(corpus.tokenizer.size))
+        if explicit:
+            self.model.set_length_counts(corpus.train.length_counts(self.length).float())
+        rule = objectives.default_rule(distribution) if config.rule == "auto" else config.rule
+        self.rule, self.objective = rule, objectives.Objective(distribution, rule)
+        self.estimators = objectives.estimators(distribution)
+        self.laws = objectives.elastic(distribution)
+
+    def batch(self, seed: int) -> Batch:
+        generator = torch.Generator().manual_seed(seed)
+        return self.corpus.train.crops(self.recipe.train.batch_size, self.length, generator)
+
+    def entries(self, batch: Batch) -> int:
+        x, lengths = batch
+        return x.numel() if lengths is None else int(lengths.sum())
+
+    def count(self, batch: Batch) -> float:
+        return self.entries(batch) * self.corpus.train.characters_per_symbol
+
+    def save(self, folder: Path) -> None:
+        self.corpus.tokenizer.save(folder)
+
+    def describe(self) -> str:
+        corpus = self.corpus
+        parameters = sum(p.numel() for p in self.model.parameters())
+        most = "at most " * (getattr(self.recipe.model, "inversion", "loop") == "jacobi")
+        return (
+            f"{self.recipe.family}: {parameters:,} parameters, rule {self.rule}, "
+            f"{most}{self.model.num_calls} network calls to draw {self.length} symbols\n"
+            f"{corpus.name} ({corpus.protocol}): {corpus.train.amount}, "
+            f"{corpus.tokenizer.size} different"
+        )
+
+    def valid(self, device: torch.device, rank: int, world: int) -> tuple[Iterator[Batch], float]:
+        text = self.corpus.valid
+        ids, lengths = text.chunks(self.length)
+        chunks = self.recipe.train.eval_chunks
+        limit = len(ids) if chunks == 0 else _EVAL_CHUNKS if chunks is None else chunks
+        ids, lengths = ids[:limit], None if lengths is None else lengths[:limit]
+        size = max(1, self.recipe.train.batch_size // world)
+
+        def batches() -> Iterator[Batch]:
+            for start in range(rank * size, len(ids), world * size):
+                rows = slice(start, start + size)
+                yield ids[rows].to(device), None if lengths is None else lengths[rows].to(device)
+
+        symbols = ids.numel() if lengths is None else int(lengths.sum()) + len(lengths)
+        return batches(), symbols * text.characters_per_symbol
+
+    def nats(self, model: hf.DflowModel, batch: Batch) -> Tensor:
+        return -model.log_prob(*batch).double().sum()
+
+    def show(self, model: hf.DflowModel, step: int, device: torch.device) -> Iterator[str]:
+        config = self.recipe.train
+        generator = torch.Generator(device).manual_seed(config.seed)
+        for row in model.generate(config.samples, generator=generator):
+            yield "  | " + self.corpus.tokenizer.decode(row.cpu()).replace("\n", "\n  | ")
+
+    def closed_form(self, model: hf.DflowModel) -> Categorical | None:
+        return objectives.closed_form(model.distribution)
+
+    def schedule(self, step: int, fraction: float) -> None:
+        config = self.recipe.train
+        noise = config.noise or (Schedule(1.0, 0.0) if self.rule == "gumbel" else Schedule(0.0, 0.0))
+        for estimator in self.estimators:
+            estimator.temperature = config.temperature.at(fraction)
+            estimator.noise = noise.at(fraction)
+        for law in self.laws:
+            # From the seed and the step, so that all processes and resumed runs take the same.
+            law.choose(law.budgets[mix(config.seed + 2, step) % len(law.budgets)])
+        base = self.closed_form(self.model)
+        if base is not None:
+            base.peak = config.peak.at(fraction) if config.peak and fraction < config.peak.until else 0.0
+
+    def settle(self, model: hf.DflowModel, batches: Iterator[Batch]) -> Any:
+        for law in objectives.elastic(model.distribution):
+            law.choose(None)
+        base, training = self.closed_form(model), self.closed_form(self.model)
+        if base is None or training is None:
+            return None
+        kept = base.peak, training.counts.clone()
+        base.peak = 0.0
+        # The exact optimum for the weights at hand, where training had a running average of old ones.
+        objectives.refit(model.distribution, batches)
+        return kept
+
+    def unsettle(self, model: hf.DflowModel, kept: Any) -> None:
+        base, training = self.closed_form(model), self.closed_form(self.model)
+        if base is None or training is None:
+            return
+        base.peak, counts = kept
+        if model is self.model:
+            training.counts.copy_(counts)
+
+
+class _Images(Task):
+    """Integers under a density: bounds of the likelihood."""
+
+    model: hf.DflowImageModel
+
+    def __init__(self, recipe: Recipe, images: ImageSet) -> None:
+        config = recipe.train
+        shape, levels = list(images.shape), list(images.levels)
+        for name, found in (("shape", shape), ("levels", levels)):
+            asked = getattr(recipe.model, name)
+            if asked and asked != found:
+                raise InputError(f"model.{name} is {asked} and the data's is {found}; leave it out")
+        # What the data decide is kept in the recipe, so that it tells the whole.
+        settings: zoo.DequantizedConfig = replace(recipe.model, shape=shape, levels=levels)
+        self.recipe, self.images = replace(recipe, model=settings), images
+        torch.manual_seed(config.seed)
+        self.model = hf.DflowImageModel(hf.DflowImageConfig(family=recipe.family, **asdict(settings)))
+        self.bound = objectives.bound_of(config.rule, config.draws, config.alpha)
+        self.rule = self.bound.name
+        self.check = objectives.guaranteed(self.bound, config.eval_draws)
+        self.kind = f"bound: {self.check.name}"
+        self.total = images.unit == "bits"
+        self.unit = images.unit
+        self.short, self.things = ("bits", "rows") if self.total else ("bits/dim", "dims")
+        self.objective = objectives.BoundObjective(self.model.law, self.bound)
+        x, _ = images.train.crops(
+            max(config.batch_size, _INITIAL // images.dim), images.dim, torch.Generator().manual_seed(config.seed)
+        )
+        objectives.initialize(self.model.law, x, torch.Generator().manual_seed(config.seed))
+
+    def batch(self, seed: int) -> Batch:
+        generator = torch.Generator().manual_seed(seed)
+        return self.images.train.crops(self.recipe.train.batch_size, self.images.dim, generator)
+
+    def entries(self, batch: Batch) -> int:
+        return batch[0].numel()
+
+    def count(self, batch: Batch) -> float:
+        return len(batch[0]) if self.total else batch[0].numel()
+
+    def save(self, folder: Path) -> None:
+        return
+
+    def describe(self) -> str:
+        images, model = self.images, self.recipe.model
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return (
+            f"{model.dequantizer} dequantizer on {model.partition}s, {model.density} density: "
+            f"{parameters:,} parameters, rule {self.rule}\n"
+            f"{images.name} {'x'.join(map(str, images.shape))}: {images.train.amount}"
+        )
+
+    def valid(self, device: torch.device, rank: int, world: int) -> tuple[Iterator[Batch], float]:
+        config, rows = self.recipe.train, self.images.valid
+        chunks = config.eval_chunks
+        limit = min(rows.num_rows, {0: rows.num_rows, None: _EVAL_ROWS}.get(chunks, chunks or 0))
+        size = max(1, config.batch_size // world)
+
+        def batches() -> Iterator[Batch]:
+            for start in range(rank * size, limit, world * size):
+                yield rows.rows(slice(start, min(limit, start + size))).to(device), None
+
+        return batches(), float(limit if self.total else limit * self.images.dim)
+
+    def nats(self, model: hf.DflowImageModel, batch: Batch) -> Tensor:
+        # The same noise at every evaluation, so that two of them compare.
+        x = batch[0]
+        generator = torch.Generator(x.device).manual_seed(self.recipe.train.seed)
+        lw = model.law.log_weights(x, self.check.k, generator)
+        return -self.check.value(lw.double()).sum()
+
+    def show(self, model: hf.DflowImageModel, step: int, device: torch.device) -> Iterator[str]:
+        config, images = self.recipe.train, self.images
+        generator = torch.Generator(device).manual_seed(config.seed)
+        if images.columns is not None or images.dim < 2:
+            for row in model.law.sample(config.samples, generator).tolist():
+                yield f"  | {row}"
+            return
+        folder = self.recipe.output / "samples"
+        folder.mkdir(exist_ok=True)
+        x = model.law.sample(max(config.samples, _PICTURES), generator).cpu()
+        path = folder / f"{step:07d}.png"
+        files.write(path, pictures.grid(x, images.shape, images.levels[0] or 2))
+        yield f"  | {path}"
+
+    def closed_form(self, model: hf.DflowImageModel) -> Any:
+        return objectives.gaussian(model.law)
+
+
+#: Chunks of text, and rows of images, of an evaluation during training where none is asked for.
+_EVAL_CHUNKS, _EVAL_ROWS = 128, 2048
+#: Entries of the data from which a model of images starts.
+_INITIAL = 1 << 22
+#: Least number of pictures in a sample grid.
+_PICTURES = 36
+
+
+def mix(*numbers: int) -> int:
+    """A seed that differs for every combination of ``numbers``."""
+    digest = hashlib.sha256(",".join(map(str, numbers)).encode()).digest()
+    return int.from_bytes(digest[:7], "big")

@@ -1,0 +1,92 @@
+"""Models by name: a settings dataclass a family, and the builder that turns it into a model.
+
+This is the only floor that reads settings of a model; what lies below takes named arguments. Families of
+symbols (text) are in `dflow.zoo.text`, those of images and tables in `dflow.zoo.images`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from dflow.config import InputError, nearest, parse
+from dflow.core import Distribution
+from dflow.dequantize import Dequantized
+from dflow.zoo import images, text
+from dflow.zoo.images import DequantizedConfig
+from dflow.zoo.settings import setting
+from dflow.zoo.text import (
+    MASKS,
+    AnyOrderConfig,
+    GroupedConfig,
+    ModelConfig,
+    blocks,
+    halves,
+    single,
+    strides,
+    walk,
+)
+
+#: Families over symbols.
+FAMILIES = text.FAMILIES
+#: Families over images and tables.
+IMAGES = images.FAMILIES
+
+#: Settings of some family.
+Settings = ModelConfig | DequantizedConfig
+
+__all__ = [
+    "FAMILIES",
+    "IMAGES",
+    "MASKS",
+    "AnyOrderConfig",
+    "DequantizedConfig",
+    "GroupedConfig",
+    "ModelConfig",
+    "Settings",
+    "blocks",
+    "build",
+    "build_image",
+    "fields",
+    "halves",
+    "setting",
+    "settings",
+    "single",
+    "strides",
+    "walk",
+]
+
+
+def settings(family: object, values: dict[str, Any], where: str = "model") -> Any:
+    """The settings of ``family`` from a mapping, strictly.
+
+    >>> settings("grouped", {"num_calls": 16}).num_calls
+    16
+    >>> settings("groupd", {})
+    Traceback (most recent call last):
+    dflow.config.InputError: model: unknown family 'groupd'; did you mean 'grouped'?
+    """
+    return parse(_class(family, where), values, where)
+
+
+def build(family: str, config: ModelConfig, K: int) -> Distribution:
+    """The distribution over sequences of symbols in Z/K that ``config`` describes."""
+    return FAMILIES[family][1](config, K)
+
+
+def build_image(family: str, config: DequantizedConfig) -> Dequantized:
+    """The model of images or tables that ``config`` describes."""
+    return IMAGES[family][1](config)
+
+
+def fields(family: str) -> list[str]:
+    """Names of the settings of ``family``."""
+    return [f.name for f in dataclasses.fields(_class(family, "model"))]
+
+
+def _class(family: object, where: str) -> type[Any]:
+    found = FAMILIES.get(str(family)) or IMAGES.get(str(family))
+    if not isinstance(family, str) or found is None:
+        known = [*FAMILIES, *IMAGES]
+        raise InputError(f"{where}: unknown family {family!r}; {nearest(str(family), known)}")
+    return found[0]

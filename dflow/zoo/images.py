@@ -1,0 +1,314 @@
+"""Families over images and tables: their settings, and their builders.
+
+Tensors are flat, ``(batch, C*H*W)`` in C, H, W order; networks and 1x1 convolutions reshape inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dflow.bijectors import ActNorm, Autoregressive, Chain, Conv1x1, Coupling, Inverse, Permute, squeeze
+from dflow.config import InputError
+from dflow.core import Bijector, Distribution, Elementwise
+from dflow.dequantize import (
+    Columns,
+    Dequantized,
+    Dequantizer,
+    FlowDequantizer,
+    Hypercube,
+    NormalDequantizer,
+    Orthant,
+    Partition,
+    TruncatedNormal,
+    Uniform,
+)
+from dflow.distributions import ConditionalNormal, CovarianceNormal, Normal
+from dflow.elementwise import Affine, Spline
+from dflow.flows import Flow, Split
+from dflow.nn.densenet import DenseNet
+from dflow.nn.masked_conv import MaskedConv
+from dflow.nn.perceptron import Perceptron
+from dflow.zoo.settings import setting
+
+Shape = tuple[int, int, int]
+
+
+@dataclass
+class DequantizedConfig:
+    """Discrete data under a density p(v), by a dequantizer q(v | x) on the cells of a partition."""
+
+    shape: list[int] = field(
+        default_factory=list, metadata={"help": "channels, height, width (default: those of the data)"}
+    )
+    levels: list[int | None] = field(
+        default_factory=list,
+        metadata={"help": "values of an entry, one number or one a column; null: a real number (default: of the data)"},
+    )
+    partition: Literal["hypercube", "orthant"] = setting(
+        "hypercube", "cells: hypercube [x, x + 1); orthant, above or below 1/2, for binary data"
+    )
+    density: Literal["diagonal", "covariance", "flow"] = setting(
+        "flow", "density p(v): diagonal or covariance (Gaussian), flow (multi-scale)"
+    )
+    fit: Literal["moments", "gradient"] = setting(
+        "moments", "how a Gaussian density learns: moments (closed form), gradient"
+    )
+    dequantizer: Literal["uniform", "normal", "covariance", "bipartite", "autoregressive", "truncated"] = (
+        setting(
+            "uniform",
+            "dequantizer q(v | x): uniform; normal or covariance (through a sigmoid, or softplus on orthants); "
+            "bipartite or autoregressive flow; truncated (sequential truncated normals of a Gaussian density)",
+        )
+    )
+    num_levels: int = setting(1, "levels of a flow; half of the entries are factored out between two")
+    num_flows: int = setting(8, "couplings of a level")
+    elementwise: Literal["affine", "spline"] = setting("spline", "family of a coupling: affine, spline")
+    spline_bins: int = setting(8, "bins of a spline")
+    conditioner: Literal["densenet", "perceptron"] = setting(
+        "densenet", "networks: densenet (convolutions); perceptron, which takes an image as a vector"
+    )
+    hidden_size: int = setting(96, "width of a network")
+    num_hidden_layers: int = setting(4, "layers of a network")
+    context_size: int = setting(16, "channels of a dequantizer's context")
+    dequantizer_flows: int = setting(4, "couplings, or autoregressive layers, of a dequantizer that is a flow")
+    dequantizer_elementwise: Literal["affine", "spline"] = setting("affine", "family of these: affine, spline")
+    dequantizer_hidden_size: int = setting(64, "width of a dequantizer's networks")
+    dequantizer_hidden_layers: int = setting(2, "layers of a dequantizer's networks")
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_levels", "num_flows", "spline_bins", "hidden_size", "num_hidden_layers", "context_size",
+            "dequantizer_flows", "dequantizer_hidden_size", "dequantizer_hidden_layers",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.shape and (len(self.shape) != 3 or min(self.shape) < 1):
+            raise InputError(f"shape must be channels, height and width, found {self.shape}")
+        if self.shape and len(self.levels) not in (0, 1, prod(self.shape)):
+            raise InputError(f"levels must be one number, or {prod(self.shape)}, found {len(self.levels)}")
+        if self.dequantizer == "truncated" and self.density == "flow":
+            raise InputError(
+                "dequantizer 'truncated' is that of a Gaussian: use density diagonal or covariance, or another "
+                "dequantizer"
+            )
+        if self.dequantizer == "uniform" and self.partition == "orthant":
+            raise InputError(
+                "orthants have no uniform law: use partition hypercube, or dequantizer normal, covariance, "
+                "bipartite, autoregressive or truncated"
+            )
+        if self.partition == "orthant" and any(n != 2 for n in self.levels):
+            raise InputError(f"partition 'orthant' is for two values an entry, found {self.levels[0]}; use hypercube")
+        if self.density == "flow" and self.dim == 1:
+            raise InputError("a coupling needs two entries or more; use density diagonal")
+        if self.shape and self.num_levels > 1 and self.dim >> (self.num_levels - 1) < 2:
+            raise InputError(f"num_levels {self.num_levels} leave less than two of {self.dim} entries")
+
+    @property
+    def dim(self) -> int:
+        """Entries of one datum."""
+        return prod(self.shape) if self.shape else 0
+
+    @property
+    def discrete(self) -> Tensor:
+        """Bool ``(dim,)``: whether an entry is discrete."""
+        levels = self.levels if len(self.levels) == self.dim else self.levels * self.dim
+        return torch.tensor([n is not None for n in levels])
+
+
+def dequantized(config: DequantizedConfig) -> Dequantized:
+    """Hoogeboom, Cohen and Tomczak 2020 (arXiv 2001.11235)."""
+    if not config.shape or not config.levels:
+        raise InputError("shape and levels are missing; they are those of the data that the model is trained on")
+    partition = _partition(config)
+    density = _density(config)
+    return Dequantized(density, _dequantizer(config, partition, density))
+
+
+def _partition(config: DequantizedConfig) -> Partition:
+    cells = Orthant() if config.partition == "orthant" else Hypercube()
+    discrete = config.discrete.tolist()
+    if all(discrete):
+        return cells
+    return Columns([(cells if d else None, 1) for d in discrete])
+
+
+# -- densities -----------------------------------------------------------------------------------------------
+
+
+def _density(config: DequantizedConfig) -> Distribution:
+    learned = config.fit == "gradient"
+    if config.density == "diagonal":
+        return Normal(config.dim, learned=learned)
+    if config.density == "covariance":
+        return CovarianceNormal(config.dim, learned=learned)
+    return _level(config, _shape(config), config.num_levels)
+
+
+def _level(config: DequantizedConfig, shape: Shape, levels: int) -> Distribution:
+    """Kingma and Dhariwal 2018 (arXiv 1807.03039), with networks as in Hoogeboom et al. 2019 (IDF)."""
+    layers: list[Bijector] = []
+    if shape[1] % 2 == 0 and shape[2] % 2 == 0:
+        permutation, shape = squeeze(shape)
+        layers.append(permutation)
+    for _ in range(config.num_flows):
+        layers += [ActNorm(shape), Conv1x1(shape)]
+        layers.append(_coupling(_family(config, config.elementwise), shape, _net(config)))
+    layers.append(ActNorm(shape))
+    if levels == 1:
+        return Flow(Chain(layers), Normal(prod(shape)))
+    kept = shape[0] - shape[0] // 2
+    mask = torch.arange(prod(shape)) < kept * shape[1] * shape[2]
+    net = _net(config)((kept, *shape[1:]), shape[0] - kept, 2, 0)
+    return Flow(
+        Chain(layers),
+        Split(mask, ConditionalNormal(net), _level(config, (kept, *shape[1:]), levels - 1)),
+    )
+
+
+def _coupling(elementwise: Elementwise, shape: Shape, net: _Net, context: int = 0, swap: bool = False) -> Coupling:
+    """The first half of the channels known, or with ``swap`` the second."""
+    known = shape[0] - shape[0] // 2
+    mask = torch.arange(prod(shape)) < known * shape[1] * shape[2]
+    if swap:
+        mask, known = ~mask, shape[0] - known
+    return Coupling(
+        elementwise, net((known, *shape[1:]), shape[0] - known, elementwise.num_params, context), mask
+    )
+
+
+def _family(config: DequantizedConfig, name: str) -> Elementwise:
+    return Affine() if name == "affine" else Spline(config.spline_bins)
+
+
+def _shape(config: DequantizedConfig) -> Shape:
+    """The shape at which networks work: a perceptron takes an image as a vector."""
+    channels, height, width = config.shape
+    return (config.dim, 1, 1) if config.conditioner == "perceptron" else (channels, height, width)
+
+
+#: (input shape, output channels, params an entry, context channels) -> network.
+_Net = Callable[[Shape, int, int, int], nn.Module]
+
+
+def _net(config: DequantizedConfig, of_dequantizer: bool = False) -> _Net:
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    if of_dequantizer:
+        hidden, layers = config.dequantizer_hidden_size, config.dequantizer_hidden_layers
+
+    def build(shape: Shape, out: int, num_params: int, context: int) -> nn.Module:
+        channels, height, width = shape
+        if config.conditioner == "perceptron":
+            return Perceptron(
+                channels * height * width, out * height * width, num_params,
+                hidden_size=hidden, num_layers=layers, context_features=context * height * width,
+            )  # fmt: skip
+        return DenseNet(
+            channels, out, (height, width), num_params=num_params, hidden_size=hidden, depth=layers,
+            context_channels=context,
+        )  # fmt: skip
+
+    return build
+
+
+# -- dequantizers --------------------------------------------------------------------------------------------
+
+
+class _Scaled(nn.Module):
+    """A network shown data in [-1, 1], at the resolution of ``permutation``'s output."""
+
+    offset: Tensor
+    scale: Tensor
+
+    def __init__(self, net: nn.Module, config: DequantizedConfig, permutation: Permute | None = None) -> None:
+        super().__init__()
+        self.net, self.permutation = net, permutation
+        levels = config.levels if len(config.levels) == config.dim else config.levels * config.dim
+        # A real column is shown as it is.
+        half = torch.tensor([0.5 if n is None else max(n - 1, 1) / 2 for n in levels])
+        real = torch.tensor([n is None for n in levels])
+        self.register_buffer("offset", torch.where(real, 0.0, half))
+        self.register_buffer("scale", torch.where(real, 1.0, half))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x.to(self.scale.dtype) - self.offset) / self.scale
+        if self.permutation is not None:
+            x, _ = self.permutation(x)
+        out: Tensor = self.net(x)
+        return out
+
+
+class _Features(nn.Module):
+    """A network of one number an entry, as a flat tensor."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out.squeeze(-1)
+
+
+def _dequantizer(config: DequantizedConfig, partition: Partition, density: Distribution) -> Dequantizer:
+    kind, shape = config.dequantizer, _shape(config)
+    if kind == "uniform":
+        return Uniform(partition)
+    if kind == "truncated":
+        if not isinstance(density, (Normal, CovarianceNormal)):
+            raise InputError("dequantizer 'truncated' is that of a Gaussian density")
+        return TruncatedNormal(partition, density)
+    discrete = int(config.discrete.sum())
+    entries: Shape = shape
+    if discrete < config.dim:
+        if config.conditioner != "perceptron":
+            raise InputError("a table with real columns has no neighbours: use conditioner perceptron")
+        entries = (discrete, 1, 1)
+    net = _net(config, True)
+    if kind in ("normal", "covariance"):
+        params = 2 if kind == "normal" else 2 + discrete
+        head = net(shape, entries[0], params, 0)
+        return NormalDequantizer(partition, _Scaled(head, config), full=kind == "covariance")
+    layers: list[Bijector] = []
+    permutation: Permute | None = None
+    if kind == "bipartite":
+        if discrete < 2:
+            raise InputError("a bipartite dequantizer needs two entries or more; use 'normal'")
+        if entries[1] % 2 == 0 and entries[2] % 2 == 0:
+            permutation, entries = squeeze(entries)
+            shape = entries
+        family = _family(config, config.dequantizer_elementwise)
+        layers = [
+            _coupling(family, entries, net, config.context_size, swap=i % 2 == 1)
+            for i in range(config.dequantizer_flows)
+        ]
+        if permutation is not None:
+            layers = [*layers, Inverse(permutation)]
+    else:
+        # Noise to z in one pass: each entry given the noise before it. The papers' layer is tanh-bounded.
+        family = Affine(1.0) if config.dequantizer_elementwise == "affine" else Spline(config.spline_bins)
+        for i in range(config.dequantizer_flows):
+            layers += [Permute(torch.arange(discrete - 1, -1, -1))] * (i > 0)
+            layers.append(
+                Autoregressive(
+                    family,
+                    MaskedConv(
+                        entries, family.num_params, hidden_size=config.dequantizer_hidden_size,
+                        depth=config.dequantizer_hidden_layers, context_channels=config.context_size,
+                    ),
+                    discrete,
+                )
+            )  # fmt: skip
+    context = _Features(net(shape, config.context_size, 1, 0))
+    return FlowDequantizer(partition, Chain(layers), _Scaled(context, config, permutation))
+
+
+#: Families by name: the settings and the builder.
+FAMILIES: dict[str, tuple[type[DequantizedConfig], Callable[[Any], Dequantized]]] = {
+    "dequantized": (DequantizedConfig, dequantized),
+}
