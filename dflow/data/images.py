@@ -41,8 +41,8 @@ class ImageConfig:
     name: str = field(
         default=CHECKERBOARD,
         metadata={
-            "help": "checkerboard, mnist, binarized_mnist, cifar10, cifar10-subset, hub:OWNER/NAME (images on "
-            "the Hugging Face hub), or the path of a folder of images or of a .csv table"
+            "help": "checkerboard, mnist, binarized_mnist, cifar10, cifar10-subset, hub:OWNER/NAME (of the "
+            "Hugging Face hub), or the path of a folder of images or of a .csv table"
         },
     )
     folder: str | None = field(
@@ -349,8 +349,8 @@ def _own(
                     else "set data.crop to [height, width] to cut each at its centre"
                 )
                 raise InputError(
-                    f"images of unequal sizes: {first} has {H} x {W} pixels in {C} channels, {where} {h} x {w} "
-                    f"in {c}; {way}"
+                    f"images of unequal sizes: {first} has {H} x {W} pixels in {C} channels, {where} "
+                    f"{h} x {w} in {c}; {way}"
                 )
             images.append(image)
             depths.append(depth)

@@ -61,9 +61,10 @@ def read(path: Path, continuous: Sequence[str] | None = None) -> Table:
     out = ~whole | (np.abs(values) > LARGEST)
     for i, j in np.argwhere(out & ~real)[:1]:
         reason = f"above {LARGEST:,} in size" if whole[i, j] else "no integer"
+        number, row = numbered[i]
         raise InputError(
-            f"{path}, line {numbered[i][0]}: {numbered[i][1][j].strip()} in the discrete column {header[j]!r} "
-            f"is {reason}; name the column in data.continuous, or correct the value"
+            f"{path}, line {number}: {row[j].strip()} in the discrete column {header[j]!r} is "
+            f"{reason}; name the column in data.continuous, or correct the value"
         )
     return Table(tuple(header), tuple(real.tolist()), values)
 
