@@ -8,6 +8,7 @@ import lzma
 import re
 import struct
 import tarfile
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from PIL import Image
 from dflow.config import InputError, parse
 from dflow.data import ImageConfig, Samples, check, image_sets, list_sets, load_images, prepare
 from dflow.data.files import digest
-from dflow.data.images import grey
+from dflow.data.images import SPLITS, grey
 from dflow.data.known import KnownFile
 
 RANDOM = np.random.default_rng(0)
@@ -99,6 +100,10 @@ def subset() -> bytes:
     return npz(x_train=images[:7], y_train=CLASSES[:7], x_valid=images[7:], y_valid=CLASSES[7:])
 
 
+def packbits() -> bytes:
+    return npz(**{name: np.packbits(a, axis=1) for name, a in zip(SPLITS, BITS, strict=True)})
+
+
 def put(path: Path, data: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
@@ -106,9 +111,7 @@ def put(path: Path, data: bytes) -> Path:
 
 
 def put_mnist(folder: Path, pack: Callable[[bytes], bytes] = bytes, suffix: str = "") -> None:
-    for file, array in zip(
-        image_sets.MNIST, [DIGITS[0], LABELS[0], DIGITS[1], LABELS[1]], strict=True
-    ):
+    for file, array in zip(image_sets.MNIST, [DIGITS[0], LABELS[0], DIGITS[1], LABELS[1]], strict=True):
         put(folder / (file.name + suffix), pack(image_sets.idx(array)))
 
 
@@ -164,7 +167,7 @@ def test_chunks_are_all_rows_as_they_are_stored() -> None:
 
 def test_a_row_is_not_cut() -> None:
     for call in (lambda: SAMPLES.chunks(2), lambda: SAMPLES.crops(1, 4)):
-        with pytest.raises(InputError, match=r"the train data have 3 entries a row and the model's length is"):
+        with pytest.raises(InputError, match="train data have 3 entries a row and the model's length is"):
             call()
     with pytest.raises(ValueError, match="batch=0"):
         SAMPLES.crops(0, 3)
@@ -202,7 +205,8 @@ def test_mnist(tmp_path: Path, place: str, pack: Any, suffix: str) -> None:
     expected = [DIGITS[0][:3, None], DIGITS[0][3:, None], DIGITS[1][:, None]]
     same(splits(ImageConfig("mnist", folder=str(tmp_path))), expected)
     images = load_images(ImageConfig("mnist", folder=str(tmp_path)))
-    assert (images.shape, images.levels, images.lowest, images.unit) == ((1, 28, 28), 256, 0, "bits a dimension")
+    assert (images.shape, images.levels, images.lowest) == ((1, 28, 28), 256, 0)
+    assert images.unit == "bits a dimension"
     assert images.train.values.dtype == torch.uint8
 
 
@@ -228,7 +232,8 @@ def test_another_content_is_refused(tmp_path: Path, data: str) -> None:
     path = tmp_path / "t10k-images-idx3-ubyte"
     whole = path.read_bytes()
     path.write_bytes({"short": whole[:-1], "changed": whole[:-1] + b"x", "empty": b""}[data])
-    for call in (lambda: load_images(ImageConfig("mnist", folder=str(tmp_path))), lambda: check("mnist", tmp_path)):
+    config = ImageConfig("mnist", folder=str(tmp_path))
+    for call in (lambda: load_images(config), lambda: check("mnist", tmp_path)):
         with pytest.raises(InputError, match=re.escape(str(path)) + ": expected .* bytes with md5:"):
             call()
     path.unlink()
@@ -251,8 +256,7 @@ def test_idx_files_of_any_shape() -> None:
 def test_binarized_mnist(tmp_path: Path, form: str) -> None:
     folder = tmp_path / "binarized_mnist"
     if form == "bits":
-        packed = {name: np.packbits(a, axis=1) for name, a in zip(("train", "valid", "test"), BITS, strict=True)}
-        put(folder / "binarized_mnist_packbits.npz", npz(**packed))
+        put(folder / "binarized_mnist_packbits.npz", packbits())
     else:
         put_text(folder)
     config = ImageConfig("binarized_mnist", folder=str(tmp_path))
@@ -273,7 +277,7 @@ def test_binarized_mnist_that_is_none(tmp_path: Path) -> None:
         load_images(config)
     with pytest.raises(InputError, match=r"no hub"):
         prepare("binarized_mnist", tmp_path)
-    with pytest.raises(InputError, match=r"\); put .*\.amat"):
+    with pytest.raises(InputError, match=r"no files in .*; put .*\.amat"):
         check("binarized_mnist", tmp_path)
     put_text(tmp_path)
     path = tmp_path / "binarized_mnist_test.amat"
@@ -284,7 +288,7 @@ def test_binarized_mnist_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"test\.amat: expected 2,352 bytes"):
         load_images(config)
     packed = tmp_path / "binarized_mnist_packbits.npz"
-    good = npz(**{name: np.packbits(a, axis=1) for name, a in zip(("train", "valid", "test"), BITS, strict=True)})
+    good = packbits()
     objects = io.BytesIO()
     np.savez(objects, train=np.array([{}]), valid=np.array([{}]), test=np.array([{}]))
     for data in (good[:-30], good[: len(good) // 2], b"", npz(train=BITS[0]), objects.getvalue()):
@@ -323,7 +327,6 @@ def test_grey_in_pieces() -> None:
     colours = RANDOM.integers(256, size=(2500, 3, 1, 2), dtype=np.uint8)
     np.testing.assert_array_equal(grey(colours), np.stack([grey(image) for image in colours]))
     assert grey(np.full((3, 1, 1), 255, dtype=np.uint8)).item() == 255
-    assert grey(colours[:, :1]) is not None
     np.testing.assert_array_equal(grey(colours[:, :1]), colours[:, :1])
 
 
@@ -365,7 +368,8 @@ def test_without_files_and_network(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "name"), [({"valid": 0.1}, "valid"), ({"crop": [2, 2]}, "crop"), ({"continuous": []}, "continuous")]
+    ("settings", "name"),
+    [({"valid": 0.1}, "valid"), ({"crop": [2, 2]}, "crop"), ({"continuous": []}, "continuous")],
 )
 def test_settings_that_a_known_set_has_itself(settings: dict[str, Any], name: str) -> None:
     with pytest.raises(InputError, match=f"mnist is a known set and takes no {name}"):
@@ -416,8 +420,9 @@ def test_prepare(hub: dict[str, Any], tmp_path: Path, name: str) -> None:
 def test_the_hub_is_checked_too(hub: dict[str, Any], name: str) -> None:
     fill(hub)
     repository = {"mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10"}[name]
-    hub[repository]["train"] = hub[repository]["train"].select([1, 1, 2, 3, 4, 5, 6, 7, 8, 9][: len(hub[repository]["train"])])
-    with pytest.raises(InputError, match="the hub's .*: (expected|not the images)"):
+    train = hub[repository]["train"]
+    hub[repository]["train"] = train.select([1, *range(1, len(train))])
+    with pytest.raises(InputError, match=r"the hub's .*: (expected|not the images)"):
         load_images(ImageConfig(name))
 
 
@@ -452,7 +457,8 @@ def test_a_hub_without_images(hub: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="needs one column of images, found none among label"):
         load_images(config)
     features = datasets.Features({"photo": datasets.Image()})
-    hub["some/one"] = datasets.DatasetDict(train=datasets.Dataset.from_dict({"photo": [None]}, features=features))
+    gap = datasets.Dataset.from_dict({"photo": [None]}, features=features)
+    hub["some/one"] = datasets.DatasetDict(train=gap)
     with pytest.raises(InputError, match="train row 0: has no image"):
         load_images(config)
     with pytest.raises(InputError, match="hub:OWNER/NAME"):
@@ -473,7 +479,7 @@ def test_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The order of the names, within each split; the shuffle is pinned: results depend on it.
     by_name = np.concatenate([images[k::3] for k in range(3)]).transpose(0, 3, 1, 2)
     places = [[int((by_name == image).all((1, 2, 3)).argmax()) for image in part] for part in parts]
-    assert places[1:] == [[@V@], [@T@]]
+    assert places[1:] == [[8, 9, 13, 17], [4, 10]]
     assert places[0] == sorted(set(range(20)) - {*places[1], *places[2]})
     assert "fixed shuffle" in load_images(config).note
     monkeypatch.setenv("DFLOW_DATA", str(tmp_path))
@@ -506,7 +512,7 @@ def test_kinds_of_images(tmp_path: Path) -> None:
     for name, (image, expected) in kinds.items():
         np.testing.assert_array_equal(only(tmp_path / name, image), expected)
     assert load_images(ImageConfig(str(tmp_path / "1"), valid=0.34, test=0.34)).levels == 2
-    np.testing.assert_array_equal(only(tmp_path / "jpeg", shades, "a.JPG", quality=100).shape, (1, 3, 4))
+    assert only(tmp_path / "jpeg", shades, "a.JPG", quality=100).shape == (1, 3, 4)
     # One bit among eight is black and white.
     save(tmp_path / "L" / "b.png", kinds["1"][0])
     mixed = load_images(ImageConfig(str(tmp_path / "L"), valid=0.26, test=0.26))
@@ -552,7 +558,7 @@ def test_images_that_cannot_be_read(tmp_path: Path) -> None:
     save(path, shades)
     with pytest.raises(InputError, match=r"1 rows are too few for valid=0\.05 and test=0\.05"):
         load_images(config)
-    put(path, path.read_bytes()[:-20])
+    put(path, path.read_bytes()[:-30])
     refused("damaged, truncated or no image")
     put(path, b"P")
     refused("damaged, truncated or no image")
@@ -563,14 +569,15 @@ def test_images_that_cannot_be_read(tmp_path: Path) -> None:
     save(path, shades.astype(np.uint16))
     refused("more than 8 bits a value")
     put(path, deep_png(shades))
-    assert Image.open(path).mode == "RGB"  # a Pillow that reads 16 bits needs another test, and another reader
+    with Image.open(path) as image:
+        assert image.mode == "RGB"  # as if it had 8 bits
     refused("more than 8 bits a value")
     save(tmp_path / "b.tif", Image.fromarray(shades), save_all=True, append_images=[Image.fromarray(shades)])
     refused("holds several images", tmp_path / "b.tif")
-    save(tmp_path / "b.jpg", Image.fromarray(clear, "CMYK") if False else Image.new("CMYK", (4, 3)))
+    save(tmp_path / "b.jpg", Image.new("CMYK", (4, 3)))
     refused("mode CMYK", tmp_path / "b.jpg")
     put(tmp_path / "table.txt", b"x")
-    with pytest.raises(InputError, match="neither a folder of images nor a .csv table"):
+    with pytest.raises(InputError, match=r"neither a folder of images nor a \.csv table"):
         load_images(ImageConfig(str(tmp_path / "table.txt")))
     with pytest.raises(InputError, match=r"mnits: neither .* did you mean 'mnist'"):
         load_images(ImageConfig("mnits"))
@@ -580,7 +587,6 @@ def test_images_that_cannot_be_read(tmp_path: Path) -> None:
 
 def deep_png(shades: np.ndarray) -> bytes:
     """16-bit colours as PNG, which Pillow does not write."""
-    import zlib
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -588,7 +594,8 @@ def deep_png(shades: np.ndarray) -> bytes:
     h, w = shades.shape
     rows = b"".join(b"\0" + row.astype(">u2").repeat(3).tobytes() for row in shades)
     header = struct.pack(">IIBBBBB", w, h, 16, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    chunks = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 # -- tables ----------------------------------------------------------------------------------------------
@@ -614,7 +621,7 @@ def test_a_mixed_table(tmp_path: Path) -> None:
     assert [s.num_rows for s in (data.train, data.valid, data.test)] == [36, 2, 2]
     # A column of integers that is measured, not counted.
     assert table(tmp_path, TABLE, continuous=["count", "height"]).levels == (7, None, None)
-    with pytest.raises(InputError, match=r"line 2: 1\.5 in the discrete column 'height' is no integer; .*continuous"):
+    with pytest.raises(InputError, match=r"line 2: 1\.5 in the discrete column 'height' is no integer"):
         table(tmp_path, TABLE, continuous=[])
     with pytest.raises(InputError, match="did you mean 'height'"):
         table(tmp_path, TABLE, continuous=["heigth"])
@@ -649,7 +656,7 @@ def test_a_discrete_table(tmp_path: Path, low: int, high: int, dtype: torch.dtyp
         ("a,b\n1,2\n1,2000000\n", "line 3: 2000000 in the discrete column 'b' is above 1,048,576"),
         ("a,b\n1,2\n1,2\n", "2 rows are too few"),
         (b"a,b\n1,\xff\n", "not UTF-8 at byte offset 6"),
-        ('a,b\n1,"2\n', r"line 2, column 'b': '2\\n'|line 2.*"),
+        ('a,b\n1,"2\n3,4\n', "line 3, column 'b': '2.*' is no finite number"),
     ],
 )
 def test_tables_that_cannot_be_used(tmp_path: Path, text: str | bytes, message: str) -> None:

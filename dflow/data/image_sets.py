@@ -290,7 +290,7 @@ def npz(path: Path, names: Sequence[str]) -> list[Array]:
         InputError: Damaged, or an array is missing.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return [archive[name] for name in names]
     except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, OSError, TypeError) as error:
         raise InputError(
