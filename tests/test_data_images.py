@@ -461,6 +461,9 @@ def test_a_hub_without_images(hub: dict[str, Any]) -> None:
     hub["some/one"] = datasets.DatasetDict(train=gap)
     with pytest.raises(InputError, match="train row 0: has no image"):
         load_images(config)
+    hub["some/one"] = hub_set("photo", train=(images, labels), test=([], []))
+    with pytest.raises(InputError, match="the test split is empty"):
+        load_images(config)
     with pytest.raises(InputError, match="hub:OWNER/NAME"):
         load_images(ImageConfig("hub:one"))
 

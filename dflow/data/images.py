@@ -355,6 +355,8 @@ def _own(
             images.append(image)
             depths.append(depth)
         counts[split] = len(images) - before
+        if not counts[split]:
+            raise InputError(f"{config.name}: the {split} split is empty; choose data that have some")
     depth = max(depths, default=8)
     for i, own in enumerate(depths):
         if own < depth:
