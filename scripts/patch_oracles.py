@@ -27,7 +27,7 @@ from dflow.nn.made import MADE
 from dflow.ops.orders import lockstep
 
 SPLITS = ("train", "valid", "test")
-PSEUDO_COUNTS = [10.0 ** (k / 4) for k in range(-12, 5)]
+PSEUDO_COUNTS = [10.0 ** (k / 4) for k in range(-12, 13)]
 
 
 def codes(x: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def main() -> None:
     )
     parser.add_argument("--folder", help="folder of the data (default: the environment variable DFLOW_DATA)")
     parser.add_argument("--sides", type=int, nargs="+", default=[2, 4], help="sides of the patches")
-    parser.add_argument("--epochs", type=int, default=80, help="epochs of the MADE")
+    parser.add_argument("--epochs", type=int, default=40, help="epochs of the MADE")
     parser.add_argument("--seed", type=int, default=0, help="seed of the MADE")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     arguments = parser.parse_args()
