@@ -1,5 +1,7 @@
-"""Text for flows: known sets, the user's own files and synthetic laws; tokenizers, crops and chunks."""
+"""Text, images and tables for flows: known sets, the user's own, synthetic laws; tokenizers, pictures."""
 
+from dflow.data.images import ImageConfig, ImageSet, Samples, load_images
+from dflow.data.pictures import grid
 from dflow.data.sets import FileRow, SetRow, check, list_sets, prepare
 from dflow.data.synthetic import Law
 from dflow.data.text import MAX_SENTENCE, Corpus, DataConfig, Draws, Text, load
@@ -13,14 +15,19 @@ __all__ = [
     "DataConfig",
     "Draws",
     "FileRow",
+    "ImageConfig",
+    "ImageSet",
     "Law",
     "Numbers",
+    "Samples",
     "SentencePiece",
     "SetRow",
     "Text",
     "Tokenizer",
     "check",
+    "grid",
     "list_sets",
     "load",
+    "load_images",
     "prepare",
 ]

@@ -92,7 +92,7 @@ def verify(data: bytes, size: int, expected: str, source: str) -> bytes:
         return data
     raise InputError(
         f"{source}: expected {size:,} bytes with {expected}, found {len(data):,} bytes with {found}; "
-        "the file is damaged or another version: replace it, or name its path to use it as your own text"
+        "the file is damaged or another version: replace it, or name its path to use it as data of your own"
     )
 
 

@@ -1,4 +1,4 @@
-r"""The texts that dflow knows by name, and how each is found, fetched, checked and split.
+r"""What dflow knows by name: how each text is found, fetched, checked and split; what `dflow data` does.
 
 - ``pydoc``: the English of Python's own help (`pydoc_data.topics`), always there; varies with the version of
   Python.
@@ -8,36 +8,25 @@ r"""The texts that dflow knows by name, and how each is found, fetched, checked 
 - ``text8-prefix``: the first 6,538,912 bytes of text8, for quick trials; *not* comparable with published
   figures of text8.
 
-Known files are checked for size and checksum, wherever they come from.
+Known files are checked for size and checksum, wherever they come from. Images: `dflow.data.image_sets`.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dflow.config import InputError, nearest
-from dflow.data import files
+from dflow.data import files, image_sets
+from dflow.data.known import KnownFile, KnownSet, find_all, from_hub
 from dflow.data.synthetic import LAWS, PREFIX
 
 #: Train, valid and test text.
 Splits = tuple[str, str, str]
-
-
-@dataclass(frozen=True)
-class KnownFile:
-    """A file whose content is known: name, size in bytes unpacked, ``algorithm:digest``."""
-
-    name: str
-    size: int
-    digest: str
-
-    def verify(self, data: bytes, source: str | os.PathLike[str]) -> bytes:
-        """``data``, unchanged, or an `InputError` that names ``source``."""
-        return files.verify(data, self.size, self.digest, os.fspath(source))
 
 
 PTB_CHARACTERS = (
@@ -82,25 +71,6 @@ TEXT8_SPLIT = (90_000_000, 95_000_000)
 TEXT8_PREFIX_SPLIT = (6_200_000, 6_369_456)
 
 
-@dataclass(frozen=True)
-class KnownSet:
-    """A text that is known by name.
-
-    ``read`` gives its three splits from local files or the hub, ``local`` the files found in a folder
-    (None: not complete) and ``fetch`` the files to write into a folder.
-    """
-
-    name: str
-    read: Callable[[Path | None], Splits]
-    local: Callable[[Path | None], dict[Path, KnownFile] | None]
-    fetch: Callable[[Path | None], dict[str, bytes]]
-    files: str
-    license: str
-    note: str
-    alphabet: str = ""
-    published: bool = True
-
-
 # -- Penn Treebank ---------------------------------------------------------------------------------------
 
 
@@ -122,13 +92,8 @@ def ptb_from_words(data: bytes) -> str:
     return "".join(f"{line.strip()}\n" for line in data.decode("ascii").split("\n")[:-1])
 
 
-def _find_all(known: Iterable[KnownFile], folder: Path | None, under: str) -> dict[Path, KnownFile] | None:
-    found = {files.find(folder, file.name, under): file for file in known}
-    return {path: file for path, file in found.items() if path} if None not in found else None
-
-
 def _ptb_local(folder: Path | None) -> dict[Path, KnownFile] | None:
-    return _find_all(PTB_CHARACTERS, folder, "ptb") or _find_all(PTB_WORDS, folder, "ptb")
+    return find_all(PTB_CHARACTERS, folder, "ptb") or find_all(PTB_WORDS, folder, "ptb")
 
 
 def _ptb_fetch(folder: Path | None) -> dict[str, bytes]:
@@ -147,9 +112,7 @@ def _ptb_read(folder: Path | None) -> Splits:
     if local is None:
         return _three(ptb_from_words(data) for data in _ptb_fetch(folder).values())
     return _three(
-        (ptb_from_characters if file in PTB_CHARACTERS else ptb_from_words)(
-            file.verify(files.read(path), path)
-        )
+        (ptb_from_characters if file in PTB_CHARACTERS else ptb_from_words)(file.read(path))
         for path, file in local.items()
     )
 
@@ -158,7 +121,7 @@ def _ptb_read(folder: Path | None) -> Splits:
 
 
 def _text8_local(folder: Path | None) -> dict[Path, KnownFile] | None:
-    if found := _find_all([TEXT8], folder, "text8"):
+    if found := find_all([TEXT8], folder, "text8"):
         return found
     archives = [] if folder is None else [folder / "text8.zip", folder / "text8" / "text8.zip"]
     return next(({path: TEXT8} for path in archives if path.is_file()), None)
@@ -167,7 +130,7 @@ def _text8_local(folder: Path | None) -> dict[Path, KnownFile] | None:
 def _text8_bytes(folder: Path | None) -> bytes:
     if local := _text8_local(folder):
         [(path, file)] = local.items()
-        return file.verify(files.read(path, TEXT8.name), path)
+        return file.read(path)
     text = "".join(row for split in _from_hub("text8", "afmck/text8", "text") for row in split)
     return TEXT8.verify(text.encode(), "the hub's afmck/text8")
 
@@ -177,13 +140,13 @@ def _text8_read(folder: Path | None) -> Splits:
 
 
 def _prefix_local(folder: Path | None) -> dict[Path, KnownFile] | None:
-    return _find_all([TEXT8_PREFIX], folder, "text8")
+    return find_all([TEXT8_PREFIX], folder, "text8")
 
 
 def _prefix_bytes(folder: Path | None) -> bytes:
     if local := _prefix_local(folder):
         [(path, file)] = local.items()
-        return file.verify(files.read(path), path)
+        return file.read(path)
     return TEXT8_PREFIX.verify(_text8_bytes(folder)[: TEXT8_PREFIX.size], "the prefix of text8")
 
 
@@ -249,22 +212,15 @@ def _three(parts: Iterable[str]) -> Splits:
 
 def _from_hub(name: str, repository: str, column: str, **options: str) -> list[list[str]]:
     """The rows of train, validation and test, from the Hugging Face hub."""
-    try:
-        from datasets import load_dataset
 
-        splits = load_dataset(repository, **options)
+    def read(splits: Any) -> list[list[str]]:
         return [list(splits[split][column]) for split in ("train", "validation", "test")]
-    except (
-        Exception
-    ) as error:  # the hub's clients raise errors of a dozen families; each means: not to be had
-        raise InputError(
-            f"{name}: not in a local folder, and the hub's {repository} cannot be had "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); put {KNOWN[name].files} into a "
-            "folder and name it with the setting 'folder' or the environment variable DFLOW_DATA"
-        ) from error
+
+    return from_hub(name, KNOWN[name].files, repository, read, **options)
 
 
-KNOWN = {
+#: Texts by name.
+KNOWN: dict[str, KnownSet[Splits]] = {
     known.name: known
     for known in (
         KnownSet(
@@ -330,10 +286,11 @@ def list_sets(folder: str | os.PathLike[str] | None = None) -> list[SetRow]:
     """The known sets and whether their files are in ``folder`` (default: ``DFLOW_DATA``); nothing is read."""
     place = files.data_folder(folder)
     rows = [SetRow(PYDOC, "built in", "", PYDOC_LICENSE, PYDOC_NOTE)]
-    for known in KNOWN.values():
+    for known in _all().values():
         local = known.local(place)
         where = str(next(iter(local)).parent) if local else ""
         rows.append(SetRow(known.name, "found" if local else "missing", where, known.license, known.note))
+    rows.append(SetRow(image_sets.CHECKERBOARD, "drawn", "", "", image_sets.CHECKERBOARD_NOTE))
     rows += [SetRow(PREFIX + name, "drawn", "", "", law.note) for name, law in LAWS.items()]
     return rows
 
@@ -348,16 +305,19 @@ def check(name: str, folder: str | os.PathLike[str] | None = None) -> list[FileR
     if name == PYDOC:
         data = read_pydoc().encode()
         return [FileRow("pydoc_data.topics", len(data), files.digest(data))]
-    local = _known(name).local(place)
+    known = _known(name)
+    local = known.local(place)
     if local is None:
+        fetched = f"with a network run `dflow data prepare {name}`, or " if known.published else ""
         raise InputError(
-            f"{name}: no files in {place or 'any folder (none is named)'}; with a network run "
-            f"`dflow data prepare {name}`, or put {_known(name).files} there"
+            f"{name}: no files in {place or 'any folder (none is named)'}; {fetched}put {known.files} there"
         )
     rows = []
     for path, file in local.items():
-        data = file.verify(files.read(path, file.name), path)
-        rows.append(FileRow(str(path), len(data), file.digest))
+        data = file.read(path)
+        rows.append(FileRow(str(path), len(data), file.digest or files.digest(data)))
+    if name in image_sets.KNOWN:
+        known.read(place)  # what the files must be together
     return rows
 
 
@@ -384,11 +344,16 @@ def prepare(name: str, folder: str | os.PathLike[str] | None = None) -> list[Fil
     return check(name, folder)
 
 
-def _known(name: str) -> KnownSet:
-    if name.removeprefix(PREFIX) in LAWS and name.startswith(PREFIX):
+def _known(name: str) -> KnownSet[Any]:
+    if name == image_sets.CHECKERBOARD or (name.removeprefix(PREFIX) in LAWS and name.startswith(PREFIX)):
         raise InputError(
             f"{name} is drawn, not read: there is no file to fetch or to check; name it in a recipe"
         )
-    if name not in KNOWN:
-        raise InputError(f"no data set {name!r}; {nearest(name, [PYDOC, *KNOWN])}")
-    return KNOWN[name]
+    known = _all()
+    if name not in known:
+        raise InputError(f"no data set {name!r}; {nearest(name, [PYDOC, *known])}")
+    return known[name]
+
+
+def _all() -> dict[str, KnownSet[Any]]:
+    return {**KNOWN, **image_sets.KNOWN}

@@ -1,0 +1,483 @@
+"""Images and tables as integers (and reals): what continuous models are trained on and evaluated with.
+
+Images are flat: ``dim = C * H * W`` entries in the order C, H, W. Values stay on the integer grid, in cells
+of unit size; nothing is divided by 256, so bits a dimension need no offset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from dflow.config import InputError, nearest
+from dflow.data import files, image_sets, tables
+from dflow.data.image_sets import CHECKERBOARD, Pixels
+from dflow.data.known import from_hub
+
+Array = NDArray[Any]
+
+HUB = "hub:"
+SPLITS = ("train", "valid", "test")
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
+#: Modes of Pillow that are read, and as what.
+_MODES = {"L": "L", "LA": "L", "P": "RGB", "PA": "RGB", "RGB": "RGB", "RGBA": "RGB"}
+_OWN = "of your own data (default 0.05)"
+
+
+@dataclass
+class ImageConfig:
+    """Which images or table, read how."""
+
+    name: str = field(
+        default=CHECKERBOARD,
+        metadata={
+            "help": "checkerboard, mnist, binarized_mnist, cifar10, cifar10-subset, hub:OWNER/NAME (of the "
+            "Hugging Face hub), or the path of a folder of images or of a .csv table"
+        },
+    )
+    folder: str | None = field(
+        default=None, metadata={"help": "folder of the data (default: the environment variable DFLOW_DATA)"}
+    )
+    bits: int | None = field(
+        default=None, metadata={"help": "keep the BITS highest bits of each value (default: all)"}
+    )
+    patch: list[int] | None = field(
+        default=None, metadata={"help": "keep the patch [height, width] at the centre"}
+    )
+    crop: list[int] | None = field(
+        default=None,
+        metadata={"help": "cut each image of your own to [height, width] at its centre, to make sizes equal"},
+    )
+    grey: bool = field(default=False, metadata={"help": "turn colours into shades of grey"})
+    valid: float | None = field(default=None, metadata={"help": f"share for validation, {_OWN}"})
+    test: float | None = field(default=None, metadata={"help": f"share for the test, {_OWN}"})
+    continuous: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "columns of a table that are real numbers (default: where any value is no integer)"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Check the shares and sizes."""
+        valid, test = self.shares
+        if not (0 < valid < 1 and 0 < test < 1 and valid + test < 1):
+            raise InputError(f"valid={valid} and test={test} must be above 0 and leave something to train on")
+        if self.bits is not None and not 1 <= self.bits <= 8:
+            raise InputError(f"bits={self.bits} must lie in 1..8")
+        for name, size in (("patch", self.patch), ("crop", self.crop)):
+            if size is not None and (len(size) != 2 or min(size) < 1):
+                raise InputError(f"{name}={size} must be [height, width], each at least 1")
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """For validation and for the test."""
+        return (0.05 if self.valid is None else self.valid), (0.05 if self.test is None else self.test)
+
+    def refuse(self, what: str, *settings: str) -> None:
+        """Raise `InputError` if one of the settings is given: ``what`` has no use for it."""
+        default = ImageConfig()
+        for name in settings:
+            if getattr(self, name) != getattr(default, name):
+                raise InputError(f"{self.name} is {what} and takes no {name}: leave it out")
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Rows of one split: ``values`` of shape ``(n, dim)``, in a compact dtype.
+
+    Integers, or float64 where some columns are real numbers.
+    """
+
+    name: str
+    values: Tensor
+    what: str = "images"
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that there are."""
+        return len(self.values)
+
+    @property
+    def dim(self) -> int:
+        """Entries of a row."""
+        return self.values.shape[1]
+
+    @property
+    def amount(self) -> str:
+        """What there is to train on, in words."""
+        return f"{self.num_rows:,} {self.what} of {self.dim:,} entries to train on"
+
+    def rows(self, which: slice | Tensor) -> Tensor:
+        """Rows ``which`` to compute with: int64 ``(batch, dim)``, or float64 where some columns are real."""
+        values = self.values[which]
+        return values if values.is_floating_point() else values.long()
+
+    def crops(self, batch: int, length: int, generator: torch.Generator | None = None) -> tuple[Tensor, None]:
+        """``batch`` random rows, drawn with replacement, as `rows` gives them.
+
+        The draw depends on nothing but the generator, which is on the CPU.
+
+        Raises:
+            InputError: ``length`` is not the number of entries of a row.
+        """
+        if batch < 1:
+            raise ValueError(f"batch={batch} must be positive")
+        self._fits(length)
+        return self.rows(torch.randint(self.num_rows, (batch,), generator=generator)), None
+
+    def chunks(self, length: int) -> tuple[Tensor, None]:
+        """All rows in order, ``(n, dim)``, stored as they are: `rows` gives some of them to compute with.
+
+        Raises:
+            InputError: ``length`` is not the number of entries of a row.
+        """
+        self._fits(length)
+        return self.values, None
+
+    def _fits(self, length: int) -> None:
+        if length != self.dim:
+            raise InputError(
+                f"the {self.name} data have {self.dim} entries a row and the model's length is {length}; set "
+                "the model's shape to that of the data, or leave it out"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images or a table in three splits.
+
+    Attributes:
+        shape: ``(C, H, W)`` of an image; ``(D, 1, 1)`` of a table of D columns.
+        levels: number of values of each entry: of images one number, values are ``0 .. levels - 1``; of a
+            table the number of integers from the smallest to the largest value of each column (over all
+            splits), None for real columns.
+        lowest: the smallest value, in the same way.
+        columns: names of the columns of a table.
+        checksum: of the values of all splits as they are here: a result can say what it was measured on.
+        unit: in which a result is told: "bits a dimension", or "bits" of a whole row.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    levels: int | tuple[int | None, ...]
+    lowest: int | tuple[int | None, ...]
+    train: Samples
+    valid: Samples
+    test: Samples
+    checksum: str
+    note: str = ""
+    columns: tuple[str, ...] | None = None
+    unit: str = "bits a dimension"
+
+    @property
+    def dim(self) -> int:
+        """Entries of a row."""
+        return self.train.dim
+
+    def split(self, name: str) -> Samples:
+        """The split called ``name``: train, valid or test."""
+        if name not in SPLITS:
+            raise InputError(f"no split {name!r}; {nearest(name, SPLITS)}")
+        samples: Samples = getattr(self, name)
+        return samples
+
+
+def load_images(config: ImageConfig) -> ImageSet:
+    """Read and split the images or the table that ``config`` names.
+
+    Raises:
+        InputError: Nothing of that name, damaged files, images of unequal sizes, more than 8 bits a value,
+            settings that do not go together, missing values in a table.
+    """
+    if config.name == CHECKERBOARD:
+        config.refuse("drawn", "folder", "bits", "patch", "crop", "grey", "valid", "test", "continuous")
+        # Rows drawn from two points are draws from the law; an evaluation on both is an exact expectation.
+        both = np.array([[0, 1], [1, 0]], dtype=np.uint8)
+        return _image_set(
+            config.name,
+            (2, 1, 1),
+            2,
+            0,
+            [both] * 3,
+            "equally likely rows",
+            image_sets.CHECKERBOARD_NOTE,
+            unit="bits",
+        )
+    known = image_sets.KNOWN.get(config.name)
+    if known is not None:
+        config.refuse("a known set", "crop", "valid", "test", "continuous")
+        return _pictures(known.read(files.data_folder(config.folder)), config, known.note)
+    if config.name.startswith(HUB):
+        config.refuse("a set of images", "continuous", "folder")
+        return _pictures(*_from_hub(config))
+    path = _path(config)
+    if ".csv" in path.suffixes and path.is_file():
+        config.refuse("a table", "bits", "patch", "crop", "grey")
+        return _table(path, config)
+    config.refuse("a folder of images", "continuous")
+    if not path.is_dir():
+        raise InputError(f"{path}: neither a folder of images nor a .csv table; name one of these")
+    sources = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+    if not sources:
+        raise InputError(
+            f"{path}: the folder holds no image ({', '.join(sorted(_SUFFIXES))}); put them there"
+        )
+    return _pictures(*_own({"train": ((str(source), source) for source in sources)}, config))
+
+
+def _path(config: ImageConfig) -> Path:
+    path = Path(config.name).expanduser()
+    if not path.exists() and (folder := files.data_folder(config.folder)):
+        path = folder / config.name
+    if not path.exists():
+        raise InputError(
+            f"{config.name}: neither a set of images nor a folder or table; "
+            + nearest(config.name, [CHECKERBOARD, *image_sets.KNOWN])
+        )
+    return path
+
+
+# -- known sets, folders, the hub ------------------------------------------------------------------------
+
+
+def _pictures(pixels: Pixels, config: ImageConfig, note: str) -> ImageSet:
+    """Grey, patch and bits, of any images."""
+    bits = pixels.depth if config.bits is None else config.bits
+    if bits > pixels.depth:
+        raise InputError(
+            f"bits={bits}: {config.name} has {pixels.depth} bits a value; set bits to at most that"
+        )
+    parts = []
+    for part in (pixels.train, pixels.valid, pixels.test):
+        images = grey(part) if config.grey else part
+        if config.patch:
+            images = _centre(images, config.patch, "patch", config.name)
+        parts.append(images >> (pixels.depth - bits))
+    _, C, H, W = parts[0].shape
+    values = [part.reshape(len(part), -1) for part in parts]
+    return _image_set(config.name, (C, H, W), 1 << bits, 0, values, "images", note)
+
+
+def grey(images: Array) -> Array:
+    """Shades of grey ``(..., 1, H, W)`` of colours ``(..., 3, H, W)``: 0.299 R + 0.587 G + 0.114 B, rounded.
+
+    >>> grey(np.array([255, 0, 0], dtype=np.uint8).reshape(3, 1, 1)).item()
+    76
+    """
+    if images.shape[-3] == 1:
+        return images
+    weights = np.array([299, 587, 114], dtype=np.uint32).reshape(3, 1, 1)
+    # In pieces: the sums take four times the room of the colours.
+    flat = images.reshape(-1, *images.shape[-3:])
+    out = np.empty((len(flat), 1, *images.shape[-2:]), dtype=np.uint8)
+    for start in range(0, len(flat), 1024):
+        piece = flat[start : start + 1024]
+        out[start : start + 1024] = ((piece * weights).sum(1, keepdims=True) + 500) // 1000
+    return out.reshape(*images.shape[:-3], 1, *images.shape[-2:])
+
+
+def _centre(images: Array, size: Sequence[int], setting: str, where: str) -> Array:
+    (H, W), (h, w) = images.shape[-2:], size
+    if h > H or w > W:
+        raise InputError(
+            f"{setting}={list(size)} is larger than {where}, which has {H} x {W} pixels; set it lower"
+        )
+    top, left = (H - h) // 2, (W - w) // 2
+    return images[..., top : top + h, left : left + w]
+
+
+def _decode(where: str, source: Path | bytes) -> tuple[Array, int]:
+    """An image file as uint8 ``(C, H, W)``, C of 1 or 3, and its depth: 1 or 8 bits."""
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            # Pillow reads 16-bit colours as 8-bit ones without a word: the raw mode tells.
+            if image.mode.startswith(("I", "F")) or any(";16" in str(tile[3]) for tile in image.tile):
+                raise InputError(f"{where}: more than 8 bits a value; convert the image to 8 bits")
+            if getattr(image, "n_frames", 1) > 1:
+                raise InputError(f"{where}: holds several images; put each into a file of its own")
+            if image.mode == "1":
+                return np.asarray(image).astype(np.uint8)[None], 1
+            if image.mode not in _MODES:
+                raise InputError(f"{where}: colours of mode {image.mode}; convert the image to RGB or grey")
+            # An alpha channel that is the same everywhere says nothing.
+            alpha = "A" in image.mode or "transparency" in image.info
+            if alpha and np.ptp(np.asarray(image.convert("RGBA"))[..., 3]):
+                raise InputError(f"{where}: partly transparent; lay the image on a background")
+            values = np.asarray(image.convert(_MODES[image.mode]))
+    except InputError:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise InputError(
+            f"{where}: damaged, truncated or no image ({error}); replace or remove it"
+        ) from error
+    return values.reshape(*values.shape[:2], -1).transpose(2, 0, 1), 8
+
+
+def _own(
+    sources: dict[str, Iterable[tuple[str, Path | bytes]]], config: ImageConfig
+) -> tuple[Pixels, ImageConfig, str]:
+    """Image files by split; a split that is missing is dealt from the rows to train on."""
+    images: list[Array] = []
+    depths: list[int] = []
+    counts: dict[str, int] = {}
+    first = ""
+    for split, pairs in sources.items():
+        before = len(images)
+        for where, source in pairs:
+            image, depth = _decode(where, source)
+            if config.grey:
+                image = grey(image)
+            if config.crop:
+                image = _centre(image, config.crop, "crop", where)
+            first = first or where
+            if images and image.shape != images[0].shape:
+                (c, h, w), (C, H, W) = image.shape, images[0].shape
+                way = (
+                    "set data.grey to true"
+                    if (h, w) == (H, W)
+                    else "set data.crop to [height, width] to cut each at its centre"
+                )
+                raise InputError(
+                    f"images of unequal sizes: {first} has {H} x {W} pixels in {C} channels, {where} "
+                    f"{h} x {w} in {c}; {way}"
+                )
+            images.append(image)
+            depths.append(depth)
+        counts[split] = len(images) - before
+        if not counts[split]:
+            raise InputError(f"{config.name}: the {split} split is empty; choose data that have some")
+    depth = max(depths, default=8)
+    for i, own in enumerate(depths):
+        if own < depth:
+            images[i] = images[i] * np.uint8(255)
+    parts = dict(zip(counts, np.split(np.stack(images), np.cumsum([*counts.values()])[:-1]), strict=True))
+    parts, note = _deal(parts, config)
+    return Pixels(parts["train"], parts["valid"], parts["test"], depth), config, note
+
+
+def _deal(parts: dict[str, Array], config: ImageConfig) -> tuple[dict[str, Array], str]:
+    """The three splits: those missing are taken from the rows to train on, by a fixed shuffle.
+
+    A file is often sorted, so that its last rows are unlike the others. The shuffle is that of a hash, which
+    no version of a library changes; rows keep their order within a split.
+    """
+    shares = dict(zip(("valid", "test"), config.shares, strict=True))
+    for name in shares.keys() & parts.keys():
+        if getattr(config, name) is not None:
+            raise InputError(f"{config.name} has a split of its own for {name}: leave {name} out")
+    missing = {name: share for name, share in shares.items() if name not in parts}
+    if not missing:
+        return parts, ""
+    rows = parts["train"]
+    order = np.array(
+        sorted(range(len(rows)), key=lambda i: hashlib.sha256(b"%d" % i).digest()), dtype=np.int64
+    )
+    dealt, start = dict(parts), 0
+    for name, share in missing.items():
+        stop = start + int(len(rows) * share)
+        dealt[name] = rows[np.sort(order[start:stop])]
+        start = stop
+    dealt["train"] = rows[np.sort(order[start:])]
+    if not all(len(part) for part in dealt.values()):
+        asked = " and ".join(f"{name}={share}" for name, share in missing.items())
+        raise InputError(
+            f"{config.name}: {len(rows)} rows are too few for {asked}; give more data, or larger shares"
+        )
+    return dealt, f"{' and '.join(missing)} dealt from the rows to train on by a fixed shuffle"
+
+
+def _from_hub(config: ImageConfig) -> tuple[Pixels, ImageConfig, str]:
+    repository = config.name.removeprefix(HUB)
+    if repository.count("/") != 1:
+        raise InputError(f"{config.name}: name a data set of the hub as {HUB}OWNER/NAME")
+    names = {"train": "train", "validation": "valid", "valid": "valid", "val": "valid", "test": "test"}
+
+    def files_of(split: Any, name: str, column: str) -> Iterator[tuple[str, bytes]]:
+        for i, row in enumerate(split.select_columns([column])):
+            cell = row[column]
+            where = f"{config.name}, {name} row {i}"
+            if cell is None or not (cell["bytes"] or cell["path"]):
+                raise InputError(f"{where}: has no image; choose a data set without gaps")
+            yield where, cell["bytes"] or Path(cell["path"]).read_bytes()
+
+    def read(splits: Any) -> tuple[Pixels, ImageConfig, str]:
+        from datasets import Image as Feature
+
+        found = {names[name]: split for name, split in splits.items() if name in names}
+        if "train" not in found:
+            raise InputError(f"{config.name}: has no split to train on, only {', '.join(splits)}")
+        # In the order of training, validation and test, whatever the hub's.
+        found = {name: found[name] for name in SPLITS if name in found}
+        columns = [name for name, kind in found["train"].features.items() if isinstance(kind, Feature)]
+        if len(columns) != 1:
+            raise InputError(
+                f"{config.name}: needs one column of images, found {columns or 'none'} among "
+                f"{', '.join(found['train'].features)}"
+            )
+        [column] = columns
+        undecoded = {name: split.cast_column(column, Feature(decode=False)) for name, split in found.items()}
+        return _own({name: files_of(split, name, column) for name, split in undecoded.items()}, config)
+
+    return from_hub(config.name, "the images as files", repository, read)
+
+
+# -- tables ----------------------------------------------------------------------------------------------
+
+
+def _table(path: Path, config: ImageConfig) -> ImageSet:
+    table = tables.read(path, config.continuous)
+    dealt, note = _deal({"train": table.values}, config)
+    low, high = table.values.min(0).astype(np.int64), table.values.max(0).astype(np.int64)
+    lowest = tuple(None if real else int(value) for real, value in zip(table.real, low, strict=True))
+    levels = tuple(None if real else int(size) for real, size in zip(table.real, high - low + 1, strict=True))
+    values = [dealt[name] for name in SPLITS]
+    if not any(table.real):
+        kinds = (np.uint8, np.int16, np.int32)
+        kind = next(k for k in kinds if np.iinfo(k).min <= low.min() and high.max() <= np.iinfo(k).max)
+        values = [part.astype(kind) for part in values]
+    shape = (len(table.columns), 1, 1)
+    return _image_set(config.name, shape, levels, lowest, values, "rows", note, columns=table.columns)
+
+
+def _image_set(
+    name: str,
+    shape: tuple[int, int, int],
+    levels: int | tuple[int | None, ...],
+    lowest: int | tuple[int | None, ...],
+    values: Sequence[Array],
+    what: str,
+    note: str,
+    columns: tuple[str, ...] | None = None,
+    unit: str = "bits a dimension",
+) -> ImageSet:
+    digest = hashlib.sha256(repr((shape, levels, columns)).encode())
+    samples = []
+    for split, part in zip(SPLITS, values, strict=True):
+        digest.update(part.tobytes())
+        # A copy where the array cannot be written to: torch would share it.
+        samples.append(Samples(split, torch.from_numpy(np.require(part, requirements=["C", "W"])), what))
+    train, valid, test = samples
+    return ImageSet(
+        name=name,
+        shape=shape,
+        levels=levels,
+        lowest=lowest,
+        train=train,
+        valid=valid,
+        test=test,
+        checksum=f"sha256:{digest.hexdigest()}",
+        note=note,
+        columns=columns,
+        unit=unit,
+    )
