@@ -111,15 +111,12 @@ class Conv1x1(_Channels):
         self.register_buffer("permutation", p.argmax(1))
         self.register_buffer("sign", upper.diagonal().sign().to(self.lu.dtype))
 
-    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        lu = self.lu.to(dtype)
-        diagonal = self.sign.to(dtype) * lu.diagonal().exp()
-        return lu.tril(-1) + torch.eye(self.channels, dtype=dtype, device=lu.device), lu.triu(1) + diagonal.diag()
-
     @property
     def weight(self) -> Tensor:
         """W, ``(C, C)``."""
-        lower, upper = self._factors(self.lu.dtype)
+        diagonal = self.lu.diagonal()
+        lower = self.lu.tril(-1) + torch.ones_like(diagonal).diag()
+        upper = self.lu.triu(1) + (self.sign * diagonal.exp()).diag()
         return (lower @ upper).index_select(0, self.permutation)
 
     def forward(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
@@ -130,13 +127,8 @@ class Conv1x1(_Channels):
     def inverse(self, z: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
         """Latent to data: x like ``z``, log_det ``(batch,)``."""
         with full_precision(z):
-            lower, upper = self._factors(torch.float64)
-            eye = torch.eye(self.channels, dtype=torch.float64, device=z.device)
-            weight = torch.linalg.solve_triangular(
-                upper,
-                torch.linalg.solve_triangular(lower, eye[:, self.permutation], upper=False, unitriangular=True),
-                upper=True,
-            )
+            # Of the very matrix that `forward` multiplies by, roundings and all.
+            weight = torch.linalg.inv(self.weight.double())
             return self._product(weight.to(self.lu.dtype), z), self._log_det(-1, z)
 
     def _product(self, weight: Tensor, x: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ class Spline(Continuous):
 
     def _forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         near = x.clamp(-self.bound, self.bound)
-        x0, y0, d0, width, height, bend = _Bin.apply(params, near.detach(), self.bound, 0)
+        x0, y0, d0, width, height, bend = self._bin(params, near, 0)
         slope, theta = height / width, (near - x0) / width
         value, log_det = _rational(slope, d0, bend, theta)
         inside = near == x
@@ -135,19 +135,24 @@ class Spline(Continuous):
 
     def _inverse(self, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         near = z.clamp(-self.bound, self.bound)
-        x0, y0, d0, width, height, bend = _Bin.apply(params, near.detach(), self.bound, 1)
+        x0, y0, d0, width, height, bend = self._bin(params, near, 1)
         slope, eta = height / width, (near - y0) / height
-        # The root of a theta^2 + b theta = slope eta in 0..1, in the form that cancels nothing.
+        # The root of a theta^2 + b theta = c in 0..1, in whichever form cancels nothing; a > 0 where b < 0.
         curve = eta * (2 * d0 + bend - 2 * slope)
         a, b, c = slope - d0 + curve, d0 - curve, slope * eta
-        square = torch.addcmul(b * b, a, c, value=4).clamp_min(torch.finfo(z.dtype).tiny)
-        theta = 2 * c / (b + square.sqrt())
+        root = torch.addcmul(b * b, a, c, value=4).clamp_min(torch.finfo(z.dtype).tiny).sqrt()
+        theta = torch.where(b > 0, 2 * c, root - b) / torch.where(b > 0, root + b, 2 * a)
         _, log_det = _rational(slope, d0, bend, theta)
         inside = near == z
         return torch.where(inside, torch.addcmul(x0, width, theta), z), torch.where(inside, -log_det, 0.0)
 
+    def _bin(self, params: Tensor, value: Tensor, axis: int) -> Tensor:
+        found: Tensor = _Bin.apply(params, value.detach(), self.bound, axis)  # type: ignore[no-untyped-call]
+        return found
+
+
 class _Bin(torch.autograd.Function):
-    """Of the bin that holds each value: left knot x, y and derivative there, width, height, rise of derivative.
+    """Of the bin of each value: x, y and derivative at the left knot, width, height, rise of the derivative.
 
     Written by hand, since autograd through soft-max, running sums and look-up costs several times the rest
     of the spline: each entry hangs on one bin, and its gradient is written down for that bin at once.
@@ -155,7 +160,7 @@ class _Bin(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, params: Tensor, value: Tensor, bound: float, axis: int) -> Tensor:
-        """Six rows ``(6, batch, n)``; ``value`` is looked up among the x (axis 0) or y (axis 1) of the knots."""
+        """``(6, batch, n)``; values are looked up among the x (axis 0) or y (axis 1) of the knots."""
         bins = (params.shape[-1] + 1) // 3
         # Params first: reductions along a short last axis are many times slower.
         rows, line = params.movedim(-1, 0).flatten(1), value.flatten()
@@ -172,7 +177,7 @@ class _Bin(torch.autograd.Function):
         left, right = table.gather(1, index).squeeze(1), table.gather(1, index + 1).squeeze(1)
         ctx.save_for_backward(shares, raw, place)
         ctx.bound, ctx.shape = bound, params.shape
-        return torch.cat([left, right.sub_(left)]).unflatten(1, value.shape)
+        return torch.cat([left, right.sub_(left)]).view(6, *value.shape)
 
     @staticmethod
     @once_differentiable
