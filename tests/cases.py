@@ -7,7 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dflow.bijectors import Autoregressive, Chain, Coupling, Inverse, Permute, Reverse
+from dflow.bijectors import (
+    ActNorm,
+    Autoregressive,
+    Chain,
+    Conv1x1,
+    Coupling,
+    Inverse,
+    Permute,
+    Reverse,
+    squeeze,
+)
 from dflow.core import Bijector, Context, Distribution, Elementwise
 from dflow.distributions import (
     AnyOrder,
@@ -19,11 +29,13 @@ from dflow.distributions import (
     SequenceCategorical,
     Spectra,
 )
-from dflow.elementwise import ModAffine, ModRank, ModShift
+from dflow.elementwise import Affine, ModAffine, ModRank, ModShift, Spline
 from dflow.flows import Flow, Split
+from dflow.nn.densenet import DenseNet
 from dflow.nn.lstm import LSTM
 from dflow.nn.made import MADE
-from dflow.nn.perceptron import InfillPerceptron
+from dflow.nn.masked_conv import MaskedConv
+from dflow.nn.perceptron import InfillPerceptron, Perceptron
 from dflow.nn.table import InfillTable, PrefixTable
 from dflow.nn.transformer import GroupCausalTransformer, InfillTransformer, MaskedTransformer
 from dflow.ops.modular import one_hot
@@ -268,6 +280,107 @@ BASES: dict[str, Callable[[int, int], Distribution]] = {
     "spectrum shift": lambda K, dim: split_spectra(ModShift(K), K, dim, 1),
     "flow": lambda K, dim: Flow(coupling(ModAffine(K), K, dim), counted(K, dim)),
 }
+
+
+Shape = tuple[int, int, int]
+
+#: Images and vectors that the bijectors of the reals are tested on.
+SHAPES: list[Shape] = [(2, 1, 1), (4, 1, 1), (2, 4, 4), (1, 4, 4), (3, 2, 2)]
+
+#: Channels of the context of the cases that take one.
+CONTEXT_CHANNELS = 2
+
+
+def halves(shape: Shape) -> tuple[Tensor, int, int, tuple[int, int]]:
+    """Mask of the first half, channels known and hidden, and size of what the net sees.
+
+    Half of the channels, or of the rows where there is one channel only.
+    """
+    C, H, W = shape
+    if C > 1:
+        known, hidden, size = C // 2, C - C // 2, (H, W)
+    else:
+        known, hidden, size = 1, 1, (H // 2, W)
+    places = size[0] * size[1]
+    return torch.arange(C * H * W) < known * places, known, hidden, size
+
+
+def image_coupling(elementwise: Elementwise, shape: Shape, context: int = 0, first: bool = True) -> Coupling:
+    mask, known, hidden, size = halves(shape)
+    if not first:
+        mask, known, hidden = ~mask, hidden, known
+    net = DenseNet(
+        known, hidden, size, elementwise.num_params, hidden_size=6, depth=2, context_channels=context
+    )
+    return Coupling(elementwise, net, mask)
+
+
+def vector_coupling(elementwise: Elementwise, shape: Shape, context: int = 0) -> Coupling:
+    """Every second entry known: no halves."""
+    dim = shape[0] * shape[1] * shape[2]
+    mask = alternate(dim)
+    net = Perceptron(
+        int(mask.sum()), int((~mask).sum()), elementwise.num_params, hidden_size=8, context_features=context
+    )
+    return Coupling(elementwise, net, mask)
+
+
+def masked(elementwise: Elementwise, shape: Shape, context: int = 0) -> Autoregressive:
+    net = MaskedConv(
+        shape, elementwise.num_params, hidden_size=6 * shape[0], depth=2, context_channels=context
+    )
+    return Autoregressive(elementwise, net, shape[0] * shape[1] * shape[2])
+
+
+def squeezed(shape: Shape) -> Chain:
+    """Space to depth where the size allows, and a step of a flow there."""
+    layers: list[Bijector] = []
+    if shape[1] % 2 == 0:
+        bijector, shape = squeeze(shape)
+        layers.append(bijector)
+    step = [ActNorm(shape), Conv1x1(shape, torch.Generator().manual_seed(1))]
+    return Chain(
+        [*layers, *step, image_coupling(Spline(4), shape), image_coupling(Affine(), shape, 0, False)]
+    )
+
+
+#: Bijectors of the reals, on images of the given shape.
+CONTINUOUS: dict[str, Callable[[Shape], Bijector]] = {
+    "coupling affine": lambda shape: image_coupling(Affine(), shape),
+    "coupling spline": lambda shape: image_coupling(Spline(5, 3.0), shape),
+    "coupling second half": lambda shape: image_coupling(Affine(), shape, first=False),
+    "coupling every second": lambda shape: vector_coupling(Spline(4), shape),
+    "coupling affine context": lambda shape: image_coupling(Affine(1.0), shape, CONTEXT_CHANNELS),
+    "coupling perceptron context": lambda shape: vector_coupling(
+        Affine(), shape, CONTEXT_CHANNELS * shape[1] * shape[2]
+    ),
+    "autoregressive affine": lambda shape: masked(Affine(1.0), shape),
+    "autoregressive spline": lambda shape: masked(Spline(4), shape),
+    "autoregressive affine context": lambda shape: masked(Affine(1.0), shape, CONTEXT_CHANNELS),
+    "actnorm": ActNorm,
+    "conv 1x1": lambda shape: Conv1x1(shape, torch.Generator().manual_seed(0)),
+    "step": squeezed,
+    "inverse step": lambda shape: Inverse(squeezed(shape)),
+}
+
+
+def build_continuous(name: str, shape: Shape) -> Bijector:
+    """The named bijector with random weights, of a size at which networks neither die nor saturate."""
+    bijector = randomize(CONTINUOUS[name](shape))
+    with torch.no_grad():
+        for parameter in bijector.parameters():
+            parameter.div_(2 * parameter[0].numel() ** 0.5)
+    return bijector  # type: ignore[return-value]
+
+
+def context_for(name: str, shape: Shape, batch: int) -> Tensor | None:
+    """What the named bijector is conditioned on."""
+    if "context" not in name:
+        return None
+    # The coupling by rows of a single channel has images of half the height.
+    size = halves(shape)[3] if name == "coupling affine context" else shape[1:]
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(batch, CONTEXT_CHANNELS * size[0] * size[1], dtype=torch.float64, generator=generator)
 
 
 def randomize(module: nn.Module, seed: int = 0) -> nn.Module:

@@ -25,8 +25,8 @@ class Autoregressive(Bijector):
     - "jacobi": from z, without any step. The fewer entries hang on their neighbours, the fewer calls; two
       where the net ignores x. A call is parallel, so it costs more than a step but not dim times as much.
 
-    `inverse` on one-hot rows takes dim parallel calls and is differentiable. The attribute ``calls`` counts
-    steps and calls of all inversions of symbols so far.
+    `inverse` on floats (one-hot rows, reals) takes dim parallel calls and is differentiable. The attribute
+    ``calls`` counts steps and calls of all inversions of symbols so far.
 
     Absent entries (context of lengths) stay as they are.
 

@@ -54,17 +54,39 @@ class Coupling(Bijector):
         self.dim = len(mask)
         self.register_buffer("known_index", mask.nonzero().flatten())
         self.register_buffer("hidden_index", hidden.nonzero().flatten())
+        # Two halves, as in images, are cut and joined: several times faster than by index.
+        self._sizes: tuple[int, int] | None = None
+        if bool((mask ^ hidden).all()) and int((mask[1:] ^ mask[:-1]).sum()) == 1:
+            first = int((mask if mask[0] else hidden).sum())
+            self._sizes = (first, self.dim - first)
+        self._known_first = bool(mask[0])
+
+    def _cut(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Known and hidden entries."""
+        if x.shape[1] != self.dim:
+            raise ValueError(f"expected {self.dim} entries, found x of shape {tuple(x.shape)}")
+        if self._sizes is None:
+            return x.index_select(1, self.known_index), x.index_select(1, self.hidden_index)
+        first, second = x.split(self._sizes, 1)
+        return (first, second) if self._known_first else (second, first)
+
+    def _join(self, x: Tensor, known: Tensor, hidden: Tensor) -> Tensor:
+        """``x`` with other hidden entries."""
+        if self._sizes is None:
+            return x.index_copy(1, self.hidden_index, hidden)
+        return torch.cat([known, hidden] if self._known_first else [hidden, known], 1)
 
     def params(self, x: Tensor, context: Context = None) -> Tensor:
         """Parameters of the hidden entries, ``(batch, n_hidden, num_params)``.
 
         They depend only on the known entries of ``x``, which are the same in data and latent.
         """
-        if x.shape[1] != self.dim:
-            raise ValueError(f"expected {self.dim} entries, found x of shape {tuple(x.shape)}")
-        with full_precision(x):
-            params = self.net(x.index_select(1, self.known_index), context)
-        return check_params(params, x.shape[0], len(self.hidden_index), self.elementwise.num_params)
+        return self._params(self._cut(x)[0], context)
+
+    def _params(self, known: Tensor, context: Context) -> Tensor:
+        with full_precision(known):
+            params = self.net(known, context)
+        return check_params(params, known.shape[0], len(self.hidden_index), self.elementwise.num_params)
 
     def forward(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
         """Data to latent: z like ``x``, log_det ``(batch,)``."""
@@ -75,8 +97,8 @@ class Coupling(Bijector):
         return self._map(z, context, False)
 
     def _map(self, x: Tensor, context: Context, to_latent: bool) -> tuple[Tensor, Tensor]:
-        params = self.params(x, context)
-        old = x.index_select(1, self.hidden_index)
+        known, old = self._cut(x)
+        params = self._params(known, context)
         with full_precision(x):
             new, log_det = (self.elementwise.forward if to_latent else self.elementwise.inverse)(old, params)
         mask = present(context, self.dim)
@@ -84,7 +106,7 @@ class Coupling(Bijector):
             mask = mask.index_select(1, self.hidden_index)
             new = keep_absent(new, old, mask)
             log_det = torch.where(mask, log_det, 0)
-        return x.index_copy(1, self.hidden_index, new), log_det.sum(1)
+        return self._join(x, known, new), log_det.sum(1)
 
     @property
     def num_calls(self) -> int:

@@ -79,6 +79,27 @@ class Reverse(Bijector):
         return self.forward(z, context)
 
 
+def squeeze(shape: tuple[int, int, int]) -> tuple[Permute, tuple[int, int, int]]:
+    """Space to depth: images (C, H, W) become (4 C, H / 2, W / 2); the bijector and the new shape.
+
+    Channel ``4 c + 2 i + j`` holds the entries of channel c in rows of parity i and columns of parity j.
+
+    Source: Dinh et al. 2017, arXiv 1605.08803, section 3.6.
+
+    Raises:
+        ValueError: H or W is odd.
+
+    >>> bijector, shape = squeeze((1, 2, 4))
+    >>> shape, bijector.forward(torch.arange(8)[None])[0]
+    ((4, 1, 2), tensor([[0, 2, 1, 3, 4, 6, 5, 7]]))
+    """
+    C, H, W = shape
+    if H % 2 or W % 2:
+        raise ValueError(f"only images with an even height and width can be squeezed, found {H} x {W}")
+    places = torch.arange(C * H * W).view(C, H // 2, 2, W // 2, 2).permute(0, 2, 4, 1, 3)
+    return Permute(places.flatten()), (4 * C, H // 2, W // 2)
+
+
 def no_log_det(x: Tensor) -> Tensor:
     """Zeros ``(batch,)``, in the dtype of ``x`` if it is floating."""
     dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()

@@ -1,4 +1,4 @@
-"""A perceptron from known entries to hidden ones, in which every position has weights of its own."""
+"""Perceptrons from known entries to hidden ones: of symbols, with weights by position, and of numbers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflow.core import Context
+from dflow.nn.flat import check_levels, check_sizes, flat_input, zero_
 from dflow.ops.lengths import lengths
 
 
@@ -92,3 +93,70 @@ class InfillPerceptron(nn.Module):
             h = h + layer(h)
         out: Tensor = self.head(self.norm(h))
         return out.view(len(x), self.num_hidden, -1)
+
+
+class Perceptron(nn.Module):
+    """Parameters of a few entries given a few numbers: a product and SiLU, then residual ones as wide.
+
+    The cheap conditioner of vectors; takes what `dflow.nn.densenet.DenseNet` takes.
+
+    Args:
+        in_features: numbers a row of the input.
+        out_entries: entries that parameters are asked for.
+        num_params: numbers for each.
+        hidden_size: width.
+        num_layers: hidden layers.
+        context_features: numbers a row of the context; 0 for none.
+        levels: values 0..levels-1 of the input are spread over -1..1; None leaves it as it is.
+        zero_head: start with an output of zeros (the identity, for the parameters of a bijector).
+
+    Raises:
+        ValueError: a size below 1, fewer than 2 levels.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_entries: int,
+        num_params: int = 1,
+        *,
+        hidden_size: int = 64,
+        num_layers: int = 2,
+        context_features: int = 0,
+        levels: int | None = None,
+        zero_head: bool = True,
+    ) -> None:
+        """See the class."""
+        super().__init__()
+        check_sizes(in_features=in_features, out_entries=out_entries, num_params=num_params)
+        check_sizes(hidden_size=hidden_size, num_layers=num_layers)
+        self.sizes, self.num_params, self.levels = (
+            (in_features, context_features),
+            num_params,
+            check_levels(levels),
+        )
+        self.first = nn.Linear(in_features + context_features, hidden_size)
+        self.layers = nn.ModuleList(nn.Linear(hidden_size, hidden_size) for _ in range(num_layers - 1))
+        self.head = nn.Linear(hidden_size, num_params * out_entries)
+        if zero_head:
+            zero_(self.head)
+
+    def forward(self, x: Tensor, context: Context = None) -> Tensor:
+        """Parameters ``(batch, out_entries, num_params)``.
+
+        Args:
+            x: numbers ``(batch, in_features)``.
+            context: floats ``(batch, context_features)``, or several that make that up together.
+
+        Raises:
+            ValueError: an ``x`` or context of another size.
+        """
+        return self.features(x, context).view(len(x), self.num_params, -1).transpose(1, 2)
+
+    def features(self, x: Tensor, context: Context = None) -> Tensor:
+        """The same numbers, flat, as a context for other networks: ``(batch, num_params * out_entries)``."""
+        h = F.silu(self.first(flat_input(x, context, self.sizes, self.levels, self.head.weight)))
+        for layer in self.layers:
+            h = h + F.silu(layer(h))
+        out: Tensor = self.head(h)
+        return out

@@ -1,0 +1,102 @@
+"""Densely connected convolutions: the conditioner of flows on images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dflow.core import Context
+from dflow.nn.flat import check_levels, check_sizes, flat_input, zero_
+
+
+class DenseNet(nn.Module):
+    """Each layer adds channels, computed from all channels before it: 1x1, SiLU, 3x3, SiLU.
+
+    Input and output are flat rows in the order C, H, W. At a size of (1, 1), a vector of numbers, the
+    convolutions are products of matrices.
+
+    Source: Hoogeboom et al. 2019, arXiv 1905.07376 (integer discrete flows; ReLU there).
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        size: (H, W) of input, context and output.
+        num_params: numbers for each entry of the output.
+        hidden_size: channels that the layers add together.
+        depth: layers.
+        context_channels: of the context, flat rows of the same size; 0 for none.
+        levels: values 0..levels-1 of the input are spread over -1..1; None leaves it as it is.
+        zero_head: start with an output of zeros (the identity, for the parameters of a bijector).
+
+    Raises:
+        ValueError: a size below 1, fewer hidden channels than layers, fewer than 2 levels.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        size: tuple[int, int],
+        num_params: int = 1,
+        *,
+        hidden_size: int = 192,
+        depth: int = 12,
+        context_channels: int = 0,
+        levels: int | None = None,
+        zero_head: bool = True,
+    ) -> None:
+        """See the class."""
+        super().__init__()
+        height, width = size
+        check_sizes(in_channels=in_channels, out_channels=out_channels, height=height, width=width)
+        check_sizes(num_params=num_params, depth=depth)
+        if hidden_size < depth:
+            raise ValueError(f"hidden_size {hidden_size} is less than a channel for each of {depth} layers")
+        self.size, self.num_params, self.levels = (height, width), num_params, check_levels(levels)
+        self.sizes = (in_channels * height * width, context_channels * height * width)
+        channels, layers = in_channels + context_channels, []
+        for i in range(depth):
+            growth = hidden_size * (i + 1) // depth - hidden_size * i // depth
+            layers.append(
+                nn.Sequential(
+                    self._product(channels, channels, 1),
+                    nn.SiLU(),
+                    self._product(channels, growth, 3),
+                    nn.SiLU(),
+                )
+            )
+            channels += growth
+        self.layers = nn.ModuleList(layers)
+        self.head = self._product(channels, num_params * out_channels, 3)
+        if zero_head:
+            zero_(self.head)
+
+    def _product(self, inputs: int, outputs: int, kernel: int) -> nn.Linear | nn.Conv2d:
+        if self.size == (1, 1):
+            return nn.Linear(inputs, outputs)
+        return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
+
+    def forward(self, x: Tensor, context: Context = None) -> Tensor:
+        """Parameters ``(batch, out_channels * H * W, num_params)``: what a bijector or a law asks for.
+
+        Args:
+            x: numbers ``(batch, in_channels * H * W)``.
+            context: floats ``(batch, context_channels * H * W)``, or several that make that up together.
+
+        Raises:
+            ValueError: an ``x`` or context of another size.
+        """
+        return self.features(x, context).view(len(x), self.num_params, -1).transpose(1, 2)
+
+    def features(self, x: Tensor, context: Context = None) -> Tensor:
+        """The same numbers, flat, as a context for other networks: ``(batch, C * H * W)``.
+
+        C is ``num_params * out_channels``; arguments and errors as in `forward`.
+        """
+        h = flat_input(x, context, self.sizes, self.levels, self.head.weight)
+        if self.size != (1, 1):
+            h = h.unflatten(1, (-1, *self.size))
+        for layer in self.layers:
+            h = torch.cat([h, layer(h)], 1)
+        out: Tensor = self.head(h)
+        return out.flatten(1)
