@@ -63,9 +63,8 @@ class Gaussian(Distribution):
     def conditionals(self) -> tuple[Tensor, Tensor]:
         """``(L, loc)``; L is ``(dim, dim)``, or its diagonal ``(dim,)`` where there is no more to it.
 
-        Given the entries after it, ``v_i`` is normal with mean ``loc_i - sum_{j>i} L_ji (v_j - loc_j) / L_ii``
-        and standard deviation ``1 / L_ii``: the order of the conditionals runs from the last entry to the
-        first.
+        Given the entries after it, ``v_i`` is normal with standard deviation ``1 / L_ii`` and mean ``loc_i -
+        sum_{j>i} L_ji (v_j - loc_j) / L_ii``: the conditionals run from the last entry to the first.
         """
 
     def standardize(self, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,7 +211,9 @@ class Normal(Gaussian):
 
         ``sum_i log(Phi((upper_i - loc_i) L_ii) - Phi((lower_i - loc_i) L_ii))``; bounds may be infinite.
         """
-        a, b = (self.standardize(bound)[0] for bound in (lower, upper))
+        # Finite stand-ins for infinity: the gradient by L is a product with the bound.
+        far = torch.finfo(lower.dtype).max ** 0.5
+        a, b = (self.standardize(bound.clamp(-far, far))[0] for bound in (lower, upper))
         return log_interval(a, b).sum(-1, dtype=torch.float64).to(lower.dtype)
 
     @property

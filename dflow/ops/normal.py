@@ -33,7 +33,7 @@ def log_interval(a: Tensor, b: Tensor) -> Tensor:
     that which rounding ``a`` and ``b`` makes.
 
     >>> log_interval(torch.tensor(30.0), torch.tensor(torch.inf))
-    tensor(-454.3212)
+    tensor(-454.3213)
     """
     result: Tensor = _LogInterval.apply(*torch.broadcast_tensors(a, b))  # type: ignore[no-untyped-call]
     return result
@@ -50,6 +50,28 @@ def truncated_normal(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
     """
     result: Tensor = _TruncatedNormal.apply(*torch.broadcast_tensors(a, b, u))  # type: ignore[no-untyped-call]
     return result
+
+
+def truncated_quantile(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
+    """`truncated_normal` of tensors of one shape, without a gradient."""
+    # Either probability is a sum without cancellation; the smaller one knows e to full precision.
+    # (torch.special.ndtr is 1 + erf, worth nothing in the lower tail.)
+    root, v = 0.5**0.5, 1 - u
+    below = (v * torch.erfc(a * -root) + u * torch.erfc(b * -root)) / 2
+    above = (v * torch.erfc(a * root) + u * torch.erfc(b * root)) / 2
+    least = torch.minimum(below, above)
+    e = torch.special.ndtri(least)
+    sign = torch.where(below > above, -1, 1)
+    if (least < torch.finfo(e.dtype).tiny).any():
+        log_u, log_v = torch.log(u), torch.log1p(-u)
+        logs = [
+            torch.logaddexp(log_v + torch.special.log_ndtr(s * a), log_u + torch.special.log_ndtr(s * b))
+            for s in (1, -1)
+        ]
+        far = least < torch.finfo(e.dtype).tiny
+        e = torch.where(far, _tail_quantile(torch.minimum(*logs)), e)
+        sign = torch.where(far, torch.where(logs[0] > logs[1], -1, 1), sign)
+    return torch.minimum(torch.maximum(sign * e, a), b)
 
 
 def interval_slopes(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,13 +96,15 @@ class _LogNdtr(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, t: Tensor) -> Tensor:
         ctx.save_for_backward(t)
-        return torch.special.log_ndtr(t)
+        value: Tensor = torch.special.log_ndtr(t)
+        return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Tensor:
         (t,) = ctx.saved_tensors
-        return g * _hazard(t)
+        slope: Tensor = g * _hazard(t)
+        return slope
 
 
 class _LogInterval(torch.autograd.Function):
@@ -91,7 +115,9 @@ class _LogInterval(torch.autograd.Function):
         top = torch.special.log_ndtr(high)
         gap = torch.special.log_ndtr(low) - top
         # log(1 - exp(gap)), by whichever form keeps its digits.
-        return top + torch.where(gap > -0.6931, torch.log(-torch.expm1(gap)), torch.log1p(-torch.exp(gap)))
+        kept = torch.where(gap > -0.6931, torch.log(-torch.expm1(gap)), torch.log1p(-torch.exp(gap)))
+        value: Tensor = top + kept
+        return value
 
     @staticmethod
     @once_differentiable
@@ -103,24 +129,7 @@ class _LogInterval(torch.autograd.Function):
 class _TruncatedNormal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, u: Tensor) -> Tensor:
-        # Either probability is a sum without cancellation; the smaller one knows e to full precision.
-        # (torch.special.ndtr is 1 + erf, worth nothing in the lower tail.)
-        root, v = 0.5**0.5, 1 - u
-        below = (v * torch.erfc(a * -root) + u * torch.erfc(b * -root)) / 2
-        above = (v * torch.erfc(a * root) + u * torch.erfc(b * root)) / 2
-        least = torch.minimum(below, above)
-        e = torch.special.ndtri(least)
-        sign = torch.where(below > above, -1, 1)
-        if (least < torch.finfo(e.dtype).tiny).any():
-            log_u, log_v = torch.log(u), torch.log1p(-u)
-            logs = [
-                torch.logaddexp(log_v + torch.special.log_ndtr(s * a), log_u + torch.special.log_ndtr(s * b))
-                for s in (1, -1)
-            ]
-            far = least < torch.finfo(e.dtype).tiny
-            e = torch.where(far, _tail_quantile(torch.minimum(*logs)), e)
-            sign = torch.where(far, torch.where(logs[0] > logs[1], -1, 1), sign)
-        e = torch.minimum(torch.maximum(sign * e, a), b)
+        e = truncated_quantile(a, b, u)
         ctx.save_for_backward(a, b, u, e)
         return e
 
@@ -139,7 +148,8 @@ def _mirror(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _hazard(t: Tensor) -> Tensor:
     """``phi(t) / Phi(t)``."""
-    return math.sqrt(2 / math.pi) / torch.special.erfcx(t * -(0.5**0.5))
+    result: Tensor = math.sqrt(2 / math.pi) / torch.special.erfcx(t * -(0.5**0.5))
+    return result
 
 
 def _tail_quantile(log_p: Tensor) -> Tensor:
