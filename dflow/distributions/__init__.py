@@ -2,6 +2,13 @@
 
 from dflow.distributions.any_order import AnyOrder, Confident, Ordered, Walk
 from dflow.distributions.categorical import Categorical, ConditionalCategorical, Mixture
+from dflow.distributions.normal import (
+    ConditionalNormal,
+    CovarianceNormal,
+    Gaussian,
+    Normal,
+    StandardNormal,
+)
 from dflow.distributions.sequence import SequenceCategorical
 from dflow.distributions.spectra import Spectra
 
@@ -9,10 +16,15 @@ __all__ = [
     "AnyOrder",
     "Categorical",
     "ConditionalCategorical",
+    "ConditionalNormal",
     "Confident",
+    "CovarianceNormal",
+    "Gaussian",
     "Mixture",
+    "Normal",
     "Ordered",
     "SequenceCategorical",
     "Spectra",
+    "StandardNormal",
     "Walk",
 ]

@@ -1,1 +1,1 @@
-"""Operations on tensors that know no model: the ring Z/K, straight-through estimators, lengths."""
+"""Operations on tensors that know no model: Z/K, straight-through estimators, normal tails, lengths."""

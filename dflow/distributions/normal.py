@@ -1,0 +1,373 @@
+"""Normal laws on the reals: diagonal, full covariance, conditional, standard."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from dflow.core import Context, Distribution
+from dflow.ops.normal import LOG_SQRT_2PI, log_interval
+
+#: Smallest variance beside the mean variance that moments are given when they are singular.
+RIDGE = 1e-12
+
+#: A variance this small beside the second moment is what rounding leaves of 0.
+NOISE = 1e-14
+
+
+class Gaussian(Distribution):
+    """A normal law whose precision is ``L L^T`` with L lower triangular: ``(v - loc) L`` is standard normal.
+
+    By default the law has a closed form, the mean and covariance of what `statistics` has counted: the
+    maximum of the likelihood. They are buffers that training moves with `update`. With ``learned`` they
+    are parameters: ``loc``, ``log_diag`` (of L) and, for a full covariance, ``lower`` (below the diagonal).
+
+    Statistics are augmented second moments in float64, ``sum_n w_n a_n a_n^T`` with ``a = (1, v)``, of
+    shape ``(dim + 1, dim + 1)``, or the rows ``sum_n w_n (1, v, v^2)`` ``(3, dim)`` of a diagonal law. They
+    add up over batches and processes. The law keeps total weight, mean and covariance, in float64 too.
+
+    Singular moments (fewer points than entries, a constant entry) have no density. The variances are then
+    enlarged by `RIDGE` times their mean, tenfold until the Cholesky factorization succeeds; the attribute
+    ``ridge`` tells what was added at the last time, 0 as a rule.
+
+    Raises:
+        ValueError: dim < 1, a ``v`` of another shape.
+    """
+
+    loc: Tensor
+    log_diag: Tensor
+    moments: Tensor
+
+    def __init__(self, dim: int, learned: bool = False) -> None:
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f"dim must be at least 1, found {dim}")
+        self.dim = dim
+        self.learned = learned
+        self.ridge = 0.0
+        for name, start in self._start().items():
+            if learned:
+                self.register_parameter(name, nn.Parameter(start))
+            else:
+                self.register_buffer(name, start)
+        if not learned:
+            self.register_buffer("moments", torch.zeros(self._moments_shape, dtype=torch.float64))
+
+    def extra_repr(self) -> str:
+        """For ``repr``."""
+        return f"dim={self.dim}, learned={self.learned}"
+
+    @abstractmethod
+    def conditionals(self) -> tuple[Tensor, Tensor]:
+        """``(L, loc)``; L is ``(dim, dim)``, or its diagonal ``(dim,)`` where there is no more to it.
+
+        Given the entries after it, ``v_i`` is normal with standard deviation ``1 / L_ii`` and mean ``loc_i -
+        sum_{j>i} L_ji (v_j - loc_j) / L_ii``: the conditionals run from the last entry to the first.
+        """
+
+    def standardize(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """``(v - loc) L`` ``(batch, dim)``, standard normal, and ``log det L``."""
+        self.check_entries(v)
+        L, loc = self.conditionals()
+        with full_precision(v):
+            L, centred = L.to(v.dtype), v - loc.to(v.dtype)
+            e = centred * L if L.ndim == 1 else centred @ L
+        return e, self.log_diag.sum(dtype=torch.float64)
+
+    def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
+        """Exact log-density in nats, ``(batch,)``, summed in float64, in the dtype of ``x``."""
+        e, log_det = self.standardize(x)
+        return (log_det - standard_energy(e)).to(x.dtype)
+
+    @torch.no_grad()
+    def sample(self, n: int, context: Context = None, generator: torch.Generator | None = None) -> Tensor:
+        """``n`` exact draws ``(n, dim)`` in the dtype of ``loc``."""
+        L, loc = self.conditionals()
+        e = torch.randn(n, self.dim, generator=generator, dtype=loc.dtype, device=loc.device)
+        return loc + (e / L if L.ndim == 1 else torch.linalg.solve_triangular(L, e, upper=False, left=False))
+
+    @torch.no_grad()
+    def statistics(self, v: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Augmented second moments of ``v`` ``(n, dim)`` with ``weights`` ``(n,)``, by default 1; float64."""
+        self.check_entries(v)
+        weights = v.new_ones(len(v)) if weights is None else weights
+        if weights.shape != v.shape[:1]:
+            raise ValueError(f"weights have shape {tuple(weights.shape)} for {len(v)} points")
+        return self._moments(v.double(), weights.double())
+
+    @torch.no_grad()
+    def update(self, statistics: Tensor, momentum: float) -> None:
+        """Running moments ``<- momentum * running + new``, divided by the weight they sum up to.
+
+        Raises:
+            ValueError: a law that is learned, statistics of another shape or without weight, momentum
+                outside [0, 1].
+        """
+        if self.learned:
+            raise ValueError("a learned normal law has no moments to update; initialize() sets it")
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum must lie in [0, 1], found {momentum}")
+        moments = self._combine(statistics, momentum)
+        values = self._fit(moments)
+        self.moments.copy_(moments)
+        self._set(*values)
+
+    @torch.no_grad()
+    def assign(self, statistics: Tensor) -> None:
+        """Take the moments of ``statistics`` in place of the present ones; errors as in `update`."""
+        self.update(statistics, 0.0)
+
+    @torch.no_grad()
+    def initialize(self, statistics: Tensor) -> None:
+        """Set the law from ``statistics``, learned or not."""
+        if self.learned:
+            self._set(*self._fit(self._combine(statistics, 0.0)))
+        else:
+            self.assign(statistics)
+
+    def _combine(self, statistics: Tensor, momentum: float) -> Tensor:
+        """Weight, mean and covariance of both, laid out like the statistics."""
+        if statistics.shape != self._moments_shape:
+            raise ValueError(
+                f"statistics have shape {tuple(statistics.shape)}, expected {self._moments_shape}"
+            )
+        weight, first, second = self._unpack(statistics.double())
+        old_weight, old_mean, old_covariance = weight * 0, first * 0, second * 0
+        if momentum:
+            old_weight, old_mean, old_covariance = self._unpack(self.moments.double())
+            old_weight = momentum * old_weight
+        total = weight + old_weight
+        if not (torch.isfinite(statistics).all() and total > 0):
+            raise ValueError(f"statistics must be finite and of positive weight, found {float(weight)}")
+        mean = (old_weight * old_mean + first) / total
+        # About the new mean, old and new alike: squares about 0 would cancel.
+        step = old_mean - mean
+        cross = self._outer(first, mean)
+        new = second - cross - cross.mT + weight * self._outer(mean, mean)
+        covariance = (old_weight * (old_covariance + self._outer(step, step)) + new) / total
+        return self._pack(total, mean, covariance)
+
+    def _set(self, *values: Tensor) -> None:
+        for name, value in zip(self._start(), values, strict=True):
+            getattr(self, name).copy_(value)
+
+    def check_entries(self, v: Tensor) -> None:
+        """ValueError unless ``v`` is floating ``(batch, dim)``."""
+        if not v.is_floating_point() or v.ndim != 2 or v.shape[1] != self.dim:
+            raise ValueError(f"expected floating (batch, {self.dim}), found {v.dtype} {tuple(v.shape)}")
+
+    @property
+    @abstractmethod
+    def _moments_shape(self) -> tuple[int, int]: ...
+
+    @abstractmethod
+    def _start(self) -> dict[str, Tensor]:
+        """Parameters or buffers by name, of the standard normal law; loc first."""
+
+    @abstractmethod
+    def _moments(self, v: Tensor, weights: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _unpack(self, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Weight ``()``, first ``(dim,)`` and second moments."""
+
+    @abstractmethod
+    def _pack(self, weight: Tensor, mean: Tensor, covariance: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _outer(self, a: Tensor, b: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _solve(self, covariance: Tensor, ridge: float) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Values of `_start` but loc, and the variance of each entry given those after it."""
+
+    def _fit(self, moments: Tensor) -> tuple[Tensor, ...]:
+        """Values of `_start` from weight, mean and covariance."""
+        _, mean, covariance = self._unpack(moments)
+        variances = covariance if covariance.ndim == 1 else covariance.diagonal()
+        average = float(variances.mean())
+        if not average > 0:
+            raise ValueError("the points do not vary: a normal law of no variance has no density")
+        for ridge in (0.0, *(RIDGE * 10.0**i for i in range(10))):
+            self.ridge = ridge * average
+            factor, pivots = self._solve(covariance, self.ridge)
+            # What is left of a variance given other entries, beside what rounding the sums leaves of 0.
+            if (pivots > NOISE * (variances + mean.square())).all():
+                return mean, *factor
+        raise ValueError(f"the covariance is singular, even with {self.ridge:.2g} added to each variance")
+
+
+class Normal(Gaussian):
+    """Normal law of independent entries, ``L = diag(exp(log_diag))``; see `Gaussian`."""
+
+    def conditionals(self) -> tuple[Tensor, Tensor]:
+        """``(L, loc)``, both ``(dim,)``."""
+        return self.log_diag.exp(), self.loc
+
+    def log_mass(self, lower: Tensor, upper: Tensor) -> Tensor:
+        """Exact log-probability in nats ``(batch,)`` of the boxes ``[lower, upper]`` ``(batch, dim)``.
+
+        ``sum_i log(Phi((upper_i - loc_i) L_ii) - Phi((lower_i - loc_i) L_ii))``; bounds may be infinite.
+        """
+        # Finite stand-ins for infinity: the gradient by L is a product with the bound.
+        far = torch.finfo(lower.dtype).max ** 0.5
+        a, b = (self.standardize(bound.clamp(-far, far))[0] for bound in (lower, upper))
+        return log_interval(a, b).sum(-1, dtype=torch.float64).to(lower.dtype)
+
+    @property
+    def _moments_shape(self) -> tuple[int, int]:
+        return 3, self.dim
+
+    def _start(self) -> dict[str, Tensor]:
+        return {"loc": torch.zeros(self.dim), "log_diag": torch.zeros(self.dim)}
+
+    def _moments(self, v: Tensor, weights: Tensor) -> Tensor:
+        return torch.stack([weights.sum().expand(self.dim), weights @ v, weights @ v.square()])
+
+    def _unpack(self, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return moments[0, 0], moments[1], moments[2]
+
+    def _pack(self, weight: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
+        return torch.stack([weight.expand(self.dim), mean, covariance])
+
+    def _outer(self, a: Tensor, b: Tensor) -> Tensor:
+        return a * b
+
+    def _solve(self, covariance: Tensor, ridge: float) -> tuple[tuple[Tensor, ...], Tensor]:
+        variances = covariance + ridge
+        return (-0.5 * variances.log(),), variances
+
+
+class CovarianceNormal(Gaussian):
+    """Normal law of any covariance, ``L = diag(exp(log_diag)) + strict lower part of lower``.
+
+    See `Gaussian`. Source: Hoogeboom et al. 2020, arXiv 2001.11235, appendix B.
+    """
+
+    lower: Tensor
+
+    def conditionals(self) -> tuple[Tensor, Tensor]:
+        """``(L, loc)``, ``(dim, dim)`` and ``(dim,)``."""
+        return self.lower.tril(-1) + torch.diag(self.log_diag.exp()), self.loc
+
+    @property
+    def _moments_shape(self) -> tuple[int, int]:
+        return self.dim + 1, self.dim + 1
+
+    def _start(self) -> dict[str, Tensor]:
+        zeros = torch.zeros(self.dim, self.dim)
+        return {"loc": torch.zeros(self.dim), "log_diag": torch.zeros(self.dim), "lower": zeros}
+
+    def _moments(self, v: Tensor, weights: Tensor) -> Tensor:
+        ones = torch.cat([v.new_ones(len(v), 1), v], 1)
+        return ones.T @ (weights[:, None] * ones)
+
+    def _unpack(self, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return moments[0, 0], moments[0, 1:], moments[1:, 1:]
+
+    def _pack(self, weight: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
+        top = torch.cat([weight[None], mean])
+        return torch.cat([top[None], torch.cat([mean[:, None], covariance], 1)])
+
+    def _outer(self, a: Tensor, b: Tensor) -> Tensor:
+        return a[:, None] * b
+
+    def _solve(self, covariance: Tensor, ridge: float) -> tuple[tuple[Tensor, ...], Tensor]:
+        # Sigma = C C^T with C upper: the Cholesky factor of the flipped matrix, flipped back. Then L = C^-T.
+        eye = torch.eye(self.dim, dtype=torch.float64, device=covariance.device)
+        factor, failed = torch.linalg.cholesky_ex((covariance + ridge * eye).flip(0, 1))
+        if failed:
+            return (), torch.zeros_like(covariance[0])
+        C = factor.flip(0, 1)
+        L = torch.linalg.solve_triangular(C, eye, upper=True).T
+        return (-C.diagonal().log(), L.tril(-1)), C.diagonal().square()
+
+
+class ConditionalNormal(Distribution):
+    """Entries independent given the context, ``v_i`` normal with mean ``loc_i`` and deviation ``exp(s_i)``.
+
+    The net is called with the context, or with the items of a tuple, and returns ``(loc, s)`` in the last
+    axis of ``(batch, dim, 2)``: zeros are the standard normal law. Inside a `Split` the first item is the
+    kept entries.
+
+    Raises:
+        ValueError: no context, or an ``x``, n or params that do not fit each other.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def params(self, context: Context) -> tuple[Tensor, Tensor]:
+        """``loc`` and log standard deviation, each ``(batch, dim)``, at least float32."""
+        if context is None:
+            raise ValueError("a conditional law needs a context")
+        found: Tensor = self.net(*context) if isinstance(context, tuple) else self.net(context)
+        if found.ndim != 3 or found.shape[2] != 2:
+            raise ValueError(f"the net gave params of shape {tuple(found.shape)}, expected (batch, dim, 2)")
+        loc, log_scale = found.to(torch.promote_types(found.dtype, torch.float32)).unbind(-1)
+        return loc, log_scale
+
+    def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
+        """Exact log-density in nats, ``(batch,)``, summed in float64, in the dtype of ``x``."""
+        loc, log_scale = self.params(context)
+        if x.shape != loc.shape:
+            raise ValueError(f"x has shape {tuple(x.shape)}, the net answers for {tuple(loc.shape)}")
+        e = (x - loc) * torch.exp(-log_scale)
+        return (-standard_energy(e) - log_scale.sum(-1, dtype=torch.float64)).to(x.dtype)
+
+    @torch.no_grad()
+    def sample(self, n: int, context: Context = None, generator: torch.Generator | None = None) -> Tensor:
+        """One exact draw for each of the ``n`` rows of the context, ``(n, dim)``."""
+        loc, log_scale = self.params(context)
+        if loc.shape[0] != n:
+            raise ValueError(f"{n} draws asked of a context of {loc.shape[0]} rows")
+        e = torch.randn(loc.shape, generator=generator, dtype=loc.dtype, device=loc.device)
+        return loc + log_scale.exp() * e
+
+    @property
+    def num_calls(self) -> int:
+        """One."""
+        return 1
+
+
+class StandardNormal(Distribution):
+    """The standard normal law of ``dim`` entries: the fixed base of a continuous flow."""
+
+    like: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f"dim must be at least 1, found {dim}")
+        self.dim = dim
+        # Knows the device and dtype to draw in; nothing to save.
+        self.register_buffer("like", torch.zeros(()), persistent=False)
+
+    def extra_repr(self) -> str:
+        """For ``repr``."""
+        return f"dim={self.dim}"
+
+    def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
+        """Exact log-density in nats, ``(batch,)``, summed in float64, in the dtype of ``x``."""
+        if not x.is_floating_point() or x.ndim != 2 or x.shape[1] != self.dim:
+            raise ValueError(f"expected floating (batch, {self.dim}), found {x.dtype} {tuple(x.shape)}")
+        return -standard_energy(x).to(x.dtype)
+
+    @torch.no_grad()
+    def sample(self, n: int, context: Context = None, generator: torch.Generator | None = None) -> Tensor:
+        """``n`` exact draws ``(n, dim)``."""
+        like = self.like
+        return torch.randn(n, self.dim, generator=generator, dtype=like.dtype, device=like.device)
+
+
+def standard_energy(e: Tensor) -> Tensor:
+    """``-log`` of the standard normal density of each row of ``e``, in nats, float64 ``(batch,)``."""
+    return (0.5 * e.square() + LOG_SQRT_2PI).sum(-1, dtype=torch.float64)
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """Autocast off: standardized entries have no digits to spare."""
+    return torch.autocast(device_type=x.device.type, enabled=False)
