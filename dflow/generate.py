@@ -129,10 +129,11 @@ def encode_images(x: Tensor, kind: ImageFormat, levels: int | None) -> bytes:
         return buffer.getvalue()
     if kind == "csv":
         return "".join(",".join(map(str, row)) + "\n" for row in x.flatten(1).tolist()).encode()
-    if levels is None or x.shape[1] not in (1, 3):
+    if levels is None or x.shape[1] not in (1, 3) or x.shape[2:] == (1, 1):
         raise InputError("these data are no pictures; use --format csv or npy")
     shape = (x.shape[1], x.shape[2], x.shape[3])
-    return pictures.grid(x.flatten(1), shape, levels)
+    # A draw may lie outside what a picture can show.
+    return pictures.grid(x.flatten(1).clamp(0, levels - 1), shape, levels)
 
 
 def spell(ids: Tensor, tokenizer: Tokenizer, kind: Format, number: int = 1) -> str:

@@ -32,11 +32,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dflow import bijectors
 from dflow.bijectors import Autoregressive, Chain, Coupling, Permute, Reverse
 from dflow.config import InputError
 from dflow.core import Context, Distribution
 from dflow.dequantize import Bound, Dequantized, Elbo, Iwbo, Renyi
-from dflow.distributions import Categorical, SequenceCategorical, Spectra, Walk
+from dflow.distributions import Categorical, Gaussian, SequenceCategorical, Spectra, Walk
 from dflow.elementwise import ModAffine, ModRank, ModShift
 from dflow.elementwise.discrete import Discrete
 from dflow.flows import Flow, Split
@@ -301,15 +302,17 @@ def bound_of(rule: str, draws: int, alpha: float) -> Bound:
     return Iwbo(draws) if rule == "iwbo" else Renyi(draws, alpha)
 
 
-def guaranteed(bound: Bound, draws: int) -> Bound:
-    """The bound by which a model trained under ``bound`` is judged: the elbo, or else the iwbo."""
-    return Elbo(1) if isinstance(bound, Elbo) else Iwbo(max(bound.k, draws))
+def guaranteed(bound: Bound, draws: int, repeats: int = 1) -> Bound:
+    """The bound by which a model trained under ``bound`` is judged: the elbo, or else the iwbo.
+
+    The elbo is the same in expectation for any number of draws, so it takes as few as ``repeats``.
+    """
+    return Elbo(repeats) if isinstance(bound, Elbo) else Iwbo(max(bound.k, draws))
 
 
-def gaussian(law: Dequantized) -> Normal | CovarianceNormal | None:
+def gaussian(law: Dequantized) -> Gaussian | None:
     """A density in closed form: its moments are those of the dequantized data."""
-    density = law.density
-    return density if isinstance(density, (Normal, CovarianceNormal)) and not density.learned else None
+    return law.density if isinstance(law.density, Gaussian) and not law.density.learned else None
 
 
 class BoundObjective(nn.Module):
@@ -318,7 +321,7 @@ class BoundObjective(nn.Module):
     def __init__(self, law: Dequantized, bound: Bound) -> None:
         """See the class."""
         super().__init__()
-        law.check(bound)
+        law.check_bound(bound)
         self.law, self.bound = law, bound
 
     def forward(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor | None]:
@@ -334,10 +337,13 @@ class BoundObjective(nn.Module):
 
 @torch.no_grad()
 def initialize(law: Dequantized, x: Tensor, generator: torch.Generator) -> None:
-    """Start from data: scales of a flow, or moments of a Gaussian, from noise in the cells of ``x``."""
-    noise = law.dequantizer.noise(x.shape[0], generator)
-    v, _ = law.dequantizer.start(x, noise)
-    if isinstance(law.density, (Normal, CovarianceNormal)):
+    """Start from data: scales of a flow, or moments of a Gaussian, from logistic noise in the cells of ``x``.
+
+    On hypercubes that is uniform noise.
+    """
+    z = torch.logit(torch.rand(len(x), law.partition.count(x.shape[1]), generator=generator), 1e-6)
+    v, _ = law.partition.place(z, x)
+    if isinstance(law.density, Gaussian):
         law.density.initialize(law.density.statistics(v))
     else:
-        linear.initialize(law.density, v)
+        bijectors.initialize(law.density, v)

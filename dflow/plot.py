@@ -29,7 +29,7 @@ def density(model: DflowImageModel, data: Samples, cells: int = 400, draws: int 
     law, device = model.law, model.device
     generator = torch.Generator(device).manual_seed(0)
     x, _ = data.crops(draws, 2, torch.Generator().manual_seed(0))
-    v = torch.cat([law.place(part.to(device), generator) for part in x.split(10_000)]).cpu()
+    v = torch.cat([law.dequantize(part.to(device), generator) for part in x.split(10_000)]).cpu()
     low, high = v.quantile(0.001, 0).min().item() - 0.5, v.quantile(0.999, 0).max().item() + 0.5
     line = torch.linspace(low, high, cells, device=device, dtype=next(iter(model.parameters()), v).dtype)
     points = torch.cartesian_prod(line, line)

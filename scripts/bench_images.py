@@ -116,7 +116,7 @@ def main() -> None:
     law, x = build(given)
     spline, _ = build(given, elementwise="spline")
     with torch.no_grad():
-        v = law.place(x, torch.Generator().manual_seed(0))
+        v = law.dequantize(x, torch.Generator().manual_seed(0))
         passes = medians(
             {
                 "score": lambda: law.density.log_prob(v),

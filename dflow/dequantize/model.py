@@ -71,6 +71,19 @@ class Dequantized(nn.Module):
         self.density = density
         self.dequantizer = dequantizer
 
+    @property
+    def partition(self) -> Partition:
+        """The cells."""
+        return self.dequantizer.partition
+
+    @torch.no_grad()
+    def dequantize(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A draw ``v`` ``(batch, dim)`` from q(v | x)."""
+        noise = self._noise(x, 1, generator, None)[0]
+        v, _ = self.dequantizer(x, noise)
+        found: Tensor = v
+        return found
+
     def log_weights(
         self, x: Tensor, k: int = 1, generator: torch.Generator | None = None, noise: Tensor | None = None
     ) -> Tensor:
@@ -91,7 +104,7 @@ class Dequantized(nn.Module):
 
         A bound that is one of k log weights finds it without gradient and computes that one again.
         """
-        self._check_bound(bound)
+        self.check_bound(bound)
         context, noise = self.dequantizer.context(x), self._noise(x, bound.k, generator, noise)
         if bound.k > 1 and bound.picks_one:
             with torch.no_grad():
@@ -131,7 +144,7 @@ class Dequantized(nn.Module):
 
         Sums are float64; the log weights have the dtype of the model.
         """
-        self._check_bound(Iwbo(k))
+        self.check_bound(Iwbo(k))
         chunk = k if chunk is None else chunk
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1, found {chunk}")
@@ -192,7 +205,7 @@ class Dequantized(nn.Module):
         return self.dequantizer.partition.quantize(self.density.sample(n, None, generator))
 
     def _estimate(self, x: Tensor, bound: Bound, generator: torch.Generator | None) -> Estimate:
-        self._check_bound(bound)
+        self.check_bound(bound)
         values = bound.value(self.log_weights(x, bound.k, generator))
         return Estimate(values, bound.name, bound.is_lower_bound)
 
@@ -228,7 +241,8 @@ class Dequantized(nn.Module):
         dtypes = (value.dtype for value in tensors if value.is_floating_point())
         return torch.promote_types(next(dtypes, torch.get_default_dtype()), torch.float32)
 
-    def _check_bound(self, bound: Bound) -> None:
+    def check_bound(self, bound: Bound) -> None:
+        """ValueError for a bound that a random log_det would bias."""
         linear = bound.k == 1 or isinstance(bound, Elbo) or (isinstance(bound, Renyi) and bound.alpha == 1)
         if not linear and any(getattr(module, "stochastic_log_det", False) for module in self.modules()):
             raise ValueError(

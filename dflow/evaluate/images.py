@@ -115,7 +115,7 @@ def evaluate_images(
                     masses = scored.law.exact_log_prob(x).double()
                 except ValueError:
                     exact = False
-            v = scored.law.place(x, generator)
+            v = scored.law.dequantize(x, generator)
             intact = torch.equal(scored.law.partition.quantize(v), x.to(torch.int64) if not x.is_floating_point() else x)
             terms = [torch.ones_like(found.elbo), -found.elbo, found.elbo**2, -found.iwbo, found.iwbo**2, found.ess]
             terms.append(torch.zeros_like(found.elbo) if masses is None else -masses)

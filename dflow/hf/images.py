@@ -113,7 +113,7 @@ class DflowImageModel(PreTrainedModel):
 
     @torch.no_grad()
     def generate(self, num_return_sequences: int = 1, generator: torch.Generator | None = None) -> Tensor:
-        """Exact draws, int64 ``(n, C, H, W)``; on hypercubes a draw may lie outside the levels of the data."""
+        """Exact draws ``(n, C, H, W)``, int64; on hypercubes a draw may lie outside the levels of the data."""
         if num_return_sequences < 1:
             raise InputError(f"cannot draw {num_return_sequences} samples; ask for 1 or more")
         return self.law.sample(num_return_sequences, generator).unflatten(1, tuple(self.config.shape))
@@ -124,15 +124,18 @@ class DflowImageModel(PreTrainedModel):
         if x.shape[1:] != shape and (x.ndim != 2 or x.shape[1] != self.dim):
             raise InputError(f"data of shape {tuple(x.shape[1:])}; this model takes {shape}")
         x = x.reshape(len(x), -1)
-        levels = self.config.levels
-        tops = levels if len(levels) == x.shape[1] else levels * x.shape[1]
-        highest = torch.tensor([torch.inf if n is None else n - 1 for n in tops], device=x.device)
-        bad = (x > highest) | ((x < 0) & highest.isfinite())
+        ranges = self.config.settings().ranges
+        low, high = (
+            torch.tensor([sign * torch.inf if r is None else r[i] for r in ranges], device=x.device)
+            for i, sign in enumerate((-1, 1))
+        )
+        bad = (x < low) | (x > high)
         if bad.any():
             row, column = bad.nonzero()[0].tolist()
+            first, last = ranges[column] or (0, 0)
             raise InputError(
-                f"value {x[row, column].item()} of entry {column} lies outside 0..{tops[column]}; "
-                "this model was trained on data of other levels"
+                f"value {x[row, column].item()} of entry {column} lies outside {first}..{last}, those of the "
+                "data that this model was trained on"
             )
         return x
 

@@ -226,19 +226,23 @@ class _Images(Task):
 
     def __init__(self, recipe: Recipe, images: ImageSet) -> None:
         config = recipe.train
-        shape, levels = list(images.shape), list(images.levels)
-        for name, found in (("shape", shape), ("levels", levels)):
+        of_data = {"shape": list(images.shape)}
+        for name in ("levels", "lowest"):
+            found = getattr(images, name)
+            of_data[name] = list(found) if isinstance(found, tuple) else [found]
+        for name, found in of_data.items():
             asked = getattr(recipe.model, name)
             if asked and asked != found:
                 raise InputError(f"model.{name} is {asked} and the data's is {found}; leave it out")
         # What the data decide is kept in the recipe, so that it tells the whole.
-        settings: zoo.DequantizedConfig = replace(recipe.model, shape=shape, levels=levels)
+        settings: zoo.DequantizedConfig = replace(recipe.model, **of_data)
         self.recipe, self.images = replace(recipe, model=settings), images
         torch.manual_seed(config.seed)
         self.model = hf.DflowImageModel(hf.DflowImageConfig(family=recipe.family, **asdict(settings)))
         self.bound = objectives.bound_of(config.rule, config.draws, config.alpha)
         self.rule = self.bound.name
-        self.check = objectives.guaranteed(self.bound, config.eval_draws)
+        rows = min(images.valid.num_rows, config.eval_chunks or images.valid.num_rows)
+        self.check = objectives.guaranteed(self.bound, config.eval_draws, -(-_EVAL_ROWS // rows))
         self.kind = f"bound: {self.check.name}"
         self.total = images.unit == "bits"
         self.unit = images.unit
@@ -293,15 +297,17 @@ class _Images(Task):
     def show(self, model: hf.DflowImageModel, step: int, device: torch.device) -> Iterator[str]:
         config, images = self.recipe.train, self.images
         generator = torch.Generator(device).manual_seed(config.seed)
-        if images.columns is not None or images.dim < 2:
+        if images.shape[1:] == (1, 1):
             for row in model.law.sample(config.samples, generator).tolist():
                 yield f"  | {row}"
             return
         folder = self.recipe.output / "samples"
         folder.mkdir(exist_ok=True)
-        x = model.law.sample(max(config.samples, _PICTURES), generator).cpu()
+        levels = images.levels if isinstance(images.levels, int) else 2
+        # A draw may lie outside what a picture can show.
+        x = model.law.sample(max(config.samples, _PICTURES), generator).clamp(0, levels - 1).cpu()
         path = folder / f"{step:07d}.png"
-        files.write(path, pictures.grid(x, images.shape, images.levels[0] or 2))
+        files.write(path, pictures.grid(x, images.shape, levels))
         yield f"  | {path}"
 
     def closed_form(self, model: hf.DflowImageModel) -> Any:

@@ -28,7 +28,7 @@ from dflow.dequantize import (
     TruncatedNormal,
     Uniform,
 )
-from dflow.distributions import ConditionalNormal, CovarianceNormal, Normal
+from dflow.distributions import ConditionalNormal, CovarianceNormal, Gaussian, Normal, StandardNormal
 from dflow.elementwise import Affine, Spline
 from dflow.flows import Flow, Split
 from dflow.nn.densenet import DenseNet
@@ -49,6 +49,10 @@ class DequantizedConfig:
     levels: list[int | None] = field(
         default_factory=list,
         metadata={"help": "values of an entry, one number or one a column; null: a real number (default: of the data)"},
+    )
+    lowest: list[int | None] = field(
+        default_factory=list,
+        metadata={"help": "smallest value of an entry, in the same way (default: of the data)"},
     )
     partition: Literal["hypercube", "orthant"] = setting(
         "hypercube", "cells: hypercube [x, x + 1); orthant, above or below 1/2, for binary data"
@@ -92,6 +96,8 @@ class DequantizedConfig:
             raise InputError(f"shape must be channels, height and width, found {self.shape}")
         if self.shape and len(self.levels) not in (0, 1, prod(self.shape)):
             raise InputError(f"levels must be one number, or {prod(self.shape)}, found {len(self.levels)}")
+        if self.shape and len(self.lowest) not in (0, len(self.levels)):
+            raise InputError(f"lowest must be as many as levels, {len(self.levels)}, found {len(self.lowest)}")
         if self.dequantizer == "truncated" and self.density == "flow":
             raise InputError(
                 "dequantizer 'truncated' is that of a Gaussian: use density diagonal or covariance, or another "
@@ -102,8 +108,9 @@ class DequantizedConfig:
                 "orthants have no uniform law: use partition hypercube, or dequantizer normal, covariance, "
                 "bipartite, autoregressive or truncated"
             )
-        if self.partition == "orthant" and any(n != 2 for n in self.levels):
-            raise InputError(f"partition 'orthant' is for two values an entry, found {self.levels[0]}; use hypercube")
+        if self.partition == "orthant" and self.shape and any(r not in (None, (0, 1)) for r in self.ranges):
+            found = next(r for r in self.ranges if r not in (None, (0, 1)))
+            raise InputError(f"partition 'orthant' is for entries of 0 and 1, found {found}; use hypercube")
         if self.density == "flow" and self.dim == 1:
             raise InputError("a coupling needs two entries or more; use density diagonal")
         if self.shape and self.num_levels > 1 and self.dim >> (self.num_levels - 1) < 2:
@@ -115,10 +122,18 @@ class DequantizedConfig:
         return prod(self.shape) if self.shape else 0
 
     @property
+    def ranges(self) -> list[tuple[int, int] | None]:
+        """Smallest and largest value of each entry; None of a real one."""
+        lowest = self.lowest or [0]
+        lows = lowest if len(lowest) == self.dim else lowest * self.dim
+        levels = self.levels if len(self.levels) == self.dim else self.levels * self.dim
+        pairs = zip(lows, levels, strict=True)
+        return [None if low is None or n is None else (low, low + n - 1) for low, n in pairs]
+
+    @property
     def discrete(self) -> Tensor:
         """Bool ``(dim,)``: whether an entry is discrete."""
-        levels = self.levels if len(self.levels) == self.dim else self.levels * self.dim
-        return torch.tensor([n is not None for n in levels])
+        return torch.tensor([r is not None for r in self.ranges])
 
 
 def dequantized(config: DequantizedConfig) -> Dequantized:
@@ -161,7 +176,7 @@ def _level(config: DequantizedConfig, shape: Shape, levels: int) -> Distribution
         layers.append(_coupling(_family(config, config.elementwise), shape, _net(config)))
     layers.append(ActNorm(shape))
     if levels == 1:
-        return Flow(Chain(layers), Normal(prod(shape)))
+        return Flow(Chain(layers), StandardNormal(prod(shape)))
     kept = shape[0] - shape[0] // 2
     mask = torch.arange(prod(shape)) < kept * shape[1] * shape[2]
     net = _net(config)((kept, *shape[1:]), shape[0] - kept, 2, 0)
@@ -193,7 +208,7 @@ def _shape(config: DequantizedConfig) -> Shape:
 
 
 #: (input shape, output channels, params an entry, context channels) -> network.
-_Net = Callable[[Shape, int, int, int], nn.Module]
+_Net = Callable[[Shape, int, int, int], DenseNet | Perceptron]
 
 
 def _net(config: DequantizedConfig, of_dequantizer: bool = False) -> _Net:
@@ -201,7 +216,7 @@ def _net(config: DequantizedConfig, of_dequantizer: bool = False) -> _Net:
     if of_dequantizer:
         hidden, layers = config.dequantizer_hidden_size, config.dequantizer_hidden_layers
 
-    def build(shape: Shape, out: int, num_params: int, context: int) -> nn.Module:
+    def build(shape: Shape, out: int, num_params: int, context: int) -> DenseNet | Perceptron:
         channels, height, width = shape
         if config.conditioner == "perceptron":
             return Perceptron(
@@ -220,39 +235,31 @@ def _net(config: DequantizedConfig, of_dequantizer: bool = False) -> _Net:
 
 
 class _Scaled(nn.Module):
-    """A network shown data in [-1, 1], at the resolution of ``permutation``'s output."""
+    """A network shown data in [-1, 1], at the resolution of ``permutation``'s output; ``flat`` gives a context."""
 
     offset: Tensor
     scale: Tensor
 
-    def __init__(self, net: nn.Module, config: DequantizedConfig, permutation: Permute | None = None) -> None:
+    def __init__(
+        self,
+        net: DenseNet | Perceptron,
+        config: DequantizedConfig,
+        permutation: Permute | None = None,
+        flat: bool = False,
+    ) -> None:
         super().__init__()
-        self.net, self.permutation = net, permutation
-        levels = config.levels if len(config.levels) == config.dim else config.levels * config.dim
+        self.net, self.permutation, self.flat = net, permutation, flat
         # A real column is shown as it is.
-        half = torch.tensor([0.5 if n is None else max(n - 1, 1) / 2 for n in levels])
-        real = torch.tensor([n is None for n in levels])
-        self.register_buffer("offset", torch.where(real, 0.0, half))
-        self.register_buffer("scale", torch.where(real, 1.0, half))
+        pairs = [(0.0, 1.0) if r is None else ((r[0] + r[1]) / 2, max(r[1] - r[0], 1) / 2) for r in config.ranges]
+        self.register_buffer("offset", torch.tensor([offset for offset, _ in pairs]))
+        self.register_buffer("scale", torch.tensor([scale for _, scale in pairs]))
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x.to(self.scale.dtype) - self.offset) / self.scale
         if self.permutation is not None:
             x, _ = self.permutation(x)
-        out: Tensor = self.net(x)
+        out: Tensor = self.net.features(x) if self.flat else self.net(x)
         return out
-
-
-class _Features(nn.Module):
-    """A network of one number an entry, as a flat tensor."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.net(x)
-        return out.squeeze(-1)
 
 
 def _dequantizer(config: DequantizedConfig, partition: Partition, density: Distribution) -> Dequantizer:
@@ -260,7 +267,7 @@ def _dequantizer(config: DequantizedConfig, partition: Partition, density: Distr
     if kind == "uniform":
         return Uniform(partition)
     if kind == "truncated":
-        if not isinstance(density, (Normal, CovarianceNormal)):
+        if not isinstance(density, Gaussian):
             raise InputError("dequantizer 'truncated' is that of a Gaussian density")
         return TruncatedNormal(partition, density)
     discrete = int(config.discrete.sum())
@@ -304,8 +311,8 @@ def _dequantizer(config: DequantizedConfig, partition: Partition, density: Distr
                     discrete,
                 )
             )  # fmt: skip
-    context = _Features(net(shape, config.context_size, 1, 0))
-    return FlowDequantizer(partition, Chain(layers), _Scaled(context, config, permutation))
+    context = _Scaled(net(shape, config.context_size, 1, 0), config, permutation, flat=True)
+    return FlowDequantizer(partition, Chain(layers), context)
 
 
 #: Families by name: the settings and the builder.
