@@ -1,4 +1,4 @@
-"""Every bijector of the reals: round trips, log_det against autodiff, gradients, context; and the families."""
+"""Every bijector of the reals: round trips, log_det against autodiff, gradients, context; the families."""
 
 from __future__ import annotations
 
