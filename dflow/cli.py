@@ -23,12 +23,11 @@ from dflow.config import InputError, convert
 
 if TYPE_CHECKING:
     import torch
-
     from accelerate import Accelerator
 
     from dflow.data import Corpus, DataConfig, ImageConfig, Tokenizer
     from dflow.evaluate import Evaluation, ImageEvaluation, LawEvaluation
-    from dflow.hf import DflowImageModel, DflowModel
+    from dflow.hf import DflowModel
 
 
 def flag(help: str, default: Any = dataclasses.MISSING) -> Any:
@@ -100,7 +99,7 @@ class Source:
         return dataclasses.replace(trained, protocol=protocol, folder=self.folder or trained.folder)
 
     def images(self, folder: str) -> ImageConfig:
-        """The data of images or a table on which the model in ``folder`` was trained, changed by the flags."""
+        """Images or the table on which the model in ``folder`` was trained, changed by the flags."""
         from dflow.data import ImageConfig
         from dflow.train import recipe_of
 
@@ -152,7 +151,7 @@ class Generate(Machine):
     batch_size: int = flag("samples drawn at a time", 100)
     prompt: str | None = flag("text that each sample begins with, for models that can continue one", None)
     format: Literal["text", "jsonl", "png", "npy", "csv"] | None = flag(
-        "text (default): for reading; jsonl: one JSON object a line. Of images png (default): a grid; npy, csv",
+        "text (default), or jsonl: a JSON object a line; of images png (default), a grid, or npy, csv",
         None,
     )
     output: str | None = flag(
@@ -390,16 +389,14 @@ def generate_pictures(flags: Generate) -> int:
     for name in ("length", "prompt"):
         if getattr(flags, name) is not None:
             raise InputError(f"--{name} is for models of text; {flags.model} is one of images or tables")
-    if flags.format in ("text", "jsonl"):
-        raise InputError(f"--format {flags.format}: this is a model of images or tables; use png, npy or csv")
     kind = flags.format or "png"
+    if kind == "text" or kind == "jsonl":
+        raise InputError(f"--format {kind}: this is a model of images or tables; use png, npy or csv")
     output = Path(flags.output or f"samples.{kind}")
     drawing.check_output(output)
     model = load(flags.model, flags.settle(), DflowImageModel)
-    x = drawing.generate_images(
-        model, flags.n, seed=flags.seed, batch_size=flags.batch_size, progress=True
-    )
-    levels = {n for n in model.config.levels}
+    x = drawing.generate_images(model, flags.n, seed=flags.seed, batch_size=flags.batch_size, progress=True)
+    levels = set(model.config.levels)
     drawing.write_whole(output, drawing.encode_images(x, kind, max(levels) if None not in levels else None))
     print(output)
     return 0

@@ -46,6 +46,8 @@ from dflow.ops.modular import one_hot
 from dflow.ops.straight_through import StraightThrough
 
 Rule = Literal["likelihood", "straight_through", "gumbel", "layerwise", "expected", "masked"]
+#: Rules for models of images and tables: the bound that is maximised.
+BoundRule = Literal["elbo", "iwbo", "renyi"]
 
 
 def bits(nats: float, count: float) -> float:

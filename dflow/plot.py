@@ -31,14 +31,16 @@ def density(model: DflowImageModel, data: Samples, cells: int = 400, draws: int 
     x, _ = data.crops(draws, 2, torch.Generator().manual_seed(0))
     v = torch.cat([law.dequantize(part.to(device), generator) for part in x.split(10_000)]).cpu()
     low, high = v.quantile(0.001, 0).min().item() - 0.5, v.quantile(0.999, 0).max().item() + 0.5
-    line = torch.linspace(low, high, cells, device=device, dtype=next(iter(model.parameters()), v).dtype)
+    line = torch.linspace(low, high, cells, device=device, dtype=model.dtype)
     points = torch.cartesian_prod(line, line)
     p = torch.cat([law.density.log_prob(part) for part in points.split(1 << 16)]).exp()
     edges = np.linspace(low, high, cells // 2 + 1)
     q, _, _ = np.histogram2d(v[:, 0].numpy(), v[:, 1].numpy(), bins=(edges, edges), density=True)
     figure = Figure(figsize=(9, 4.4), layout="constrained")
     for axes, (title, values) in zip(
-        figure.subplots(1, 2), (("density p(v)", _square(p, cells)), ("dequantized data q(v)", q)), strict=True
+        figure.subplots(1, 2),
+        (("density p(v)", _square(p, cells)), ("dequantized data q(v)", q)),
+        strict=True,
     ):
         # A thin density is all spike: the colours end where 99.5 % of the plane does, or at a tenth of it.
         top = max(float(np.quantile(values, 0.995)), float(values.max()) / 10)

@@ -2,8 +2,8 @@
 
     python scripts/bench_images.py
 
-- The price of each dequantizer: one training step (elbo, forward and backward) over that with uniform noise, the
-  same density.
+- The price of each dequantizer: one training step (elbo, forward and backward) over that with uniform noise,
+  the same density.
 - The density: scoring against drawing, and the step of a spline flow against that of an affine one.
 - Evaluation with many draws in fixed memory: the peak of memory with 1000 draws over that with 10.
 
@@ -107,9 +107,7 @@ def main() -> None:
         return
     print(f"torch {torch.__version__}, {platform.machine()}, {given.threads} threads, batch {given.batch}, "
           f"shape {given.shape}, hidden_size {given.hidden_size}")  # fmt: skip
-    steps = medians(
-        {name: step(*build(given, dequantizer=name)) for name in DEQUANTIZERS}, given.rounds
-    )
+    steps = medians({name: step(*build(given, dequantizer=name)) for name in DEQUANTIZERS}, given.rounds)
     print("\ntraining step, affine flow, over uniform noise")
     for name, value in steps.items():
         print(f"  {name:16} {value:8.1f} ms  {value / steps['uniform']:.2f}x")

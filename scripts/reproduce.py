@@ -1,10 +1,10 @@
-"""Train and evaluate every setup that a recipe's ``paper:`` block names, and print the table beside the paper.
+"""Train and evaluate every setup that a recipe's ``paper:`` block names; print the table beside the paper.
 
     python scripts/reproduce.py recipes/images/checkerboard_flow.yaml --seeds 3 --jobs 2
 
-Each setup is the recipe with the settings that its entry of ``paper:`` sets; it is trained by ``dflow train`` and
-scored by ``dflow evaluate``, one process each. What is there already is not trained again. The last line of the
-output is one JSON object.
+Each setup is the recipe with the settings that its entry of ``paper:`` sets; it is trained by ``dflow
+train`` and scored by ``dflow evaluate``, one process each. What is there already is not trained again. The
+last line of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-
 from dflow.train import Paper, load_recipe
 
 
@@ -28,7 +27,11 @@ def run(words: list[str], log: Path, threads: int) -> str:
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with log.open("a", encoding="utf-8") as file:
         done = subprocess.run(
-            [sys.executable, "-m", "dflow", *words], env=environment, stdout=subprocess.PIPE, stderr=file, text=True
+            [sys.executable, "-m", "dflow", *words],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=file,
+            text=True,
         )
         file.write(done.stdout)
     if done.returncode:
@@ -89,7 +92,9 @@ def main() -> None:
         key = (Path(recipe).stem, " ".join(paper.set), paper.measure)
         rows.setdefault(key, []).append(results[recipe, key[1], seed])
         papers[key] = paper
-    print("| recipe | settings | measure | paper | here | vi | nll | KL | exact | draws that count | seconds |")
+    print(
+        "| recipe | settings | measure | paper | here | vi | nll | KL | exact | draws that count | seconds |"
+    )
     print("|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     table = []
     for key, found in rows.items():
@@ -106,7 +111,15 @@ def main() -> None:
         cells = [*key, f"{paper.value}", mean(paper.measure), mean("vi"), mean("nll"), mean("kl")]
         cells += [mean("exact"), mean("ess"), seconds]
         print("| " + " | ".join(cells) + " |")
-        table.append({"recipe": key[0], "set": paper.set, "paper": paper.value, "measure": paper.measure, "runs": found})
+        table.append(
+            {
+                "recipe": key[0],
+                "set": paper.set,
+                "paper": paper.value,
+                "measure": paper.measure,
+                "runs": found,
+            }
+        )
     print(json.dumps(table))
 
 

@@ -1,4 +1,4 @@
-"""What a model costs on data: exact bits of a text, distance from a known law, bounds on images and tables."""
+"""What a model costs: exact bits of a text, distance from a known law, bounds on images and tables."""
 
 from dflow.evaluate.images import ImageEvaluation, evaluate_images
 from dflow.evaluate.text import Evaluation, LawEvaluation, evaluate, evaluate_law

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from dflow.config import InputError
@@ -95,7 +95,8 @@ def evaluate_images(
     for name, value in (("draws", draws), ("batch size", batch_size), ("limit", limit)):
         if value is not None and value < 1:
             raise InputError(f"{name} {value} must be at least 1")
-    scored = copy.deepcopy(model).to(precision).train(False)
+    scored: DflowImageModel = copy.deepcopy(model).train(False)
+    nn.Module.to(scored, precision)
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     total = min(data.num_rows, limit or data.num_rows)
     chunk = max(1, min(draws, _PASS // (batch_size * scored.dim)))
@@ -104,7 +105,10 @@ def evaluate_images(
     exact = True
     mine = range(rank * batch_size, total, world * batch_size)
     shown = progress and rank == 0
-    with torch.inference_mode(), tqdm(total=total, unit="row", desc="score", delay=1, disable=not shown) as bar:
+    with (
+        torch.inference_mode(),
+        tqdm(total=total, unit="row", desc="score", delay=1, disable=not shown) as bar,
+    ):
         for start in mine:
             x = scored.check(data.rows(slice(start, min(total, start + batch_size))).to(scored.device))
             generator = torch.Generator(x.device).manual_seed(seed + start)
@@ -116,8 +120,17 @@ def evaluate_images(
                 except ValueError:
                     exact = False
             v = scored.law.dequantize(x, generator)
-            intact = torch.equal(scored.law.partition.quantize(v), x.to(torch.int64) if not x.is_floating_point() else x)
-            terms = [torch.ones_like(found.elbo), -found.elbo, found.elbo**2, -found.iwbo, found.iwbo**2, found.ess]
+            intact = torch.equal(
+                scored.law.partition.quantize(v), x.to(torch.int64) if not x.is_floating_point() else x
+            )
+            terms = [
+                torch.ones_like(found.elbo),
+                -found.elbo,
+                found.elbo**2,
+                -found.iwbo,
+                found.iwbo**2,
+                found.ess,
+            ]
             terms.append(torch.zeros_like(found.elbo) if masses is None else -masses)
             sums = torch.stack([t.double().sum() for t in terms]).cpu()
             moments += torch.cat([sums, torch.tensor([float(not intact)], dtype=torch.float64)])
@@ -128,8 +141,8 @@ def evaluate_images(
     n, vi, vi2, nll, nll2, ess, mass, failed, inexact = totals.tolist()
     if not math.isfinite(vi) or not math.isfinite(nll):
         raise InputError(
-            f"the model's bound on the {data.name} data is not finite; its training diverged or its checkpoint "
-            "is damaged"
+            f"the model's bound on the {data.name} data is not finite; its training diverged or its "
+            "checkpoint is damaged"
         )
 
     def error(first: float, second: float) -> float | None:

@@ -101,8 +101,8 @@ def load(
     path, calls = split_calls(folder)
     found = kind_of(folder)
     if found is not kind:
-        names = {cls: name for name, cls in _KINDS.values()}
-        raise InputError(f"{path}: a model of {names[found]}; this takes a model of {names[kind]}")
+        of = {cls: name for name, cls in _KINDS.values()}
+        raise InputError(f"{path}: a model of {of[found]}; this takes a model of {of[kind]}")
     file = path / "config.json"
     if not (path / "model.safetensors").is_file():
         raise InputError(f"{path}: no model.safetensors; the checkpoint is incomplete, restore or retrain it")
@@ -130,7 +130,9 @@ def load(
     loaded: M = model.to(device).eval()
     if calls is not None:
         if not isinstance(loaded, DflowModel):
-            raise InputError(f"{folder}: only a model of text is drawn in a number of calls; leave out @{calls}")
+            raise InputError(
+                f"{folder}: only a model of text is drawn in a number of calls; leave out @{calls}"
+            )
         loaded.choose(calls)
     return loaded
 

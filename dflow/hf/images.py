@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -55,7 +56,7 @@ class DflowImageOutput(ModelOutput):
 
 
 class DflowImageModel(PreTrainedModel):
-    """A model of integers (pixels, columns): bounds of its likelihood, exact where that can be had, and draws."""
+    """A model of integers (pixels, columns): bounds of its likelihood, the likelihood of some, and draws."""
 
     config_class = DflowImageConfig
     base_model_prefix = "law"
@@ -75,15 +76,33 @@ class DflowImageModel(PreTrainedModel):
         """Modules initialise themselves; the default would undo it."""
 
     @property
+    def dtype(self) -> torch.dtype:
+        """That of the weights; of the density's moments where all is in closed form."""
+        return next(t.dtype for t in self._tensors() if t.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self._tensors()).device
+
+    def _tensors(self) -> Iterator[Tensor]:
+        yield from self.parameters()
+        yield from self.buffers()
+
+    @property
     def dim(self) -> int:
         """Entries of one datum."""
         return self.config.settings().dim
 
-    def forward(self, pixel_values: Tensor, generator: torch.Generator | None = None, **kwargs: Any) -> DflowImageOutput:
+    def forward(
+        self, pixel_values: Tensor, generator: torch.Generator | None = None, **kwargs: Any
+    ) -> DflowImageOutput:
         """The evidence lower bound, from one draw; values as in `elbo`."""
         x = self.check(pixel_values)
         values = self.law.elbo(x, 1, generator).values
-        return DflowImageOutput(loss=-Estimate(values, "elbo", True).bits_per_dim(x.shape[1]).mean(), elbo=values)
+        return DflowImageOutput(
+            loss=-Estimate(values, "elbo", True).bits_per_dim(x.shape[1]).mean(), elbo=values
+        )
 
     def elbo(self, pixel_values: Tensor, k: int = 1, generator: torch.Generator | None = None) -> Estimate:
         """``E_q[log p(v) - log q(v | x)]`` in nats, from ``k`` draws: a lower bound in expectation.
@@ -96,7 +115,7 @@ class DflowImageModel(PreTrainedModel):
         return self.law.elbo(self.check(pixel_values), k, generator)
 
     def iwbo(self, pixel_values: Tensor, k: int, generator: torch.Generator | None = None) -> Estimate:
-        """``E log 1/k sum_i p(v_i) / q(v_i | x)`` in nats: a lower bound in expectation, tighter with ``k``."""
+        """``E log 1/k sum_i p(v_i) / q(v_i | x)`` in nats: a lower bound in expectation."""
         return self.law.iwbo(self.check(pixel_values), k, generator)
 
     def exact_log_prob(self, pixel_values: Tensor) -> Tensor:
@@ -113,10 +132,11 @@ class DflowImageModel(PreTrainedModel):
 
     @torch.no_grad()
     def generate(self, num_return_sequences: int = 1, generator: torch.Generator | None = None) -> Tensor:
-        """Exact draws ``(n, C, H, W)``, int64; on hypercubes a draw may lie outside the levels of the data."""
+        """Exact draws ``(n, C, H, W)``; on hypercubes one may lie outside the levels of the data."""
         if num_return_sequences < 1:
             raise InputError(f"cannot draw {num_return_sequences} samples; ask for 1 or more")
-        return self.law.sample(num_return_sequences, generator).unflatten(1, tuple(self.config.shape))
+        x = self.law.sample(num_return_sequences, generator)
+        return x.view(len(x), *self.config.shape)
 
     def check(self, x: Tensor) -> Tensor:
         """``x`` flat, ``(batch, dim)``, or an `InputError`."""

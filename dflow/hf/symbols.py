@@ -53,7 +53,10 @@ class DflowConfig(PreTrainedConfig):
             zoo.settings(self.family, {})
         if not isinstance(self.vocab_size, int) or self.vocab_size < 2:
             raise InputError(f"vocab_size must be at least 2, found {self.vocab_size!r}")
-        return zoo.settings(self.family, {name: getattr(self, name) for name in zoo.fields(self.family)})
+        found: zoo.ModelConfig = zoo.settings(
+            self.family, {name: getattr(self, name) for name in zoo.fields(self.family)}
+        )
+        return found
 
 
 @dataclass

@@ -36,6 +36,7 @@ from dflow.data import files
 from dflow.train.recipe import METRICS, RECIPE, STATE, Recipe
 from dflow.train.tasks import Batch, Task, mix, task_of
 
+
 def train(recipe: Recipe, resume: bool = False) -> Path:
     """Train, evaluate and save; returns the output folder, which is a model folder.
 

@@ -205,7 +205,9 @@ def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
     if family is None:
         raise InputError(f"{where}: key 'model.family' is missing; {nearest('', list(zoo.FAMILIES))}")
     train = parse(TrainConfig, sections.train, f"{where}: train")
-    values_of = sections.paper if isinstance(sections.paper, list) else [sections.paper] * bool(sections.paper)
+    values_of = (
+        sections.paper if isinstance(sections.paper, list) else [sections.paper] * bool(sections.paper)
+    )
     paper = [parse(Paper, value, f"{where}: paper") for value in values_of]
     output = Path(convert(str, sections.output, f"{where}: output"))
     if family in zoo.IMAGES:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +128,7 @@ class _Text(Task):
         if explicit:
             self.model.set_length_counts(corpus.train.length_counts(self.length).float())
         rule = objectives.default_rule(distribution) if config.rule == "auto" else config.rule
-        self.rule, self.objective = rule, objectives.Objective(distribution, rule)
+        self.rule, self.objective = rule, objectives.Objective(distribution, cast(objectives.Rule, rule))
         self.estimators = objectives.estimators(distribution)
         self.laws = objectives.elastic(distribution)
 
@@ -249,7 +249,9 @@ class _Images(Task):
         self.short, self.things = ("bits", "rows") if self.total else ("bits/dim", "dims")
         self.objective = objectives.BoundObjective(self.model.law, self.bound)
         x, _ = images.train.crops(
-            max(config.batch_size, _INITIAL // images.dim), images.dim, torch.Generator().manual_seed(config.seed)
+            max(config.batch_size, _INITIAL // images.dim),
+            images.dim,
+            torch.Generator().manual_seed(config.seed),
         )
         objectives.initialize(self.model.law, x, torch.Generator().manual_seed(config.seed))
 

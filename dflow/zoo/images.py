@@ -48,7 +48,9 @@ class DequantizedConfig:
     )
     levels: list[int | None] = field(
         default_factory=list,
-        metadata={"help": "values of an entry, one number or one a column; null: a real number (default: of the data)"},
+        metadata={
+            "help": "values of an entry, one number or one a column; null: real (default: of the data)"
+        },
     )
     lowest: list[int | None] = field(
         default_factory=list,
@@ -66,8 +68,8 @@ class DequantizedConfig:
     dequantizer: Literal["uniform", "normal", "covariance", "bipartite", "autoregressive", "truncated"] = (
         setting(
             "uniform",
-            "dequantizer q(v | x): uniform; normal or covariance (through a sigmoid, or softplus on orthants); "
-            "bipartite or autoregressive flow; truncated (sequential truncated normals of a Gaussian density)",
+            "dequantizer q(v | x): uniform; normal or covariance (by a sigmoid, on orthants softplus); "
+            "bipartite or autoregressive flow; truncated (truncated normals of a Gaussian density)",
         )
     )
     num_levels: int = setting(1, "levels of a flow; half of the entries are factored out between two")
@@ -80,8 +82,12 @@ class DequantizedConfig:
     hidden_size: int = setting(96, "width of a network")
     num_hidden_layers: int = setting(4, "layers of a network")
     context_size: int = setting(16, "channels of a dequantizer's context")
-    dequantizer_flows: int = setting(4, "couplings, or autoregressive layers, of a dequantizer that is a flow")
-    dequantizer_elementwise: Literal["affine", "spline"] = setting("affine", "family of these: affine, spline")
+    dequantizer_flows: int = setting(
+        4, "couplings, or autoregressive layers, of a dequantizer that is a flow"
+    )
+    dequantizer_elementwise: Literal["affine", "spline"] = setting(
+        "affine", "family of these: affine, spline"
+    )
     dequantizer_hidden_size: int = setting(64, "width of a dequantizer's networks")
     dequantizer_hidden_layers: int = setting(2, "layers of a dequantizer's networks")
 
@@ -97,11 +103,13 @@ class DequantizedConfig:
         if self.shape and len(self.levels) not in (0, 1, prod(self.shape)):
             raise InputError(f"levels must be one number, or {prod(self.shape)}, found {len(self.levels)}")
         if self.shape and len(self.lowest) not in (0, len(self.levels)):
-            raise InputError(f"lowest must be as many as levels, {len(self.levels)}, found {len(self.lowest)}")
+            raise InputError(
+                f"lowest must be as many as levels, {len(self.levels)}, found {len(self.lowest)}"
+            )
         if self.dequantizer == "truncated" and self.density == "flow":
             raise InputError(
-                "dequantizer 'truncated' is that of a Gaussian: use density diagonal or covariance, or another "
-                "dequantizer"
+                "dequantizer 'truncated' is that of a Gaussian: use density diagonal or covariance, or "
+                "another dequantizer"
             )
         if self.dequantizer == "uniform" and self.partition == "orthant":
             raise InputError(
@@ -139,7 +147,9 @@ class DequantizedConfig:
 def dequantized(config: DequantizedConfig) -> Dequantized:
     """Hoogeboom, Cohen and Tomczak 2020 (arXiv 2001.11235)."""
     if not config.shape or not config.levels:
-        raise InputError("shape and levels are missing; they are those of the data that the model is trained on")
+        raise InputError(
+            "shape and levels are missing; they are those of the data that the model is trained on"
+        )
     partition = _partition(config)
     density = _density(config)
     return Dequantized(density, _dequantizer(config, partition, density))
@@ -186,7 +196,9 @@ def _level(config: DequantizedConfig, shape: Shape, levels: int) -> Distribution
     )
 
 
-def _coupling(elementwise: Elementwise, shape: Shape, net: _Net, context: int = 0, swap: bool = False) -> Coupling:
+def _coupling(
+    elementwise: Elementwise, shape: Shape, net: _Net, context: int = 0, swap: bool = False
+) -> Coupling:
     """The first half of the channels known, or with ``swap`` the second."""
     known = shape[0] - shape[0] // 2
     mask = torch.arange(prod(shape)) < known * shape[1] * shape[2]
@@ -207,8 +219,8 @@ def _shape(config: DequantizedConfig) -> Shape:
     return (config.dim, 1, 1) if config.conditioner == "perceptron" else (channels, height, width)
 
 
-#: (input shape, output channels, params an entry, context channels) -> network.
-_Net = Callable[[Shape, int, int, int], DenseNet | Perceptron]
+#: (input shape, output channels, params an entry, context channels, zero head) -> network.
+_Net = Callable[..., DenseNet | Perceptron]
 
 
 def _net(config: DequantizedConfig, of_dequantizer: bool = False) -> _Net:
@@ -216,16 +228,19 @@ def _net(config: DequantizedConfig, of_dequantizer: bool = False) -> _Net:
     if of_dequantizer:
         hidden, layers = config.dequantizer_hidden_size, config.dequantizer_hidden_layers
 
-    def build(shape: Shape, out: int, num_params: int, context: int) -> DenseNet | Perceptron:
+    def build(
+        shape: Shape, out: int, num_params: int, context: int, zero_head: bool = True
+    ) -> DenseNet | Perceptron:
         channels, height, width = shape
         if config.conditioner == "perceptron":
             return Perceptron(
                 channels * height * width, out * height * width, num_params,
                 hidden_size=hidden, num_layers=layers, context_features=context * height * width,
+                zero_head=zero_head,
             )  # fmt: skip
         return DenseNet(
             channels, out, (height, width), num_params=num_params, hidden_size=hidden, depth=layers,
-            context_channels=context,
+            context_channels=context, zero_head=zero_head,
         )  # fmt: skip
 
     return build
@@ -235,7 +250,7 @@ def _net(config: DequantizedConfig, of_dequantizer: bool = False) -> _Net:
 
 
 class _Scaled(nn.Module):
-    """A network shown data in [-1, 1], at the resolution of ``permutation``'s output; ``flat`` gives a context."""
+    """A network shown data in [-1, 1], in the order of ``permutation``; ``flat`` gives a context."""
 
     offset: Tensor
     scale: Tensor
@@ -250,7 +265,9 @@ class _Scaled(nn.Module):
         super().__init__()
         self.net, self.permutation, self.flat = net, permutation, flat
         # A real column is shown as it is.
-        pairs = [(0.0, 1.0) if r is None else ((r[0] + r[1]) / 2, max(r[1] - r[0], 1) / 2) for r in config.ranges]
+        pairs = [
+            (0.0, 1.0) if r is None else ((r[0] + r[1]) / 2, max(r[1] - r[0], 1) / 2) for r in config.ranges
+        ]
         self.register_buffer("offset", torch.tensor([offset for offset, _ in pairs]))
         self.register_buffer("scale", torch.tensor([scale for _, scale in pairs]))
 
@@ -286,9 +303,12 @@ def _dequantizer(config: DequantizedConfig, partition: Partition, density: Distr
     if kind == "bipartite":
         if discrete < 2:
             raise InputError("a bipartite dequantizer needs two entries or more; use 'normal'")
-        if entries[1] % 2 == 0 and entries[2] % 2 == 0:
-            permutation, entries = squeeze(entries)
-            shape = entries
+        channels, height, width = config.shape
+        if height % 2 == 0 and width % 2 == 0:
+            # The halves of a coupling are then rows that lie side by side, for perceptrons too.
+            permutation, squeezed = squeeze((channels, height, width))
+            if config.conditioner == "densenet":
+                shape = entries = squeezed
         family = _family(config, config.dequantizer_elementwise)
         layers = [
             _coupling(family, entries, net, config.context_size, swap=i % 2 == 1)
@@ -311,7 +331,7 @@ def _dequantizer(config: DequantizedConfig, partition: Partition, density: Distr
                     discrete,
                 )
             )  # fmt: skip
-    context = _Scaled(net(shape, config.context_size, 1, 0), config, permutation, flat=True)
+    context = _Scaled(net(shape, config.context_size, 1, 0, zero_head=False), config, permutation, flat=True)
     return FlowDequantizer(partition, Chain(layers), context)
 
 
