@@ -315,7 +315,8 @@ def _dequantizer(config: DequantizedConfig, partition: Partition, density: Distr
             for i in range(config.dequantizer_flows)
         ]
         if permutation is not None:
-            layers = [*layers, Inverse(permutation)]
+            # Of its own, since no two names of a saved model may share a tensor.
+            layers = [*layers, Inverse(Permute(permutation.permutation))]
     else:
         # Noise to z in one pass: each entry given the noise before it. The papers' layer is tanh-bounded.
         family = Affine(1.0) if config.dequantizer_elementwise == "affine" else Spline(config.spline_bins)
