@@ -226,7 +226,8 @@ class _Run:
         if self.world > 1:
             nats = accelerator.reduce(nats)
         if self.base is not None and counts is not None:
-            self.base.update(accelerator.reduce(counts) if self.world > 1 else counts, config.base_momentum)
+            momentum = self.task.momentum(self.step)
+            self.base.update(accelerator.reduce(counts) if self.world > 1 else counts, momentum)
         if self.averaged is not None:
             # A young average would be mostly the random start.
             decay = min(config.ema, (1 + self.step) / (10 + self.step))

@@ -81,6 +81,10 @@ class Task(ABC):
         """What has a closed form and is moved by statistics, or None."""
         return None
 
+    def momentum(self, step: int) -> float:
+        """Memory of what has a closed form."""
+        return self.recipe.train.base_momentum
+
     def schedule(self, step: int, fraction: float) -> None:
         """Move what moves with the training."""
         return
@@ -314,6 +318,10 @@ class _Images(Task):
 
     def closed_form(self, model: hf.DflowImageModel) -> Any:
         return objectives.gaussian(model.law)
+
+    def momentum(self, step: int) -> float:
+        # A dequantizer that still moves has moments of yesterday: the window grows with the training.
+        return min(self.recipe.train.base_momentum, 1 - 1 / (32 + step / 4))
 
 
 #: Chunks of text, and rows of images, of an evaluation during training where none is asked for.
