@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,13 @@ class Samples:
         """Rows ``which`` to compute with: int64 ``(batch, dim)``, or float64 where some columns are real."""
         values = self.values[which]
         return values if values.is_floating_point() else values.long()
+
+    def subset(self, n: int) -> Samples:
+        """``n`` rows, always the same random ones (files are often sorted); all where there are no more."""
+        if n >= self.num_rows:
+            return self
+        which = torch.randperm(self.num_rows, generator=torch.Generator().manual_seed(0))[:n]
+        return replace(self, values=self.values[which])
 
     def crops(self, batch: int, length: int, generator: torch.Generator | None = None) -> tuple[Tensor, None]:
         """``batch`` random rows, drawn with replacement, as `rows` gives them.

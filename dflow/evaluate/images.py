@@ -83,7 +83,7 @@ def evaluate_images(
         unit: "bits a dimension", or "bits" for those of a whole datum.
         draws: K.
         batch_size: data a pass, on each process.
-        limit: score the first ``limit`` data only.
+        limit: score ``limit`` random rows only, always the same.
         precision: of the model and the draws; sums are in float64 in any case.
         seed: of the draws.
         progress: show a bar on stderr.
@@ -98,7 +98,8 @@ def evaluate_images(
     scored: DflowImageModel = copy.deepcopy(model).train(False)
     nn.Module.to(scored, precision)
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    total = min(data.num_rows, limit or data.num_rows)
+    data = data.subset(limit or data.num_rows)
+    total = data.num_rows
     chunk = max(1, min(draws, _PASS // (batch_size * scored.dim)))
     dims = 1 if unit == "bits" else scored.dim
     moments = torch.zeros(8, dtype=torch.float64)

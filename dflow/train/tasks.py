@@ -245,8 +245,11 @@ class _Images(Task):
         self.model = hf.DflowImageModel(hf.DflowImageConfig(family=recipe.family, **asdict(settings)))
         self.bound = objectives.bound_of(config.rule, config.draws, config.alpha)
         self.rule = self.bound.name
-        rows = min(images.valid.num_rows, config.eval_chunks or images.valid.num_rows)
-        self.check = objectives.guaranteed(self.bound, config.eval_draws, -(-_EVAL_ROWS // rows))
+        chunks = _EVAL_ROWS if config.eval_chunks is None else config.eval_chunks
+        self.rows = images.valid.subset(chunks or images.valid.num_rows)
+        self.check = objectives.guaranteed(
+            self.bound, config.eval_draws, -(-_EVAL_ROWS // self.rows.num_rows)
+        )
         self.kind = f"bound: {self.check.name}"
         self.total = images.unit == "bits"
         self.unit = images.unit
@@ -282,9 +285,9 @@ class _Images(Task):
         )
 
     def valid(self, device: torch.device, rank: int, world: int) -> tuple[Iterator[Batch], float]:
-        config, rows = self.recipe.train, self.images.valid
-        chunks = config.eval_chunks
-        limit = min(rows.num_rows, {0: rows.num_rows, None: _EVAL_ROWS}.get(chunks, chunks or 0))
+        config = self.recipe.train
+        rows = self.rows
+        limit = rows.num_rows
         size = max(1, config.batch_size // world)
 
         def batches() -> Iterator[Batch]:
