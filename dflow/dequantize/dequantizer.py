@@ -137,9 +137,9 @@ class NormalDequantizer(Dequantizer):
 class FlowDequantizer(Dequantizer):
     """A flow given x, taken into the cell: ``z, log_det = bijector(eps)``, ``v = place(z)``.
 
-    ``log q = log N(eps) - log_det - log det(place)``. Only the direction of sampling is ever needed, the bijector's `forward`. So an `Autoregressive` layer
-    costs one parallel call, like a `Coupling`: autoregressive dequantization (ARD), ``z_i = loc_i(eps_<i, x)
-    + scale_i(eps_<i, x) eps_i``.
+    ``log q = log N(eps) - log_det - log det(place)``. Only the direction of sampling is ever needed, the
+    bijector's `forward`. So an `Autoregressive` layer costs one parallel call, like a `Coupling`:
+    autoregressive dequantization (ARD), ``z_i = loc_i(eps_<i, x) + scale_i(eps_<i, x) eps_i``.
 
     Source: Ho et al. 2019, arXiv 1902.00275; Hoogeboom et al. 2020, arXiv 2001.11235, equations 5 and 6.
 

@@ -98,9 +98,11 @@ def _independent(
 ) -> tuple[Tensor, Tensor]:
     """``v - loc`` and log weights, each ``(batch, dim)``, of a diagonal law."""
     a, b = low * L, high * L
-    y, terms = truncated_normal(a, b, u) / L, log_interval(a, b)
     if mask is None:
-        return y, terms
+        return truncated_normal(a, b, u) / L, log_interval(a, b)
+    # A continuous column is no interval: one of no width would put nan into the gradient.
+    ends = torch.where(mask, a, -1), torch.where(mask, b, 1)
+    y, terms = truncated_normal(*ends, u) / L, log_interval(*ends)
     return torch.where(mask, y, low), torch.where(mask, terms, L.log() - 0.5 * a.square() - LOG_SQRT_2PI)
 
 

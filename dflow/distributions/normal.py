@@ -144,8 +144,8 @@ class Gaussian(Distribution):
         mean = (old_weight * old_mean + first) / total
         # About the new mean, old and new alike: squares about 0 would cancel.
         step = old_mean - mean
-        cross = self._outer(first, mean)
-        new = second - cross - cross.mT + weight * self._outer(mean, mean)
+        cross = self._outer(first, mean) + self._outer(mean, first)
+        new = second - cross + weight * self._outer(mean, mean)
         covariance = (old_weight * (old_covariance + self._outer(step, step)) + new) / total
         return self._pack(total, mean, covariance)
 

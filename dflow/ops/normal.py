@@ -54,24 +54,21 @@ def truncated_normal(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
 
 def truncated_quantile(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
     """`truncated_normal` of tensors of one shape, without a gradient."""
-    # Either probability is a sum without cancellation; the smaller one knows e to full precision.
+    # Either probability is a mean without cancellation; the smaller one knows e to full precision.
     # (torch.special.ndtr is 1 + erf, worth nothing in the lower tail.)
-    root, v = 0.5**0.5, 1 - u
-    below = (v * torch.erfc(a * -root) + u * torch.erfc(b * -root)) / 2
-    above = (v * torch.erfc(a * root) + u * torch.erfc(b * root)) / 2
-    least = torch.minimum(below, above)
-    e = torch.special.ndtri(least)
-    sign = torch.where(below > above, -1, 1)
-    if (least < torch.finfo(e.dtype).tiny).any():
+    ends = torch.stack([a, b]) * 0.5**0.5
+    below, above = (torch.lerp(side[0], side[1], u) for side in (torch.erfc(-ends), torch.erfc(ends)))
+    least = torch.minimum(below, above) / 2
+    e = torch.copysign(torch.special.ndtri(least), below - above)
+    far = least < torch.finfo(e.dtype).tiny
+    if far.any():
         log_u, log_v = torch.log(u), torch.log1p(-u)
         logs = [
             torch.logaddexp(log_v + torch.special.log_ndtr(s * a), log_u + torch.special.log_ndtr(s * b))
             for s in (1, -1)
         ]
-        far = least < torch.finfo(e.dtype).tiny
-        e = torch.where(far, _tail_quantile(torch.minimum(*logs)), e)
-        sign = torch.where(far, torch.where(logs[0] > logs[1], -1, 1), sign)
-    return torch.minimum(torch.maximum(sign * e, a), b)
+        e = torch.where(far, torch.copysign(_tail_quantile(torch.minimum(*logs)), logs[0] - logs[1]), e)
+    return torch.clamp(e, a, b)
 
 
 def interval_slopes(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
