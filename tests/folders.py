@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
+from PIL import Image
 
 from dflow import hf
 from dflow.data import Corpus, DataConfig, load
@@ -28,6 +30,19 @@ def write_text(folder: Path, text: str = TEXT) -> Path:
     path = folder / "text.txt"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def write_pictures(folder: Path, n: int = 24, channels: int = 1, depth: int = 8, size: int = 8) -> Path:
+    """PNG files of ``depth`` 1 or 8, grey or in colours: a bright square somewhere on a dark ground."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        values = rng.integers(0, 60, (size, size, channels))
+        top, left = rng.integers(0, size - 3, 2)
+        values[top : top + 4, left : left + 4] += rng.integers(150, 190)
+        array = values.astype(np.uint8) if channels == 3 else values[..., 0].astype(np.uint8)
+        Image.fromarray(array if depth == 8 else array > 100).save(folder / f"{i:03}.png")
+    return folder
 
 
 def corpus_of(path: Path, protocol: str = "stream") -> Corpus:
