@@ -204,7 +204,7 @@ def test_a_resumed_run_ends_with_the_same_bits(family, settings, text, tmp_path)
 
 
 def stop_after(recipe, step):
-    from dflow.train import _Run
+    from dflow.train.loop import _Run
 
     once = _Run._one_step
 

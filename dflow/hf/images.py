@@ -102,7 +102,7 @@ class DflowImageModel(PreTrainedModel):
         x = self.check(pixel_values)
         values = self.law.elbo(x, 1, generator).values
         return DflowImageOutput(
-            loss=-Estimate(values, "elbo", True).bits_per_dim(x.shape[1]).mean(), elbo=values
+            loss=Estimate(values, "elbo", True).bits_per_dim(x.shape[1]).mean(), elbo=values
         )
 
     def elbo(self, pixel_values: Tensor, k: int = 1, generator: torch.Generator | None = None) -> Estimate:

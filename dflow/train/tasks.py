@@ -282,7 +282,7 @@ class _Images(Task):
         limit = min(rows.num_rows, {0: rows.num_rows, None: _EVAL_ROWS}.get(chunks, chunks or 0))
         # Where these are few, they are gone through again, each time with other noise.
         total = limit if chunks else limit * -(-_EVAL_ROWS // limit)
-        size = max(1, config.batch_size // world)
+        size = max(1, config.batch_size // world, _EVAL_ENTRIES // self.images.dim)
         # The same noise at every evaluation, so that two of them compare.
         self.noise = torch.Generator(device).manual_seed(mix(config.seed, rank))
 
@@ -321,6 +321,8 @@ class _Images(Task):
 _EVAL_CHUNKS, _EVAL_ROWS = 128, 2048
 #: Most entries of the data from which a model of images starts, a Gaussian or a flow; and most rows.
 _INITIAL, _INITIAL_FLOW, _INITIAL_ROWS = 1 << 22, 1 << 18, 1 << 15
+#: Entries of a batch of images at an evaluation, where those of training have less.
+_EVAL_ENTRIES = 1 << 14
 #: Least number of pictures in a sample grid.
 _PICTURES = 36
 
