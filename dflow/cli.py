@@ -93,7 +93,9 @@ class Source:
         path, trained = split_calls(folder)[0], None
         if self.data is None or (path / "recipe.yaml").is_file():
             found = recipe_of(path).data
-            trained = found if isinstance(found, DataConfig) else None
+            if not isinstance(found, DataConfig):
+                raise InputError(f"{path}: its recipe.yaml tells of images; restore both files from one run")
+            trained = found
         if trained is None or self.data not in (None, trained.name):
             kept = None if trained is None else trained.folder
             trained = DataConfig(name=str(self.data), folder=kept)
@@ -105,11 +107,15 @@ class Source:
         from dflow.data import ImageConfig
         from dflow.train import recipe_of
 
-        trained = recipe_of(folder).data
-        if not isinstance(trained, ImageConfig):
-            raise InputError(f"{folder}: its recipe.yaml tells of text; restore both files from one run")
-        name = self.data or trained.name
-        return dataclasses.replace(trained, name=name, folder=self.folder or trained.folder)
+        trained = ImageConfig()
+        if self.data is None or (Path(folder) / "recipe.yaml").is_file():
+            found = recipe_of(folder).data
+            if not isinstance(found, ImageConfig):
+                raise InputError(f"{folder}: its recipe.yaml tells of text; restore both files from one run")
+            trained = found
+        if self.data not in (None, trained.name):
+            trained = trained.of(str(self.data))
+        return dataclasses.replace(trained, folder=self.folder or trained.folder)
 
 
 @dataclass(kw_only=True)
@@ -137,14 +143,16 @@ class Evaluate(Source, Machine):
 
     model: str = flag("folder of the model")
     batch_size: int | None = flag("chunks scored at a time (default: 32; of a law 1024, images 100)", None)
-    draws: int = flag("draws of the dequantizer for each image or row", 256)
-    precision: Literal["float64", "float32"] = flag("in which bounds are computed", "float64")
-    seed: int = flag("seed of the draws", 0)
+    draws: int | None = flag("draws of the dequantizer for each image or row (default: 256)", None)
+    precision: Literal["float64", "float32"] | None = flag(
+        "in which bounds on images are computed: float64 (default), float32", None
+    )
+    seed: int | None = flag("seed of the draws of the dequantizer (default: 0)", None)
 
 
 @dataclass(kw_only=True)
 class Generate(Machine):
-    """Draw text or images from a model. Seed and batch size fix the result on one kind of machine."""
+    """Draw text, images or rows from a model. Seed and batch size fix the result on one kind of machine."""
 
     model: str = flag("folder of the model")
     n: int = flag("how many samples", 1)
@@ -153,11 +161,12 @@ class Generate(Machine):
     batch_size: int = flag("samples drawn at a time", 100)
     prompt: str | None = flag("text that each sample begins with, for models that can continue one", None)
     format: Literal["text", "jsonl", "png", "npy", "csv"] | None = flag(
-        "text (default), or jsonl: a JSON object a line; of images png (default), a grid, or npy, csv",
+        "text (default), or jsonl: a JSON object a line; of images png (default), a grid, or npy, csv; of "
+        "tables csv (default) or npy",
         None,
     )
     output: str | None = flag(
-        "file to write, whole or not at all (default: standard output; samples.png)", None
+        "file to write, whole or not at all (default: standard output; of images samples.FORMAT)", None
     )
 
 
@@ -183,24 +192,24 @@ class PlotDensity(Machine):
 
 @dataclass(kw_only=True)
 class DataList:
-    """The texts known by name, and which are there."""
+    """The texts and images known by name, and which are there."""
 
     folder: str | None = flag("folder of the data (default: DFLOW_DATA)", None)
 
 
 @dataclass(kw_only=True)
 class DataPrepare:
-    """Fetch a text into the folder, unless it is there, and check it."""
+    """Fetch a text or a set of images into the folder, unless it is there, and check it."""
 
-    name: str = argument("name of the text")
+    name: str = argument("name of the set")
     folder: str | None = flag("folder of the data (default: DFLOW_DATA)", None)
 
 
 @dataclass(kw_only=True)
 class DataCheck:
-    """Check the files of a text against their known sizes and checksums."""
+    """Check the files of a text or a set of images against their known sizes and checksums."""
 
-    name: str = argument("name of the text")
+    name: str = argument("name of the set")
     folder: str | None = flag("folder of the data (default: DFLOW_DATA)", None)
 
 
@@ -237,6 +246,9 @@ def evaluate(flags: Evaluate) -> int:
     device = flags.settle() if accelerator is None else accelerator.device
     if kind_of(flags.model) is DflowImageModel:
         return evaluate_pictures(flags, device, accelerator)
+    for name in ("draws", "precision", "seed"):
+        if getattr(flags, name) is not None:
+            raise InputError(f"--{name} is for models of images or tables; {flags.model} is one of text")
     model, tokenizer = load_model(flags.model, device)
     corpus = load(flags.config(flags.model, model), tokenizer)
     text = corpus.split(flags.split)
@@ -282,17 +294,16 @@ def evaluate_pictures(flags: Evaluate, device: torch.device, accelerator: Accele
 
     model = load(flags.model, device, DflowImageModel)
     images = load_images(flags.images(flags.model))
+    options = {name: getattr(flags, name) for name in ("draws", "seed", "batch_size")}
+    options["precision"] = None if flags.precision is None else getattr(torch, flags.precision)
     result = evaluate_images(
         model,
         images.split(flags.split),
         unit=images.unit,
-        draws=flags.draws,
         limit=flags.limit,
-        precision=getattr(torch, flags.precision),
-        seed=flags.seed,
         progress=True,
         accelerator=accelerator,
-        **({} if flags.batch_size is None else {"batch_size": flags.batch_size}),
+        **{name: value for name, value in options.items() if value is not None},
     )
     if accelerator is None or accelerator.is_main_process:
         print_table([("model", flags.model), *image_rows(result, images.name, flags.split)])
@@ -391,12 +402,15 @@ def generate_pictures(flags: Generate) -> int:
     for name in ("length", "prompt"):
         if getattr(flags, name) is not None:
             raise InputError(f"--{name} is for models of text; {flags.model} is one of images or tables")
-    kind = flags.format or "png"
-    if kind == "text" or kind == "jsonl":
-        raise InputError(f"--format {kind}: this is a model of images or tables; use png, npy or csv")
+    if flags.format == "text" or flags.format == "jsonl":
+        raise InputError(f"--format {flags.format}: this is a model of images or tables; use png, npy or csv")
+    model = load(flags.model, flags.settle(), DflowImageModel)
+    pictures = drawing.is_picture(model.config.shape)
+    kind = flags.format or ("png" if pictures else "csv")
+    if kind == "png" and not pictures:
+        raise InputError(f"--format png: {flags.model} draws no pictures; use csv or npy")
     output = Path(flags.output or f"samples.{kind}")
     drawing.check_output(output)
-    model = load(flags.model, flags.settle(), DflowImageModel)
     x = drawing.generate_images(model, flags.n, seed=flags.seed, batch_size=flags.batch_size, progress=True)
     levels = set(model.config.levels)
     drawing.write_whole(output, drawing.encode_images(x, kind, max(levels) if None not in levels else None))
@@ -599,7 +613,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
     parser = argparse.ArgumentParser(
         prog="dflow",
-        description="Text generation with discrete normalizing flows: exact likelihood, few network calls.",
+        description="Normalizing flows of discrete data: text in few network calls, dequantized images.",
         epilog="example: dflow train recipes/grouped.yaml",
     )
     parser.add_argument("--version", action="version", version=f"dflow {dflow.__version__}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -129,11 +129,16 @@ def encode_images(x: Tensor, kind: ImageFormat, levels: int | None) -> bytes:
         return buffer.getvalue()
     if kind == "csv":
         return "".join(",".join(map(str, row)) + "\n" for row in x.flatten(1).tolist()).encode()
-    if levels is None or x.shape[1] not in (1, 3) or x.shape[2:] == (1, 1):
+    if levels is None or not is_picture(x.shape[1:]):
         raise InputError("these data are no pictures; use --format csv or npy")
     shape = (x.shape[1], x.shape[2], x.shape[3])
     # A draw may lie outside what a picture can show.
     return pictures.grid(x.flatten(1).clamp(0, levels - 1), shape, levels)
+
+
+def is_picture(shape: Sequence[int]) -> bool:
+    """Whether data of a shape (C, H, W) can be shown: grey or in colours, and more than one pixel."""
+    return shape[0] in (1, 3) and tuple(shape[1:]) != (1, 1)
 
 
 def spell(ids: Tensor, tokenizer: Tokenizer, kind: Format, number: int = 1) -> str:

@@ -304,12 +304,9 @@ def bound_of(rule: str, draws: int, alpha: float) -> Bound:
     return Iwbo(draws) if rule == "iwbo" else Renyi(draws, alpha)
 
 
-def guaranteed(bound: Bound, draws: int, repeats: int = 1) -> Bound:
-    """The bound by which a model trained under ``bound`` is judged: the elbo, or else the iwbo.
-
-    The elbo is the same in expectation for any number of draws, so it takes as few as ``repeats``.
-    """
-    return Elbo(repeats) if isinstance(bound, Elbo) else Iwbo(max(bound.k, draws))
+def guaranteed(bound: Bound, draws: int) -> Bound:
+    """The bound by which a model trained under ``bound`` is judged: the elbo of a draw, or the iwbo."""
+    return Elbo() if isinstance(bound, Elbo) else Iwbo(max(bound.k, draws))
 
 
 def gaussian(law: Dequantized) -> Gaussian | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dflow.config import InputError
 from dflow.data import Samples
+from dflow.dequantize import Partition
 from dflow.hf import DflowImageModel
 
 
@@ -20,10 +21,12 @@ def density(model: DflowImageModel, data: Samples, cells: int = 400, draws: int 
     As in figure 2 of Hoogeboom et al. 2020 (arXiv 2001.11235). White lines are the edges of cells.
 
     Raises:
-        InputError: another number of dimensions.
+        InputError: another number of dimensions, too few ``cells``.
     """
     if model.dim != 2:
         raise InputError(f"a density is drawn in two dimensions; this model has {model.dim}")
+    if cells < 2:
+        raise InputError(f"cells {cells} must be at least 2")
     from matplotlib.figure import Figure  # a second of import that no other verb needs
 
     law, device = model.law, model.device
@@ -31,8 +34,8 @@ def density(model: DflowImageModel, data: Samples, cells: int = 400, draws: int 
     x, _ = data.crops(draws, 2, torch.Generator().manual_seed(0))
     v = torch.cat([law.dequantize(part.to(device), generator) for part in x.split(10_000)]).cpu()
     low, high = v.quantile(0.001, 0).min().item() - 0.5, v.quantile(0.999, 0).max().item() + 0.5
-    line = torch.linspace(low, high, cells, device=device, dtype=model.dtype)
-    points = torch.cartesian_prod(line, line)
+    grid = torch.linspace(low, high, cells, device=device, dtype=model.dtype)
+    points = torch.cartesian_prod(grid, grid)
     p = torch.cat([law.density.log_prob(part) for part in points.split(1 << 16)]).exp()
     edges = np.linspace(low, high, cells // 2 + 1)
     q, _, _ = np.histogram2d(v[:, 0].numpy(), v[:, 1].numpy(), bins=(edges, edges), density=True)
@@ -47,9 +50,9 @@ def density(model: DflowImageModel, data: Samples, cells: int = 400, draws: int 
         shown = axes.imshow(
             values.T, origin="lower", extent=(low, high, low, high), vmax=top, vmin=0, cmap="magma"
         )
-        for edge in _edges(law.partition, x):
-            axes.axhline(edge, color="white", linewidth=0.5, alpha=0.5)
-            axes.axvline(edge, color="white", linewidth=0.5, alpha=0.5)
+        for line, column in ((axes.axvline, 0), (axes.axhline, 1)):
+            for edge in _edges(law.partition, x, column):
+                line(edge, color="white", linewidth=0.5, alpha=0.5)
         axes.set(title=title, xlabel="v$_1$", ylabel="v$_2$")
         figure.colorbar(shown, ax=axes, shrink=0.85)
     buffer = io.BytesIO()
@@ -61,8 +64,9 @@ def _square(values: Tensor, cells: int) -> np.ndarray:
     return values.view(cells, cells).double().cpu().numpy()
 
 
-def _edges(partition: torch.nn.Module, x: Tensor) -> list[float]:
-    """Finite edges of the cells of the data, each once."""
-    lower, upper = partition.bounds(x[:1000], torch.float64)  # type: ignore[operator]
-    both = torch.cat([lower.flatten(), upper.flatten()])
+def _edges(partition: Partition, x: Tensor, column: int) -> list[float]:
+    """Finite edges of the cells of the data in a column, each once; none where it is continuous."""
+    if not partition.discrete(x.shape[1])[column]:
+        return []
+    both = torch.cat([end[:, column] for end in partition.bounds(x[:1000], torch.float64)])
     return sorted({float(e) for e in both[both.isfinite()]})

@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from folders import SETTINGS, write_text
+from folders import SETTINGS, write_pictures, write_text
 from safetensors.torch import load_file, safe_open
 
 from dflow import cli, hf
@@ -22,7 +23,10 @@ from dflow.train import Schedule, load_recipe, recipe_of, train
 
 ROOT = Path(__file__).parent.parent
 # Recipes of synthetic laws are trained on these, in test_synthetic.py.
-RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name != "synthetic")
+RECIPES = sorted(
+    p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name not in ("synthetic", "images")
+)
+IMAGES = sorted((ROOT / "recipes" / "images").glob("*.yaml"))
 
 
 @pytest.fixture
@@ -91,6 +95,42 @@ def test_every_recipe_trains_for_two_steps(path, text, tmp_path):
     assert rows[-1]["step"] == 2
     assert 0 < rows[-1]["valid_bits"] < 12
     assert hf.load(out).config.family == recipe.family
+
+
+@pytest.mark.parametrize("path", IMAGES, ids=[p.stem for p in IMAGES])
+def test_every_recipe_of_images_trains_for_two_steps(path, tmp_path):
+    recipe = load_recipe(path)
+    assert recipe.output == Path("runs/images") / path.stem
+    small = ["hidden_size=8", "num_hidden_layers=2", "num_flows=2", "dequantizer_hidden_size=12"]
+    overrides = [f"model.{s}" for s in [*small, "dequantizer_hidden_layers=1", "dequantizer_flows=2"]]
+    if recipe.data.name != "checkerboard":
+        colours = 3 if recipe.data.name == "cifar10" else 1
+        depth = 1 if recipe.data.name == "binarized_mnist" else 8
+        overrides.append(f"data.name={write_pictures(tmp_path / 'pictures', 24, colours, depth)}")
+        overrides += ["data.valid=0.2", "data.test=0.2"]
+    assert recipe.paper
+    for paper in recipe.paper:
+        found = load_recipe(path, [*paper.set, *overrides])
+        assert paper.measure in ("vi", "nll", "kl")
+        assert paper.unit == ("bits" if recipe.data.name == "checkerboard" else "bpd")
+        assert paper.source
+        hf.DflowImageConfig(family=found.family, **asdict(replace(found.model, shape=[1, 2, 2], levels=[2])))
+    overrides += [
+        "train.steps=2",
+        "train.minutes=null",
+        "train.batch_size=4",
+        "train.mixed_precision='no'",
+        "train.eval_chunks=4",
+        "train.trackers=[]",
+        f"output={tmp_path / 'out'}",
+    ]
+    out = run(path, *overrides)
+    rows = metrics(out)
+    assert rows[-1]["step"] == 2
+    assert 0 < rows[-1]["valid_bits"] < 20
+    found = recipe_of(out)
+    assert found.paper == recipe.paper
+    assert found.model.shape == hf.load(out, kind=hf.DflowImageModel).config.shape
 
 
 @pytest.mark.parametrize(
@@ -164,7 +204,7 @@ def test_a_resumed_run_ends_with_the_same_bits(family, settings, text, tmp_path)
 
 
 def stop_after(recipe, step):
-    from dflow.train import _Run
+    from dflow.train.loop import _Run
 
     once = _Run._one_step
 

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from dflow.config import InputError, nearest
-from dflow.data import files, image_sets, tables
+from dflow.data import files, image_sets, sets, synthetic, tables
 from dflow.data.image_sets import CHECKERBOARD, Pixels
 from dflow.data.known import from_hub
 
@@ -83,6 +83,15 @@ class ImageConfig:
     def shares(self) -> tuple[float, float]:
         """For validation and for the test."""
         return (0.05 if self.valid is None else self.valid), (0.05 if self.test is None else self.test)
+
+    def of(self, name: str) -> ImageConfig:
+        """The same kind of data under another name: how they are read is kept, the shares are not."""
+        kept = replace(self, name=name, valid=None, test=None)
+        if name == CHECKERBOARD:
+            return ImageConfig(name)
+        if name in image_sets.KNOWN:
+            return replace(kept, crop=None, continuous=None)
+        return replace(kept, folder=None) if name.startswith(HUB) else kept
 
     def refuse(self, what: str, *settings: str) -> None:
         """Raise `InputError` if one of the settings is given: ``what`` has no use for it."""
@@ -248,6 +257,10 @@ def _path(config: ImageConfig) -> Path:
     if not path.exists() and (folder := files.data_folder(config.folder)):
         path = folder / config.name
     if not path.exists():
+        if config.name in (sets.PYDOC, *sets.KNOWN) or synthetic.is_law(config.name):
+            raise InputError(
+                f"{config.name}: a text, and this is a model of images or tables; use a model.family of text"
+            )
         raise InputError(
             f"{config.name}: neither a set of images nor a folder or table; "
             + nearest(config.name, [CHECKERBOARD, *image_sets.KNOWN])

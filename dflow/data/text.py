@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dflow.config import InputError, nearest
-from dflow.data import files, sets, synthetic
+from dflow.data import files, image_sets, sets, synthetic
 from dflow.data.synthetic import Law
 from dflow.data.tokenizers import Bytes, Characters, Numbers, SentencePiece, Tokenizer, compact
 
@@ -359,6 +359,10 @@ def _own(config: DataConfig) -> str:
     if not path.exists() and (folder := files.data_folder(config.folder)):
         path = folder / config.name
     if not path.exists():
+        if config.name in (image_sets.CHECKERBOARD, *image_sets.KNOWN) or config.name.startswith("hub:"):
+            raise InputError(
+                f"{config.name}: images, and this is a model of text; use model.family dequantized"
+            )
         raise InputError(
             f"{config.name}: neither a data set nor a file or folder; "
             + nearest(config.name, [sets.PYDOC, *sets.KNOWN])

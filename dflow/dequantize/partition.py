@@ -163,7 +163,7 @@ class Columns(Partition):
             for part, width in runs
         ]
         self.finite = all(part.finite for part, _ in runs if part is not None)
-        self.register_buffer("mask", torch.cat(masks), persistent=False)
+        self.register_buffer("mask", torch.cat(masks))
         self._count = int(self.mask.sum())
 
     def bounds(self, x: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

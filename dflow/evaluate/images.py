@@ -98,6 +98,8 @@ def evaluate_images(
     for name, value in (("draws", draws), ("batch size", batch_size), ("limit", limit)):
         if value is not None and value < 1:
             raise InputError(f"{name} {value} must be at least 1")
+    if not 0 <= seed < 1 << 62:
+        raise InputError(f"seed {seed} must be from 0 to {(1 << 62) - 1}")
     scored: DflowImageModel = copy.deepcopy(model).train(False)
     nn.Module.to(scored, precision)
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
@@ -125,10 +127,8 @@ def evaluate_images(
                     masses = scored.law.exact_log_prob(x).double()
                 except ValueError:
                     exact = False
-            v = scored.law.dequantize(x, generator)
-            intact = torch.equal(
-                scored.law.partition.quantize(v), x.to(torch.int64) if not x.is_floating_point() else x
-            )
+            quantized = scored.law.partition.quantize(scored.law.dequantize(x, generator))
+            intact = bool((quantized == x)[:, scored.law.partition.discrete(scored.dim)].all())
             terms = [
                 torch.ones_like(found.elbo),
                 -found.elbo,

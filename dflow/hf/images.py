@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.utils.generic import ModelOutput
 
 from dflow import zoo
-from dflow.config import InputError
+from dflow.config import InputError, nearest
 from dflow.dequantize import Estimate
 
 
@@ -38,7 +38,8 @@ class DflowImageConfig(PreTrainedConfig):
     def settings(self) -> zoo.DequantizedConfig:
         """The family's settings, checked."""
         if self.family not in zoo.IMAGES:
-            raise InputError(f"a {self.family!r} is no family of images; known: {', '.join(zoo.IMAGES)}")
+            hint = nearest(str(self.family), list(zoo.IMAGES))
+            raise InputError(f"{self.family!r} is no family of models of images; {hint}")
         found: zoo.DequantizedConfig = zoo.settings(
             self.family, {name: getattr(self, name) for name in zoo.fields(self.family)}
         )
@@ -101,7 +102,7 @@ class DflowImageModel(PreTrainedModel):
         x = self.check(pixel_values)
         values = self.law.elbo(x, 1, generator).values
         return DflowImageOutput(
-            loss=-Estimate(values, "elbo", True).bits_per_dim(x.shape[1]).mean(), elbo=values
+            loss=Estimate(values, "elbo", True).bits_per_dim(x.shape[1]).mean(), elbo=values
         )
 
     def elbo(self, pixel_values: Tensor, k: int = 1, generator: torch.Generator | None = None) -> Estimate:
@@ -149,13 +150,17 @@ class DflowImageModel(PreTrainedModel):
             torch.tensor([sign * torch.inf if r is None else r[i] for r in ranges], device=x.device)
             for i, sign in enumerate((-1, 1))
         )
-        bad = (x < low) | (x > high)
-        if bad.any():
-            row, column = bad.nonzero()[0].tolist()
-            first, last = ranges[column] or (0, 0)
+        fits = (x >= low) & (x <= high)
+        if x.is_floating_point():
+            fits &= x.isfinite() & ((x == x.floor()) | low.isinf())
+        if not fits.all():
+            row, column = (~fits).nonzero()[0].tolist()
+            found, known = x[row, column].item(), ranges[column]
+            if known is None:
+                raise InputError(f"value {found} of entry {column} is not finite")
             raise InputError(
-                f"value {x[row, column].item()} of entry {column} lies outside {first}..{last}, those of the "
-                "data that this model was trained on"
+                f"value {found} of entry {column} is none of {known[0]}..{known[1]}, those of the data that "
+                "this model was trained on"
             )
         return x
 

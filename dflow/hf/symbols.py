@@ -11,13 +11,10 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.utils.generic import ModelOutput
 
 from dflow import zoo
-from dflow.config import InputError
+from dflow.config import InputError, nearest
 from dflow.core import Context, Distribution
 from dflow.distributions import Categorical, ConditionalCategorical, SequenceCategorical, Spectra, Walk
 from dflow.flows import Flow, Split
-
-#: Laws that draw symbols themselves, without a bijector after.
-_Symbols = (SequenceCategorical, Walk)
 
 #: Laws that draw symbols themselves, without a bijector after.
 _Symbols = (SequenceCategorical, Walk)
@@ -50,7 +47,8 @@ class DflowConfig(PreTrainedConfig):
     def settings(self) -> zoo.ModelConfig:
         """The family's settings, checked."""
         if self.family not in zoo.FAMILIES:
-            zoo.settings(self.family, {})
+            hint = nearest(str(self.family), list(zoo.FAMILIES))
+            raise InputError(f"{self.family!r} is no family of models of text; {hint}")
         if not isinstance(self.vocab_size, int) or self.vocab_size < 2:
             raise InputError(f"vocab_size must be at least 2, found {self.vocab_size!r}")
         found: zoo.ModelConfig = zoo.settings(

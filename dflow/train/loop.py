@@ -225,22 +225,22 @@ class _Run:
             self.optimizer.zero_grad(set_to_none=True)
         if self.world > 1:
             nats = accelerator.reduce(nats)
-        if self.base is not None and counts is not None:
-            momentum = self.task.momentum(self.step)
-            self.base.update(accelerator.reduce(counts) if self.world > 1 else counts, momentum)
-        if self.averaged is not None:
-            # A young average would be mostly the random start.
-            decay = min(config.ema, (1 + self.step) / (10 + self.step))
-            with torch.no_grad():
-                torch._foreach_lerp_(
-                    list(self.averaged.parameters()), list(self.model.parameters()), 1 - decay
-                )
         count = self.task.count(batch)
         value = objectives.bits(float(nats), count)
         if not math.isfinite(value):
             raise InputError(
                 f"the loss is {value} at step {self.step}; start again with a lower train.learning_rate"
             )
+        if self.base is not None and counts is not None:
+            momentum = self.task.momentum(self.step)
+            self.base.update(accelerator.reduce(counts) if self.world > 1 else counts, momentum)
+        if self.averaged is not None and self.learned:
+            # A young average would be mostly the random start.
+            decay = min(config.ema, (1 + self.step) / (10 + self.step))
+            with torch.no_grad():
+                torch._foreach_lerp_(
+                    list(self.averaged.parameters()), list(self.model.parameters()), 1 - decay
+                )
         return value, count
 
     def _schedules(self) -> None:
@@ -441,7 +441,7 @@ def _fingerprint(recipe: Recipe) -> str:
     """What has to be the same for a run to go on: everything but the budget, evaluation and output."""
     values = recipe.as_dict()
     free = {"steps", "minutes", "accumulation", "samples", "trackers"}
-    free |= {"eval_every", "eval_minutes", "eval_chunks", "save_every"}
+    free |= {"eval_every", "eval_minutes", "eval_chunks", "eval_draws", "save_every"}
     values["train"] = {k: v for k, v in values["train"].items() if k not in free}
     values["data"] = {k: v for k, v in values["data"].items() if k != "folder"}
     kept = {k: values[k] for k in ("data", "model", "train")}

@@ -111,6 +111,9 @@ class TrainConfig:
         for name in ("batch_size", "accumulation", "refit_batches", "draws", "eval_draws"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, found {getattr(self, name)}")
+        for name in ("warmup", "weight_decay", "clip", "eval_chunks", "samples"):
+            if (getattr(self, name) or 0) < 0:
+                raise InputError(f"{name} must not be negative, found {getattr(self, name)}")
         for name in ("ema", "base_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} must lie in [0, 1), found {getattr(self, name)}")
@@ -203,7 +206,8 @@ def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
     model = dict(sections.model)
     family = model.pop("family", None)
     if family is None:
-        raise InputError(f"{where}: key 'model.family' is missing; {nearest('', list(zoo.FAMILIES))}")
+        known = [*zoo.FAMILIES, *zoo.IMAGES]
+        raise InputError(f"{where}: key 'model.family' is missing; {nearest('', known)}")
     train = parse(TrainConfig, sections.train, f"{where}: train")
     values_of = (
         sections.paper if isinstance(sections.paper, list) else [sections.paper] * bool(sections.paper)

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from dflow import hf, objectives, zoo
 from dflow.config import InputError
 from dflow.data import Corpus, ImageConfig, ImageSet, Tokenizer, files, load, load_images, pictures
-from dflow.distributions import Categorical, Mixture
+from dflow.dequantize import Iwbo
+from dflow.distributions import Categorical, Gaussian, Mixture
 from dflow.train.recipe import Recipe, Schedule
 
 Batch = tuple[Tensor, Tensor | None]
@@ -247,19 +248,16 @@ class _Images(Task):
         self.rule = self.bound.name
         chunks = _EVAL_ROWS if config.eval_chunks is None else config.eval_chunks
         self.rows = images.valid.subset(chunks or images.valid.num_rows)
-        self.check = objectives.guaranteed(
-            self.bound, config.eval_draws, -(-_EVAL_ROWS // self.rows.num_rows)
-        )
+        self.check = objectives.guaranteed(self.bound, config.eval_draws)
         self.kind = f"bound: {self.check.name}"
         self.total = images.unit == "bits"
         self.unit = images.unit
         self.short, self.things = ("bits", "rows") if self.total else ("bits/dim", "dims")
         self.objective = objectives.BoundObjective(self.model.law, self.bound)
-        x, _ = images.train.crops(
-            max(config.batch_size, _INITIAL // images.dim),
-            images.dim,
-            torch.Generator().manual_seed(config.seed),
-        )
+        # A Gaussian of many entries needs many rows; layers of a flow are set channel by channel.
+        entries = _INITIAL if isinstance(self.model.law.density, Gaussian) else _INITIAL_FLOW
+        rows = max(config.batch_size, min(_INITIAL_ROWS, entries // images.dim))
+        x, _ = images.train.crops(rows, images.dim, torch.Generator().manual_seed(config.seed))
         objectives.initialize(self.model.law, x, torch.Generator().manual_seed(config.seed))
 
     def batch(self, seed: int) -> Batch:
@@ -285,23 +283,24 @@ class _Images(Task):
         )
 
     def valid(self, device: torch.device, rank: int, world: int) -> tuple[Iterator[Batch], float]:
-        config = self.recipe.train
-        rows = self.rows
+        config, rows = self.recipe.train, self.rows
         limit = rows.num_rows
-        size = max(1, config.batch_size // world)
+        # Where these are few, they are gone through again, each time with other noise.
+        total = limit if config.eval_chunks else limit * -(-_EVAL_ROWS // limit)
+        size = max(1, config.batch_size // world, _EVAL_ENTRIES // self.images.dim)
+        # The same noise at every evaluation, so that two of them compare.
+        self.noise = torch.Generator(device).manual_seed(mix(config.seed, rank))
 
         def batches() -> Iterator[Batch]:
-            for start in range(rank * size, limit, world * size):
-                yield rows.rows(slice(start, min(limit, start + size))).to(device), None
+            for start in range(rank * size, total, world * size):
+                yield rows.rows(torch.arange(start, min(total, start + size)) % limit).to(device), None
 
-        return batches(), float(limit if self.total else limit * self.images.dim)
+        return batches(), float(total if self.total else total * self.images.dim)
 
     def nats(self, model: hf.DflowImageModel, batch: Batch) -> Tensor:
-        # The same noise at every evaluation, so that two of them compare.
-        x = batch[0]
-        generator = torch.Generator(x.device).manual_seed(self.recipe.train.seed)
-        lw = model.law.log_weights(x, self.check.k, generator)
-        return -self.check.value(lw.double()).sum()
+        # At once no more draws than a step of the training holds.
+        found = model.law.assess(batch[0], self.check.k, self.bound.k, self.noise)
+        return -(found.iwbo if isinstance(self.check, Iwbo) else found.elbo).sum()
 
     def show(self, model: hf.DflowImageModel, step: int, device: torch.device) -> Iterator[str]:
         config, images = self.recipe.train, self.images
@@ -329,8 +328,10 @@ class _Images(Task):
 
 #: Chunks of text, and rows of images, of an evaluation during training where none is asked for.
 _EVAL_CHUNKS, _EVAL_ROWS = 128, 2048
-#: Entries of the data from which a model of images starts.
-_INITIAL = 1 << 22
+#: Most entries of the data from which a model of images starts, a Gaussian or a flow; and most rows.
+_INITIAL, _INITIAL_FLOW, _INITIAL_ROWS = 1 << 22, 1 << 18, 1 << 15
+#: Entries of a batch of images at an evaluation, where those of training have less.
+_EVAL_ENTRIES = 1 << 14
 #: Least number of pictures in a sample grid.
 _PICTURES = 36
 

@@ -5,7 +5,8 @@ Tensors are flat, ``(batch, C*H*W)`` in C, H, W order; networks and 1x1 convolut
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal
@@ -110,6 +111,12 @@ class DequantizedConfig:
             raise InputError(
                 f"lowest must be as many as levels, {len(self.levels)}, found {len(self.lowest)}"
             )
+        if any(n is not None and n < 1 for n in self.levels):
+            raise InputError(f"levels must be at least 1, found {self.levels}")
+        if self.levels and all(n is None for n in self.levels):
+            raise InputError(
+                "every column is real, so there is nothing to dequantize: give data with a discrete column"
+            )
         if self.dequantizer == "truncated" and self.density == "flow":
             raise InputError(
                 "dequantizer 'truncated' is that of a Gaussian: use density diagonal or covariance, or "
@@ -120,9 +127,11 @@ class DequantizedConfig:
                 "orthants have no uniform law: use partition hypercube, or dequantizer normal, covariance, "
                 "bipartite, autoregressive or truncated"
             )
-        if self.partition == "orthant" and self.shape and any(r not in (None, (0, 1)) for r in self.ranges):
-            found = next(r for r in self.ranges if r not in (None, (0, 1)))
-            raise InputError(f"partition 'orthant' is for entries of 0 and 1, found {found}; use hypercube")
+        found = [r for r in self.ranges if r not in (None, (0, 1))] if self.shape and self.levels else []
+        if self.partition == "orthant" and found:
+            raise InputError(
+                f"partition 'orthant' is for entries of 0 and 1, found {found[0]}; use hypercube"
+            )
         if self.density == "flow" and self.dim == 1:
             raise InputError("a coupling needs two entries or more; use density diagonal")
         if self.shape and self.num_levels > 1 and self.dim >> (self.num_levels - 1) < 2:
@@ -211,6 +220,11 @@ def _coupling(
     elementwise: Elementwise, shape: Shape, net: _Net, context: int = 0, swap: bool = False
 ) -> Coupling:
     """The first half of the channels known, or with ``swap`` the second."""
+    if shape[0] < 2:
+        raise InputError(
+            f"{shape[1]} x {shape[2]} pixels of one channel have no halves for a coupling: use fewer "
+            "num_levels, conditioner perceptron, or data of an even height and width (data.patch, data.crop)"
+        )
     known = shape[0] - shape[0] // 2
     mask = torch.arange(prod(shape)) < known * shape[1] * shape[2]
     if swap:
@@ -228,6 +242,15 @@ def _shape(config: DequantizedConfig) -> Shape:
     """The shape at which networks work: a perceptron takes an image as a vector."""
     channels, height, width = config.shape
     return (config.dim, 1, 1) if config.conditioner == "perceptron" else (channels, height, width)
+
+
+@contextmanager
+def _asked(setting: str) -> Iterator[None]:
+    """A size that a network refuses is a setting that the user gave."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"{setting}: {error}") from None
 
 
 #: (input shape, output channels, params an entry, context channels, zero head) -> network.
@@ -249,10 +272,11 @@ def _net(config: DequantizedConfig, of_dequantizer: bool = False) -> _Net:
                 hidden_size=hidden, num_layers=layers, context_features=context * height * width,
                 zero_head=zero_head,
             )  # fmt: skip
-        return DenseNet(
-            channels, out, (height, width), num_params=num_params, hidden_size=hidden, depth=layers,
-            context_channels=context, zero_head=zero_head,
-        )  # fmt: skip
+        with _asked("dequantizer_hidden_size" if of_dequantizer else "hidden_size"):
+            return DenseNet(
+                channels, out, (height, width), num_params=num_params, hidden_size=hidden, depth=layers,
+                context_channels=context, zero_head=zero_head,
+            )  # fmt: skip
 
     return build
 
@@ -333,16 +357,12 @@ def _dequantizer(config: DequantizedConfig, partition: Partition, density: Distr
         family = Affine(1.0) if config.dequantizer_elementwise == "affine" else Spline(config.spline_bins)
         for i in range(config.dequantizer_flows):
             layers += [Permute(torch.arange(discrete - 1, -1, -1))] * (i > 0)
-            layers.append(
-                Autoregressive(
-                    family,
-                    MaskedConv(
-                        entries, family.num_params, hidden_size=config.dequantizer_hidden_size,
-                        depth=config.dequantizer_hidden_layers, context_channels=config.context_size,
-                    ),
-                    discrete,
-                )
-            )  # fmt: skip
+            with _asked("dequantizer_hidden_size"):
+                conv = MaskedConv(
+                    entries, family.num_params, hidden_size=config.dequantizer_hidden_size,
+                    depth=config.dequantizer_hidden_layers, context_channels=config.context_size,
+                )  # fmt: skip
+            layers.append(Autoregressive(family, conv, discrete))
     context = _Scaled(net(shape, config.context_size, 1, 0, zero_head=False), config, permutation, flat=True)
     return FlowDequantizer(partition, Chain(layers), context)
 
