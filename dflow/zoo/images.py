@@ -79,7 +79,7 @@ class DequantizedConfig:
     spline_bins: int = setting(8, "bins of a spline")
     mixing: Literal["rotate", "permute"] = setting(
         "rotate",
-        "between couplings: rotate (1x1 convolutions); permute, which keeps the edges of cells along the axes",
+        "between couplings: rotate (1x1 convolutions); permute, which keeps edges of cells along the axes",
     )
     conditioner: Literal["densenet", "perceptron"] = setting(
         "densenet", "networks: densenet (convolutions); perceptron, which takes an image as a vector"
