@@ -1,4 +1,4 @@
-"""Text generation with discrete normalizing flows: exact likelihood, few network calls.
+"""Discrete normalizing flows for text, dequantization for images: likelihoods that say what they are.
 
 Names are imported when they are first used, so that ``import dflow`` costs next to nothing and loads
 neither torch nor transformers.
@@ -10,55 +10,140 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dflow.bijectors import Autoregressive, Chain, Coupling, Inverse, Permute, Reverse
+    from dflow.bijectors import ActNorm, Autoregressive, Chain, Conv1x1, Coupling, Inverse, Permute, Reverse
     from dflow.config import InputError
     from dflow.core import Bijector, Distribution, Elementwise
+    from dflow.dequantize import (
+        Columns,
+        Dequantized,
+        Elbo,
+        FlowDequantizer,
+        Hypercube,
+        Iwbo,
+        NormalDequantizer,
+        Orthant,
+        Renyi,
+        TruncatedNormal,
+        Uniform,
+    )
     from dflow.distributions import (
         Categorical,
         ConditionalCategorical,
+        ConditionalNormal,
+        CovarianceNormal,
         Mixture,
+        Normal,
         SequenceCategorical,
         Spectra,
     )
-    from dflow.elementwise import ModAffine, ModRank, ModShift
+    from dflow.elementwise import Affine, ModAffine, ModRank, ModShift, Spline
     from dflow.flows import Flow, Split
-    from dflow.hf import DflowConfig, DflowModel
+    from dflow.hf import DflowConfig, DflowImageConfig, DflowImageModel, DflowModel
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActNorm",
+    "Affine",
     "Autoregressive",
     "Bijector",
     "Categorical",
     "Chain",
+    "Columns",
     "ConditionalCategorical",
+    "ConditionalNormal",
+    "Conv1x1",
     "Coupling",
+    "CovarianceNormal",
+    "Dequantized",
     "DflowConfig",
+    "DflowImageConfig",
+    "DflowImageModel",
     "DflowModel",
     "Distribution",
+    "Elbo",
     "Elementwise",
     "Flow",
+    "FlowDequantizer",
+    "Hypercube",
     "InputError",
     "Inverse",
+    "Iwbo",
     "Mixture",
     "ModAffine",
     "ModRank",
     "ModShift",
+    "Normal",
+    "NormalDequantizer",
+    "Orthant",
     "Permute",
+    "Renyi",
     "Reverse",
     "SequenceCategorical",
     "Spectra",
+    "Spline",
     "Split",
+    "TruncatedNormal",
+    "Uniform",
     "__version__",
 ]
 
 _HOMES = {
-    "core": ("Bijector", "Distribution", "Elementwise"),
-    "elementwise": ("ModAffine", "ModRank", "ModShift"),
-    "bijectors": ("Autoregressive", "Chain", "Coupling", "Inverse", "Permute", "Reverse"),
-    "distributions": ("Categorical", "ConditionalCategorical", "Mixture", "SequenceCategorical", "Spectra"),
-    "flows": ("Flow", "Split"),
-    "hf": ("DflowConfig", "DflowModel"),
+    "core": (
+        "Bijector",
+        "Distribution",
+        "Elementwise",
+    ),
+    "elementwise": (
+        "Affine",
+        "ModAffine",
+        "ModRank",
+        "ModShift",
+        "Spline",
+    ),
+    "bijectors": (
+        "ActNorm",
+        "Autoregressive",
+        "Chain",
+        "Conv1x1",
+        "Coupling",
+        "Inverse",
+        "Permute",
+        "Reverse",
+    ),
+    "distributions": (
+        "Categorical",
+        "ConditionalCategorical",
+        "ConditionalNormal",
+        "CovarianceNormal",
+        "Mixture",
+        "Normal",
+        "SequenceCategorical",
+        "Spectra",
+    ),
+    "flows": (
+        "Flow",
+        "Split",
+    ),
+    "dequantize": (
+        "Columns",
+        "Dequantized",
+        "Elbo",
+        "FlowDequantizer",
+        "Hypercube",
+        "Iwbo",
+        "NormalDequantizer",
+        "Orthant",
+        "Renyi",
+        "TruncatedNormal",
+        "Uniform",
+    ),
+    "hf": (
+        "DflowConfig",
+        "DflowImageConfig",
+        "DflowImageModel",
+        "DflowModel",
+    ),
     "config": ("InputError",),
 }
 

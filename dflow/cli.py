@@ -77,7 +77,9 @@ class Source:
     )
     folder: str | None = flag("folder of the data (default: as in training, or DFLOW_DATA)", None)
     split: Literal["train", "valid", "test"] = flag("which part of the data", "test")
-    limit: int | None = flag("score the first LIMIT chunks (images, rows) only", None)
+    limit: int | None = flag(
+        "score the first LIMIT chunks only; of images and tables LIMIT random rows", None
+    )
 
     def config(self, folder: str, model: DflowModel) -> DataConfig:
         """The data section of the recipe that the model in ``folder`` was trained by, changed by the flags.

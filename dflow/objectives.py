@@ -36,7 +36,7 @@ from dflow import bijectors
 from dflow.bijectors import Autoregressive, Chain, Coupling, Permute, Reverse
 from dflow.config import InputError
 from dflow.core import Context, Distribution
-from dflow.dequantize import Bound, Dequantized, Elbo, Iwbo, Renyi
+from dflow.dequantize import Bound, Dequantized, Elbo, Iwbo, Renyi, TruncatedNormal
 from dflow.distributions import Categorical, Gaussian, SequenceCategorical, Spectra, Walk
 from dflow.elementwise import ModAffine, ModRank, ModShift
 from dflow.elementwise.discrete import Discrete
@@ -344,5 +344,12 @@ def initialize(law: Dequantized, x: Tensor, generator: torch.Generator) -> None:
     v, _ = law.partition.place(z, x)
     if isinstance(law.density, Gaussian):
         law.density.initialize(law.density.statistics(v))
+        # Truncated normals follow the density: a few rounds of moments come near their fixed point.
+        for _ in range(_ROUNDS * isinstance(law.dequantizer, TruncatedNormal)):
+            law.density.initialize(law.density.statistics(law.dequantize(x, generator)))
     else:
         bijectors.initialize(law.density, v)
+
+
+#: Rounds of moments from which a density with truncated normals starts.
+_ROUNDS = 10

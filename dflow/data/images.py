@@ -132,6 +132,13 @@ class Samples:
         values = self.values[which]
         return values if values.is_floating_point() else values.long()
 
+    def subset(self, n: int) -> Samples:
+        """``n`` rows, always the same random ones (files are often sorted); all where there are no more."""
+        if n >= self.num_rows:
+            return self
+        which = torch.randperm(self.num_rows, generator=torch.Generator().manual_seed(0))[:n]
+        return replace(self, values=self.values[which])
+
     def crops(self, batch: int, length: int, generator: torch.Generator | None = None) -> tuple[Tensor, None]:
         """``batch`` random rows, drawn with replacement, as `rows` gives them.
 

@@ -232,7 +232,8 @@ class _Run:
                 f"the loss is {value} at step {self.step}; start again with a lower train.learning_rate"
             )
         if self.base is not None and counts is not None:
-            self.base.update(accelerator.reduce(counts) if self.world > 1 else counts, config.base_momentum)
+            momentum = self.task.momentum(self.step)
+            self.base.update(accelerator.reduce(counts) if self.world > 1 else counts, momentum)
         if self.averaged is not None and self.learned:
             # A young average would be mostly the random start.
             decay = min(config.ema, (1 + self.step) / (10 + self.step))

@@ -82,6 +82,10 @@ class Task(ABC):
         """What has a closed form and is moved by statistics, or None."""
         return None
 
+    def momentum(self, step: int) -> float:
+        """Memory of what has a closed form."""
+        return self.recipe.train.base_momentum
+
     def schedule(self, step: int, fraction: float) -> None:
         """Move what moves with the training."""
         return
@@ -242,6 +246,8 @@ class _Images(Task):
         self.model = hf.DflowImageModel(hf.DflowImageConfig(family=recipe.family, **asdict(settings)))
         self.bound = objectives.bound_of(config.rule, config.draws, config.alpha)
         self.rule = self.bound.name
+        chunks = _EVAL_ROWS if config.eval_chunks is None else config.eval_chunks
+        self.rows = images.valid.subset(chunks or images.valid.num_rows)
         self.check = objectives.guaranteed(self.bound, config.eval_draws)
         self.kind = f"bound: {self.check.name}"
         self.total = images.unit == "bits"
@@ -277,11 +283,10 @@ class _Images(Task):
         )
 
     def valid(self, device: torch.device, rank: int, world: int) -> tuple[Iterator[Batch], float]:
-        config, rows = self.recipe.train, self.images.valid
-        chunks = config.eval_chunks
-        limit = min(rows.num_rows, {0: rows.num_rows, None: _EVAL_ROWS}.get(chunks, chunks or 0))
-        # Where these are few, they are gone through again, each time with other noise.
-        total = limit if chunks else limit * -(-_EVAL_ROWS // limit)
+        config, rows = self.recipe.train, self.rows
+        limit = rows.num_rows
+        # Where there are few, they are gone through again, each time with other noise.
+        total = limit if config.eval_chunks else limit * -(-_EVAL_ROWS // limit)
         size = max(1, config.batch_size // world, _EVAL_ENTRIES // self.images.dim)
         # The same noise at every evaluation, so that two of them compare.
         self.noise = torch.Generator(device).manual_seed(mix(config.seed, rank))
@@ -316,11 +321,15 @@ class _Images(Task):
     def closed_form(self, model: hf.DflowImageModel) -> Any:
         return objectives.gaussian(model.law)
 
+    def momentum(self, step: int) -> float:
+        # A dequantizer that still moves has moments of yesterday: the window grows with the training.
+        return min(self.recipe.train.base_momentum, 1 - 1 / (32 + step / 4))
+
 
 #: Chunks of text, and rows of images, of an evaluation during training where none is asked for.
 _EVAL_CHUNKS, _EVAL_ROWS = 128, 2048
 #: Most entries of the data from which a model of images starts, a Gaussian or a flow; and most rows.
-_INITIAL, _INITIAL_FLOW, _INITIAL_ROWS = 1 << 22, 1 << 18, 1 << 15
+_INITIAL, _INITIAL_FLOW, _INITIAL_ROWS = 1 << 22, 1 << 18, 1 << 17
 #: Entries of a batch of images at an evaluation, where those of training have less.
 _EVAL_ENTRIES = 1 << 14
 #: Least number of pictures in a sample grid.
