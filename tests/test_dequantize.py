@@ -263,8 +263,7 @@ def test_log_q_of_truncated_normals_by_differences(name: str, partition: str) ->
     step, mask = 1e-6 * torch.eye(d, dtype=torch.float64), q.partition.discrete(3)
     columns = [(q(x, noise + h)[0] - q(x, noise - h)[0])[:, mask] / 2e-6 for h in step]
     log_det = torch.linalg.slogdet(torch.stack(columns, -1)).logabsdet
-    expected = -log_det
-    torch.testing.assert_close(q(x, noise)[1], expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(q(x, noise)[1], -log_det, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["uniform", "normal", "full normal", "flow", "autoregressive", "truncated"])
@@ -302,8 +301,6 @@ def test_a_diagonal_law_has_its_exact_posterior(partition: str) -> None:
     torch.testing.assert_close(lw, exact.expand(5, -1))
     lower, upper = q.partition.bounds(x, torch.float64)
     mask = q.partition.discrete(3)
-    expected = torch.where(mask, upper, 1) - torch.where(mask, lower, 0)
-    assert expected.min() > 0
     law = torch.distributions.Normal(p.loc, torch.exp(-p.log_diag))
     masses = torch.where(mask, (law.cdf(upper) - law.cdf(lower)).log(), law.log_prob(lower.clamp(-9, 9)))
     torch.testing.assert_close(exact, masses.sum(1))
@@ -434,7 +431,7 @@ def test_renyi_goes_over_into_the_elbo(delta: float, dtype: torch.dtype) -> None
     lw = (weights_of(16) - 2000).to(dtype)
     exact = lw.double()
     delta = 1 - (1 - delta)
-    expected = (torch.logsumexp(delta * (exact - 2000), 0) - math.log(16)) / delta + 2000
+    expected = (torch.logsumexp(delta * (exact + 2000), 0) - math.log(16)) / delta - 2000
     if abs(delta) < 1e-5:
         # Two terms of the series in delta.
         expected = exact.mean(0) + delta / 2 * exact.var(0, correction=0)
@@ -578,7 +575,6 @@ def test_uniform_optima_of_the_checkerboard(kind: type[Gaussian], expected: floa
     model = Dequantized(kind(2).double(), Uniform(Hypercube()))
     nodes, weights = gauss_hermite(8, legendre=True)
     noise, measure = grid(nodes, weights)
-    _, _ = model.log_weights(BOARD, len(noise), noise=noise), None
     v = BOARD + noise
     model.density.assign(model.density.statistics(v.flatten(0, 1), measure.repeat_interleave(2)))
     assert bits(model, noise, measure).item() == pytest.approx(expected, abs=1e-9)
@@ -605,6 +601,18 @@ def test_logit_normal_optima_of_the_checkerboard(kind: type[Gaussian], expected:
 
     optimizer.step(closure)
     assert closure().item() == pytest.approx(expected, abs=1e-3)
+
+
+def test_truncated_normals_come_close_to_the_floor() -> None:
+    # Printed for a full covariance under a flow: 1.08 bits. Truncated normals and M-steps need no network.
+    p = CovarianceNormal(2).double()
+    model = Dequantized(p, TruncatedNormal(Hypercube(), p))
+    x, generator = BOARD.repeat(200, 1), torch.Generator().manual_seed(0)
+    for _ in range(200):
+        p.update(model.objective(x, Elbo(), generator)[1], 0.0)
+    exact = -model.exact_log_prob(BOARD).mean() / math.log(2)
+    elbo = model.elbo(BOARD, 5000, generator).bits().mean()
+    assert 1 < exact < elbo < 1.03
 
 
 def gauss_hermite(n: int, legendre: bool = False) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,22 @@ class Dequantizer(nn.Module, ABC):
         return v, log_q.to(v.dtype)
 
 
-class Uniform(Dequantizer):
+class FromUniform(Dequantizer):
+    """A dequantizer whose noise is uniform."""
+
+    def noise(
+        self,
+        n: int,
+        dim: int,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> Tensor:
+        """Uniform on (0, 1), ``(n, d)``."""
+        return uniform(n, self.partition.count(dim), generator, dtype, device)
+
+
+class Uniform(FromUniform):
     """Uniform in the cell, ``log q = -sum_i log(width_i)``: 0 for unit cells.
 
     Source: Uria et al. 2013, arXiv 1306.0186; Theis et al. 2016, arXiv 1511.01844.
@@ -71,17 +86,6 @@ class Uniform(Dequantizer):
         super().__init__(partition)
         if not partition.finite:
             raise ValueError(f"no law is uniform on an infinite cell: {partition}")
-
-    def noise(
-        self,
-        n: int,
-        dim: int,
-        generator: torch.Generator | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | None = None,
-    ) -> Tensor:
-        """Uniform on (0, 1), ``(n, d)``."""
-        return uniform(n, self.partition.count(dim), generator, dtype, device)
 
     def forward(self, x: Tensor, noise: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``v = lower + noise * width`` and log q."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dflow.bijectors.conditioner import full_precision
-from dflow.dequantize.dequantizer import Dequantizer, uniform
+from dflow.dequantize.dequantizer import FromUniform
 from dflow.dequantize.partition import Partition, inside
 from dflow.distributions import Gaussian
 from dflow.ops.normal import (
@@ -25,7 +25,7 @@ from dflow.ops.normal import (
 BLOCK = 32
 
 
-class TruncatedNormal(Dequantizer):
+class TruncatedNormal(FromUniform):
     """``q(v|x) = prod_i p(v_i | v_>i) / w_i`` on the cell of x, ``w_i = P(v_i in its interval | v_>i)``.
 
     Every entry is drawn from its conditional law under a normal density p, from the last to the first, held
@@ -51,17 +51,6 @@ class TruncatedNormal(Dequantizer):
     def density(self) -> Gaussian:
         """The normal law p."""
         return self._density[0]
-
-    def noise(
-        self,
-        n: int,
-        dim: int,
-        generator: torch.Generator | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | None = None,
-    ) -> Tensor:
-        """Uniform on (0, 1), ``(n, d)``."""
-        return uniform(n, self.partition.count(dim), generator, dtype, device)
 
     def forward(self, x: Tensor, noise: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``v`` ``(batch, dim)`` in the cell of ``x`` and log q ``(batch,)``."""

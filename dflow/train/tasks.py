@@ -285,7 +285,7 @@ class _Images(Task):
     def valid(self, device: torch.device, rank: int, world: int) -> tuple[Iterator[Batch], float]:
         config, rows = self.recipe.train, self.rows
         limit = rows.num_rows
-        # Where there are few, they are gone through again, each time with other noise.
+        # Where these are few, they are gone through again, each time with other noise.
         total = limit if config.eval_chunks else limit * -(-_EVAL_ROWS // limit)
         size = max(1, config.batch_size // world, _EVAL_ENTRIES // self.images.dim)
         # The same noise at every evaluation, so that two of them compare.

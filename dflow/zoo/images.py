@@ -77,6 +77,10 @@ class DequantizedConfig:
     num_flows: int = setting(8, "couplings of a level")
     elementwise: Literal["affine", "spline"] = setting("spline", "family of a coupling: affine, spline")
     spline_bins: int = setting(8, "bins of a spline")
+    mixing: Literal["rotate", "permute"] = setting(
+        "rotate",
+        "between couplings: rotate (1x1 convolutions); permute, which keeps edges of cells along the axes",
+    )
     conditioner: Literal["densenet", "perceptron"] = setting(
         "densenet", "networks: densenet (convolutions); perceptron, which takes an image as a vector"
     )
@@ -190,8 +194,8 @@ def _level(config: DequantizedConfig, shape: Shape, levels: int) -> Distribution
     if shape[1] % 2 == 0 and shape[2] % 2 == 0:
         permutation, shape = squeeze(shape)
         layers.append(permutation)
-    for _ in range(config.num_flows):
-        layers += [ActNorm(shape), Conv1x1(shape)]
+    for i in range(config.num_flows):
+        layers += [ActNorm(shape), Conv1x1(shape) if config.mixing == "rotate" else _shuffle(shape, i)]
         layers.append(_coupling(_family(config, config.elementwise), shape, _net(config)))
     layers.append(ActNorm(shape))
     if levels == 1:
@@ -203,6 +207,13 @@ def _level(config: DequantizedConfig, shape: Shape, levels: int) -> Distribution
         Chain(layers),
         Split(mask, ConditionalNormal(net), _level(config, (kept, *shape[1:]), levels - 1)),
     )
+
+
+def _shuffle(shape: Shape, i: int) -> Permute:
+    """Channels in reverse, which swaps what a coupling knows and hides; and by turns even ones first."""
+    channels = torch.arange(shape[0])
+    order = channels.flip(0) if i % 2 == 0 or shape[0] == 2 else torch.cat([channels[::2], channels[1::2]])
+    return Permute(torch.arange(prod(shape)).view(shape[0], -1)[order].flatten())
 
 
 def _coupling(
