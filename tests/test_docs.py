@@ -15,8 +15,11 @@ ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "docs/guide.md"]
 
 
-def blocks(page, language):
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.S | re.M)
+def blocks(page, *languages):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    # Every block, so that the end of one in another language is not taken for a beginning.
+    found = re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M)
+    return [code for language, code in found if language in languages]
 
 
 CODE = [(page, i, code) for page in PAGES for i, code in enumerate(blocks(page, "python"))]
@@ -31,8 +34,7 @@ def test_python_examples_run(page, number, code, tmp_path, monkeypatch):
 
 def commands():
     for page in PAGES:
-        text = (ROOT / page).read_text(encoding="utf-8")
-        for block in re.findall(r"^```(?:sh)?\n(.*?)^```", text, re.S | re.M):
+        for block in blocks(page, "", "sh"):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
                 if words[:1] == ["dflow"]:

@@ -108,6 +108,7 @@ def test_every_combination_is_a_law(partition: str, density: str, dequantizer: s
         {"shape": [3, 4, 4], "levels": [256], "num_levels": 2, "dequantizer": "bipartite"},
         {"shape": [3, 4, 4], "levels": [256], "num_levels": 3, "elementwise": "affine"},
         {"shape": [1, 8, 8], "levels": [32], "num_levels": 3, "dequantizer": "autoregressive"},
+        {"shape": [3, 4, 4], "levels": [256], "num_levels": 2, "mixing": "permute"},
         {"dequantizer": "bipartite", "dequantizer_elementwise": "spline"},
         {"dequantizer": "autoregressive", "dequantizer_elementwise": "spline"},
         {"shape": [3, 3, 5], "levels": [8], "dequantizer": "bipartite"},
@@ -210,7 +211,7 @@ def to_latent(density: Distribution, v: Tensor) -> Tensor:
     [
         {"num_levels": 3},
         {"num_levels": 2, "elementwise": "affine", "shape": [3, 2, 2]},
-        {"num_levels": 2, "conditioner": "perceptron"},
+        {"num_levels": 2, "conditioner": "perceptron", "mixing": "permute"},
     ],
     ids=str,
 )
@@ -222,6 +223,19 @@ def test_log_prob_is_that_of_the_jacobian(settings: dict[str, Any]) -> None:
         energy = 0.5 * (to_latent(density, v).square() + math.log(2 * math.pi)).sum()
         expected = torch.linalg.slogdet(jacobian.squeeze(1))[1] - energy
         torch.testing.assert_close(density.log_prob(v)[0], expected)
+
+
+@pytest.mark.parametrize("dim", [2, 3, 5, 16])
+def test_permutations_between_couplings_let_every_entry_hang_on_every_other(dim: int) -> None:
+    settings = {"shape": [dim, 1, 1], "mixing": "permute", "num_flows": 8, "elementwise": "affine"}
+    law = build(**settings, conditioner="perceptron")
+    v = law.dequantize(data(config(**settings))[:1])
+    jacobian = torch.autograd.functional.jacobian(lambda v: to_latent(law.density, v)[0], v)
+    assert (jacobian != 0).all()
+    # Without networks it moves entries, and mixes none.
+    plain = zoo.build_image("dequantized", config(**settings))
+    e = to_latent(plain.density, torch.arange(dim)[None] * 1.0)
+    assert sorted(e[0].tolist()) == list(range(dim))
 
 
 @pytest.mark.parametrize("elementwise", ["affine", "spline"])

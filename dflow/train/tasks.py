@@ -329,7 +329,7 @@ class _Images(Task):
 #: Chunks of text, and rows of images, of an evaluation during training where none is asked for.
 _EVAL_CHUNKS, _EVAL_ROWS = 128, 2048
 #: Most entries of the data from which a model of images starts, a Gaussian or a flow; and most rows.
-_INITIAL, _INITIAL_FLOW, _INITIAL_ROWS = 1 << 22, 1 << 18, 1 << 15
+_INITIAL, _INITIAL_FLOW, _INITIAL_ROWS = 1 << 22, 1 << 18, 1 << 17
 #: Entries of a batch of images at an evaluation, where those of training have less.
 _EVAL_ENTRIES = 1 << 14
 #: Least number of pictures in a sample grid.
