@@ -46,7 +46,8 @@ def cell(recipe: str, paper: Paper, seed: int, given: argparse.Namespace) -> dic
     folder.parent.mkdir(parents=True, exist_ok=True)
     log, result = folder.with_suffix(".log"), folder.with_suffix(".json")
     settings = [*paper.set, *given.set]
-    key = json.dumps([settings, given.draws, given.limit])
+    values = load_recipe(recipe, settings).as_dict()
+    key = json.dumps([[values[k] for k in ("data", "model", "train")], given.draws, given.limit])
     if result.is_file() and (found := json.loads(result.read_text()))["key"] == key:
         return dict(found)
     shutil.rmtree(folder, ignore_errors=True)

@@ -232,7 +232,7 @@ class _Run:
                 f"the loss is {value} at step {self.step}; start again with a lower train.learning_rate"
             )
         if self.base is not None and counts is not None:
-            momentum = self.task.momentum(self.step)
+            momentum = self.task.momentum(self.step, self.fraction())
             self.base.update(accelerator.reduce(counts) if self.world > 1 else counts, momentum)
         if self.averaged is not None and self.learned:
             # A young average would be mostly the random start.

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from dflow import hf, objectives, zoo
 from dflow.config import InputError
 from dflow.data import Corpus, ImageConfig, ImageSet, Tokenizer, files, load, load_images, pictures
-from dflow.dequantize import Iwbo
+from dflow.dequantize import Iwbo, TruncatedNormal
 from dflow.distributions import Categorical, Gaussian, Mixture
 from dflow.train.recipe import Recipe, Schedule
 
@@ -82,8 +82,8 @@ class Task(ABC):
         """What has a closed form and is moved by statistics, or None."""
         return None
 
-    def momentum(self, step: int) -> float:
-        """Memory of what has a closed form."""
+    def momentum(self, step: int, fraction: float) -> float:
+        """Memory of what has a closed form, after a fraction of the training."""
         return self.recipe.train.base_momentum
 
     def schedule(self, step: int, fraction: float) -> None:
@@ -321,9 +321,13 @@ class _Images(Task):
     def closed_form(self, model: hf.DflowImageModel) -> Any:
         return objectives.gaussian(model.law)
 
-    def momentum(self, step: int) -> float:
-        # A dequantizer that still moves has moments of yesterday: the window grows with the training.
-        return min(self.recipe.train.base_momentum, 1 - 1 / (32 + step / 4))
+    def momentum(self, step: int, fraction: float) -> float:
+        momentum, dequantizer = self.recipe.train.base_momentum, self.model.law.dequantizer
+        if not isinstance(dequantizer, TruncatedNormal) and not any(True for _ in dequantizer.parameters()):
+            return momentum
+        # A dequantizer that still moves has moments of yesterday, and in the end it hardly does: the window
+        # grows with the training.
+        return min(momentum, 1 - 1 / (32 + step * (1 + 2 * fraction) / 4))
 
 
 #: Chunks of text, and rows of images, of an evaluation during training where none is asked for.
