@@ -213,7 +213,8 @@ def _(distribution: Walk, n: int, context: Context) -> tuple[int, Steps]:
         x = torch.zeros(n, dim, dtype=torch.int64, device=device)
         known = torch.zeros(n, dim, dtype=torch.bool, device=device)
         mask = _mask(n, dim, context)
-        for call in range(distribution.needed(dim if mask is None else int(mask.sum(1).max()))):
+        longest = dim if mask is None else int(mask.sum(1).max())
+        for call in range(distribution.needed(longest) if longest else 0):
             drawn, logits = distribution.step(call, x, known, context)
             x[drawn] = yield drawn.flatten().nonzero().flatten(), _rows(logits)
             known = known | drawn

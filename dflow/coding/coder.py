@@ -81,11 +81,11 @@ class Coder:
             ValueError: an interval outside 0..2^24, empty, or longer than 2^24 - 2.
         """
         first, count = (v.detach().cpu().long().numpy() for v in (start, size))
-        rest = _TOTAL - first - count
         if first.ndim != 1 or first.shape != count.shape:
             raise ValueError(f"expected (n,) twice, found {first.shape} and {count.shape}")
         if not len(first):
             return
+        rest = _TOTAL - first - count
         if min(first.min(), rest.min()) < 0 or count.min() < 1 or count.max() > _TOTAL - 2:
             raise ValueError(f"intervals must lie in 0..2^{PRECISION}, neither empty nor all but one of it")
         # The symbol is the middle one of three, or the first or last if nothing lies below or above it. Rows
@@ -102,7 +102,11 @@ class Coder:
         check_counts(counts)
         if not len(counts):
             return torch.zeros(0, dtype=torch.int64)
-        return _tensor(self._ans.decode(_ROWS, np.ascontiguousarray((counts.cpu() - 1).float().numpy())))
+        return _tensor(
+            self._ans.decode(
+                _ROWS, np.ascontiguousarray(counts.cpu().to(torch.float32, copy=True).sub_(1).numpy())
+            )
+        )
 
     def pop_shared(self, tables: Tables, amounts: Tensor) -> Tensor:
         """Symbols int64 ``(n,)``: the first ``amounts[0]`` under table 0, and so on; amounts ``(T,)``.

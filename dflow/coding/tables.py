@@ -57,13 +57,12 @@ def integer_counts(probabilities: Tensor, precision: int = PRECISION) -> Tensor:
     if not 1 <= precision <= PRECISION or K not in range(2, 1 + (1 << precision) // 64):
         raise ValueError(f"{K} symbols do not fit into counts of {precision} bits")
     p = probabilities.double()
-    if p.numel() and not (bool((p >= 0).all()) and float((p.sum(-1) - 1).abs().max()) <= 1e-6):
+    if p.numel() and not (float(p.min()) >= 0 and float((p.sum(-1) - 1).abs().max()) <= 1e-6):
         raise ValueError("probabilities must be finite, not negative and sum to 1 within 1e-6")
     total = 1 << precision
-    counts = least + (p * (total - least * K)).floor().long()
+    counts = (p * (total - least * K)).int().add_(least)
     largest = counts.argmax(-1, keepdim=True)
-    counts.scatter_add_(-1, largest, total - counts.sum(-1, keepdim=True))
-    return counts.int()
+    return counts.scatter_add_(-1, largest, total - counts.sum(-1, keepdim=True, dtype=torch.int32))
 
 
 class Tables(nn.Module):
@@ -170,7 +169,7 @@ def check_counts(counts: Tensor) -> None:
         )
     whole = counts.numel() == 0 or (
         int(counts.min()) >= (2 if counts.shape[1] == 2 else 1)
-        and bool((counts.sum(1) == 1 << PRECISION).all())
+        and bool((counts.sum(1, dtype=torch.int32) == 1 << PRECISION).all())
     )
     if not whole:
         raise ValueError(f"counts must be at least 1 (2 if there are two) and sum to 2^{PRECISION}")
