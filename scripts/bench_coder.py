@@ -70,8 +70,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="default %(default)s")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, {platform.machine()}, 1 thread, {given.symbols} symbols, processor time, "
-          f"best of {given.rounds}; M symbols/s pushed and popped, bits a symbol over the ideal")  # fmt: skip
+    print(f"torch {torch.__version__}, {platform.machine()}, 1 thread, {given.symbols} symbols, "
+          f"processor time, best of {given.rounds}; M symbols/s, bits a symbol over the ideal")  # fmt: skip
     generator, found = torch.Generator().manual_seed(0), {}
     logistic_tables()
     for name in ("logistic", "27", "50", "256"):

@@ -45,11 +45,11 @@ def push(distribution: Distribution, x: Tensor, stack: Stack, context: Context =
         ValueError: a law without an exact code; a mode, ``x`` or context that does not fit.
     """
     _check(distribution)
-    dim, chain = steps(distribution, len(x), context)
-    _check_data(x, dim)
-    line = x.flatten()
     parts: list[Intervals] = []
     with torch.no_grad():
+        dim, chain = steps(distribution, len(x), context)
+        _check_data(x, dim)
+        line = x.flatten()
         found = next(chain, None) if len(x) else None
         while found is not None:
             places, code = found
@@ -67,9 +67,9 @@ def pop(distribution: Distribution, n: int, stack: Stack, context: Context = Non
         ValueError: as of `push`. What a stream holds that `push` has not made is popped to some ``x``.
     """
     _check(distribution)
-    dim, chain = steps(distribution, n, context)
-    line = torch.zeros(n * dim, dtype=torch.int64, device=_device(distribution))
     with torch.no_grad():
+        dim, chain = steps(distribution, n, context)
+        line = torch.zeros(n * dim, dtype=torch.int64, device=_device(distribution))
         found = next(chain, None) if n else None
         while found is not None:
             places, code = found
@@ -152,8 +152,7 @@ def steps(distribution: Distribution, n: int, context: Context) -> tuple[int, St
 
 @steps.register
 def _(distribution: categorical.Categorical, n: int, context: Context) -> tuple[int, Steps]:
-    with torch.no_grad():
-        tables = Tables(integer_counts(distribution.log_law().cpu().softmax(-1)))
+    tables = Tables(integer_counts(distribution.log_law().detach().cpu().softmax(-1)))
     places = _places(n, distribution.dim, context, distribution.classes.device)
     index = distribution.classes[places % distribution.dim]
     return distribution.dim, _once(places, Shared(tables, index))
@@ -161,8 +160,7 @@ def _(distribution: categorical.Categorical, n: int, context: Context) -> tuple[
 
 @steps.register
 def _(distribution: categorical.ConditionalCategorical, n: int, context: Context) -> tuple[int, Steps]:
-    with torch.no_grad():
-        logits = distribution.logits(context)
+    logits = distribution.logits(context)
     _check_rows(n, len(logits))
     places = _places(n, logits.shape[1], context, logits.device)
     return logits.shape[1], _once(places, _rows(logits.flatten(0, 1)[places]))
@@ -223,48 +221,41 @@ def _(distribution: Walk, n: int, context: Context) -> tuple[int, Steps]:
 
 
 def logistic_steps(
-    n: int, context: Context, loc: Tensor, log_scale: Tensor, log_weights: Tensor | None = None
+    n: int, loc: Tensor, log_scale: Tensor, log_weights: Tensor | None = None
 ) -> tuple[int, Steps]:
     """What `steps` gives for discretized logistic laws and mixtures of them, by their parameters.
 
     Args:
-        n: numbers of draws.
-        context: for lengths.
-        loc: means ``(dim,)`` or ``(n, dim)``; of a mixture ``(dim, M)`` or ``(n, dim, M)``.
+        n: number of draws.
+        loc: means ``(n, dim)``, of a mixture ``(n, dim, M)``; or with 1 in the place of n, the same for all.
         log_scale: logs of the scales, alike.
         log_weights: logs of the weights, alike; None for a single component.
 
     >>> from dflow.coding.coder import Coder
-    >>> coder, x = Coder(), torch.tensor([3, -2])
-    >>> _, chain = logistic_steps(1, None, torch.zeros(2), torch.zeros(2))
-    >>> coder.push(*next(chain)[1].intervals(x))
-    >>> _, chain = logistic_steps(1, None, torch.zeros(2), torch.zeros(2))
-    >>> next(chain)[1].pop(coder)
+    >>> def code():
+    ...     return next(logistic_steps(1, torch.zeros(1, 2), torch.zeros(1, 2))[1])[1]
+    >>> coder = Coder()
+    >>> coder.push(*code().intervals(torch.tensor([3, -2])))
+    >>> code().pop(coder)
     tensor([ 3, -2])
     """
-    own = loc.ndim - (log_weights is not None)
-    if own not in (1, 2):
-        raise ValueError(
-            f"a mean for (dim,) or (n, dim) entries is needed, found loc of shape {tuple(loc.shape)}"
-        )
-    dim = loc.shape[own - 1]
-    if own == 2:
-        _check_rows(n, len(loc))
-    places = _places(n, dim, context, loc.device)
+    if loc.ndim != 2 + (log_weights is not None) or len(loc) not in (1, n):
+        raise ValueError(f"expected means of {n} rows or of 1, found loc of shape {tuple(loc.shape)}")
+    dim = loc.shape[1]
+    places = torch.arange(n * dim, device=loc.device)
+    index = places % (len(loc) * dim)
 
     def chain() -> Steps:
-        index = places % dim if own == 1 else places
         if log_weights is None:
             code = Logistic(logistic_tables(), loc.flatten()[index], log_scale.flatten()[index])
             yield places, code
             return
-        means, scales, weights = (v.flatten(0, own - 1) for v in (loc, log_scale, log_weights))
-        for part in torch.arange(len(places), device=places.device).split(_MIXTURES):
-            rows, law = index[part], torch.arange(len(part))
-            if own == 1:
-                yield places[part], Mixture(means, scales, weights, rows)
-            else:
-                yield places[part], Mixture(means[rows], scales[rows], weights[rows], law)
+        given = tuple(v.flatten(0, 1) for v in (loc, log_scale, log_weights))
+        for part in places.split(_MIXTURES):
+            laws, rows = given, index[part]
+            if len(loc) == n:
+                laws, rows = tuple(v[part] for v in given), part - part[0]
+            yield part, Mixture(laws[0], laws[1], laws[2], rows)
 
     return dim, chain()
 

@@ -213,7 +213,7 @@ class Mixture:
 
     Args:
         loc: means, floating ``(T, M)``.
-        log_scale: logs of the scales, floating ``(T, M)``.
+        log_scale: logs of the scales, floating ``(T, M)``; held in -12..30.
         log_weights: logs of the weights up to a constant, floating ``(T, M)``.
         index: the mixture of each number, int64 ``(n,)``.
 
@@ -227,7 +227,7 @@ class Mixture:
             raise ValueError(f"expected (T, M) three times, found {[tuple(v.shape) for v in given]}")
         if not bool(torch.isfinite(torch.stack(given)).all()):
             raise ValueError("the parameters of a mixture of logistic laws are not finite")
-        self._loc, self._scale = given[0].clamp(-LIMIT, LIMIT), given[1].clamp(-20, 14).exp()
+        self._loc, self._scale = given[0].clamp(-LIMIT, LIMIT), given[1].clamp(-12, 30).exp()
         self._weights, self.index = given[2].softmax(1), index.cpu()
         low = (self._loc - _REACH * self._scale).amin(1).floor()
         high = (self._loc + _REACH * self._scale).amax(1).ceil()

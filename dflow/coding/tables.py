@@ -25,11 +25,15 @@ WINDOW = 256
 LIMIT = 1 << 40
 
 _LEVELS = 8  # scales an octave
-_LOWEST = -6  # octave of the least scale
 # Fractions of the mean for each octave of scales: spacing h costs 0.02 (h / s)^2 bit for s >= 1/2 and
 # 0.06 h^2 / s below, on average over the mean; the spacing of the scales costs 0.0007.
-_LOG_FRACTIONS = (6, 6, 5, 5, 4, 4, 3, 2, 1, 0)
+_LOG_FRACTIONS = (6, 5, 5, 4, 4, 3, 2, 1, 0)
+_LOWEST = -5  # octave of the first of them
 _HIGHEST = _LOWEST + len(_LOG_FRACTIONS)
+# Below these only the two cells at the edge nearest to the mean have any mass: the law is that of one logit,
+# the distance in scales. Steps of it cost 0.001 bit at the edge, and none where the mean is far from an edge.
+_LEAST = -18
+_LOGITS, _STEPS = 140, 8
 # Scales beyond the tables are coded in cells of up to this many bits, evenly within.
 _SHIFTS = 16
 
@@ -105,19 +109,20 @@ class Tables(nn.Module):
 class LogisticTables(Tables):
     r"""Tables of the discretized logistic law ``P(x) = F(x + 1/2) - F(x - 1/2)``, F of mean loc and scale s.
 
-    Scales are ``2^(l / 8)``, from 2^-6 on; means lie at 64 fractions of a unit for the least scales to 1 for
-    those from 8 on. A table has 256 cells of size 1 about the mean, and a symbol at each end for what lies
-    beyond. Scales from 16 on take the tables of scales in [8, 16) with cells of a power of 2 integers, that
-    are alike within.
+    Scales are ``2^(l / 8)``, from 2^-5 on; means lie at 64 fractions of a unit for the least of these to 1
+    for those from 8 on. A table has 256 cells of size 1 about the mean, and a symbol at each end for what
+    lies beyond. Scales from 16 on take the tables of scales in [8, 16) with cells of a power of 2 integers,
+    that are alike within. Below 2^-5 there are tables of two cells, by the distance of the mean from their
+    edge.
 
-    Over the law itself this costs less than 0.002 bit a number on average over the mean, for scales from 2^-6
-    to 2^20. Others are taken for these: scales below 2^-6 cost up to 1 bit at means near half an integer.
+    Over the law itself this costs less than 0.002 bit a number on average over the mean, for scales from
+    2^-18 to 2^20; others are taken for these.
 
     The tables are the same on every machine; see `fingerprint`.
     """
 
     def __init__(self) -> None:
-        """About 2000 tables of 258 counts; 0.2 s. Use `logistic_tables`."""
+        """1680 tables of 258 counts; 0.2 s. Use `logistic_tables`."""
         super().__init__(_logistic_counts())
         sizes = torch.tensor(_LOG_FRACTIONS).repeat_interleave(_LEVELS)
         self.register_buffer("log_fractions", sizes, persistent=False)
@@ -132,8 +137,8 @@ class LogisticTables(Tables):
         x lies in cell ``(x - base) >> shift`` of the table, 0 being that of the mean. Computed in float64,
         each step a single IEEE operation: the level of the scale is ``8 log2 s`` rounded, halves to even,
         and the mean a multiple of its fraction so rounded, or the half integer above its floor where the
-        shift is not 0. Means beyond +-2^40 are taken for these. The order is that of the Golomb code that
-        fits the tails, in cells.
+        shift is not 0, or an integer where the table is one of two cells. Means beyond +-2^40 are taken for
+        these. The order is that of the Golomb code that fits the tails, in cells.
 
         Raises:
             ValueError: parameters that are not finite, or shapes that are not ``(n,)``.
@@ -144,14 +149,21 @@ class LogisticTables(Tables):
         if not bool((torch.isfinite(loc) & torch.isfinite(log_scale)).all()):
             raise ValueError("the parameters of a logistic law are not finite")
         level = (log_scale * (_LEVELS / math.log(2))).round()
-        level = level.clamp(_LEVELS * _LOWEST, _LEVELS * (_HIGHEST + _SHIFTS) - 1).long()
+        level = level.clamp(_LEVELS * _LEAST, _LEVELS * (_HIGHEST + _SHIFTS) - 1).long()
         shift = (level // _LEVELS - _HIGHEST + 1).clamp(min=0)
         level = level - _LEVELS * shift
-        row = level - _LEVELS * _LOWEST
-        loc, size = loc.clamp(-LIMIT, LIMIT), self.log_fractions[row]
+        sharp, row = level < _LEVELS * _LOWEST, (level - _LEVELS * _LOWEST).clamp(min=0)
+        loc, size = loc.clamp(-LIMIT, LIMIT), self.log_fractions.cpu()[row]
         place = torch.where(shift > 0, loc.floor(), (loc * (1 << size)).round()).long()
-        index = self.first[row] + (place & ((1 << size) - 1))
+        index = self.first.cpu()[row] + (place & ((1 << size) - 1))
         base = (place >> size) + (shift > 0).long() - ((1 << shift) >> 1)
+        if bool(sharp.any()):
+            near = loc[sharp].round()
+            side = loc[sharp] - near
+            logit = (0.5 - side.abs()) * _rates()[level[sharp] - _LEVELS * _LEAST]
+            step = (_STEPS * logit).round().clamp(max=_LOGITS - 1).long()
+            index[sharp] = len(self) - 2 * _LOGITS + step + _LOGITS * (side < 0)
+            base[sharp] = near.long()
         return index, base, shift, (level // _LEVELS).clamp(min=0)
 
 
@@ -175,14 +187,27 @@ def check_counts(counts: Tensor) -> None:
         raise ValueError(f"counts must be at least 1 (2 if there are two) and sum to 2^{PRECISION}")
 
 
+@functools.cache
+def _rates() -> Tensor:
+    """``1 / s`` of the scales below the octaves that have tables, float64."""
+    with localcontext() as context:
+        context.prec = 40
+        scales = range(-_LEVELS * _LEAST, -_LEVELS * _LOWEST, -1)
+        return torch.tensor([float(_octaves(scale)) for scale in scales], dtype=torch.float64)
+
+
+def _octaves(level: int) -> Decimal:
+    """``2^(level / 8)``, of roots and integer powers only."""
+    return Decimal(2) ** (level // _LEVELS) * Decimal(2).sqrt().sqrt().sqrt() ** (level % _LEVELS)
+
+
 def _logistic_counts() -> Tensor:
     near, far, ratio, later = [], [], [], []
     with localcontext() as context:
         context.prec = 40
-        root = Decimal(2).sqrt().sqrt().sqrt()
         for octave, size in enumerate(_LOG_FRACTIONS):
             for step in range(_LEVELS):
-                scale = Decimal(2) ** (octave + _LOWEST) * root**step
+                scale = _octaves(_LEVELS * (octave + _LOWEST) + step)
                 for fraction in range(1 << size):
                     # Edges of cells lie at half integers less the fraction: the first that is not negative.
                     edge = Decimal(1) / 2 - Decimal(fraction) / (1 << size)
@@ -191,6 +216,9 @@ def _logistic_counts() -> Tensor:
                     near.append(float((-edge / scale).exp()))
                     far.append(float(((edge - 1) / scale).exp()))
                 ratio += [float((-1 / scale).exp())] * (1 << size)
+        odds = torch.tensor(
+            [float((-Decimal(i) / _STEPS).exp()) for i in range(_LOGITS)], dtype=torch.float64
+        )
     above, below, factor = (torch.tensor(v, dtype=torch.float64) for v in (near, far, ratio))
     # exp(-|e| / s) of the edges e from there up, and from there down.
     up, down = [above], [below]
@@ -203,4 +231,9 @@ def _logistic_counts() -> Tensor:
     lower = torch.stack(down, 1).gather(1, (-1 - place).clamp(min=0))
     cdf = torch.where(place >= 0, 1 / (1 + upper), lower / (1 + lower))
     tail = upper[:, -1:] / (1 + upper[:, -1:])
-    return integer_counts(torch.cat([cdf[:, :1], cdf[:, 1:] - cdf[:, :-1], tail], 1))
+    law = torch.cat([cdf[:, :1], cdf[:, 1:] - cdf[:, :-1], tail], 1)
+    sharp = torch.zeros(2, _LOGITS, WINDOW + 2, dtype=torch.float64)
+    centre = 1 + WINDOW // 2
+    sharp[:, :, centre] = 1 / (1 + odds)
+    sharp[0, :, centre + 1] = sharp[1, :, centre - 1] = odds / (1 + odds)
+    return integer_counts(torch.cat([law, sharp.flatten(0, 1)]))
