@@ -34,9 +34,11 @@ def test_imports_keep_to_the_floors() -> None:
         ("flows/__init__.py", "import dflow.zoo", "dflow.flows is not allowed to import dflow.zoo"),
         ("nn/__init__.py", "import dflow.bijectors", "dflow.nn is not allowed to import dflow.bijectors"),
         ("core.py", "import numpy", "dflow.core is not allowed to import numpy"),
+        ("coding/codes.py", "import numpy", "dflow.coding.codes -> numpy"),
+        ("coding/codec.py", "import constriction", "dflow.coding.codec -> constriction"),
         ("attic.py", "", "dflow.attic"),
     ],
-    ids=["up", "sideways", "library", "on no floor"],
+    ids=["up", "sideways", "library", "arrays", "coder", "on no floor"],
 )
 def test_the_check_can_fail(tmp_path: Path, file: str, line: str, said: str) -> None:
     shutil.copytree(ROOT / "dflow", tmp_path / "dflow", ignore=shutil.ignore_patterns("__pycache__"))

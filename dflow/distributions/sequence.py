@@ -123,11 +123,7 @@ class SequenceCategorical(Distribution):
         entries before it keep the law of full draws.
         """
         device = self.order.device
-        longest = self.dim if length is None else length
-        if isinstance(context, Tensor):
-            longest = min(longest, int(context.max()))
-        rows = self._drawn(longest)
-        state, drawn = self.net.start(n, context, *self._extra()), None
+        (rows, state), drawn = self.start(n, context, length), None
         x = torch.zeros(n, self.dim, dtype=torch.int64, device=device)
         noise: Tensor | None = None
         ahead = 0
@@ -151,6 +147,13 @@ class SequenceCategorical(Distribution):
         if isinstance(context, Tensor):
             x = x.masked_fill(torch.arange(self.dim, device=device) >= context[:, None], 0)
         return x
+
+    def start(self, n: int, context: Context = None, length: int | None = None) -> tuple[list[Tensor], Any]:
+        """What draws n sequences: the positions of each call, and the state for ``net.step``."""
+        longest = self.dim if length is None else length
+        if isinstance(context, Tensor):
+            longest = min(longest, int(context.max()))
+        return self._drawn(longest), self.net.start(n, context, *self._extra())
 
     def _drawn(self, length: int) -> list[Tensor]:
         """Positions of each row, up to the last that holds one below ``length``: later ones need no call."""

@@ -51,18 +51,22 @@ class Split(Distribution):
         if x.shape[1] != self.dim:
             raise ValueError(f"expected {self.dim} entries, found x of shape {tuple(x.shape)}")
         x_a, x_b = x.index_select(1, self.kept_index), x.index_select(1, self.rest_index)
-        own, given = self._contexts(x_a, context)
+        own, given = self.contexts(x_a, context)
         return (x_a, own), (x_b, given)
 
     def sample(self, n: int, context: Context = None, generator: torch.Generator | None = None) -> Tensor:
         """``n`` exact draws: x_a from the base, then x_b given x_a."""
-        x_a = self.base.sample(n, self._contexts(None, context)[0], generator)
-        x_b = self.conditional.sample(n, self._contexts(x_a, context)[1], generator)
-        x = x_a.new_empty(n, self.dim, *x_a.shape[2:])
+        x_a = self.base.sample(n, self.contexts(None, context)[0], generator)
+        x_b = self.conditional.sample(n, self.contexts(x_a, context)[1], generator)
+        return self.join(x_a, x_b)
+
+    def join(self, x_a: Tensor, x_b: Tensor) -> Tensor:
+        """``x`` of its parts."""
+        x = x_a.new_empty(len(x_a), self.dim, *x_a.shape[2:])
         return x.index_copy(1, self.kept_index, x_a).index_copy(1, self.rest_index, x_b)
 
-    def _contexts(self, x_a: Tensor | None, context: Context) -> tuple[Context, Context]:
-        """The contexts of base and conditional."""
+    def contexts(self, x_a: Tensor | None, context: Context) -> tuple[Context, Context]:
+        """The contexts of base and conditional; without ``x_a`` only that of the base is."""
         items = context if isinstance(context, tuple) else () if context is None else (context,)
         given = () if x_a is None else (x_a,)
         found = lengths(context)

@@ -1,0 +1,315 @@
+"""Push and pop whole distributions, which know nothing of it.
+
+    push(law, x, coder, context)
+    y = pop(law, len(x), coder, context)     # torch.equal(x, y)
+
+A law is coded as a chain of codes, each made from what the ones before it gave: `push` walks the chain with
+the data at hand, `pop` with what comes off the stack. Both run the same lines, so that they see the same
+probabilities to the last bit, on one machine and with one batch. A net computes other last bits for another
+batch size, device or build; a stream needs what it was coded with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from functools import singledispatch
+
+import torch
+from torch import Tensor
+
+from dflow.coding.codes import Code, Intervals, Logistic, Mixture, Rows, Shared, Stack, join
+from dflow.coding.tables import Tables, integer_counts, logistic_tables
+from dflow.core import Context, Distribution
+from dflow.distributions import categorical
+from dflow.distributions.any_order import Walk
+from dflow.distributions.sequence import SequenceCategorical
+from dflow.distributions.spectra import Spectra
+from dflow.flows import Flow, Split
+from dflow.ops.lengths import present
+
+#: Places in the flat ``(n, dim)`` and the code of what stands there; the numbers are sent back.
+Steps = Generator[tuple[Tensor, Code], Tensor, None]
+
+#: Mixtures of logistic laws are coded together as long as they are no more than this.
+_MIXTURES = 1 << 14
+
+
+@singledispatch
+def push(distribution: Distribution, x: Tensor, stack: Stack, context: Context = None) -> None:
+    """Push ``x``, int64 ``(n, dim)``, so that `pop` gives it back.
+
+    It costs ``-log2 p`` bits and next to nothing more: the rounding of probabilities to 24 bits. Absent
+    entries (context of lengths) are not coded. The distribution has to be in evaluation mode.
+
+    Raises:
+        ValueError: a law without an exact code; a mode, ``x`` or context that does not fit.
+    """
+    _check(distribution)
+    parts: list[Intervals] = []
+    with torch.no_grad():
+        dim, chain = steps(distribution, len(x), context)
+        _check_data(x, dim)
+        line = x.flatten()
+        found = next(chain, None) if len(x) else None
+        while found is not None:
+            places, code = found
+            values = line[places]
+            parts.append(code.intervals(values.cpu()))
+            found = _send(chain, values)
+    stack.push(*join(parts))
+
+
+@singledispatch
+def pop(distribution: Distribution, n: int, stack: Stack, context: Context = None) -> Tensor:
+    """Pop the ``x`` pushed last, int64 ``(n, dim)``; absent entries are 0.
+
+    Raises:
+        ValueError: as of `push`. What a stream holds that `push` has not made is popped to some ``x``.
+    """
+    _check(distribution)
+    with torch.no_grad():
+        dim, chain = steps(distribution, n, context)
+        line = torch.zeros(n * dim, dtype=torch.int64, device=_device(distribution))
+        found = next(chain, None) if n else None
+        while found is not None:
+            places, code = found
+            values = code.pop(stack).to(line.device)
+            line[places] = values
+            found = _send(chain, values)
+    return line.view(n, dim)
+
+
+@push.register
+def _(distribution: Flow, x: Tensor, stack: Stack, context: Context = None) -> None:
+    _check(distribution)
+    _check_data(x, None)
+    with torch.no_grad():
+        z = distribution.transform(x, context)[0]
+    push(distribution.base, z, stack, context)
+
+
+@pop.register
+def _(distribution: Flow, n: int, stack: Stack, context: Context = None) -> Tensor:
+    _check(distribution)
+    z = pop(distribution.base, n, stack, context)
+    with torch.no_grad():
+        return distribution.bijector.inverse(z, context)[0]
+
+
+@push.register
+def _(distribution: Split, x: Tensor, stack: Stack, context: Context = None) -> None:
+    _check(distribution)
+    (x_a, own), (x_b, given) = distribution.parts(x, context)
+    push(distribution.conditional, x_b, stack, given)
+    push(distribution.base, x_a, stack, own)
+
+
+@pop.register
+def _(distribution: Split, n: int, stack: Stack, context: Context = None) -> Tensor:
+    _check(distribution)
+    x_a = pop(distribution.base, n, stack, distribution.contexts(None, context)[0])
+    x_b = pop(distribution.conditional, n, stack, distribution.contexts(x_a, context)[1])
+    return distribution.join(x_a, x_b)
+
+
+@push.register
+def _(distribution: Spectra, x: Tensor, stack: Stack, context: Context = None) -> None:
+    _check(distribution)
+    with torch.no_grad():
+        params, log_weights = distribution.params(context)
+        _check_data(x, params.shape[1])
+        code, places = _spectra(distribution, len(x), log_weights, context)
+        z = distribution.elementwise.forward(x, params)[0]
+    stack.push(*code.intervals(z.flatten()[places].cpu()))
+
+
+@pop.register
+def _(distribution: Spectra, n: int, stack: Stack, context: Context = None) -> Tensor:
+    _check(distribution)
+    with torch.no_grad():
+        params, log_weights = distribution.params(context)
+        code, places = _spectra(distribution, n, log_weights, context)
+        z = torch.zeros(n, params.shape[1], dtype=torch.int64, device=params.device)
+        z.view(-1)[places] = code.pop(stack).to(z.device)
+        return categorical.clear_absent(
+            distribution.elementwise.inverse(z, params)[0], present(context, z.shape[1])
+        )
+
+
+def _spectra(distribution: Spectra, n: int, log_weights: Tensor, context: Context) -> tuple[Code, Tensor]:
+    _check_rows(n, len(log_weights))
+    places = _places(n, log_weights.shape[1], context, log_weights.device)
+    return _rows(distribution.log_law(log_weights).flatten(0, 1)[places]), places
+
+
+@singledispatch
+def steps(distribution: Distribution, n: int, context: Context) -> tuple[int, Steps]:
+    """Entries of a draw, and the chain that codes n of them. Register a law of numbers here."""
+    raise ValueError(
+        f"no exact code for {type(distribution).__name__}: only laws on Z/K and on the integers can be coded"
+    )
+
+
+@steps.register
+def _(distribution: categorical.Categorical, n: int, context: Context) -> tuple[int, Steps]:
+    tables = Tables(integer_counts(distribution.log_law().detach().cpu().softmax(-1)))
+    places = _places(n, distribution.dim, context, distribution.classes.device)
+    index = distribution.classes[places % distribution.dim]
+    return distribution.dim, _once(places, Shared(tables, index))
+
+
+@steps.register
+def _(distribution: categorical.ConditionalCategorical, n: int, context: Context) -> tuple[int, Steps]:
+    logits = distribution.logits(context)
+    _check_rows(n, len(logits))
+    places = _places(n, logits.shape[1], context, logits.device)
+    return logits.shape[1], _once(places, _rows(logits.flatten(0, 1)[places]))
+
+
+@steps.register
+def _(distribution: categorical.Mixture, n: int, context: Context) -> tuple[int, Steps]:
+    """Entry by entry: the components are weighed by how well they told the entries before."""
+
+    def chain() -> Steps:
+        law = distribution.logits.double().log_softmax(-1)
+        weights = distribution.weight_logits.double().log_softmax(-1).expand(n, -1)
+        mask = _mask(n, distribution.dim, context)
+        for i in range(distribution.dim):
+            rows = torch.arange(n, device=law.device) if mask is None else mask[:, i].nonzero().flatten()
+            joint = torch.logsumexp(weights[rows, :, None] + law[:, i], 1)
+            values = yield rows * distribution.dim + i, _rows(joint)
+            weights = weights.index_add(0, rows, law[:, i, values].T)
+
+    return distribution.dim, chain()
+
+
+@steps.register
+def _(distribution: SequenceCategorical, n: int, context: Context) -> tuple[int, Steps]:
+    """Call by call, as `sample` draws; absent entries are shown to the net as 0."""
+
+    def chain() -> Steps:
+        rows, state = distribution.start(n, context)
+        mask, previous = _mask(n, distribution.dim, context), None
+        first = torch.arange(n, device=distribution.order.device)[:, None] * distribution.dim
+        for row in rows:
+            logits = distribution.net.step(previous, state)
+            here = (
+                torch.ones(n, len(row), dtype=torch.bool, device=row.device) if mask is None else mask[:, row]
+            )
+            previous = torch.zeros(n, len(row), dtype=torch.int64, device=row.device)
+            previous[here] = yield (first + row)[here], _rows(logits[here])
+
+    return distribution.dim, chain()
+
+
+@steps.register
+def _(distribution: Walk, n: int, context: Context) -> tuple[int, Steps]:
+    """Call by call, as `sample` draws."""
+
+    def chain() -> Steps:
+        dim, device = distribution.model.dim, distribution.model.costs.device
+        x = torch.zeros(n, dim, dtype=torch.int64, device=device)
+        known = torch.zeros(n, dim, dtype=torch.bool, device=device)
+        mask = _mask(n, dim, context)
+        longest = dim if mask is None else int(mask.sum(1).max())
+        for call in range(distribution.needed(longest) if longest else 0):
+            drawn, logits = distribution.step(call, x, known, context)
+            x[drawn] = yield drawn.flatten().nonzero().flatten(), _rows(logits)
+            known = known | drawn
+
+    return distribution.model.dim, chain()
+
+
+def logistic_steps(
+    n: int, loc: Tensor, log_scale: Tensor, log_weights: Tensor | None = None
+) -> tuple[int, Steps]:
+    """What `steps` gives for discretized logistic laws and mixtures of them, by their parameters.
+
+    Args:
+        n: number of draws.
+        loc: means ``(n, dim)``, of a mixture ``(n, dim, M)``; or with 1 in the place of n, the same for all.
+        log_scale: logs of the scales, alike.
+        log_weights: logs of the weights, alike; None for a single component.
+
+    >>> from dflow.coding.coder import Coder
+    >>> def code():
+    ...     return next(logistic_steps(1, torch.zeros(1, 2), torch.zeros(1, 2))[1])[1]
+    >>> coder = Coder()
+    >>> coder.push(*code().intervals(torch.tensor([3, -2])))
+    >>> code().pop(coder)
+    tensor([ 3, -2])
+    """
+    if loc.ndim != 2 + (log_weights is not None) or len(loc) not in (1, n):
+        raise ValueError(f"expected means of {n} rows or of 1, found loc of shape {tuple(loc.shape)}")
+    dim = loc.shape[1]
+    places = torch.arange(n * dim, device=loc.device)
+    index = places % (len(loc) * dim)
+
+    def chain() -> Steps:
+        if log_weights is None:
+            code = Logistic(logistic_tables(), loc.flatten()[index], log_scale.flatten()[index])
+            yield places, code
+            return
+        given = tuple(v.flatten(0, 1) for v in (loc, log_scale, log_weights))
+        for part in places.split(_MIXTURES):
+            laws, rows = given, index[part]
+            if len(loc) == n:
+                laws, rows = tuple(v[part] for v in given), part - part[0]
+            yield part, Mixture(laws[0], laws[1], laws[2], rows)
+
+    return dim, chain()
+
+
+def _once(places: Tensor, code: Code) -> Steps:
+    yield places, code
+
+
+def _send(chain: Steps, values: Tensor) -> tuple[Tensor, Code] | None:
+    try:
+        return chain.send(values)
+    except StopIteration:
+        return None
+
+
+def _rows(logits: Tensor) -> Code:
+    """Code of symbols, each with logits of its own, ``(n, K)``."""
+    return Rows(integer_counts(logits.detach().cpu().double().softmax(-1)))
+
+
+def _mask(n: int, dim: int, context: Context) -> Tensor | None:
+    mask = present(context, dim)
+    if mask is not None:
+        _check_rows(n, len(mask))
+    return mask
+
+
+def _places(n: int, dim: int, context: Context, device: torch.device) -> Tensor:
+    """Places of the entries that are present in the flat ``(n, dim)``."""
+    mask = _mask(n, dim, context)
+    if mask is None:
+        return torch.arange(n * dim, device=device)
+    return mask.flatten().nonzero().flatten()
+
+
+def _device(distribution: Distribution) -> torch.device:
+    for tensor in (*distribution.parameters(), *distribution.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def _check(distribution: Distribution) -> None:
+    if distribution.training:
+        raise ValueError(
+            f"{type(distribution).__name__} is in training mode, in which nets may answer at random: "
+            "call eval() on it first"
+        )
+
+
+def _check_data(x: Tensor, dim: int | None) -> None:
+    if x.dtype != torch.int64 or x.ndim != 2 or dim not in (None, x.shape[1]):
+        raise ValueError(f"expected int64 (n, {dim or 'dim'}), found {x.dtype} {tuple(x.shape)}")
+
+
+def _check_rows(n: int, rows: int) -> None:
+    if n != rows:
+        raise ValueError(f"{n} rows of x for a context of {rows}")

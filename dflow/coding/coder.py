@@ -1,0 +1,138 @@
+"""The entropy coder: a stack of numbers under integer counts, by asymmetric numeral systems.
+
+The only module that knows the library (constriction, Bamler 2022, arXiv 2201.01741) and numpy. The stream is
+defined by the integer intervals alone, and `dflow.coding.reference` says how in a few lines.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import constriction
+import numpy as np
+import torch
+from torch import Tensor
+
+from dflow.coding.tables import PRECISION, Tables, check_counts
+
+_TOTAL = 1 << PRECISION
+_ANS: Any = constriction.stream.stack.AnsCoder
+# Without perfect=False the library searches for another rounding, hundreds of times slower.
+_CATEGORICAL: Any = constriction.stream.model.Categorical
+_ROWS: Any = _CATEGORICAL(perfect=False)
+_UNIFORM: Any = constriction.stream.model.Uniform()
+
+#: Models of tables, with the version of the buffer that they were made from.
+_MODELS: weakref.WeakKeyDictionary[Tables, tuple[int, dict[int, Any]]] = weakref.WeakKeyDictionary()
+
+
+class Coder:
+    """A stack: what is pushed last is popped first.
+
+    As bytes it is little-endian words of 32 bits, the top first, so that the beginning of a stream holds what
+    is popped first. An empty stack has none.
+
+    Popping needs what was pushed to be popped under the same counts. That a stream is damaged, cut off or of
+    another model shows at the end only (`finish`), and not always: keep a checksum. Any stream is popped to
+    some symbols; one that is used up gives symbols still.
+
+    Args:
+        data: what `to_bytes` gave.
+
+    Raises:
+        ValueError: not a stream.
+    """
+
+    def __init__(self, data: bytes = b"") -> None:
+        """See the class."""
+        if len(data) % 4:
+            raise ValueError(f"a stream is words of 4 bytes, found {len(data)} bytes")
+        words = np.frombuffer(data, "<u4")[::-1].astype(np.uint32)
+        if len(words) and words[-1] == 0:
+            raise ValueError("a stream never begins with a zero word")
+        self._ans = _ANS(words)
+
+    def to_bytes(self) -> bytes:
+        """The stack as bytes; it stays as it is."""
+        data: bytes = self._ans.get_compressed()[::-1].astype("<u4").tobytes()
+        return data
+
+    @property
+    def num_bits(self) -> int:
+        """Bits on the stack; `to_bytes` has up to 31 more."""
+        return int(self._ans.num_valid_bits())
+
+    def finish(self) -> None:
+        """ValueError unless the stack is empty, as it is once all that was pushed is popped."""
+        if not self._ans.is_empty():
+            raise ValueError(
+                f"{self.num_bits} bits are left: the stream is damaged, or another model coded it"
+            )
+
+    def push(self, start: Tensor, size: Tensor) -> None:
+        """Push symbols by their intervals, the last one first: they are popped in the order given.
+
+        Args:
+            start: counts below each symbol, integer ``(n,)``.
+            size: count of each symbol, integer ``(n,)``.
+
+        Raises:
+            ValueError: an interval outside 0..2^24, empty, or longer than 2^24 - 2.
+        """
+        first, count = (v.detach().cpu().long().numpy() for v in (start, size))
+        if first.ndim != 1 or first.shape != count.shape:
+            raise ValueError(f"expected (n,) twice, found {first.shape} and {count.shape}")
+        if not len(first):
+            return
+        rest = _TOTAL - first - count
+        if min(first.min(), rest.min()) < 0 or count.min() < 1 or count.max() > _TOTAL - 2:
+            raise ValueError(f"intervals must lie in 0..2^{PRECISION}, neither empty nor all but one of it")
+        # The symbol is the middle one of three, or the first or last if nothing lies below or above it. Rows
+        # hold counts less one: they sum to 2^24 - 3, the library scales them by 1 and adds the one again.
+        low, high = first == 0, rest == 0
+        rows = np.empty((len(first), 3), np.float32)
+        rows[:, 0] = np.where(low, count, first - high) - 1
+        rows[:, 1] = np.where(low | high, 1, count) - 1
+        rows[:, 2] = np.where(high, count, rest - low) - 1
+        self._ans.encode_reverse(1 - low.astype(np.int32) + high, _ROWS, rows)
+
+    def pop_rows(self, counts: Tensor) -> Tensor:
+        """Symbols int64 ``(n,)``, one under each row of ``counts`` ``(n, K)``."""
+        check_counts(counts)
+        if not len(counts):
+            return torch.zeros(0, dtype=torch.int64)
+        return _tensor(
+            self._ans.decode(
+                _ROWS, np.ascontiguousarray(counts.cpu().to(torch.float32, copy=True).sub_(1).numpy())
+            )
+        )
+
+    def pop_shared(self, tables: Tables, amounts: Tensor) -> Tensor:
+        """Symbols int64 ``(n,)``: the first ``amounts[0]`` under table 0, and so on; amounts ``(T,)``.
+
+        Tables are made into models of the library when first used, and these are kept.
+        """
+        cumulative = tables.cumulative
+        version, models = _MODELS.get(tables, (-1, {}))
+        if version != cumulative._version:
+            models = {}
+            _MODELS[tables] = (cumulative._version, models)
+        parts = []
+        used = amounts.nonzero().flatten()
+        for table, amount in zip(used.tolist(), amounts[used].tolist(), strict=True):
+            if table not in models:
+                row = (cumulative[table].diff() - 1).float().cpu().numpy()
+                models[table] = _CATEGORICAL(row, perfect=False)
+            parts.append(self._ans.decode(models[table], amount))
+        return _tensor(np.concatenate(parts)) if parts else torch.zeros(0, dtype=torch.int64)
+
+    def pop_bits(self, widths: Tensor) -> Tensor:
+        """Numbers int64 ``(n,)`` below ``2^widths``, all alike; widths in 1..16."""
+        if not len(widths):
+            return torch.zeros(0, dtype=torch.int64)
+        return _tensor(self._ans.decode(_UNIFORM, (1 << widths.cpu()).int().numpy()))
+
+
+def _tensor(symbols: Any) -> Tensor:
+    return torch.from_numpy(symbols).long()

@@ -1,0 +1,326 @@
+"""Codes of numbers: symbols under counts, integers under logistic laws and mixtures of them.
+
+A code turns numbers into intervals in the order in which they are popped, and pops them again. What is
+pushed is one array of intervals, whatever the alphabets.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dflow.coding.tables import LIMIT, PRECISION, WINDOW, LogisticTables, Tables, integer_counts
+
+_HALF = WINDOW // 2
+_CELLS = WINDOW.bit_length() - 1
+
+#: Raw bits are coded in pieces of this many.
+_PIECE = 16
+
+#: Standard scales on each side of a mixture that its cells cover.
+_REACH = 12.0
+
+Intervals = tuple[Tensor, Tensor]
+
+
+class Stack(Protocol):
+    """What a code needs of a coder: `dflow.coding.coder.Coder`, or the reference."""
+
+    def push(self, start: Tensor, size: Tensor) -> None:
+        """Push intervals, the last first."""
+
+    def pop_rows(self, counts: Tensor) -> Tensor:
+        """A symbol under each row."""
+        ...
+
+    def pop_shared(self, tables: Tables, amounts: Tensor) -> Tensor:
+        """So many symbols under each table, in the order of tables."""
+        ...
+
+    def pop_bits(self, widths: Tensor) -> Tensor:
+        """Numbers of 1..16 bits."""
+        ...
+
+
+class Code(Protocol):
+    """n numbers that are coded together."""
+
+    def intervals(self, x: Tensor) -> Intervals:
+        """Start and size of the intervals of ``x``, int64 ``(n,)``, in the order of popping."""
+        ...
+
+    def pop(self, stack: Stack) -> Tensor:
+        """The numbers, int64 ``(n,)``."""
+        ...
+
+
+class Shared:
+    """Symbols of which many have the same law.
+
+    They are sorted by law: the coder runs through those of one without looking up the next.
+
+    Args:
+        tables: the laws.
+        index: the law of each symbol, int64 ``(n,)``.
+    """
+
+    def __init__(self, tables: Tables, index: Tensor) -> None:
+        self.tables, self.index = tables, index.cpu()
+        # Short integers are sorted several times faster.
+        short = torch.int16 if len(tables) <= 1 << 15 else torch.int32
+        self._order = torch.sort(self.index.to(short), stable=True).indices
+
+    def intervals(self, x: Tensor) -> Intervals:
+        """See `Code`; ValueError for a symbol that is not in 0..K-1."""
+        _check_symbols(x, len(self.index), self.tables.K)
+        place = (self.index * (self.tables.K + 1) + x)[self._order]
+        line = self.tables.cumulative.cpu().flatten()
+        start = line[place]
+        return start, line[place + 1] - start
+
+    def pop(self, stack: Stack) -> Tensor:
+        """See `Code`."""
+        amounts = torch.bincount(self.index, minlength=len(self.tables))
+        return torch.empty_like(self._order).index_copy_(
+            0, self._order, stack.pop_shared(self.tables, amounts)
+        )
+
+
+class Rows:
+    """Symbols that have a law each: `integer_counts`, ``(n, K)``."""
+
+    def __init__(self, counts: Tensor) -> None:
+        self.counts = counts.cpu()
+
+    def intervals(self, x: Tensor) -> Intervals:
+        """See `Code`; ValueError for a symbol that is not in 0..K-1."""
+        _check_symbols(x, *self.counts.shape)
+        size = self.counts.gather(1, x[:, None])
+        start = self.counts.cumsum(1, dtype=torch.int32).gather(1, x[:, None]) - size
+        return start.squeeze(1), size.squeeze(1)
+
+    def pop(self, stack: Stack) -> Tensor:
+        """See `Code`."""
+        return stack.pop_rows(self.counts)
+
+
+class Bits:
+    """Numbers below ``2^widths`` as they are; widths int64 ``(n,)``, 0 for no bits at all."""
+
+    def __init__(self, widths: Tensor) -> None:
+        self.widths = widths
+        most = int(widths.max()) if len(widths) else 0
+        self._pieces = []
+        for low in range(0, most, _PIECE):
+            place = (widths > low).nonzero().flatten()
+            self._pieces.append((low, place, (widths[place] - low).clamp(max=_PIECE)))
+
+    def intervals(self, x: Tensor) -> Intervals:
+        """See `Code`."""
+        parts = []
+        for low, place, width in self._pieces:
+            piece = (x[place] >> low) & ((1 << width) - 1)
+            parts.append((piece << (PRECISION - width), 1 << (PRECISION - width)))
+        return join(parts)
+
+    def pop(self, stack: Stack) -> Tensor:
+        """See `Code`."""
+        x = torch.zeros_like(self.widths)
+        for low, place, width in self._pieces:
+            x[place] += stack.pop_bits(width) << low
+        return x
+
+
+class Golomb:
+    """Numbers from 0 on, by exponential Golomb codes of the orders given, int64 ``(n,)``.
+
+    ``x >> order`` is in ``2^q - 1 .. 2^(q + 1) - 2`` with probability ``2^-(q + 1)``, evenly within.
+    """
+
+    def __init__(self, orders: Tensor) -> None:
+        self.orders = orders
+
+    @staticmethod
+    @functools.cache
+    def _classes() -> Tables:
+        classes = 1 + (8 * LIMIT).bit_length()
+        law = 2.0 ** -torch.arange(1, classes + 1, dtype=torch.float64)
+        law[-1] *= 2
+        return Tables(integer_counts(law[None]))
+
+    def _shared(self) -> Shared:
+        return Shared(self._classes(), torch.zeros_like(self.orders))
+
+    def intervals(self, x: Tensor) -> Intervals:
+        """See `Code`."""
+        # The exponent of a float64 is exact for integers below 2^53.
+        q = torch.frexp(((x >> self.orders) + 1).double()).exponent.long() - 1
+        rest = x - (((1 << q) - 1) << self.orders)
+        return join([self._shared().intervals(q), Bits(q + self.orders).intervals(rest)])
+
+    def pop(self, stack: Stack) -> Tensor:
+        """See `Code`."""
+        q = self._shared().pop(stack)
+        return (((1 << q) - 1) << self.orders) + Bits(q + self.orders).pop(stack)
+
+
+class Logistic:
+    """Integers under discretized logistic laws, by the tables that come nearest: see `LogisticTables`.
+
+    First the cells, sorted by table, then how far those beyond the window lie, then the low bits.
+
+    Args:
+        tables: usually `dflow.coding.tables.logistic_tables`.
+        loc: means, floating ``(n,)``.
+        log_scale: logs of the scales, floating ``(n,)``.
+    """
+
+    def __init__(self, tables: LogisticTables, loc: Tensor, log_scale: Tensor) -> None:
+        index, self.base, self.shift, self.orders = tables.locate(loc, log_scale)
+        self._cells, self._low = Shared(tables, index), Bits(self.shift)
+
+    def intervals(self, x: Tensor) -> Intervals:
+        """See `Code`; ValueError for a magnitude beyond 2^40."""
+        _check_numbers(x, len(self.base))
+        offset = x - self.base
+        cell = (offset >> self.shift) + _HALF
+        beyond, tails = _tails(cell, WINDOW)
+        return join(
+            [
+                self._cells.intervals(cell.clamp(-1, WINDOW) + 1),
+                Golomb(self.orders[beyond]).intervals(tails),
+                self._low.intervals(offset),
+            ]
+        )
+
+    def pop(self, stack: Stack) -> Tensor:
+        """See `Code`."""
+        cell = _pop_tails(self._cells.pop(stack) - 1, WINDOW, self.orders, stack) - _HALF
+        return (cell << self.shift) + self._low.pop(stack) + self.base
+
+
+class Mixture:
+    r"""Integers under mixtures of discretized logistic laws, digit by digit in base 256.
+
+    A window holds every component to 12 scales on either side. First comes which of 256 cells of it a number
+    lies in, or which tail; a cell of several integers is cut again until one is left. Each digit has its
+    exact conditional law, so that mixtures of any kind cost a rounding to 24 bits a digit over the ideal, at
+    the price of a row of probabilities for each number and digit.
+
+    Args:
+        loc: means, floating ``(T, M)``.
+        log_scale: logs of the scales, floating ``(T, M)``; held in -12..30.
+        log_weights: logs of the weights up to a constant, floating ``(T, M)``.
+        index: the mixture of each number, int64 ``(n,)``.
+
+    Raises:
+        ValueError: parameters that are not finite, or shapes that do not agree.
+    """
+
+    def __init__(self, loc: Tensor, log_scale: Tensor, log_weights: Tensor, index: Tensor) -> None:
+        given = [v.detach().cpu().double() for v in (loc, log_scale, log_weights)]
+        if loc.ndim != 2 or any(v.shape != loc.shape for v in given):
+            raise ValueError(f"expected (T, M) three times, found {[tuple(v.shape) for v in given]}")
+        if not bool(torch.isfinite(torch.stack(given)).all()):
+            raise ValueError("the parameters of a mixture of logistic laws are not finite")
+        self._loc, self._scale = given[0].clamp(-LIMIT, LIMIT), given[1].clamp(-12, 30).exp()
+        self._weights, self.index = given[2].softmax(1), index.cpu()
+        low = (self._loc - _REACH * self._scale).amin(1).floor()
+        high = (self._loc + _REACH * self._scale).amax(1).ceil()
+        span = float((high - low).max()) / WINDOW if len(loc) else 1.0
+        # One width for all: cells cost no precision, they are cut again.
+        self.shift = max(0, math.ceil(math.log2(max(1.0, span))))
+        self._base = ((low + high) / 2).floor().long() - (_HALF << self.shift)
+        orders = self._scale.amax(1).log2().floor().long()
+        self._orders = orders.clamp(min=0)[self.index]
+        edges = self._base[:, None] + (torch.arange(WINDOW + 1) << self.shift)
+        cdf = self._cdf(edges, torch.arange(len(loc)))
+        law = torch.cat([cdf[:, :1], cdf.diff(dim=1).clamp(min=0), 1 - cdf[:, -1:]], 1)
+        self._cells = Shared(Tables(integer_counts(law)), self.index)
+
+    def _cdf(self, edges: Tensor, index: Tensor) -> Tensor:
+        """Mass below the integers ``edges`` ``(n, E)``."""
+        found = torch.zeros(edges.shape, dtype=torch.float64)
+        for loc, scale, weight in zip(
+            *(v[index].unbind(1) for v in (self._loc, self._scale, self._weights)), strict=True
+        ):
+            found += weight[:, None] * ((edges - 0.5 - loc[:, None]) / scale[:, None]).sigmoid()
+        return found.clamp(max=1)
+
+    def _digit(self, first: Tensor, width: int, digit: int, index: Tensor) -> Rows:
+        """Code of which of ``2^digit`` parts of the ``2^width`` integers from ``first`` on holds a number."""
+        edges = first[:, None] + (torch.arange((1 << digit) + 1) << (width - digit))
+        law = self._cdf(edges, index).diff(dim=1).clamp(min=0)
+        total = law.sum(1, keepdim=True)
+        return Rows(integer_counts(torch.where(total > 0, law / total, 0.5**digit)))
+
+    def _digits(self) -> list[tuple[int, int]]:
+        return [(width, min(_CELLS, width)) for width in range(self.shift, 0, -_CELLS)]
+
+    def intervals(self, x: Tensor) -> Intervals:
+        """See `Code`; ValueError for a magnitude beyond 2^40."""
+        _check_numbers(x, len(self.index))
+        offset = x - self._base[self.index]
+        # Beyond the window there are no cells: distances are those of integers.
+        beyond, tails = _tails(offset, WINDOW << self.shift)
+        parts = [
+            self._cells.intervals((offset >> self.shift).clamp(-1, WINDOW) + 1),
+            Golomb(self._orders[beyond]).intervals(tails),
+        ]
+        within = (~beyond).nonzero().flatten()
+        x, index, offset = x[within], self.index[within], offset[within]
+        for width, digit in self._digits():
+            first = x - offset % (1 << width)
+            code = self._digit(first, width, digit, index)
+            parts.append(code.intervals((x - first) >> (width - digit)))
+        return join(parts)
+
+    def pop(self, stack: Stack) -> Tensor:
+        """See `Code`."""
+        cell = self._cells.pop(stack) - 1
+        within = ((cell >= 0) & (cell < WINDOW)).nonzero().flatten()
+        offset = torch.where(cell < 0, -1, cell << self.shift)
+        x = _pop_tails(offset, WINDOW << self.shift, self._orders, stack) + self._base[self.index]
+        first, index = x[within], self.index[within]
+        for width, digit in self._digits():
+            first = first + (self._digit(first, width, digit, index).pop(stack) << (width - digit))
+        return x.index_copy(0, within, first)
+
+
+def join(parts: list[Intervals]) -> Intervals:
+    """Intervals one after another."""
+    if not parts:
+        return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+    starts, sizes = zip(*parts, strict=True)
+    return torch.cat(starts), torch.cat(sizes)
+
+
+def _tails(offset: Tensor, end: int) -> tuple[Tensor, Tensor]:
+    """Which offsets are outside ``0..end-1``, and how far."""
+    beyond = (offset < 0) | (offset >= end)
+    return beyond, torch.where(offset < 0, -1 - offset, offset - end)[beyond]
+
+
+def _pop_tails(offset: Tensor, end: int, orders: Tensor, stack: Stack) -> Tensor:
+    """The offsets, those at -1 and at ``end`` moved out to where they are."""
+    beyond = ((offset < 0) | (offset >= end)).nonzero().flatten()
+    tails = Golomb(orders[beyond]).pop(stack)
+    return offset.index_add(0, beyond, torch.where(offset[beyond] < 0, -tails, tails))
+
+
+def _check_symbols(x: Tensor, n: int, K: int) -> None:
+    if x.shape != (n,) or x.dtype != torch.int64:
+        raise ValueError(f"expected int64 ({n},), found {x.dtype} {tuple(x.shape)}")
+    if n and (int(x.min()) < 0 or int(x.max()) >= K):
+        raise ValueError(f"symbols must lie in 0..{K - 1}, found {int(x.min())}..{int(x.max())}")
+
+
+def _check_numbers(x: Tensor, n: int) -> None:
+    if x.shape != (n,) or x.dtype != torch.int64:
+        raise ValueError(f"expected int64 ({n},), found {x.dtype} {tuple(x.shape)}")
+    if n and max(-int(x.min()), int(x.max())) > LIMIT:
+        raise ValueError(f"numbers must lie in +-2^40, found {int(x.min())}..{int(x.max())}")
