@@ -94,7 +94,7 @@ class Logistics(Distribution):
         """What the law is made of, at least float32.
 
         ``(loc, log_scale)``, each ``(n, dim)``; of a mixture ``(loc, log_scale, log_weights)``, each
-        ``(n, dim, components)``, the weights adding up to 1. n is the batch of the context, 1 of what needs none.
+        ``(n, dim, components)``, the weights adding up to 1. n is the batch of the context, or 1.
         """
         raw = self._raw(context)
         raw = raw.to(torch.promote_types(raw.dtype, torch.float32))

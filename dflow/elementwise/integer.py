@@ -40,13 +40,11 @@ class IntegerShift(Elementwise):
         Raises:
             ValueError: wrong shapes or dtype.
         """
-        t = self._shift(x, params)
-        return x - t, self._zeros(t)
+        return x - self._shift(x, params), self._no_log_det(params)
 
     def inverse(self, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """Latent to data; arguments, result and errors as in `forward`."""
-        t = self._shift(z, params)
-        return z + t, self._zeros(t)
+        return z + self._shift(z, params), self._no_log_det(params)
 
     def _shift(self, x: Tensor, params: Tensor) -> Tensor:
         """``round(t)`` ``(batch, n)``, in the dtype of ``x``."""
@@ -58,9 +56,9 @@ class IntegerShift(Elementwise):
             raise ValueError(f"params have shape {tuple(params.shape)}, expected {(*x.shape, 1)}")
         t = params.squeeze(-1)
         t = t.to(torch.promote_types(t.dtype, torch.float32))
-        return round_(t).to(x.dtype) if x.is_floating_point() else t.detach().round().to(torch.int64)
+        return (round_(t) if x.is_floating_point() else t.detach().round()).to(x.dtype)
 
     @staticmethod
-    def _zeros(t: Tensor) -> Tensor:
-        dtype = t.dtype if t.is_floating_point() else torch.get_default_dtype()
-        return torch.zeros(t.shape, dtype=dtype, device=t.device)
+    def _no_log_det(params: Tensor) -> Tensor:
+        dtype = torch.promote_types(params.dtype, torch.float32)
+        return torch.zeros(params.shape[:2], dtype=dtype, device=params.device)
