@@ -95,9 +95,7 @@ class DenseNet(nn.Module):
             return [active]
         groups = next(n for n in range(max(1, channels // 16), 0, -1) if channels % n == 0)
         if channels // groups * self.size[0] * self.size[1] == 1:
-            raise ValueError(
-                "norm 'group' of a single number is 0: take a larger hidden_size, or norm 'none'"
-            )
+            raise ValueError("norm 'group' of a single number is 0; use norm 'none'")
         return [nn.GroupNorm(groups, channels), active]
 
     def forward(self, x: Tensor, context: Context = None) -> Tensor:
