@@ -110,5 +110,8 @@ def test_wrong_arguments_are_named() -> None:
     for x in (torch.zeros(2, 3, 1), torch.zeros(2, 3).half(), torch.zeros(2, 3, dtype=torch.int32)):
         with pytest.raises(ValueError, match="expected int64, float32 or float64"):
             shift.forward(x, params)
+    for bad in (math.nan, math.inf, 1e30):
+        with pytest.raises(ValueError, match="a translation is not finite, or beyond"):
+            shift.forward(torch.zeros(2, 3, dtype=torch.int64), params + bad)
     with pytest.raises(ValueError, match=r"params have shape \(2, 3, 1\), expected \(2, 2, 1\)"):
         shift.inverse(torch.zeros(2, 2), params)

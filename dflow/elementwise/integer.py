@@ -38,7 +38,7 @@ class IntegerShift(Elementwise):
             z like ``x``, and log_det, zeros ``(batch, n)``.
 
         Raises:
-            ValueError: wrong shapes or dtype.
+            ValueError: wrong shapes or dtype; for int64, params that are no number or beyond 2^62.
         """
         return x - self._shift(x, params), self._no_log_det(params)
 
@@ -56,7 +56,15 @@ class IntegerShift(Elementwise):
             raise ValueError(f"params have shape {tuple(params.shape)}, expected {(*x.shape, 1)}")
         t = params.squeeze(-1)
         t = t.to(torch.promote_types(t.dtype, torch.float32))
-        return (round_(t) if x.is_floating_point() else t.detach().round()).to(x.dtype)
+        if x.is_floating_point():
+            return round_(t).to(x.dtype)
+        # What such a number becomes as an integer hangs on the machine.
+        if not (t.abs() < 2.0**62).all():
+            raise ValueError(
+                "a translation is not finite, or beyond 2^62; the net's training diverged or its weights are "
+                "damaged"
+            )
+        return t.detach().round().to(torch.int64)
 
     @staticmethod
     def _no_log_det(params: Tensor) -> Tensor:

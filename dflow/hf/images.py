@@ -154,9 +154,13 @@ class DflowImageModel(PreTrainedModel):
         It sums to 1 over all integers, not over the levels of the data.
 
         Raises:
-            InputError: a dequantized model; values as in `elbo`.
+            InputError: a dequantized model; weights that are not finite; values as in `elbo`.
         """
-        return self.distribution.log_prob(self.check(pixel_values).long())
+        x = self.check(pixel_values).long()
+        try:
+            return self.distribution.log_prob(x)
+        except ValueError as error:
+            raise InputError(str(error)) from None
 
     def elbo(self, pixel_values: Tensor, k: int = 1, generator: torch.Generator | None = None) -> Estimate:
         """``E_q[log p(v) - log q(v | x)]`` in nats, from ``k`` draws: a lower bound in expectation.

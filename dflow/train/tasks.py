@@ -369,7 +369,7 @@ class _Exact(_Images):
         return f"integer flow of {model.num_levels} levels of {model.num_flows} couplings"
 
     def nats(self, model: hf.DflowImageModel, batch: Batch) -> Tensor:
-        return -model.distribution.log_prob(batch[0]).double().sum()
+        return -model.log_prob(batch[0]).double().sum()
 
 
 #: Chunks of text, and rows of images, of an evaluation during training where none is asked for.
