@@ -29,14 +29,17 @@ if TYPE_CHECKING:
     from dflow.distributions import (
         Categorical,
         ConditionalCategorical,
+        ConditionalLogistic,
         ConditionalNormal,
         CovarianceNormal,
+        Logistic,
+        LogisticMixture,
         Mixture,
         Normal,
         SequenceCategorical,
         Spectra,
     )
-    from dflow.elementwise import Affine, ModAffine, ModRank, ModShift, Spline
+    from dflow.elementwise import Affine, IntegerShift, ModAffine, ModRank, ModShift, Spline
     from dflow.flows import Flow, Split
     from dflow.hf import DflowConfig, DflowImageConfig, DflowImageModel, DflowModel
 
@@ -51,6 +54,7 @@ __all__ = [
     "Chain",
     "Columns",
     "ConditionalCategorical",
+    "ConditionalLogistic",
     "ConditionalNormal",
     "Conv1x1",
     "Coupling",
@@ -67,8 +71,11 @@ __all__ = [
     "FlowDequantizer",
     "Hypercube",
     "InputError",
+    "IntegerShift",
     "Inverse",
     "Iwbo",
+    "Logistic",
+    "LogisticMixture",
     "Mixture",
     "ModAffine",
     "ModRank",
@@ -96,6 +103,7 @@ _HOMES = {
     ),
     "elementwise": (
         "Affine",
+        "IntegerShift",
         "ModAffine",
         "ModRank",
         "ModShift",
@@ -114,8 +122,11 @@ _HOMES = {
     "distributions": (
         "Categorical",
         "ConditionalCategorical",
+        "ConditionalLogistic",
         "ConditionalNormal",
         "CovarianceNormal",
+        "Logistic",
+        "LogisticMixture",
         "Mixture",
         "Normal",
         "SequenceCategorical",

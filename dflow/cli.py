@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from dflow.data import Corpus, DataConfig, ImageConfig, Tokenizer
-    from dflow.evaluate import Evaluation, ImageEvaluation, LawEvaluation
+    from dflow.evaluate import Evaluation, ExactEvaluation, ImageEvaluation, LawEvaluation
     from dflow.hf import DflowModel
 
 
@@ -136,7 +136,7 @@ class Train:
 
 @dataclass(kw_only=True)
 class Evaluate(Source, Machine):
-    """Exact bits a character of a model on a text, or its distance from a synthetic law; bounds on images.
+    """Exact bits of a model on a text or on images, or bounds of them; its distance from a synthetic law.
 
     A failed round trip ends with exit code 1.
     """
@@ -145,7 +145,7 @@ class Evaluate(Source, Machine):
     batch_size: int | None = flag("chunks scored at a time (default: 32; of a law 1024, images 100)", None)
     draws: int | None = flag("draws of the dequantizer for each image or row (default: 256)", None)
     precision: Literal["float64", "float32"] | None = flag(
-        "in which bounds on images are computed: float64 (default), float32", None
+        "in which models of images are computed: float64 (default), float32", None
     )
     seed: int | None = flag("seed of the draws of the dequantizer (default: 0)", None)
 
@@ -289,32 +289,51 @@ def evaluate_pictures(flags: Evaluate, device: torch.device, accelerator: Accele
     import torch
 
     from dflow.data import load_images
-    from dflow.evaluate import evaluate_images
+    from dflow.evaluate import evaluate_exact, evaluate_images
     from dflow.hf import DflowImageModel, load
 
     model = load(flags.model, device, DflowImageModel)
+    names = ["batch_size"]
+    if not model.exact:
+        names += ["draws", "seed"]
+    elif flags.draws is not None or flags.seed is not None:
+        raise InputError(f"--draws and --seed are for bounds; {flags.model} has an exact likelihood")
     images = load_images(flags.images(flags.model))
-    options = {name: getattr(flags, name) for name in ("draws", "seed", "batch_size")}
-    options["precision"] = None if flags.precision is None else getattr(torch, flags.precision)
-    result = evaluate_images(
-        model,
-        images.split(flags.split),
-        unit=images.unit,
-        limit=flags.limit,
-        progress=True,
-        accelerator=accelerator,
-        **{name: value for name, value in options.items() if value is not None},
-    )
+    options: dict[str, Any] = {n: getattr(flags, n) for n in names if getattr(flags, n) is not None}
+    if flags.precision is not None:
+        options["precision"] = getattr(torch, flags.precision)
+    options |= {"unit": images.unit, "limit": flags.limit, "progress": True, "accelerator": accelerator}
+    result: ExactEvaluation | ImageEvaluation
+    if model.exact:
+        result = evaluate_exact(model, images.split(flags.split), **options)
+        rows, sound = exact_rows(result, images.name, flags.split), result.round_trip
+        wrong = "the round trip failed; the figures above do not describe what it draws"
+    else:
+        result = evaluate_images(model, images.split(flags.split), **options)
+        rows, sound = image_rows(result, images.name, flags.split), result.intact
+        wrong = "a draw left the cell of its datum; the figures above do not hold"
     if accelerator is None or accelerator.is_main_process:
-        print_table([("model", flags.model), *image_rows(result, images.name, flags.split)])
+        print_table([("model", flags.model), *rows])
         about = {"model": flags.model, "data": images.name, "split": flags.split, "checksum": images.checksum}
         print(json.dumps(about | dataclasses.asdict(result)))
     if accelerator is not None:
         accelerator.end_training()
-    if not result.intact:
-        complain(f"{flags.model}: a draw left the cell of its datum; the figures above do not hold")
+    if not sound:
+        complain(f"{flags.model}: {wrong}")
         return 1
     return 0
+
+
+def exact_rows(result: ExactEvaluation, name: str, split: str) -> list[tuple[str, str]]:
+    """Lines of the table for images under an exact likelihood."""
+    status = "intact" if result.round_trip else "FAILED"
+    return [
+        ("data", f"{name}, {split}: {result.num_rows:,} rows"),
+        ("unit", result.unit),
+        ("nll", f"{told(result.nll)} (standard error {told(result.nll_error)})"),
+        ("kind", f"{result.kind}, {result.precision}"),
+        ("round trip", f"{status} on {result.num_checked} rows"),
+    ]
 
 
 def image_rows(result: ImageEvaluation, name: str, split: str) -> list[tuple[str, str]]:

@@ -20,6 +20,10 @@ One trains an any-order model, for all orders at once:
 
 Whatever the rule, parameters that the exact likelihood of symbols reaches (spectra and their weights) are
 trained by it.
+
+Dequantized images and tables are trained by a bound (``elbo``, ``iwbo``, ``renyi``), integer flows by
+``likelihood``: the exact one of floats that hold integers, with straight-through gradients through rounding
+(Hoogeboom et al. 2019, arXiv 1905.07376).
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ from dflow.config import InputError
 from dflow.core import Context, Distribution
 from dflow.dequantize import Bound, Dequantized, Elbo, Iwbo, Renyi, TruncatedNormal
 from dflow.distributions import Categorical, Gaussian, SequenceCategorical, Spectra, Walk
+from dflow.distributions.logistic import Logistics
 from dflow.elementwise import ModAffine, ModRank, ModShift
 from dflow.elementwise.discrete import Discrete
 from dflow.flows import Flow, Split
@@ -353,3 +358,34 @@ def initialize(law: Dequantized, x: Tensor, generator: torch.Generator) -> None:
 
 #: Rounds of moments from which a density with truncated normals starts.
 _ROUNDS = 10
+
+
+class ExactObjective(nn.Module):
+    """Minus the exact log-likelihood of integers, as a module so that processes can share its gradients."""
+
+    def __init__(self, law: Distribution) -> None:
+        """See the class."""
+        super().__init__()
+        self.law = law
+
+    def forward(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor | None]:
+        """Loss in nats summed over the batch, and None: nothing has a closed form.
+
+        Args:
+            x: integers ``(batch, dim)``.
+            context: None.
+        """
+        return -self.law.log_prob(x.to(next(self.law.parameters()).dtype)).sum(), None
+
+
+@torch.no_grad()
+def initialize_integers(law: Distribution, x: Tensor) -> None:
+    """Start the logistic laws of an integer flow from data: where they lie, and how wide, entry by entry."""
+    if isinstance(law, Split):
+        (kept, _), (rest, _) = law.parts(x)
+        initialize_integers(law.conditional, rest)
+        initialize_integers(law.base, kept)
+    elif isinstance(law, Flow):
+        initialize_integers(law.base, law.transform(x)[0])
+    elif isinstance(law, Logistics):
+        law.initialize(x)

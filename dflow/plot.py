@@ -21,7 +21,7 @@ def density(model: DflowImageModel, data: Samples, cells: int = 400, draws: int 
     As in figure 2 of Hoogeboom et al. 2020 (arXiv 2001.11235). White lines are the edges of cells.
 
     Raises:
-        InputError: another number of dimensions, too few ``cells``.
+        InputError: another number of dimensions, a model without a density, too few ``cells``.
     """
     if model.dim != 2:
         raise InputError(f"a density is drawn in two dimensions; this model has {model.dim}")
@@ -29,7 +29,7 @@ def density(model: DflowImageModel, data: Samples, cells: int = 400, draws: int 
         raise InputError(f"cells {cells} must be at least 2")
     from matplotlib.figure import Figure  # a second of import that no other verb needs
 
-    law, device = model.law, model.device
+    law, device = model.dequantized, model.device
     generator = torch.Generator(device).manual_seed(0)
     x, _ = data.crops(draws, 2, torch.Generator().manual_seed(0))
     v = torch.cat([law.dequantize(part.to(device), generator) for part in x.split(10_000)]).cpu()

@@ -29,7 +29,7 @@ from dflow.distributions import (
     SequenceCategorical,
     Spectra,
 )
-from dflow.elementwise import Affine, ModAffine, ModRank, ModShift, Spline
+from dflow.elementwise import Affine, IntegerShift, ModAffine, ModRank, ModShift, Spline
 from dflow.flows import Flow, Split
 from dflow.nn.densenet import DenseNet
 from dflow.nn.lstm import LSTM
@@ -361,6 +361,38 @@ CONTINUOUS: dict[str, Callable[[Shape], Bijector]] = {
     "conv 1x1": lambda shape: Conv1x1(shape, torch.Generator().manual_seed(0)),
     "step": squeezed,
     "inverse step": lambda shape: Inverse(squeezed(shape)),
+}
+
+
+def integer_step(shape: Shape) -> Chain:
+    """Space to depth where the size allows, a permutation undone after the coupling, and a kept one."""
+    layers: list[Bijector] = []
+    if shape[1] % 2 == 0:
+        bijector, shape = squeeze(shape)
+        layers.append(bijector)
+    size = shape[0] * shape[1] * shape[2]
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(size))
+    inner = image_coupling(IntegerShift(), shape)
+    layers += [
+        Permute(order),
+        inner,
+        Inverse(Permute(order)),
+        image_coupling(IntegerShift(), shape, 0, False),
+    ]
+    return Chain([*layers, Permute(order), vector_coupling(IntegerShift(), shape)])
+
+
+#: Bijectors of the integers, on images of the given shape.
+INTEGER: dict[str, Callable[[Shape], Bijector]] = {
+    "coupling": lambda shape: image_coupling(IntegerShift(), shape),
+    "coupling second half": lambda shape: image_coupling(IntegerShift(), shape, first=False),
+    "coupling every second": lambda shape: vector_coupling(IntegerShift(), shape),
+    "autoregressive": lambda shape: Autoregressive(
+        IntegerShift(), masked(IntegerShift(), shape).net, shape[0] * shape[1] * shape[2], "jacobi"
+    ),
+    "permute": lambda shape: Permute(torch.arange(shape[0] * shape[1] * shape[2] - 1, -1, -1)),
+    "step": integer_step,
+    "inverse step": lambda shape: Inverse(integer_step(shape)),
 }
 
 

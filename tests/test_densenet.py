@@ -107,3 +107,52 @@ def test_sizes_are_checked():
             Perceptron(**{"in_features": 1, "out_entries": 1, **settings})
     with pytest.raises(ValueError, match="height must be at least 1, found 0"):
         DenseNet(1, 1, (0, 2))
+
+
+def test_activation_and_norm():
+    plain = make("dense", (2, 3))
+    assert not any(isinstance(module, (nn.ReLU, nn.GroupNorm)) for module in plain.modules())
+    assert [name for name, _ in plain.layers[0].named_parameters()] == [
+        "0.weight",
+        "0.bias",
+        "2.weight",
+        "2.bias",
+    ]
+    x = torch.randn(5, 2 * 6, dtype=torch.float64)
+    for settings in ({"activation": "relu"}, {"norm": "group"}, {"activation": "relu", "norm": "group"}):
+        net = randomize(make("dense", (2, 3), **settings))
+        found = [type(module) for module in net.layers[0]]
+        active = nn.ReLU if "activation" in settings else nn.SiLU
+        norm = [nn.GroupNorm] * ("norm" in settings)
+        assert found == [nn.Conv2d, *norm, active, nn.Conv2d, *norm, active]
+        # Rows are apart, norm or not.
+        torch.testing.assert_close(net(x[3:4]), net(x)[3:4])
+        (gradient,) = torch.autograd.grad(net(x).square().sum(), net.head.weight)
+        assert gradient.abs().sum() > 0
+    # Without biases and norm a ReLU net scales with its input.
+    net = randomize(make("dense", (2, 3), activation="relu"))
+    for name, parameter in net.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+    torch.testing.assert_close(net(3 * x), 3 * net(x))
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(2, 1), (31, 1), (32, 2), (48, 3), (50, 2), (97, 1)])
+def test_groups_hold_16_channels_or_more(channels, groups):
+    net = DenseNet(channels, 1, (2, 2), hidden_size=4, depth=1, norm="group")
+    assert [m.num_groups for m in net.modules() if isinstance(m, nn.GroupNorm)] == [groups, 1]
+
+
+def test_wrong_activations_and_norms():
+    for settings in ({"activation": "gelu"}, {"norm": "batch"}, {"norm": "group", "hidden_size": 3}):
+        with pytest.raises(ValueError, match=f"{next(iter(settings))}"):
+            DenseNet(
+                **{
+                    "in_channels": 2,
+                    "out_channels": 1,
+                    "size": (1, 1),
+                    "depth": 3,
+                    "hidden_size": 6,
+                    **settings,
+                }
+            )

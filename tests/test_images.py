@@ -328,7 +328,7 @@ def test_rows_of_samples_are_shown_while_training(tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("train.rule=likelihood", "trains models of text; use elbo, iwbo, renyi"),
+        ("train.rule=likelihood", "trains no model of family 'dequantized'; use elbo, iwbo, renyi"),
         ("train.rule=iwbo", "set train.draws to 2 or more"),
         ("train.draws=0", "draws must be at least 1"),
         ("train.eval_chunks=-1", "eval_chunks must not be negative"),
@@ -456,7 +456,7 @@ def test_unfit_data_are_refused(pictures: Path, table: Path) -> None:
 
 
 def test_families_are_those_of_the_kind() -> None:
-    with pytest.raises(InputError, match="no family of models of images; known: dequantized"):
+    with pytest.raises(InputError, match="no family of models of images; known: dequantized, integer"):
         hf.DflowImageModel(hf.DflowImageConfig(family="grouped"))
     with pytest.raises(InputError, match="no family of models of text"):
         hf.DflowModel(hf.DflowConfig(family="dequantized"))

@@ -2,6 +2,7 @@
 
 from dflow.distributions.any_order import AnyOrder, Confident, Ordered, Walk
 from dflow.distributions.categorical import Categorical, ConditionalCategorical, Mixture
+from dflow.distributions.logistic import ConditionalLogistic, Logistic, LogisticMixture
 from dflow.distributions.normal import (
     ConditionalNormal,
     CovarianceNormal,
@@ -16,10 +17,13 @@ __all__ = [
     "AnyOrder",
     "Categorical",
     "ConditionalCategorical",
+    "ConditionalLogistic",
     "ConditionalNormal",
     "Confident",
     "CovarianceNormal",
     "Gaussian",
+    "Logistic",
+    "LogisticMixture",
     "Mixture",
     "Normal",
     "Ordered",

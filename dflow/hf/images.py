@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +14,9 @@ from transformers.utils.generic import ModelOutput
 
 from dflow import zoo
 from dflow.config import InputError, nearest
-from dflow.dequantize import Estimate
+from dflow.core import Distribution
+from dflow.dequantize import Dequantized, Estimate
+from dflow.flows import Flow, Split
 
 
 class DflowImageConfig(PreTrainedConfig):
@@ -35,12 +38,12 @@ class DflowImageConfig(PreTrainedConfig):
             kwargs |= asdict(zoo.settings(family, {k: v for k, v in kwargs.items() if k in known}))
         super().__init__(**kwargs)
 
-    def settings(self) -> zoo.DequantizedConfig:
+    def settings(self) -> zoo.ValuesConfig:
         """The family's settings, checked."""
         if self.family not in zoo.IMAGES:
             hint = nearest(str(self.family), list(zoo.IMAGES))
             raise InputError(f"{self.family!r} is no family of models of images; {hint}")
-        found: zoo.DequantizedConfig = zoo.settings(
+        found: zoo.ValuesConfig = zoo.settings(
             self.family, {name: getattr(self, name) for name in zoo.fields(self.family)}
         )
         if not found.shape or not found.levels:
@@ -50,14 +53,15 @@ class DflowImageConfig(PreTrainedConfig):
 
 @dataclass
 class DflowImageOutput(ModelOutput):
-    """Mean of minus the bound in bits a dimension, and the bound of each datum in nats."""
+    """Mean cost in bits a dimension; of each datum in nats the bound, or the exact log-likelihood."""
 
     loss: Tensor | None = None
     elbo: Tensor | None = None
+    log_prob: Tensor | None = None
 
 
 class DflowImageModel(PreTrainedModel):
-    """A model of integers (pixels, columns): bounds of its likelihood, the likelihood of some, and draws."""
+    """A model of integers (pixels, columns): its likelihood or, if dequantized, bounds of it; and draws."""
 
     config_class = DflowImageConfig
     base_model_prefix = "law"
@@ -91,6 +95,38 @@ class DflowImageModel(PreTrainedModel):
         yield from self.buffers()
 
     @property
+    def exact(self) -> bool:
+        """Whether the likelihood is exact (family integer), or there are bounds of it (dequantized)."""
+        return self.config.settings().exact
+
+    @property
+    def dequantized(self) -> Dequantized:
+        """The model where it has bounds.
+
+        Raises:
+            InputError: its likelihood is exact.
+        """
+        if isinstance(self.law, Dequantized):
+            return self.law
+        raise InputError(
+            f"a model of family {self.config.family!r} has an exact likelihood and no bounds; use log_prob"
+        )
+
+    @property
+    def distribution(self) -> Distribution:
+        """The model where its likelihood is exact.
+
+        Raises:
+            InputError: it has bounds.
+        """
+        if isinstance(self.law, Dequantized):
+            raise InputError(
+                f"a model of family {self.config.family!r} has bounds of its likelihood: use elbo, iwbo "
+                "or, of few dimensions, exact_log_prob"
+            )
+        return self.law
+
+    @property
     def dim(self) -> int:
         """Entries of one datum."""
         return self.config.settings().dim
@@ -98,12 +134,33 @@ class DflowImageModel(PreTrainedModel):
     def forward(
         self, pixel_values: Tensor, generator: torch.Generator | None = None, **kwargs: Any
     ) -> DflowImageOutput:
-        """The evidence lower bound, from one draw; values as in `elbo`."""
+        """The exact log-likelihood, differentiable; or the evidence lower bound, from one draw.
+
+        Values as in `elbo`.
+        """
         x = self.check(pixel_values)
-        values = self.law.elbo(x, 1, generator).values
+        if self.exact:
+            values = self.distribution.log_prob(x.to(self.dtype))
+            loss = -values.mean() / (x.shape[1] * math.log(2))
+            return DflowImageOutput(loss=loss, log_prob=values)
+        values = self.dequantized.elbo(x, 1, generator).values
         return DflowImageOutput(
             loss=Estimate(values, "elbo", True).bits_per_dim(x.shape[1]).mean(), elbo=values
         )
+
+    def log_prob(self, pixel_values: Tensor) -> Tensor:
+        """Exact log-likelihood in nats ``(batch,)``, of a model that has one; values as in `elbo`.
+
+        It sums to 1 over all integers, not over the levels of the data.
+
+        Raises:
+            InputError: a dequantized model; weights that are not finite; values as in `elbo`.
+        """
+        x = self.check(pixel_values).long()
+        try:
+            return self.distribution.log_prob(x)
+        except ValueError as error:
+            raise InputError(str(error)) from None
 
     def elbo(self, pixel_values: Tensor, k: int = 1, generator: torch.Generator | None = None) -> Estimate:
         """``E_q[log p(v) - log q(v | x)]`` in nats, from ``k`` draws: a lower bound in expectation.
@@ -111,13 +168,13 @@ class DflowImageModel(PreTrainedModel):
         ``pixel_values`` are integers ``(batch, C, H, W)`` or ``(batch, C*H*W)``.
 
         Raises:
-            InputError: another shape, or values outside the model's levels.
+            InputError: another shape, values outside the model's levels, or a model without bounds.
         """
-        return self.law.elbo(self.check(pixel_values), k, generator)
+        return self.dequantized.elbo(self.check(pixel_values), k, generator)
 
     def iwbo(self, pixel_values: Tensor, k: int, generator: torch.Generator | None = None) -> Estimate:
         """``E log 1/k sum_i p(v_i) / q(v_i | x)`` in nats: a lower bound in expectation."""
-        return self.law.iwbo(self.check(pixel_values), k, generator)
+        return self.dequantized.iwbo(self.check(pixel_values), k, generator)
 
     def exact_log_prob(self, pixel_values: Tensor) -> Tensor:
         """Exact log-likelihood in nats, where the model has one.
@@ -125,19 +182,31 @@ class DflowImageModel(PreTrainedModel):
         Raises:
             InputError: it has none.
         """
+        if self.exact:
+            return self.log_prob(pixel_values)
         x = self.check(pixel_values)
         try:
-            return self.law.exact_log_prob(x)
+            return self.dequantized.exact_log_prob(x)
         except ValueError as error:
             raise InputError(str(error)) from None
 
     @torch.no_grad()
     def generate(self, num_return_sequences: int = 1, generator: torch.Generator | None = None) -> Tensor:
-        """Exact draws ``(n, C, H, W)``; on hypercubes one may lie outside the levels of the data."""
+        """Exact draws ``(n, C, H, W)``; but on orthants one may lie outside the levels of the data."""
         if num_return_sequences < 1:
             raise InputError(f"cannot draw {num_return_sequences} samples; ask for 1 or more")
-        x = self.law.sample(num_return_sequences, generator)
+        x = self.law.sample(num_return_sequences, generator=generator)
         return x.view(len(x), *self.config.shape)
+
+    @torch.no_grad()
+    def round_trip(self, pixel_values: Tensor) -> bool:
+        """Whether an integer flow gives back every value from the latents of all its levels.
+
+        Raises:
+            InputError: a dequantized model; values as in `elbo`.
+        """
+        x = self.check(pixel_values).long()
+        return torch.equal(_there_and_back(self.distribution, x), x)
 
     def check(self, x: Tensor) -> Tensor:
         """``x`` flat, ``(batch, dim)``, or an `InputError`."""
@@ -163,6 +232,17 @@ class DflowImageModel(PreTrainedModel):
                 "this model was trained on"
             )
         return x
+
+
+def _there_and_back(law: Distribution, x: Tensor) -> Tensor:
+    if isinstance(law, Flow):
+        z, _ = law.transform(x)
+        return law.bijector.inverse(_there_and_back(law.base, z))[0]
+    if isinstance(law, Split):
+        (kept, _), (rest, _) = law.parts(x)
+        back = x.new_empty(x.shape).index_copy(1, law.kept_index, _there_and_back(law.base, kept))
+        return back.index_copy(1, law.rest_index, _there_and_back(law.conditional, rest))
+    return x
 
 
 AutoConfig.register("dflow-image", DflowImageConfig)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -10,12 +12,13 @@ from dflow.nn.flat import check_levels, check_sizes, flat_input, zero_
 
 
 class DenseNet(nn.Module):
-    """Each layer adds channels, computed from all channels before it: 1x1, SiLU, 3x3, SiLU.
+    """Each layer adds channels, computed from all channels before it: 1x1, activation, 3x3, activation.
 
     Input and output are flat rows in the order C, H, W. At a size of (1, 1), a vector of numbers, the
     convolutions are products of matrices.
 
-    Source: Hoogeboom et al. 2019, arXiv 1905.07376 (integer discrete flows; ReLU there).
+    Source: Hoogeboom et al. 2019, arXiv 1905.07376 (integer discrete flows: ReLU, no norm); van den Berg et
+    al. 2021, arXiv 2006.12459 (IDF++: SiLU and group norm).
 
     Args:
         in_channels: channels of the input.
@@ -27,9 +30,13 @@ class DenseNet(nn.Module):
         context_channels: of the context, flat rows of the same size; 0 for none.
         levels: values 0..levels-1 of the input are spread over -1..1; None leaves it as it is.
         zero_head: start with an output of zeros (the identity, for the parameters of a bijector).
+        activation: "silu", or "relu": then it needs nothing but products, sums and maxima.
+        norm: before each activation: "none", or "group", over groups of 16 channels or more where there
+            are so many, at all places.
 
     Raises:
-        ValueError: a size below 1, fewer hidden channels than layers, fewer than 2 levels.
+        ValueError: a size below 1, fewer hidden channels than layers, fewer than 2 levels, an unknown
+            activation or norm, a norm of a single number.
     """
 
     def __init__(
@@ -44,9 +51,13 @@ class DenseNet(nn.Module):
         context_channels: int = 0,
         levels: int | None = None,
         zero_head: bool = True,
+        activation: Literal["silu", "relu"] = "silu",
+        norm: Literal["none", "group"] = "none",
     ) -> None:
         """See the class."""
         super().__init__()
+        if activation not in ("silu", "relu") or norm not in ("none", "group"):
+            raise ValueError(f"activation {activation!r} is silu or relu, and norm {norm!r} none or group")
         height, width = size
         check_sizes(in_channels=in_channels, out_channels=out_channels, height=height, width=width)
         check_sizes(num_params=num_params, depth=depth)
@@ -54,15 +65,16 @@ class DenseNet(nn.Module):
             raise ValueError(f"hidden_size {hidden_size} is less than a channel for each of {depth} layers")
         self.size, self.num_params, self.levels = (height, width), num_params, check_levels(levels)
         self.sizes = (in_channels * height * width, context_channels * height * width)
+        self.activation, self.norm = activation, norm
         channels, layers = in_channels + context_channels, []
         for i in range(depth):
             growth = hidden_size * (i + 1) // depth - hidden_size * i // depth
             layers.append(
                 nn.Sequential(
                     self._product(channels, channels, 1),
-                    nn.SiLU(),
+                    *self._active(channels),
                     self._product(channels, growth, 3),
-                    nn.SiLU(),
+                    *self._active(growth),
                 )
             )
             channels += growth
@@ -75,6 +87,16 @@ class DenseNet(nn.Module):
         if self.size == (1, 1):
             return nn.Linear(inputs, outputs)
         return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
+
+    def _active(self, channels: int) -> list[nn.Module]:
+        """What follows a product."""
+        active: nn.Module = nn.SiLU() if self.activation == "silu" else nn.ReLU()
+        if self.norm == "none":
+            return [active]
+        groups = next(n for n in range(max(1, channels // 16), 0, -1) if channels % n == 0)
+        if channels // groups * self.size[0] * self.size[1] == 1:
+            raise ValueError("norm 'group' of a single number is 0; use norm 'none'")
+        return [nn.GroupNorm(groups, channels), active]
 
     def forward(self, x: Tensor, context: Context = None) -> Tensor:
         """Parameters ``(batch, out_channels * H * W, num_params)``: what a bijector or a law asks for.

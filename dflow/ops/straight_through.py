@@ -19,6 +19,17 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     return hard + (soft - soft.detach()).to(hard.dtype)
 
 
+def round_(x: Tensor) -> Tensor:
+    """The nearest integers, halves to the even one, with the gradient of the identity.
+
+    Source: Hoogeboom et al. 2019, arXiv 1905.07376.
+
+    >>> round_(torch.tensor([0.5, 1.5, -2.6]))
+    tensor([ 0.,  2., -3.])
+    """
+    return straight_through(x.detach().round(), x)
+
+
 class StraightThrough:
     """Straight-through arg-max, shared by the layers of one model so that one schedule moves them all.
 

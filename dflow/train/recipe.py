@@ -72,7 +72,10 @@ class TrainConfig:
         "elbo",
         "iwbo",
         "renyi",
-    ] = setting("auto", "training rule; auto takes the best for the model (of images: elbo)")
+    ] = setting(
+        "auto",
+        "training rule; auto takes the best for the model (of images: elbo, or likelihood where it is exact)",
+    )
     draws: int = setting(1, "draws of the dequantizer for each datum, of rules elbo, iwbo and renyi")
     alpha: float = setting(-math.inf, "order of rule renyi; -inf is VR-max")
     temperature: Schedule = field(
@@ -217,9 +220,11 @@ def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
     if family in zoo.IMAGES:
         images = parse(ImageConfig, sections.data, f"{where}: data")
         found = zoo.settings(family, model, f"{where}: model")
-        if train.rule not in ("auto", *IMAGE_RULES):
+        rules = EXACT_RULES if found.exact else IMAGE_RULES
+        if train.rule not in ("auto", *rules):
             raise InputError(
-                f"{where}: train.rule {train.rule!r} trains models of text; use {', '.join(IMAGE_RULES)}"
+                f"{where}: train.rule {train.rule!r} trains no model of family {family!r}; "
+                f"use {', '.join(rules)}"
             )
         return Recipe(images, family, found, train, output, paper)
     if train.rule in IMAGE_RULES:
@@ -237,8 +242,8 @@ def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
     return Recipe(data, family, config, train, output, paper)
 
 
-#: Rules for models of images and tables.
-IMAGE_RULES = ("elbo", "iwbo", "renyi")
+#: Rules for models of images and tables: with bounds, or with an exact likelihood.
+IMAGE_RULES, EXACT_RULES = ("elbo", "iwbo", "renyi"), ("likelihood",)
 
 
 def recipe_of(folder: str | Path) -> Recipe:

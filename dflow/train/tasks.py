@@ -102,7 +102,8 @@ class Task(ABC):
 def task_of(recipe: Recipe, resume: bool) -> Task:
     """The task that a recipe describes, with its data read and its model built."""
     if isinstance(recipe.data, ImageConfig):
-        return _Images(recipe, load_images(recipe.data))
+        task = _Exact if recipe.model.exact else _Bounded
+        return task(recipe, load_images(recipe.data))
     return _Text(recipe, load(recipe.data, Tokenizer.load(recipe.output) if resume else None))
 
 
@@ -225,7 +226,7 @@ class _Text(Task):
 
 
 class _Images(Task):
-    """Integers under a density: bounds of the likelihood."""
+    """Images or a table of integers."""
 
     model: hf.DflowImageModel
 
@@ -240,25 +241,21 @@ class _Images(Task):
             if asked and asked != found:
                 raise InputError(f"model.{name} is {asked} and the data's is {found}; leave it out")
         # What the data decide is kept in the recipe, so that it tells the whole.
-        settings: zoo.DequantizedConfig = replace(recipe.model, **of_data)
-        self.recipe, self.images = replace(recipe, model=settings), images
+        self.settings: zoo.ValuesConfig = replace(recipe.model, **of_data)
+        self.recipe, self.images = replace(recipe, model=self.settings), images
         torch.manual_seed(config.seed)
-        self.model = hf.DflowImageModel(hf.DflowImageConfig(family=recipe.family, **asdict(settings)))
-        self.bound = objectives.bound_of(config.rule, config.draws, config.alpha)
-        self.rule = self.bound.name
+        self.model = hf.DflowImageModel(hf.DflowImageConfig(family=recipe.family, **asdict(self.settings)))
         chunks = _EVAL_ROWS if config.eval_chunks is None else config.eval_chunks
         self.rows = images.valid.subset(chunks or images.valid.num_rows)
-        self.check = objectives.guaranteed(self.bound, config.eval_draws)
-        self.kind = f"bound: {self.check.name}"
         self.total = images.unit == "bits"
         self.unit = images.unit
         self.short, self.things = ("bits", "rows") if self.total else ("bits/dim", "dims")
-        self.objective = objectives.BoundObjective(self.model.law, self.bound)
-        # A Gaussian of many entries needs many rows; layers of a flow are set channel by channel.
-        entries = _INITIAL if isinstance(self.model.law.density, Gaussian) else _INITIAL_FLOW
+
+    def first(self, entries: int) -> Tensor:
+        """Rows from which the model starts: a batch, or as many as have so many entries."""
+        config, images = self.recipe.train, self.images
         rows = max(config.batch_size, min(_INITIAL_ROWS, entries // images.dim))
-        x, _ = images.train.crops(rows, images.dim, torch.Generator().manual_seed(config.seed))
-        objectives.initialize(self.model.law, x, torch.Generator().manual_seed(config.seed))
+        return images.train.crops(rows, images.dim, torch.Generator().manual_seed(config.seed))[0]
 
     def batch(self, seed: int) -> Batch:
         generator = torch.Generator().manual_seed(seed)
@@ -273,20 +270,26 @@ class _Images(Task):
     def save(self, folder: Path) -> None:
         return
 
+    @abstractmethod
+    def about(self) -> str:
+        """The model, in words."""
+
     def describe(self) -> str:
-        images, model = self.images, self.recipe.model
+        images = self.images
         parameters = sum(p.numel() for p in self.model.parameters())
         return (
-            f"{model.dequantizer} dequantizer on {model.partition}s, {model.density} density: "
-            f"{parameters:,} parameters, rule {self.rule}\n"
+            f"{self.about()}: {parameters:,} parameters, rule {self.rule}\n"
             f"{images.name} {'x'.join(map(str, images.shape))}: {images.train.amount}"
         )
+
+    def passes(self) -> int:
+        """How often the rows of an evaluation are gone through."""
+        return 1
 
     def valid(self, device: torch.device, rank: int, world: int) -> tuple[Iterator[Batch], float]:
         config, rows = self.recipe.train, self.rows
         limit = rows.num_rows
-        # Where these are few, they are gone through again, each time with other noise.
-        total = limit if config.eval_chunks else limit * -(-_EVAL_ROWS // limit)
+        total = limit * self.passes()
         size = max(1, config.batch_size // world, _EVAL_ENTRIES // self.images.dim)
         # The same noise at every evaluation, so that two of them compare.
         self.noise = torch.Generator(device).manual_seed(mix(config.seed, rank))
@@ -297,29 +300,53 @@ class _Images(Task):
 
         return batches(), float(total if self.total else total * self.images.dim)
 
-    def nats(self, model: hf.DflowImageModel, batch: Batch) -> Tensor:
-        # At once no more draws than a step of the training holds.
-        found = model.law.assess(batch[0], self.check.k, self.bound.k, self.noise)
-        return -(found.iwbo if isinstance(self.check, Iwbo) else found.elbo).sum()
-
     def show(self, model: hf.DflowImageModel, step: int, device: torch.device) -> Iterator[str]:
         config, images = self.recipe.train, self.images
         generator = torch.Generator(device).manual_seed(config.seed)
         if images.shape[1:] == (1, 1):
-            for row in model.law.sample(config.samples, generator).tolist():
+            for row in model.law.sample(config.samples, generator=generator).tolist():
                 yield f"  | {row}"
             return
         folder = self.recipe.output / "samples"
         folder.mkdir(exist_ok=True)
         levels = images.levels if isinstance(images.levels, int) else 2
         # A draw may lie outside what a picture can show.
-        x = model.law.sample(max(config.samples, _PICTURES), generator).clamp(0, levels - 1).cpu()
+        x = model.law.sample(max(config.samples, _PICTURES), generator=generator).clamp(0, levels - 1).cpu()
         path = folder / f"{step:07d}.png"
         files.write(path, pictures.grid(x, images.shape, levels))
         yield f"  | {path}"
 
+
+class _Bounded(_Images):
+    """Integers under a density: bounds of the likelihood."""
+
+    def __init__(self, recipe: Recipe, images: ImageSet) -> None:
+        super().__init__(recipe, images)
+        config, law = recipe.train, self.model.dequantized
+        self.bound = objectives.bound_of(config.rule, config.draws, config.alpha)
+        self.rule = self.bound.name
+        self.check = objectives.guaranteed(self.bound, config.eval_draws)
+        self.kind = f"bound: {self.check.name}"
+        self.objective = objectives.BoundObjective(law, self.bound)
+        # A Gaussian of many entries needs many rows; layers of a flow are set channel by channel.
+        x = self.first(_INITIAL if isinstance(law.density, Gaussian) else _INITIAL_FLOW)
+        objectives.initialize(law, x, torch.Generator().manual_seed(config.seed))
+
+    def about(self) -> str:
+        model = cast(zoo.DequantizedConfig, self.settings)
+        return f"{model.dequantizer} dequantizer on {model.partition}s, {model.density} density"
+
+    def passes(self) -> int:
+        # Where rows are few, they are gone through again, each time with other noise.
+        return 1 if self.recipe.train.eval_chunks else -(-_EVAL_ROWS // self.rows.num_rows)
+
+    def nats(self, model: hf.DflowImageModel, batch: Batch) -> Tensor:
+        # At once no more draws than a step of the training holds.
+        found = model.dequantized.assess(batch[0], self.check.k, self.bound.k, self.noise)
+        return -(found.iwbo if isinstance(self.check, Iwbo) else found.elbo).sum()
+
     def closed_form(self, model: hf.DflowImageModel) -> Any:
-        return objectives.gaussian(model.law)
+        return objectives.gaussian(model.dequantized)
 
     def momentum(self, step: int, fraction: float) -> float:
         momentum, dequantizer = self.recipe.train.base_momentum, self.model.law.dequantizer
@@ -328,6 +355,25 @@ class _Images(Task):
         # A dequantizer that still moves has moments of yesterday, and in the end it hardly does: the window
         # grows with the training.
         return min(momentum, 1 - 1 / (32 + step * (1 + 2 * fraction) / 4))
+
+
+class _Exact(_Images):
+    """Integers under an integer flow: the likelihood itself."""
+
+    rule, kind = "likelihood", "exact"
+
+    def __init__(self, recipe: Recipe, images: ImageSet) -> None:
+        super().__init__(recipe, images)
+        law = self.model.distribution
+        self.objective = objectives.ExactObjective(law)
+        objectives.initialize_integers(law, self.first(_INITIAL_FLOW))
+
+    def about(self) -> str:
+        model = cast(zoo.IntegerConfig, self.settings)
+        return f"integer flow of {model.num_levels} levels of {model.num_flows} couplings"
+
+    def nats(self, model: hf.DflowImageModel, batch: Batch) -> Tensor:
+        return -model.log_prob(batch[0]).double().sum()
 
 
 #: Chunks of text, and rows of images, of an evaluation during training where none is asked for.

@@ -1,19 +1,22 @@
 """Models by name: a settings dataclass a family, and the builder that turns it into a model.
 
 This is the only floor that reads settings of a model; what lies below takes named arguments. Families of
-symbols (text) are in `dflow.zoo.text`, those of images and tables in `dflow.zoo.images`.
+symbols (text) are in `dflow.zoo.text`, those of images and tables in `dflow.zoo.images` (dequantized) and
+`dflow.zoo.integer` (exact).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from dflow.config import InputError, nearest, parse
 from dflow.core import Distribution
 from dflow.dequantize import Dequantized
-from dflow.zoo import images, text
+from dflow.zoo import images, integer, text
 from dflow.zoo.images import DequantizedConfig
+from dflow.zoo.integer import IntegerConfig
 from dflow.zoo.settings import setting
 from dflow.zoo.text import (
     MASKS,
@@ -26,14 +29,18 @@ from dflow.zoo.text import (
     strides,
     walk,
 )
+from dflow.zoo.values import ValuesConfig
 
 #: Families over symbols.
 FAMILIES = text.FAMILIES
 #: Families over images and tables.
-IMAGES = images.FAMILIES
+IMAGES: dict[str, tuple[type[ValuesConfig], Callable[[Any], Dequantized | Distribution]]] = {
+    **images.FAMILIES,
+    **integer.FAMILIES,
+}
 
 #: Settings of some family.
-Settings = ModelConfig | DequantizedConfig
+Settings = ModelConfig | ValuesConfig
 
 __all__ = [
     "FAMILIES",
@@ -42,8 +49,10 @@ __all__ = [
     "AnyOrderConfig",
     "DequantizedConfig",
     "GroupedConfig",
+    "IntegerConfig",
     "ModelConfig",
     "Settings",
+    "ValuesConfig",
     "blocks",
     "build",
     "build_image",
@@ -74,8 +83,8 @@ def build(family: str, config: ModelConfig, K: int) -> Distribution:
     return FAMILIES[family][1](config, K)
 
 
-def build_image(family: str, config: DequantizedConfig) -> Dequantized:
-    """The model of images or tables that ``config`` describes."""
+def build_image(family: str, config: ValuesConfig) -> Dequantized | Distribution:
+    """The model of images or tables that ``config`` describes: a distribution where the family is exact."""
     return IMAGES[family][1](config)
 
 

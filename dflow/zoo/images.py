@@ -5,9 +5,8 @@ Tensors are flat, ``(batch, C*H*W)`` in C, H, W order; networks and 1x1 convolut
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
@@ -36,27 +35,13 @@ from dflow.nn.densenet import DenseNet
 from dflow.nn.masked_conv import MaskedConv
 from dflow.nn.perceptron import Perceptron
 from dflow.zoo.settings import setting
-
-Shape = tuple[int, int, int]
+from dflow.zoo.values import MISSING, Shape, ValuesConfig, asked
 
 
 @dataclass
-class DequantizedConfig:
+class DequantizedConfig(ValuesConfig):
     """Discrete data under a density p(v), by a dequantizer q(v | x) on the cells of a partition."""
 
-    shape: list[int] = field(
-        default_factory=list, metadata={"help": "channels, height, width (default: those of the data)"}
-    )
-    levels: list[int | None] = field(
-        default_factory=list,
-        metadata={
-            "help": "values of an entry, one number or one a column; null: real (default: of the data)"
-        },
-    )
-    lowest: list[int | None] = field(
-        default_factory=list,
-        metadata={"help": "smallest value of an entry, in the same way (default: of the data)"},
-    )
     partition: Literal["hypercube", "orthant"] = setting(
         "hypercube", "cells: hypercube [x, x + 1); orthant, above or below 1/2, for binary data"
     )
@@ -103,16 +88,7 @@ class DequantizedConfig:
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, found {getattr(self, name)}")
-        if self.shape and (len(self.shape) != 3 or min(self.shape) < 1):
-            raise InputError(f"shape must be channels, height and width, found {self.shape}")
-        if self.shape and len(self.levels) not in (0, 1, prod(self.shape)):
-            raise InputError(f"levels must be one number, or {prod(self.shape)}, found {len(self.levels)}")
-        if self.shape and len(self.lowest) not in (0, len(self.levels)):
-            raise InputError(
-                f"lowest must be as many as levels, {len(self.levels)}, found {len(self.lowest)}"
-            )
-        if any(n is not None and n < 1 for n in self.levels):
-            raise InputError(f"levels must be at least 1, found {self.levels}")
+        super().__post_init__()
         if self.levels and all(n is None for n in self.levels):
             raise InputError(
                 "every column is real, so there is nothing to dequantize: give data with a discrete column"
@@ -138,20 +114,6 @@ class DequantizedConfig:
             raise InputError(f"num_levels {self.num_levels} leave less than two of {self.dim} entries")
 
     @property
-    def dim(self) -> int:
-        """Entries of one datum."""
-        return prod(self.shape) if self.shape else 0
-
-    @property
-    def ranges(self) -> list[tuple[int, int] | None]:
-        """Smallest and largest value of each entry; None of a real one."""
-        lowest = self.lowest or [0]
-        lows = lowest if len(lowest) == self.dim else lowest * self.dim
-        levels = self.levels if len(self.levels) == self.dim else self.levels * self.dim
-        pairs = zip(lows, levels, strict=True)
-        return [None if low is None or n is None else (low, low + n - 1) for low, n in pairs]
-
-    @property
     def discrete(self) -> Tensor:
         """Bool ``(dim,)``: whether an entry is discrete."""
         return torch.tensor([r is not None for r in self.ranges])
@@ -160,9 +122,7 @@ class DequantizedConfig:
 def dequantized(config: DequantizedConfig) -> Dequantized:
     """Hoogeboom, Cohen and Tomczak 2020 (arXiv 2001.11235)."""
     if not config.shape or not config.levels:
-        raise InputError(
-            "shape and levels are missing; they are those of the data that the model is trained on"
-        )
+        raise InputError(MISSING)
     partition = _partition(config)
     density = _density(config)
     return Dequantized(density, _dequantizer(config, partition, density))
@@ -244,15 +204,6 @@ def _shape(config: DequantizedConfig) -> Shape:
     return (config.dim, 1, 1) if config.conditioner == "perceptron" else (channels, height, width)
 
 
-@contextmanager
-def _asked(setting: str) -> Iterator[None]:
-    """A size that a network refuses is a setting that the user gave."""
-    try:
-        yield
-    except ValueError as error:
-        raise InputError(f"{setting}: {error}") from None
-
-
 #: (input shape, output channels, params an entry, context channels, zero head) -> network.
 _Net = Callable[..., DenseNet | Perceptron]
 
@@ -272,7 +223,7 @@ def _net(config: DequantizedConfig, of_dequantizer: bool = False) -> _Net:
                 hidden_size=hidden, num_layers=layers, context_features=context * height * width,
                 zero_head=zero_head,
             )  # fmt: skip
-        with _asked("dequantizer_hidden_size" if of_dequantizer else "hidden_size"):
+        with asked("dequantizer_hidden_size" if of_dequantizer else "hidden_size"):
             return DenseNet(
                 channels, out, (height, width), num_params=num_params, hidden_size=hidden, depth=layers,
                 context_channels=context, zero_head=zero_head,
@@ -357,7 +308,7 @@ def _dequantizer(config: DequantizedConfig, partition: Partition, density: Distr
         family = Affine(1.0) if config.dequantizer_elementwise == "affine" else Spline(config.spline_bins)
         for i in range(config.dequantizer_flows):
             layers += [Permute(torch.arange(discrete - 1, -1, -1))] * (i > 0)
-            with _asked("dequantizer_hidden_size"):
+            with asked("dequantizer_hidden_size"):
                 conv = MaskedConv(
                     entries, family.num_params, hidden_size=config.dequantizer_hidden_size,
                     depth=config.dequantizer_hidden_layers, context_channels=config.context_size,

@@ -1,0 +1,254 @@
+"""Discretized logistic laws on the integers: of independent entries, mixtures, and conditional ones."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dflow.core import Context, Distribution
+
+#: Where log scales are held. Below, a bin away from loc has less than exp(-80000) of the mass.
+LEAST, MOST = -12.0, 30.0
+
+#: Scale of a logistic law over its standard deviation.
+PER_DEVIATION = math.sqrt(3) / math.pi
+
+
+def log_mass(x: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
+    """``log(sigmoid(b) - sigmoid(a))``, a and b the edges ``(x -+ 1/2 - loc) / scale`` of the bin of ``x``.
+
+    Computed as ``log sigmoid(b) + log sigmoid(-a) + log(1 - exp(-1 / scale))``, the same number: nothing
+    cancels in either tail or at any scale, and gradients are finite. Floats; ``log_scale`` counts as
+    -12 where it lies below, and as 30 where it lies above.
+
+    >>> log_mass(torch.tensor([0.0, 100.0, -1000.0]), torch.tensor(0.0), torch.tensor(0.0))
+    tensor([  -1.4068,  -99.9587, -999.9587])
+    """
+    rate = torch.exp(-log_scale.clamp(LEAST, MOST))
+    centred = x - loc
+    upper, lower = (centred + 0.5) * rate, (centred - 0.5) * rate
+    return F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(-rate))
+
+
+class Logistics(Distribution):
+    """What the laws here have in common: independent entries, each a discretized logistic law or a mixture.
+
+    ``P(x) = prod_i sum_m w_im (sigmoid((x_i + 1/2 - loc_im) / s_im) - sigmoid((x_i - 1/2 - loc_im) / s_im))``
+
+    It sums to 1 over all integers, not over the range of the data. What is learned, ``r`` and ``q``, is
+    relative to buffers that belong to each entry: ``loc = centre + unit * (r + r0)`` and ``log s = log unit +
+    q - log components``; `initialize` sets the buffers from data. ``r0`` are the quantiles of a standard
+    logistic law at the middles of as many equal parts as there are components, 0 of one: where all that is
+    learned is 0 they lie side by side.
+
+    Source: Hoogeboom et al. 2019, arXiv 1905.07376; Salimans et al. 2017, arXiv 1701.05517 (mixtures).
+
+    Args:
+        dim: number of entries.
+        components: of a mixture; 1 is a single logistic.
+        centre: floats ``()`` or ``(dim,)``; default 0.
+        unit: positive, in the same way; default 1.
+
+    Raises:
+        ValueError: dim or components below 1, a centre or unit of another shape or not finite, a unit that is
+            not positive.
+    """
+
+    centre: Tensor
+    unit: Tensor
+
+    def __init__(
+        self, dim: int, components: int = 1, centre: Tensor | None = None, unit: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        for name, value in (("dim", dim), ("components", components)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, found {value}")
+        self.dim, self.components = dim, components
+        for name, given, default in (("centre", centre, 0.0), ("unit", unit, 1.0)):
+            found = torch.tensor(default) if given is None else given
+            if found.shape not in ((), (dim,)) or not found.isfinite().all():
+                raise ValueError(f"{name} must be finite, () or ({dim},), found {found.tolist()}")
+            if name == "unit" and not (found > 0).all():
+                raise ValueError(f"unit must be positive, found {found.tolist()}")
+            self.register_buffer(name, found.to(torch.get_default_dtype()).expand(dim).clone())
+
+    def extra_repr(self) -> str:
+        """For ``repr``."""
+        return f"dim={self.dim}, components={self.components}"
+
+    @property
+    def num_params(self) -> int:
+        """Numbers that are learned of each entry, or come from the net."""
+        return 2 if self.components == 1 else 3 * self.components
+
+    @abstractmethod
+    def _raw(self, context: Context) -> Tensor:
+        """All r, all q and, of a mixture, all logits of weights: ``(n, dim, num_params)``."""
+
+    def params(self, context: Context = None) -> tuple[Tensor, ...]:
+        """What the law is made of, at least float32.
+
+        ``(loc, log_scale)``, each ``(n, dim)``; of a mixture ``(loc, log_scale, log_weights)``, each
+        ``(n, dim, components)``, the weights adding up to 1. n is the batch of the context, or 1.
+        """
+        raw = self._raw(context)
+        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        centre, unit = self.centre.to(raw.dtype), self.unit.to(raw.dtype)
+        if self.components == 1:
+            r, q = raw.unbind(-1)
+            return centre + unit * r, q + unit.log()
+        r, q, logits = raw.unflatten(-1, (3, self.components)).unbind(-2)
+        parts = torch.arange(self.components, dtype=raw.dtype, device=raw.device)
+        r = r + torch.logit((parts + 0.5) / self.components)
+        centre, unit = centre[:, None], unit[:, None]
+        return centre + unit * r, q + torch.log(unit / self.components), torch.log_softmax(logits, -1)
+
+    def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
+        """Exact log-likelihood in nats, ``(batch,)``, summed in float64.
+
+        Args:
+            x: int64 ``(batch, dim)``, or floats that hold integers; differentiable in the latter too.
+            context: what the net of a conditional law is called with.
+
+        Returns:
+            In the dtype of ``x`` if that is floating, else in that of the params.
+
+        Raises:
+            ValueError: an ``x`` that is neither, or of another shape, or a context of another batch.
+        """
+        if x.ndim != 2 or x.shape[1] != self.dim or not (x.is_floating_point() or x.dtype == torch.int64):
+            raise ValueError(
+                f"expected int64 or floating (batch, {self.dim}), found {x.dtype} {tuple(x.shape)}"
+            )
+        loc, log_scale, *log_weights = self.params(context)
+        if len(loc) not in (1, len(x)):
+            raise ValueError(f"x has {len(x)} rows, the context {len(loc)}")
+        entries = x.to(torch.promote_types(loc.dtype, x.dtype) if x.is_floating_point() else loc.dtype)
+        if not log_weights:
+            terms = log_mass(entries, loc, log_scale)
+        else:
+            terms = torch.logsumexp(log_mass(entries[..., None], loc, log_scale) + log_weights[0], -1)
+        return terms.sum(-1, dtype=torch.float64).to(x.dtype if x.is_floating_point() else loc.dtype)
+
+    @torch.no_grad()
+    def sample(self, n: int, context: Context = None, generator: torch.Generator | None = None) -> Tensor:
+        """``n`` exact draws, int64 ``(n, dim)``, one a row of the context: logistic draws, rounded."""
+        loc, log_scale, *log_weights = self.params(context)
+        if len(loc) not in (1, n):
+            raise ValueError(f"{n} draws asked of a context of {len(loc)} rows")
+        shape = (n, *loc.shape[1:])
+        if log_weights:
+            # The first of exponential clocks that run as fast as the weights say.
+            clocks = torch.empty(shape, dtype=torch.float64, device=loc.device)
+            chosen = (log_weights[0] - clocks.exponential_(generator=generator).log()).argmax(
+                -1, keepdim=True
+            )
+            loc, log_scale = (v.expand(shape).gather(-1, chosen).squeeze(-1) for v in (loc, log_scale))
+        u = torch.rand(n, self.dim, dtype=torch.float64, device=loc.device, generator=generator)
+        scale = log_scale.double().clamp(LEAST, MOST).exp()
+        return (loc + scale * torch.logit(u, 2.0**-54)).round().to(torch.int64)
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Set centre and unit to the mean of each entry of ``x`` ``(n, dim)`` and its logistic scale.
+
+        A unit is at least a quarter, and a sixteenth of what it was: an entry may be constant in a few rows.
+        """
+        variance, mean = torch.var_mean(x.double(), 0, correction=0)
+        least = (self.unit.double() / 16).clamp_min(0.25)
+        self.centre.copy_(mean)
+        self.unit.copy_(torch.maximum(variance.sqrt() * PER_DEVIATION, least))
+
+
+class LogisticMixture(Logistics):
+    """Independent entries, each a mixture of discretized logistic laws; see `Logistics`.
+
+    Args:
+        dim: number of entries.
+        components: of each.
+        classes: int64 ``(dim,)``, the class of each entry, whose entries share what is learned; default one
+            class an entry.
+        centre: see `Logistics`.
+        unit: see `Logistics`.
+
+    Raises:
+        ValueError: as of `Logistics`; classes of another shape or dtype, or negative.
+    """
+
+    classes: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        components: int,
+        classes: Tensor | None = None,
+        centre: Tensor | None = None,
+        unit: Tensor | None = None,
+    ) -> None:
+        super().__init__(dim, components, centre, unit)
+        classes = torch.arange(dim) if classes is None else classes.clone()
+        if classes.shape != (dim,) or classes.dtype != torch.int64 or int(classes.min()) < 0:
+            raise ValueError(
+                f"classes must be int64 ({dim},) and not negative, found {classes.dtype} {classes.tolist()}"
+            )
+        self.register_buffer("classes", classes)
+        self.raw = nn.Parameter(torch.zeros(int(classes.max()) + 1, self.num_params))
+
+    def _raw(self, context: Context) -> Tensor:
+        return self.raw[self.classes][None]
+
+
+class Logistic(LogisticMixture):
+    """Independent entries, each a discretized logistic law: a `LogisticMixture` of one component."""
+
+    def __init__(
+        self,
+        dim: int,
+        classes: Tensor | None = None,
+        centre: Tensor | None = None,
+        unit: Tensor | None = None,
+    ) -> None:
+        super().__init__(dim, 1, classes, centre, unit)
+
+
+class ConditionalLogistic(Logistics):
+    """Entries independent given the context, each a discretized logistic law or a mixture; see `Logistics`.
+
+    The net is called with the context, or with the items of a tuple; it returns ``(batch, dim, num_params)``,
+    r and q; or all r, all q, all logits of a mixture. Inside a `Split` the first item is the kept entries.
+
+    Raises:
+        ValueError: as of `Logistics`; no context, or a net that answers in another shape.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        dim: int,
+        components: int = 1,
+        centre: Tensor | None = None,
+        unit: Tensor | None = None,
+    ) -> None:
+        super().__init__(dim, components, centre, unit)
+        self.net = net
+
+    def _raw(self, context: Context) -> Tensor:
+        if context is None:
+            raise ValueError("a conditional law needs a context")
+        found: Tensor = self.net(*context) if isinstance(context, tuple) else self.net(context)
+        expected = (self.dim, self.num_params)
+        if found.ndim != 3 or found.shape[1:] != expected:
+            raise ValueError(
+                f"the net gave params of shape {tuple(found.shape)}, expected (batch, *{expected})"
+            )
+        return found
+
+    @property
+    def num_calls(self) -> int:
+        """One."""
+        return 1

@@ -1,0 +1,188 @@
+"""Integer flows of images and tables: exact likelihoods, fit for lossless compression.
+
+Tensors are flat, ``(batch, C*H*W)`` in C, H, W order; networks reshape inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dflow.bijectors import Chain, Coupling, Inverse, Permute, squeeze
+from dflow.config import InputError
+from dflow.core import Bijector, Context, Distribution
+from dflow.distributions import ConditionalLogistic, LogisticMixture
+from dflow.elementwise import IntegerShift
+from dflow.flows import Flow, Split
+from dflow.nn.densenet import DenseNet
+from dflow.zoo.settings import setting
+from dflow.zoo.values import MISSING, Shape, ValuesConfig, asked
+
+#: float32 still tells apart the halves of integers up to here.
+_LARGEST = 1 << 22
+
+
+@dataclass
+class IntegerConfig(ValuesConfig):
+    """Integers under a bijection of the integers and discretized logistic laws."""
+
+    exact: ClassVar[bool] = True
+
+    num_levels: int = setting(3, "levels; half of the channels are factored out between two")
+    num_flows: int = setting(8, "couplings of a level")
+    split: Literal["quarter", "half"] = setting(
+        "quarter", "channels that a coupling moves: quarter (it knows three quarters), half"
+    )
+    permute: Literal["kept", "inverted"] = setting(
+        "kept", "random permutation of channels before a coupling: kept; inverted, undone after it (IDF++)"
+    )
+    rezero: bool = setting(False, "a learned factor before each translation, at first 0 (IDF++)")
+    activation: Literal["relu", "silu"] = setting("relu", "of the networks: relu, or silu (IDF++)")
+    norm: Literal["none", "group"] = setting("none", "in the networks: none, or group (IDF++)")
+    hidden_size: int = setting(96, "width of a network")
+    num_hidden_layers: int = setting(4, "layers of a network")
+    components: int = setting(5, "logistic laws in the mixture of each entry of the last level")
+
+    def __post_init__(self) -> None:
+        for name in ("num_levels", "num_flows", "hidden_size", "num_hidden_layers", "components"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, found {getattr(self, name)}")
+        super().__post_init__()
+        if None in self.levels:
+            raise InputError(
+                f"column {self.levels.index(None)} is real, and an integer flow models integers: use family "
+                "dequantized, or data without that column"
+            )
+        ends = [abs(end) for r in self.ranges if r for end in r] if self.shape and self.levels else []
+        if max(ends, default=0) > _LARGEST:
+            raise InputError(
+                f"value {max(ends)} is larger than {_LARGEST}, from where float32 mistakes integers: "
+                "subtract a constant from the data, or divide them"
+            )
+        if self.shape and self.dim == 1:
+            raise InputError("a coupling needs two entries or more, found 1")
+
+
+def integer(config: IntegerConfig) -> Distribution:
+    """Hoogeboom et al. 2019 (arXiv 1905.07376); van den Berg et al. 2021 (arXiv 2006.12459).
+
+    ``log_prob`` is exact, for int64 and for floats that hold integers. P sums to 1 over all integers: what
+    lies outside the range of the data has some probability too. What is rounded hangs on the precision that
+    the networks compute in: a model in float64 is another law than that in float32, and as good.
+    """
+    if not config.shape or not config.levels:
+        raise InputError(MISSING)
+    ends = [r or (0, 0) for r in config.ranges]
+    # Ranges become [-1, 1): by powers of two, so that nothing is rounded.
+    offset = torch.tensor([float(low + (high - low + 1) // 2) for low, high in ends])
+    scale = torch.tensor([2.0 ** max(0, (high - low).bit_length() - 1) for low, high in ends])
+    channels, height, width = config.shape
+    generator = torch.Generator().manual_seed(_SEED)
+    return _level(config, (channels, height, width), config.num_levels, _Grid(offset, scale), generator)
+
+
+#: Of the permutations, which the checkpoint holds too.
+_SEED = 1905_07376
+
+
+class _Grid:
+    """Middle and half the range of each entry, wherever the entry is."""
+
+    def __init__(self, offset: Tensor, scale: Tensor) -> None:
+        self.offset, self.scale = offset, scale
+
+    def at(self, index: Tensor | slice) -> _Grid:
+        return _Grid(self.offset[index], self.scale[index])
+
+
+class _Net(nn.Module):
+    """A network shown integers in [-1, 1); ``t`` are the units of what it answers, ``rezero`` a factor."""
+
+    offset: Tensor
+    scale: Tensor
+    unit: Tensor
+
+    def __init__(self, net: DenseNet, known: _Grid, unit: Tensor, rezero: bool) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer("offset", known.offset.clone())
+        self.register_buffer("scale", known.scale.clone())
+        self.register_buffer("unit", unit.clone())
+        self.factor = nn.Parameter(torch.zeros(())) if rezero else None
+
+    def forward(self, x: Tensor, context: Context = None) -> Tensor:
+        out: Tensor = self.net((x.to(self.scale.dtype) - self.offset) / self.scale, context)
+        if self.factor is not None:
+            out = out * self.factor
+        return out * self.unit[:, None]
+
+
+def _level(
+    config: IntegerConfig, shape: Shape, levels: int, grid: _Grid, generator: torch.Generator
+) -> Distribution:
+    layers: list[Bijector] = []
+    if shape[1] % 2 == 0 and shape[2] % 2 == 0:
+        permutation, shape = squeeze(shape)
+        layers.append(permutation)
+        grid = grid.at(permutation.permutation)
+    if shape[0] < 2:
+        raise InputError(
+            f"{shape[1]} x {shape[2]} pixels of one channel have nothing for a coupling to know and to "
+            "move: use fewer num_levels, or data of an even height and width (data.patch, data.crop)"
+        )
+    channels, places = shape[0], shape[1] * shape[2]
+    for _ in range(config.num_flows):
+        order = torch.randperm(channels, generator=generator)
+        index = torch.arange(prod(shape)).view(channels, places)[order].flatten()
+        inner = _coupling(config, shape, grid.at(index))
+        layers += [Permute(index), inner]
+        if config.permute == "inverted":
+            layers.append(Inverse(Permute(index)))
+        else:
+            grid = grid.at(index)
+    if levels == 1:
+        base = LogisticMixture(prod(shape), config.components, None, grid.offset, grid.scale / 3)
+        return Flow(Chain(layers), base)
+    kept = channels - channels // 2
+    first, rest = grid.at(slice(kept * places)), grid.at(slice(kept * places, None))
+    inner_shape = (kept, *shape[1:])
+    net = _net(config, inner_shape, channels - kept, 2, True)
+    ones = torch.ones(len(rest.scale))
+    conditional = ConditionalLogistic(
+        _Net(net, first, ones, False), len(rest.scale), 1, rest.offset, rest.scale / 3
+    )
+    mask = torch.arange(prod(shape)) < kept * places
+    base_law = _level(config, inner_shape, levels - 1, first, generator)
+    return Flow(Chain(layers), Split(mask, conditional, base_law))
+
+
+def _coupling(config: IntegerConfig, shape: Shape, grid: _Grid) -> Coupling:
+    """The first channels known, the last ones moved."""
+    channels, places = shape[0], shape[1] * shape[2]
+    moved = max(1, channels // (4 if config.split == "quarter" else 2))
+    known = channels - moved
+    # At a factor of 0 the head has to say something, or neither would ever learn.
+    net = _net(config, (known, *shape[1:]), moved, 1, not config.rezero)
+    cut = known * places
+    wired = _Net(net, grid.at(slice(cut)), grid.scale[cut:], config.rezero)
+    return Coupling(IntegerShift(), wired, torch.arange(prod(shape)) < cut)
+
+
+def _net(config: IntegerConfig, shape: Shape, out: int, num_params: int, zero_head: bool) -> DenseNet:
+    with asked("hidden_size"):
+        return DenseNet(
+            shape[0], out, shape[1:], num_params, hidden_size=config.hidden_size,
+            depth=config.num_hidden_layers, zero_head=zero_head, activation=config.activation,
+            norm=config.norm,
+        )  # fmt: skip
+
+
+#: Families by name: the settings and the builder.
+FAMILIES: dict[str, tuple[type[ValuesConfig], Callable[[Any], Distribution]]] = {
+    "integer": (IntegerConfig, integer),
+}

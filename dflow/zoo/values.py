@@ -1,0 +1,73 @@
+"""What the families over images and tables share: the settings that are those of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from typing import ClassVar
+
+from dflow.config import InputError
+
+Shape = tuple[int, int, int]
+
+#: What a builder says of settings without data.
+MISSING = "shape and levels are missing; they are those of the data that the model is trained on"
+
+
+@dataclass
+class ValuesConfig:
+    """Shape and range of the data."""
+
+    #: Whether the family's models have an exact likelihood, or bounds of one.
+    exact: ClassVar[bool] = False
+
+    shape: list[int] = field(
+        default_factory=list, metadata={"help": "channels, height, width (default: those of the data)"}
+    )
+    levels: list[int | None] = field(
+        default_factory=list,
+        metadata={
+            "help": "values of an entry, one number or one a column; null: real (default: of the data)"
+        },
+    )
+    lowest: list[int | None] = field(
+        default_factory=list,
+        metadata={"help": "smallest value of an entry, in the same way (default: of the data)"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.shape and (len(self.shape) != 3 or min(self.shape) < 1):
+            raise InputError(f"shape must be channels, height and width, found {self.shape}")
+        if self.shape and len(self.levels) not in (0, 1, prod(self.shape)):
+            raise InputError(f"levels must be one number, or {prod(self.shape)}, found {len(self.levels)}")
+        if self.shape and len(self.lowest) not in (0, len(self.levels)):
+            raise InputError(
+                f"lowest must be as many as levels, {len(self.levels)}, found {len(self.lowest)}"
+            )
+        if any(n is not None and n < 1 for n in self.levels):
+            raise InputError(f"levels must be at least 1, found {self.levels}")
+
+    @property
+    def dim(self) -> int:
+        """Entries of one datum."""
+        return prod(self.shape) if self.shape else 0
+
+    @property
+    def ranges(self) -> list[tuple[int, int] | None]:
+        """Smallest and largest value of each entry; None of a real one."""
+        lowest = self.lowest or [0]
+        lows = lowest if len(lowest) == self.dim else lowest * self.dim
+        levels = self.levels if len(self.levels) == self.dim else self.levels * self.dim
+        pairs = zip(lows, levels, strict=True)
+        return [None if low is None or n is None else (low, low + n - 1) for low, n in pairs]
+
+
+@contextmanager
+def asked(setting: str) -> Iterator[None]:
+    """A size that a network refuses is a setting that the user gave."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"{setting}: {error}") from None
