@@ -11,6 +11,7 @@ import torch
 from cases import BASES, DIMS, alternate, build_base, counted, enumerate_all
 from torch import Tensor, nn
 
+from dflow import zoo
 from dflow.bijectors import Chain, Coupling, Permute
 from dflow.coding import Coder, LogisticTables, Tables, codec, integer_counts, logistic_tables, pop, push
 from dflow.coding.codec import logistic_steps
@@ -601,3 +602,34 @@ def test_arguments_of_the_codec_are_checked():
     with pytest.raises(ValueError, match="loc of shape"):
         logistic_steps(3, torch.zeros(2, 4), torch.zeros(2, 4))
     assert coder.to_bytes() == b""
+
+
+# Integer flows
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"permute": "kept", "split": "half", "rezero": True}, {"components": 1, "num_levels": 1}],
+    ids=["default", "half", "single"],
+)
+@torch.no_grad()
+def test_images_of_an_integer_flow_come_back_and_cost_what_the_likelihood_says(changes):
+    values = {"shape": [1, 8, 8], "levels": [256], "lowest": [0], "num_levels": 2, "num_flows": 2}
+    values |= {"hidden_size": 8, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    law = zoo.build_image("integer", zoo.settings("integer", values | changes)).double().eval()
+    for parameter in law.parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    smooth = (128 + 40 * torch.randn(6, 64).cumsum(1) / 8).round().long().clamp(0, 255)
+    # Noise and constants, which no model expects, too.
+    x = torch.cat(
+        [smooth, torch.randint(0, 256, (2, 64)), torch.zeros(1, 64).long(), torch.full((1, 64), 255)]
+    )
+    coder = Coder()
+    push(law, x, coder)
+    data = coder.to_bytes()
+    ideal = -float(law.log_prob(x).sum()) / math.log(2)
+    assert abs(8 * len(data) - ideal) < 0.002 * x.numel() + 64
+    again = Coder(data)
+    assert torch.equal(pop(law, len(x), again), x)
+    again.finish()

@@ -22,6 +22,7 @@ from dflow.coding.tables import Tables, integer_counts, logistic_tables
 from dflow.core import Context, Distribution
 from dflow.distributions import categorical
 from dflow.distributions.any_order import Walk
+from dflow.distributions.logistic import Logistics
 from dflow.distributions.sequence import SequenceCategorical
 from dflow.distributions.spectra import Spectra
 from dflow.flows import Flow, Split
@@ -200,6 +201,12 @@ def _(distribution: SequenceCategorical, n: int, context: Context) -> tuple[int,
             previous[here] = yield (first + row)[here], _rows(logits[here])
 
     return distribution.dim, chain()
+
+
+@steps.register
+def _(distribution: Logistics, n: int, context: Context) -> tuple[int, Steps]:
+    """All at once: entries are independent."""
+    return logistic_steps(n, *distribution.params(context))
 
 
 @steps.register

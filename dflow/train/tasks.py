@@ -349,7 +349,7 @@ class _Bounded(_Images):
         return objectives.gaussian(model.dequantized)
 
     def momentum(self, step: int, fraction: float) -> float:
-        momentum, dequantizer = self.recipe.train.base_momentum, self.model.law.dequantizer
+        momentum, dequantizer = self.recipe.train.base_momentum, self.model.dequantized.dequantizer
         if not isinstance(dequantizer, TruncatedNormal) and not any(True for _ in dequantizer.parameters()):
             return momentum
         # A dequantizer that still moves has moments of yesterday, and in the end it hardly does: the window
