@@ -44,7 +44,7 @@ def cell(recipe: str, paper: Paper, seed: int, given: argparse.Namespace) -> dic
     name = "-".join(s.partition("=")[2].strip("[]").replace("/", "_") for s in paper.set) or "base"
     folder = Path(given.output) / Path(recipe).stem / f"{name}-{seed}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    log, result = folder.with_suffix(".log"), folder.with_suffix(".json")
+    log, result = (folder.with_name(folder.name + suffix) for suffix in (".log", ".json"))
     settings = [*paper.set, *given.set]
     values = load_recipe(recipe, settings).as_dict()
     key = json.dumps([[values[k] for k in ("data", "model", "train")], given.draws, given.limit])
