@@ -56,7 +56,9 @@ def cell(recipe: str, paper: Paper, seed: int, given: argparse.Namespace) -> dic
     seeded = [*settings, f"train.seed={seed}", "train.trackers=[]"]
     run(["train", recipe, "--set", *seeded, "--output", str(folder), *threads], log, given.threads)
     seconds = time.monotonic() - start
-    words = ["evaluate", "--model", str(folder), "--draws", str(given.draws), *threads]
+    words = ["evaluate", "--model", str(folder), *threads]
+    if not getattr(load_recipe(recipe, settings).model, "exact", False):
+        words += ["--draws", str(given.draws)]
     words += ["--limit", str(given.limit)] if given.limit else []
     figures = json.loads(run(words, log, given.threads).splitlines()[-1])
     lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -102,7 +104,7 @@ def main() -> None:
         paper = papers[key]
 
         def mean(name: str, found: list[dict[str, object]] = found) -> str:
-            values = [float(str(f[name])) for f in found if f[name] is not None]
+            values = [float(str(f[name])) for f in found if f.get(name) is not None]
             if not values:
                 return "-"
             spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""

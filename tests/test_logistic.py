@@ -179,14 +179,26 @@ def test_a_start_from_data(components):
     x = source.sample(20_000, generator=torch.Generator().manual_seed(0))
     x = torch.cat([x, torch.stack([x[:, 0], x[:, 1] * 0], 1)])
     law.initialize(x)
-    torch.testing.assert_close(law.centre[0], torch.tensor(100.0).double(), rtol=0, atol=0.3)
-    torch.testing.assert_close(law.unit[0], torch.tensor(9.0).double(), rtol=0.03, atol=0)
+    assert law.centre.shape == law.unit.shape == (2, components)
+    torch.testing.assert_close(law.centre.mean(1)[0], torch.tensor(100.0).double(), rtol=0, atol=0.3)
+    if components == 1:
+        torch.testing.assert_close(law.unit[0, 0], torch.tensor(9.0).double(), rtol=0.03, atol=0)
+    else:
+        # Half of the second entries are 0, and the others smaller, but for a few.
+        assert law.centre[1, 2] == 0
+        assert law.unit[1, 2] == 0.25
+        assert (law.centre.diff() >= 0).all()
     better = law.log_prob(x).mean() - LogisticMixture(2, components).double().log_prob(x).mean()
     assert better > 10
     # What is constant has no scale: a sixteenth of the unit before, or a quarter.
     wide = Logistic(2, None, None, torch.tensor([64.0, 1.0]))
     wide.initialize(torch.ones(5, 2, dtype=torch.int64))
-    assert wide.unit.tolist() == [4.0, 0.25]
+    assert wide.unit.tolist() == [[4.0], [0.25]]
+    # Fewer rows than components.
+    few = LogisticMixture(1, 3)
+    few.initialize(torch.tensor([[5], [90]]))
+    assert few.centre.min() == 5
+    assert few.centre.max() == 90
     assert wide.state_dict().keys() == {"centre", "unit", "classes", "raw"}
 
 

@@ -40,18 +40,17 @@ class Logistics(Distribution):
     ``P(x) = prod_i sum_m w_im (sigmoid((x_i + 1/2 - loc_im) / s_im) - sigmoid((x_i - 1/2 - loc_im) / s_im))``
 
     It sums to 1 over all integers, not over the range of the data. What is learned, ``r`` and ``q``, is
-    relative to buffers that belong to each entry: ``loc = centre + unit * (r + r0)`` and ``log s = log unit +
-    q - log components``; `initialize` sets the buffers from data. ``r0`` are the quantiles of a standard
-    logistic law at the middles of as many equal parts as there are components, 0 of one: where all that is
-    learned is 0 they lie side by side.
+    relative to buffers of each component of each entry: ``loc = centre + unit * r`` and ``log s = log unit +
+    q``. Where all that is learned is 0, the components lie side by side: in equal parts of one logistic law,
+    or of data, by `initialize`.
 
     Source: Hoogeboom et al. 2019, arXiv 1905.07376; Salimans et al. 2017, arXiv 1701.05517 (mixtures).
 
     Args:
         dim: number of entries.
         components: of a mixture; 1 is a single logistic.
-        centre: floats ``()`` or ``(dim,)``; default 0.
-        unit: positive, in the same way; default 1.
+        centre: of the logistic law that the components start from, ``()`` or ``(dim,)``; default 0.
+        unit: its scale, in the same way; default 1.
 
     Raises:
         ValueError: dim or components below 1, a centre or unit of another shape or not finite, a unit that is
@@ -69,13 +68,17 @@ class Logistics(Distribution):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, found {value}")
         self.dim, self.components = dim, components
-        for name, given, default in (("centre", centre, 0.0), ("unit", unit, 1.0)):
-            found = torch.tensor(default) if given is None else given
+        centre = torch.tensor(0.0) if centre is None else centre
+        unit = torch.tensor(1.0) if unit is None else unit
+        for name, found in (("centre", centre), ("unit", unit)):
             if found.shape not in ((), (dim,)) or not found.isfinite().all():
                 raise ValueError(f"{name} must be finite, () or ({dim},), found {found.tolist()}")
-            if name == "unit" and not (found > 0).all():
-                raise ValueError(f"unit must be positive, found {found.tolist()}")
-            self.register_buffer(name, found.to(torch.get_default_dtype()).expand(dim).clone())
+        if not (unit > 0).all():
+            raise ValueError(f"unit must be positive, found {unit.tolist()}")
+        middles = torch.logit((torch.arange(components) + 0.5) / components)
+        centre, unit = (v.to(middles.dtype).expand(dim)[:, None] for v in (centre, unit))
+        self.register_buffer("centre", centre + unit * middles)
+        self.register_buffer("unit", (unit / components).expand_as(self.centre).clone())
 
     def extra_repr(self) -> str:
         """For ``repr``."""
@@ -98,15 +101,12 @@ class Logistics(Distribution):
         """
         raw = self._raw(context)
         raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
-        centre, unit = self.centre.to(raw.dtype), self.unit.to(raw.dtype)
-        if self.components == 1:
-            r, q = raw.unbind(-1)
-            return centre + unit * r, q + unit.log()
-        r, q, logits = raw.unflatten(-1, (3, self.components)).unbind(-2)
-        parts = torch.arange(self.components, dtype=raw.dtype, device=raw.device)
-        r = r + torch.logit((parts + 0.5) / self.components)
-        centre, unit = centre[:, None], unit[:, None]
-        return centre + unit * r, q + torch.log(unit / self.components), torch.log_softmax(logits, -1)
+        r, q, *logits = raw.unflatten(-1, (-1, self.components)).unbind(-2)
+        unit = self.unit.to(raw.dtype)
+        loc, log_scale = self.centre.to(raw.dtype) + unit * r, q + unit.log()
+        if not logits:
+            return loc.squeeze(-1), log_scale.squeeze(-1)
+        return loc, log_scale, torch.log_softmax(logits[0], -1)
 
     def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
         """Exact log-likelihood in nats, ``(batch,)``, summed in float64.
@@ -155,11 +155,14 @@ class Logistics(Distribution):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Set centre and unit to the mean of each entry of ``x`` ``(n, dim)`` and its logistic scale.
+        """Start from data ``(n, dim)``: a component for each of as many equal parts, small values to large.
 
-        A unit is at least a quarter, and a sixteenth of what it was: an entry may be constant in a few rows.
+        Centres and units are the means of the parts and their logistic scales. A unit is at least a quarter,
+        and a sixteenth of what it was: an entry may be constant in a few rows.
         """
-        variance, mean = torch.var_mean(x.double(), 0, correction=0)
+        rows = x.double().repeat(-(-self.components // len(x)), 1).sort(0).values
+        moments = [torch.var_mean(part, 0, correction=0) for part in rows.tensor_split(self.components)]
+        variance, mean = (torch.stack(found, 1) for found in zip(*moments, strict=True))
         least = (self.unit.double() / 16).clamp_min(0.25)
         self.centre.copy_(mean)
         self.unit.copy_(torch.maximum(variance.sqrt() * PER_DEVIATION, least))
