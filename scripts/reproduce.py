@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="setups at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads of each")
     parser.add_argument("--draws", type=int, default=256)
-    parser.add_argument("--limit", type=int, help="score the first LIMIT data only")
+    parser.add_argument("--limit", type=int, help="score LIMIT random data only")
     parser.add_argument("--only", default="", help="only setups whose settings hold this text")
     parser.add_argument("--output", default="runs/reproduce")
     parser.add_argument("--set", nargs="+", action="extend", default=[], help="settings for all of them")

@@ -88,8 +88,10 @@ class TrainConfig:
     peak: Schedule | None = field(
         default=None, metadata={"help": "pull of the base towards symbol 0, which breaks the identity trap"}
     )
-    refit_batches: int = setting(16, "batches that set a base in closed form before an evaluation")
-    base_momentum: float = setting(0.98, "memory of a base in closed form, a step")
+    refit_batches: int = setting(16, "batches that set a factorized base in closed form before an evaluation")
+    base_momentum: float = setting(
+        0.98, "memory of what is set in closed form (a factorized base, a Gaussian density), a step"
+    )
     seed: int = setting(0, "seed of weights, batches and dropout")
     eval_every: int | None = setting(None, "steps between evaluations")
     eval_minutes: float | None = setting(None, "minutes between evaluations (default: a tenth of the budget)")
@@ -99,7 +101,9 @@ class TrainConfig:
     )
     eval_draws: int = setting(16, "draws of the dequantizer at an evaluation, after rules iwbo and renyi")
     save_every: int | None = setting(None, "steps between saves of the training state (default: evaluations)")
-    samples: int = setting(2, "samples printed at each evaluation")
+    samples: int = setting(
+        2, "samples shown at each evaluation; 0 for none (of pictures a grid of 36 or more)"
+    )
     trackers: list[str] = field(
         default_factory=lambda: ["tensorboard"], metadata={"help": "trackers of accelerate; [] for none"}
     )
