@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import hashlib
 import json
 import math
@@ -421,7 +422,12 @@ class _Run:
                 signal.signal(number, handler)
 
     def close(self) -> None:
-        """Flush trackers; a folder in which nothing was ever saved is removed."""
+        """Flush trackers, leave the other processes; a folder in which nothing was ever saved is removed."""
+        # Before the process group goes: torch's reducer holds it too, and if that were the last to let go, it
+        # would wait for the group's threads with the interpreter's lock held, which they may be waiting for.
+        self.wrapped = None
+        self.accelerator.free_memory()
+        gc.collect()
         self.accelerator.end_training()
         out = self.recipe.output
         saved = (out / STATE).is_file() or (out / "config.json").is_file()
