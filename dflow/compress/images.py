@@ -33,6 +33,7 @@ from dflow.coding.numeric import MODES, fingerprint, in_pieces, prepare
 from dflow.compress import pixels
 from dflow.compress.clock import Clock, clock
 from dflow.compress.pixels import Form, Picture
+from dflow.compress.tiles import Grid, depth_of, grid, meant, shown
 from dflow.config import InputError
 from dflow.core import Distribution
 from dflow.hf import DflowImageModel
@@ -95,7 +96,7 @@ class ImageCoder:
             raise InputError(
                 f"{folder}: a model of a table, or of values other than 0..2^b - 1; it compresses no pictures"
             )
-        tables = hf.coding_tables(folder, model)
+        tables = hf.coding_tables(folder, model.distribution)
         try:
             law = in_pieces(prepare(model.distribution, mode, tables), batch, pad=mode == "float32")
         except ValueError as error:
@@ -189,10 +190,9 @@ def compress_images(
     pictures = [pixels.read(file) for file in files]
     names: dict[str, Path] = {}
     for file, picture in zip(files, pictures, strict=True):
-        name = picture.form.file
-        if name in names:
-            raise InputError(f"{names[name]} and {file} would both come back as {name}; rename one")
-        names[name] = file
+        if (back := picture.form.file) in names:
+            raise InputError(f"{names[back]} and {file} would both come back as {back}; rename one")
+        names[back] = file
         try:
             grid(picture.form, coder.shape)
         except ValueError as error:
@@ -306,10 +306,10 @@ def describe_images(data: bytes, name: str = "the file") -> list[tuple[str, str]
         rows.append((f"level {i + 1}", f"{size:,} bytes, {8 * size / values:.4f} bits a dimension{there}"))
     rows.append(("in all", f"{8 * total / values:.4f} bits a dimension of {values:,}"))
     for form in plan.forms[:_SHOWN]:
-        size = " x ".join(map(str, form.dims))
+        dims = " x ".join(map(str, form.dims))
         kind = f"array of {pixels.SOURCES[form.source]}" if form.is_array else pixels.SOURCES[form.source]
         alpha = "" if form.alpha is None else ", alpha" if form.alpha < 0 else f", alpha {form.alpha}"
-        rows.append((form.file, f"{size}, {kind}, {form.depth} bits{alpha}"))
+        rows.append((form.file, f"{dims}, {kind}, {form.depth} bits{alpha}"))
     if len(plan.forms) > _SHOWN:
         rows.append(("...", f"and {len(plan.forms) - _SHOWN:,} more"))
     return rows
@@ -317,109 +317,6 @@ def describe_images(data: bytes, name: str = "the file") -> list[tuple[str, str]
 
 #: Files that are listed.
 _SHOWN = 20
-
-
-# -- tiles -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Grid:
-    """How the values of a file lie in tiles.
-
-    Attributes:
-        full: ``(N, H, W, C)`` of the file.
-        tile: ``(C, H, W)`` of a tile.
-        planes: pictures of the model's channels that one of the file's makes.
-        used: channels of a tile that are read back.
-        down: tiles in a column.
-        across: tiles in a row.
-    """
-
-    full: tuple[int, int, int, int]
-    tile: tuple[int, int, int]
-    planes: int
-    used: int
-    down: int
-    across: int
-
-    @property
-    def size(self) -> int:
-        """Tiles of the file."""
-        return self.full[0] * self.planes * self.down * self.across
-
-    @functools.cached_property
-    def _real(self) -> Array:
-        """Which values of the tiles of a plane are of the file."""
-        C, H, W = self.tile
-        real = np.zeros((C, self.down * H, self.across * W), bool)
-        real[: self.used, : self.full[1], : self.full[2]] = True
-        return self._cut(real[None])
-
-    def real(self, start: int, stop: int) -> Array:
-        """The same of some tiles of the file, bool ``(n, dim)``."""
-        return self._real[np.arange(start, stop) % (self.down * self.across)]
-
-    def cut(self, values: Array) -> Array:
-        """Values ``(N, H, W, C)`` as tiles ``(size, dim)``."""
-        N, h, w, _ = self.full
-        C, H, W = self.tile
-        x = values.transpose(0, 3, 1, 2).reshape(N * self.planes, -1, h, w)
-        x = np.broadcast_to(x, (len(x), C, h, w)) if x.shape[1] < C else x
-        for axis, more in ((2, self.down * H - h), (3, self.across * W - w)):
-            pad = [(0, more if i == axis else 0) for i in range(4)]
-            x = np.pad(x, pad, "reflect" if x.shape[axis] > 1 else "edge")
-        return self._cut(x)
-
-    def _cut(self, x: Array) -> Array:
-        C, H, W = self.tile
-        x = x.reshape(len(x), C, self.down, H, self.across, W).transpose(0, 2, 4, 1, 3, 5)
-        return np.ascontiguousarray(x).reshape(-1, C * H * W)
-
-    def join(self, tiles: Array) -> Array:
-        """The values of tiles."""
-        N, h, w, c = self.full
-        C, H, W = self.tile
-        x = tiles.reshape(-1, self.down, self.across, C, H, W).transpose(0, 3, 1, 4, 2, 5)
-        x = x.reshape(N * self.planes, C, self.down * H, self.across * W)[:, : self.used, :h, :w]
-        return np.ascontiguousarray(x.reshape(N, c, h, w).transpose(0, 2, 3, 1))
-
-
-def grid(form: Form, tile: tuple[int, int, int]) -> Grid:
-    """How a file lies in tiles ``(C, H, W)``; ValueError where its channels are not the model's."""
-    return _grid(form.full, tile)
-
-
-@functools.lru_cache(64)
-def _grid(full: tuple[int, int, int, int], tile: tuple[int, int, int]) -> Grid:
-    (_, h, w, c), (C, H, W) = full, tile
-    if c != C and C != 1 and c != 1:
-        raise ValueError(
-            f"{c} channels for a model of {C}; use a model of {c} or of 1, or an array of another shape"
-        )
-    return Grid(full, tile, c if C == 1 else 1, C if c == C else 1, ceil(h / H), ceil(w / W))
-
-
-def _depth(form: Form, bits: int) -> int:
-    """Bits of a value: those of an array are taken as they are where the model has as many or more."""
-    return max(form.depth, bits) if form.is_array else form.depth
-
-
-def _shown(values: Array, depth: int, bits: int) -> Array:
-    """Values of ``depth`` bits as the model's."""
-    shown = (
-        values >> (depth - bits)
-        if depth >= bits
-        else (values.astype(np.uint32) * ((1 << bits) - 1) // ((1 << depth) - 1))
-    )
-    return shown.astype(np.uint8 if bits <= 8 else np.uint16)
-
-
-def _meant(shown: Array, depth: int, bits: int) -> Array:
-    """The inverse of `_shown` but for the low bits, which are 0."""
-    if depth >= bits:
-        return shown.astype(np.uint16) << (depth - bits)
-    top = (1 << bits) - 1
-    return ((shown.astype(np.uint32) * ((1 << depth) - 1) + top - 1) // top).astype(np.uint16)
 
 
 # -- meta ------------------------------------------------------------------------------------------------
@@ -542,7 +439,7 @@ def _encode(
     grids = [grid(picture.form, coder.shape) for picture in pictures]
     total = sum(g.size for g in grids)
     cuts = functools.lru_cache(2)(
-        lambda i: grids[i].cut(_shown(pictures[i].values, _depth(pictures[i].form, coder.bits), coder.bits))
+        lambda i: grids[i].cut(shown(pictures[i].values, depth_of(pictures[i].form, coder.bits), coder.bits))
     )
     segments, bits = [], 0.0
     with clock(coder.law) as timed, _bar(total, "encode", progress) as bar:
@@ -620,7 +517,7 @@ def _unpack(data: bytes, n: int, bits: int) -> Array:
 
 def _extra(picture: Picture, bits: int) -> bytes:
     """What goes beside the model: low bits and the plane of alpha."""
-    low, parts = _depth(picture.form, bits) - bits, []
+    low, parts = depth_of(picture.form, bits) - bits, []
     if low > 0:
         rest = picture.values & np.uint16((1 << low) - 1)
         parts.append(rest.astype(np.uint8 if low <= 8 else "<u2").tobytes())
@@ -677,8 +574,8 @@ def _decode(
                 mine[start:stop] = x[at : at + stop - start]
                 at += stop - start
                 if stop == grids[i].size:
-                    depth = _depth(plan.forms[i], coder.bits)
-                    values.append(_meant(grids[i].join(mine), depth, coder.bits))
+                    depth = depth_of(plan.forms[i], coder.bits)
+                    values.append(meant(grids[i].join(mine), depth, coder.bits))
             bar.update(at)
     extra = _read_extra(found, sum(extras), wanted) if any(extras) else None
     pictures, at = [], 0
@@ -731,7 +628,7 @@ def _segment(
 
 
 def _extra_bytes(form: Form, bits: int) -> int:
-    low = _depth(form, bits) - bits
+    low = depth_of(form, bits) - bits
     size = prod(form.full) * (0 if low <= 0 else 1 if low <= 8 else 2)
     return size + (form.dims[0] * form.dims[1] * ceil(form.file_depth / 8) if form.alpha == -1 else 0)
 
@@ -755,7 +652,7 @@ def _read_extra(found: Container, size: int, wanted: int | None) -> bytes | None
 
 def _finished(form: Form, values: Array, extra: bytes | None, bits: int, exact: bool) -> Picture:
     """A picture of its high bits and what lay beside the model; without that of middle values, opaque."""
-    low = max(0, _depth(form, bits) - bits)
+    low = max(0, depth_of(form, bits) - bits)
     alpha = None
     if low and extra is not None:
         rest = np.frombuffer(extra, np.uint8 if low <= 8 else "<u2", values.size)

@@ -172,7 +172,8 @@ def _picture(path: Path, data: bytes, image: Image.Image) -> Picture:
         notes.append(f"its {' and '.join(lost)} are not kept")
     if kind != "PNG":
         notes.append(f"a {kind} file: its pixels are kept, not its bytes")
-    raw = [str(tile[3]) for tile in image.tile]
+    tiles: list[Any] = getattr(image, "tile", [])
+    raw = [str(tile[3]) for tile in tiles]
     depth = 8
     if kind == "PNG" and png.depth_of(data) == 16:
         values, depth = png.read(data), 16
@@ -182,7 +183,7 @@ def _picture(path: Path, data: bytes, image: Image.Image) -> Picture:
     elif (
         image.mode not in _CONVERTED
         or any(";16" in mode for mode in raw)
-        or (kind == "PPM" and any(tile[0] != "raw" for tile in image.tile))
+        or (kind == "PPM" and any(tile[0] != "raw" for tile in tiles))
     ):
         raise InputError(
             f"{path}: a {kind} file of mode {image.mode} ({', '.join(raw)}) cannot be read exactly; convert "
@@ -208,10 +209,10 @@ def _picture(path: Path, data: bytes, image: Image.Image) -> Picture:
         depth = max(9, int(values.max()).bit_length())
     plane, alpha = None, None
     if values.shape[2] in (2, 4):
-        plane, values = values[..., -1], values[..., :-1]
-        alpha = -1
-        if (plane == plane[0, 0]).all():
-            plane, alpha = None, int(plane[0, 0])
+        last, values = values[..., -1], values[..., :-1]
+        alpha = int(last[0, 0])
+        if (last != alpha).any():
+            plane, alpha = last, -1
     source = GREY if values.shape[2] == 1 else COLOUR
     form = Form(_name(path), source, depth, values.shape[:2], alpha)
     return Picture(form, values[None], plane, tuple(notes))
