@@ -2,15 +2,23 @@
 
 from dflow.coding.codec import pop, push, steps
 from dflow.coding.coder import Coder
+from dflow.coding.numeric import MODES, Margin, fingerprint, frozen_tables, in_pieces, margin, prepare
 from dflow.coding.tables import LogisticTables, Tables, integer_counts, logistic_tables
 
 __all__ = [
+    "MODES",
     "Coder",
     "LogisticTables",
+    "Margin",
     "Tables",
+    "fingerprint",
+    "frozen_tables",
+    "in_pieces",
     "integer_counts",
     "logistic_tables",
+    "margin",
     "pop",
+    "prepare",
     "push",
     "steps",
 ]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dflow.coding.codes import Code, Intervals, Logistic, Mixture, Rows, Shared, Stack, join
+from dflow.coding.frozen import Cells, FrozenMixture
 from dflow.coding.tables import Tables, integer_counts, logistic_tables
 from dflow.core import Context, Distribution
 from dflow.distributions import categorical
@@ -207,6 +208,14 @@ def _(distribution: SequenceCategorical, n: int, context: Context) -> tuple[int,
 def _(distribution: Logistics, n: int, context: Context) -> tuple[int, Steps]:
     """All at once: entries are independent."""
     return logistic_steps(n, *distribution.params(context))
+
+
+@steps.register
+def _(distribution: FrozenMixture, n: int, context: Context) -> tuple[int, Steps]:
+    """Under the tables that are kept with it."""
+    dim = distribution.law.dim
+    places = torch.arange(n * dim)
+    return dim, _once(places, Cells(distribution.tables, places % dim))
 
 
 @steps.register

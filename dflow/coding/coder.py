@@ -63,6 +63,11 @@ class Coder:
         """Bits on the stack; `to_bytes` has up to 31 more."""
         return int(self._ans.num_valid_bits())
 
+    @property
+    def num_below(self) -> int:
+        """Words that lie below the head of 64 bits."""
+        return int(self._ans.pos()[0])
+
     def finish(self) -> None:
         """ValueError unless the stack is empty, as it is once all that was pushed is popped."""
         if not self._ans.is_empty():

@@ -185,7 +185,7 @@ class Logistic:
 
     def intervals(self, x: Tensor) -> Intervals:
         """See `Code`; ValueError for a magnitude beyond 2^40."""
-        _check_numbers(x, len(self.base))
+        check_numbers(x, len(self.base))
         offset = x - self.base
         cell = (offset >> self.shift) + _HALF
         beyond, tails = _tails(cell, WINDOW)
@@ -244,7 +244,8 @@ class Mixture:
 
     def _cdf(self, edges: Tensor, index: Tensor) -> Tensor:
         """Mass below the integers ``edges`` ``(n, E)``."""
-        found = torch.zeros(edges.shape, dtype=torch.float64)
+        # Integers less a half would be float32.
+        found, edges = torch.zeros(edges.shape, dtype=torch.float64), edges.double()
         for loc, scale, weight in zip(
             *(v[index].unbind(1) for v in (self._loc, self._scale, self._weights)), strict=True
         ):
@@ -263,7 +264,7 @@ class Mixture:
 
     def intervals(self, x: Tensor) -> Intervals:
         """See `Code`; ValueError for a magnitude beyond 2^40."""
-        _check_numbers(x, len(self.index))
+        check_numbers(x, len(self.index))
         offset = x - self._base[self.index]
         # Beyond the window there are no cells: distances are those of integers.
         beyond, tails = _tails(offset, WINDOW << self.shift)
@@ -319,7 +320,8 @@ def _check_symbols(x: Tensor, n: int, K: int) -> None:
         raise ValueError(f"symbols must lie in 0..{K - 1}, found {int(x.min())}..{int(x.max())}")
 
 
-def _check_numbers(x: Tensor, n: int) -> None:
+def check_numbers(x: Tensor, n: int) -> None:
+    """ValueError for what is not int64 ``(n,)`` within +-2^40."""
     if x.shape != (n,) or x.dtype != torch.int64:
         raise ValueError(f"expected int64 ({n},), found {x.dtype} {tuple(x.shape)}")
     if n and max(-int(x.min()), int(x.max())) > LIMIT:

@@ -93,6 +93,9 @@ class Logistics(Distribution):
     def _raw(self, context: Context) -> Tensor:
         """All r, all q and, of a mixture, all logits of weights: ``(n, dim, num_params)``."""
 
+    def _log_unit(self, dtype: torch.dtype) -> Tensor:
+        return self.unit.to(dtype).log()
+
     def params(self, context: Context = None) -> tuple[Tensor, ...]:
         """What the law is made of, at least float32.
 
@@ -103,7 +106,7 @@ class Logistics(Distribution):
         raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
         r, q, *logits = raw.unflatten(-1, (-1, self.components)).unbind(-2)
         unit = self.unit.to(raw.dtype)
-        loc, log_scale = self.centre.to(raw.dtype) + unit * r, q + unit.log()
+        loc, log_scale = self.centre.to(raw.dtype) + unit * r, q + self._log_unit(raw.dtype)
         if not logits:
             return loc.squeeze(-1), log_scale.squeeze(-1)
         return loc, log_scale, torch.log_softmax(logits[0], -1)

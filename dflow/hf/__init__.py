@@ -1,6 +1,6 @@
 """dflow models as transformers models: config, save, load, generate, score. Thin: the models are in `zoo`."""
 
-from dflow.hf.folder import kind_of, load, save, split_calls
+from dflow.hf.folder import coding_tables, kind_of, load, save, split_calls
 from dflow.hf.images import DflowImageConfig, DflowImageModel, DflowImageOutput
 from dflow.hf.symbols import DflowConfig, DflowModel, DflowOutput
 
@@ -11,6 +11,7 @@ __all__ = [
     "DflowImageOutput",
     "DflowModel",
     "DflowOutput",
+    "coding_tables",
     "kind_of",
     "load",
     "save",

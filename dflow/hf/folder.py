@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from dflow.coding import fingerprint, frozen_tables
 from dflow.config import InputError
+from dflow.core import Distribution
 from dflow.hf.images import DflowImageModel
 from dflow.hf.symbols import DflowModel
 
@@ -45,12 +49,17 @@ def _quiet() -> Iterator[None]:
 
 def save(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
     """`save_pretrained` such that every file of the folder is replaced whole or not at all."""
-    folder = Path(folder)
+    with _whole(Path(folder)) as temporary, _quiet():
+        model.save_pretrained(temporary)
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A folder to write files to, which are moved to ``folder`` afterwards, each replaced whole."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
-        with _quiet():
-            model.save_pretrained(temporary)
+        yield temporary
         # The config last: a folder without one is no model yet, one with a config is complete.
         for path in sorted(temporary.iterdir(), key=lambda p: p.name == "config.json"):
             with path.open("rb") as file:
@@ -135,6 +144,46 @@ def load(
             )
         loaded.choose(calls)
     return loaded
+
+
+#: Beside the weights: what files are coded with and no machine should make again.
+_TABLES = "coding.safetensors"
+
+
+def coding_tables(folder: str | os.PathLike[str], law: Distribution) -> dict[str, Tensor]:
+    """Tables of the model in ``folder``, as `dflow.coding.prepare` takes them.
+
+    Read from ``coding.safetensors``; made and written, whole or not at all, where there are none, or where
+    they are those of a model trained before this one. Files that are coded belong to the folder with them.
+
+    Args:
+        folder: of the model.
+        law: the model as it was loaded from there.
+
+    Raises:
+        InputError: a file that is truncated or damaged, or a folder that cannot be written to.
+    """
+    file = split_calls(folder)[0] / _TABLES
+    of = fingerprint(law, {}, "float64").hex()
+    if file.exists():
+        try:
+            with safe_open(file, "pt") as stored:
+                if (stored.metadata() or {}).get("law") == of:
+                    return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"{file}: truncated or damaged ({error}); restore the file, with which images were coded"
+            ) from None
+    tables = {name: tensor.contiguous() for name, tensor in frozen_tables(law).items()}
+    try:
+        with _whole(file.parent) as temporary:
+            save_file(tables, temporary / file.name, {"law": of})
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{file}: cannot be written ({error}), and files coded without it could not be read "
+            "again; copy the model to a folder of your own"
+        ) from None
+    return tables
 
 
 def split_calls(name: str | os.PathLike[str]) -> tuple[Path, int | None]:

@@ -11,15 +11,16 @@ from math import prod
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dflow.bijectors import Chain, Coupling, Inverse, Permute, squeeze
 from dflow.config import InputError
-from dflow.core import Bijector, Context, Distribution
+from dflow.core import Bijector, Distribution
 from dflow.distributions import ConditionalLogistic, LogisticMixture
 from dflow.elementwise import IntegerShift
 from dflow.flows import Flow, Split
 from dflow.nn.densenet import DenseNet
+from dflow.nn.rescaled import Rescaled
 from dflow.zoo.settings import setting
 from dflow.zoo.values import MISSING, Shape, ValuesConfig, asked
 
@@ -100,28 +101,6 @@ class _Grid:
         return _Grid(self.offset[index], self.scale[index])
 
 
-class _Net(nn.Module):
-    """A network shown integers in [-1, 1); ``t`` are the units of what it answers, ``rezero`` a factor."""
-
-    offset: Tensor
-    scale: Tensor
-    unit: Tensor
-
-    def __init__(self, net: DenseNet, known: _Grid, unit: Tensor, rezero: bool) -> None:
-        super().__init__()
-        self.net = net
-        self.register_buffer("offset", known.offset.clone())
-        self.register_buffer("scale", known.scale.clone())
-        self.register_buffer("unit", unit.clone())
-        self.factor = nn.Parameter(torch.zeros(())) if rezero else None
-
-    def forward(self, x: Tensor, context: Context = None) -> Tensor:
-        out: Tensor = self.net((x.to(self.scale.dtype) - self.offset) / self.scale, context)
-        if self.factor is not None:
-            out = out * self.factor
-        return out * self.unit[:, None]
-
-
 def _level(
     config: IntegerConfig, shape: Shape, levels: int, grid: _Grid, generator: torch.Generator
 ) -> Distribution:
@@ -154,7 +133,7 @@ def _level(
     net = _net(config, inner_shape, channels - kept, 2, True)
     ones = torch.ones(len(rest.scale))
     conditional = ConditionalLogistic(
-        _Net(net, first, ones, False), len(rest.scale), 1, rest.offset, rest.scale / 3
+        Rescaled(net, first.offset, first.scale, ones, False), len(rest.scale), 1, rest.offset, rest.scale / 3
     )
     mask = torch.arange(prod(shape)) < kept * places
     base_law = _level(config, inner_shape, levels - 1, first, generator)
@@ -169,7 +148,8 @@ def _coupling(config: IntegerConfig, shape: Shape, grid: _Grid) -> Coupling:
     # At a factor of 0 the head has to say something, or neither would ever learn.
     net = _net(config, (known, *shape[1:]), moved, 1, not config.rezero)
     cut = known * places
-    wired = _Net(net, grid.at(slice(cut)), grid.scale[cut:], config.rezero)
+    seen = grid.at(slice(cut))
+    wired = Rescaled(net, seen.offset, seen.scale, grid.scale[cut:], config.rezero)
     return Coupling(IntegerShift(), wired, torch.arange(prod(shape)) < cut)
 
 

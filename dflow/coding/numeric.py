@@ -1,0 +1,273 @@
+"""In which numbers a law is coded: what decodes has to compute the very bits that the encoder has computed.
+
+    law = prepare(model, "float64")      # or "fixed", "float32"
+    push(law, x, coder)
+
+- float64: networks in double precision. Of an integer flow of images the same for every batch, with any
+  number of threads, on one build of torch; another build or machine may round otherwise, which shows in one
+  of 1e7 pictures or so.
+- fixed: networks in integers. The same everywhere. Networks of ReLU without norm.
+- float32: networks as trained. The same machine, build, batch and number of threads only.
+
+Probabilities that hang on no network are kept as integers by `frozen_tables`, in every mode.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import inf
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dflow.bijectors import Chain, Coupling, Inverse, Permute, Reverse
+from dflow.coding.frozen import Freezable, FrozenLogistic, FrozenMixture, freeze, frozen
+from dflow.coding.tables import logistic_tables
+from dflow.core import Context, Distribution
+from dflow.distributions import ConditionalCategorical, ConditionalLogistic, LogisticMixture
+from dflow.elementwise import IntegerShift
+from dflow.flows import Flow, Split
+from dflow.nn.densenet import DenseNet
+from dflow.nn.fixed import FixedDenseNet
+from dflow.nn.rescaled import Rescaled
+
+MODES = ("float64", "fixed", "float32")
+
+#: What is exact in integers and powers of two, or is a single operation of IEEE an entry.
+_EXACT = (
+    Flow, Split, Chain, Inverse, Permute, Reverse, Coupling, IntegerShift, LogisticMixture,
+    ConditionalLogistic, Rescaled, DenseNet, nn.ModuleList,
+)  # fmt: skip
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def frozen_tables(law: Distribution) -> dict[str, Tensor]:
+    """What has to be kept with a model, by the names of its parts.
+
+    Integer counts of laws that hang on no network, and constants that a mathematical library gives. They are
+    made from the law as stored, for all modes; who decodes needs these, not such as are made again.
+
+    Raises:
+        ValueError: a law that is prepared already, or has parameters that are not finite.
+    """
+    found: dict[str, Tensor] = {}
+    for name, module in _parts(law):
+        found |= {_join(name, key): value for key, value in freeze(module).items()}
+    return found
+
+
+def prepare(law: Distribution, mode: str, tables: Mapping[str, Tensor] | None = None) -> Distribution:
+    """A copy of ``law`` to push and pop with, on the CPU, in evaluation mode, without gradients.
+
+    Args:
+        law: the model as stored; it stays as it is.
+        mode: "float64", "fixed" or "float32"; see the module.
+        tables: what `frozen_tables` gave; None to make them.
+
+    Raises:
+        ValueError: an unknown mode, a law that "fixed" cannot take (what and why), a law that is prepared
+            already, tables of another law.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
+    kept = dict(frozen_tables(law) if tables is None else tables)
+    if mode == "fixed":
+        _check_exact(law)
+    found = copy.deepcopy(law).cpu()
+    if mode != "float32":
+        found = found.double()
+    for name, module in list(_parts(found)):
+        own = {key: kept.pop(_join(name, key)) for key in _keys(name, kept)}
+        try:
+            found = _replace(found, name, frozen(module, own))
+        except ValueError as error:
+            raise ValueError(f"the tables of {name or 'the law'} do not fit it: {error}") from None
+    if kept:
+        raise ValueError(f"tables of {', '.join(sorted(kept)[:3])}, which this law does not have")
+    if mode == "fixed":
+        for name, module in list(found.named_modules()):
+            if isinstance(module, DenseNet):
+                found = _replace(found, name, FixedDenseNet(module))
+    return found.eval().requires_grad_(False)
+
+
+def fingerprint(law: Distribution, tables: Mapping[str, Tensor], mode: str, extra: bytes = b"") -> bytes:
+    """SHA-256 of all that decodes depends on: 32 bytes.
+
+    Names, dtypes, shapes and values of the tensors of the law as stored and of its tables, the tables of
+    logistic laws, the mode.
+
+    Args:
+        law: the model as stored, not what `prepare` gave.
+        tables: what `frozen_tables` gave.
+        mode: one of `MODES`.
+        extra: what else there is, such as the vocabulary of a tokenizer.
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
+    found = hashlib.sha256(f"dflow 1 {mode} {logistic_tables().fingerprint()} {len(extra)} ".encode() + extra)
+    for what, tensors in (("law", law.state_dict()), ("tables", tables)):
+        for name, tensor in sorted(tensors.items()):
+            found.update(f"\n{what} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.digest()
+
+
+def in_pieces(law: Distribution, rows: int, pad: bool = False) -> Distribution:
+    """``law`` with its networks evaluated in pieces of ``rows`` rows, which bounds their memory.
+
+    Where networks give the same bits for every batch, who decodes may take other pieces than who encodes.
+    Where they do not, both take the same and pad the last one to that many rows: every call of a network then
+    has the same shape.
+
+    Args:
+        law: what `prepare` gave; it is changed. Called again, the last call counts.
+        rows: at a time.
+        pad: whether to fill up the last piece with copies of its first row.
+
+    Raises:
+        ValueError: rows below 1; networks that keep a state from call to call, which have no pieces.
+    """
+    if rows < 1:
+        raise ValueError(f"rows must be at least 1, found {rows}")
+    for module in list(law.modules()):
+        if isinstance(module, (Coupling, ConditionalCategorical, ConditionalLogistic)):
+            net = module.net.net if isinstance(module.net, _Pieces) else module.net
+            module.net = _Pieces(net, rows, pad)
+        elif isinstance(getattr(module, "net", None), nn.Module) and hasattr(module.net, "step"):
+            raise ValueError(
+                f"the network of {type(module).__name__} keeps a state and cannot be evaluated in pieces: "
+                "push and pop that many rows at a time"
+            )
+    return law.eval()
+
+
+class _Pieces(nn.Module):
+    """A network of rows, some rows at a time."""
+
+    def __init__(self, net: nn.Module, rows: int, pad: bool) -> None:
+        super().__init__()
+        self.net, self.rows, self.pad = net, rows, pad
+
+    def forward(self, *given: Context) -> Tensor:
+        """The answer to all rows of all arguments."""
+        n = next(len(tensor) for tensor in _tensors(given))
+        parts = []
+        for start in range(0, max(n, 1), self.rows):
+            end = min(start + self.rows, n)
+            missing = self.rows - (end - start) if self.pad and end > start else 0
+            out: Tensor = self.net(*_cut(given, start, end, missing))
+            parts.append(out[: end - start])
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _tensors(given: Any) -> Iterator[Tensor]:
+    for item in given:
+        if isinstance(item, tuple):
+            yield from _tensors(item)
+        elif item is not None:
+            yield item
+
+
+def _cut(given: Any, start: int, end: int, missing: int) -> Any:
+    """Rows of a tensor or of all in a tuple, and as many copies of the first as are missing."""
+    if given is None:
+        return None
+    if isinstance(given, tuple):
+        return tuple(_cut(item, start, end, missing) for item in given)
+    rows = given[start:end]
+    return torch.cat([rows, rows[:1].expand(missing, *rows.shape[1:])]) if missing else rows
+
+
+@dataclass
+class Margin:
+    """How near to being rounded otherwise the nearest translation came, in integers; at most 1/2."""
+
+    value: float = inf
+
+
+@contextmanager
+def margin(law: Distribution) -> Iterator[Margin]:
+    """Record the least distance of a translation to a half integer while ``law`` is pushed or popped.
+
+    Translations of another machine must differ by less than this for what it decodes to be right. Infinite
+    where nothing has been translated.
+    """
+    found = Margin()
+
+    def see(module: nn.Module, given: Any, out: Tensor) -> None:
+        if out.numel():
+            found.value = min(found.value, float((out - out.floor() - 0.5).abs().min()))
+
+    shifts = [
+        m.net for m in law.modules() if isinstance(m, Coupling) and isinstance(m.elementwise, IntegerShift)
+    ]
+    handles = [net.register_forward_hook(see) for net in shifts]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _join(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
+
+
+def _keys(name: str, kept: Mapping[str, Tensor]) -> list[str]:
+    """What is kept of the part ``name``."""
+    lead = f"{name}." if name else ""
+    return [key[len(lead) :] for key in kept if key.startswith(lead) and "." not in key[len(lead) :]]
+
+
+def _parts(law: Distribution) -> Iterator[tuple[str, Freezable]]:
+    """Parts of ``law`` of which something is kept."""
+    for name, module in law.named_modules():
+        if isinstance(module, (FrozenMixture, FrozenLogistic)):
+            raise ValueError("the law is prepared already; prepare the one that is stored")
+        if isinstance(module, (LogisticMixture, ConditionalLogistic)):
+            yield name, module
+
+
+def _replace(law: Distribution, name: str, module: Distribution | nn.Module) -> Distribution:
+    """``law`` with ``module`` in the place of its part ``name``."""
+    if not name:
+        if not isinstance(module, Distribution):
+            raise ValueError(f"a law cannot be a {type(module).__name__}")
+        return module
+    parent, _, last = name.rpartition(".")
+    law.get_submodule(parent).register_module(last, module)
+    return law
+
+
+def _check_exact(law: nn.Module, name: str = "") -> None:
+    """ValueError for what has no exact form in integers."""
+    if isinstance(law, ConditionalLogistic) and law.components > 1:
+        raise ValueError(
+            f"mode fixed: {name or 'the law'} is a mixture that a network gives, whose probabilities a "
+            "mathematical library computes; use mode float64"
+        )
+    if isinstance(law, Coupling) and not isinstance(law.elementwise, IntegerShift):
+        raise ValueError(
+            f"mode fixed: {name or 'the law'} moves by {type(law.elementwise).__name__}, not by integers; "
+            "use mode float64"
+        )
+    if not isinstance(law, _EXACT):
+        raise ValueError(
+            f"mode fixed: {name or 'the law'} is a {type(law).__name__}, which has no form in integers (only "
+            "integer flows with networks of ReLU without norm have one); use mode float64"
+        )
+    if isinstance(law, DenseNet):
+        FixedDenseNet(law)
+        return
+    for key, child in law.named_children():
+        _check_exact(child, _join(name, key))

@@ -1,0 +1,48 @@
+"""How much of the time the networks take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass
+class Clock:
+    """Seconds: in all, and in networks."""
+
+    total: float = 0.0
+    network: float = 0.0
+
+    @property
+    def coder(self) -> float:
+        """All that is not the networks: tables, intervals, the stack."""
+        return self.total - self.network
+
+
+@contextmanager
+def clock(law: nn.Module) -> Iterator[Clock]:
+    """Time what is done with ``law``, whose networks are the modules called ``net``."""
+    found, started = Clock(), [0.0]
+
+    def start(*_: Any) -> None:
+        started[0] = time.perf_counter()
+
+    def stop(*_: Any) -> None:
+        found.network += time.perf_counter() - started[0]
+
+    # A net within a net is no second one.
+    paths = ((name.split("."), module) for name, module in law.named_modules())
+    nets = [module for path, module in paths if path[-1] == "net" and path.count("net") == 1]
+    handles = [h for m in nets for h in (m.register_forward_pre_hook(start), m.register_forward_hook(stop))]
+    begun = time.perf_counter()
+    try:
+        yield found
+    finally:
+        found.total = time.perf_counter() - begun
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,676 @@
+"""Pictures and arrays as ``.dfl`` files, under integer flows of images.
+
+A picture of any size is cut into tiles of the model's, those at its edges filled up by reflection; a grey one
+shows a model of three channels the same in each, one in colours shows a model of one channel each plane by
+itself. Values of fewer bits than the model's are spread over its range; of more bits the highest go through
+the model, the lowest are packed beside it. All tiles of all files are coded together, in segments that bound
+the memory and what damage can reach. Values come back exactly; what else a file held (profiles, EXIF data,
+the bytes themselves) does not.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil, log, prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from dflow import hf
+from dflow.coding import container, levels
+from dflow.coding.container import Container, Damaged, Reader, Segment, crc32, varint
+from dflow.coding.numeric import MODES, fingerprint, in_pieces, prepare
+from dflow.compress import pixels
+from dflow.compress.clock import Clock, clock
+from dflow.compress.pixels import Form, Picture
+from dflow.compress.tiles import Grid, depth_of, grid, meant, shown
+from dflow.config import InputError
+from dflow.core import Distribution
+from dflow.hf import DflowImageModel
+
+Array = NDArray[Any]
+
+#: Values that a file may declare, unless the caller allows more: 2^28 of 16 bits are half a gigabyte.
+LIMIT = 1 << 28
+#: Values of a segment by default (or 64 tiles), and at most: some 200 bytes of memory each.
+_SEGMENT, _TILES, _LARGEST = 1 << 19, 64, 1 << 22
+#: Tiles that the networks see at a time.
+BATCH = 64
+#: Tiles that a file of mode float32 may have the networks see at a time.
+_BATCH = 1024
+#: Bytes of the list of files.
+_META = 1 << 22
+
+
+@dataclass(frozen=True, eq=False)
+class ImageCoder:
+    """A model of images, ready to code.
+
+    Attributes:
+        law: prepared in ``mode``.
+        shape: ``(C, H, W)`` of a tile.
+        bits: of a value, which are all from 0 to ``2^bits - 1``.
+        mode: one of `MODES`.
+        fingerprint: 8 bytes.
+        where: what to call the model.
+        batch: tiles that the networks see at a time.
+    """
+
+    law: Distribution
+    shape: tuple[int, int, int]
+    bits: int
+    mode: str
+    fingerprint: bytes
+    where: str = "the model"
+    batch: int = BATCH
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], mode: str = "float64", batch: int = BATCH) -> ImageCoder:
+        """The model in ``folder``.
+
+        Raises:
+            InputError: no model, or not one of pictures with an exact likelihood; a mode that it cannot take.
+        """
+        if mode not in MODES:
+            raise InputError(f"mode {mode!r} is none of {', '.join(MODES)}")
+        if not 1 <= batch <= _BATCH:
+            raise InputError(f"batch size {batch} is not in 1..{_BATCH}")
+        model = hf.load(folder, "cpu", DflowImageModel)
+        if not model.exact:
+            raise InputError(
+                f"{folder}: a model with bounds of its likelihood; only an integer flow compresses"
+            )
+        ranges = set(model.config.settings().ranges)
+        low, high = next(iter(ranges)) or (0, 0)
+        if len(ranges) > 1 or low or high + 1 not in [1 << b for b in range(1, 17)]:
+            raise InputError(
+                f"{folder}: a model of a table, or of values other than 0..2^b - 1; it compresses no pictures"
+            )
+        tables = hf.coding_tables(folder, model.distribution)
+        try:
+            law = in_pieces(prepare(model.distribution, mode, tables), batch, pad=mode == "float32")
+        except ValueError as error:
+            raise InputError(f"{folder}: {error}") from None
+        found = fingerprint(model.distribution, tables, mode)[: container.FINGERPRINT]
+        C, H, W = model.config.shape
+        return cls(law, (C, H, W), high.bit_length(), mode, found, str(folder), batch)
+
+    @property
+    def dim(self) -> int:
+        """Values of a tile."""
+        return prod(self.shape)
+
+    @property
+    def most(self) -> int:
+        """Tiles of a segment, at most."""
+        return max(1, _LARGEST // self.dim)
+
+    @functools.cached_property
+    def num_levels(self) -> int:
+        """Levels of the law."""
+        return levels.num_levels(self.law)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What compressing gave.
+
+    Attributes:
+        files: how many.
+        values: that they hold, alpha planes included.
+        bytes: of the result.
+        header: of these, before the coded data: names, sizes, checksums.
+        levels: of these, of each level, the coarsest first.
+        segments: how many, and how many of them are stored raw.
+        raw: see ``segments``.
+        analytic: bits of the tiles by the likelihood, if asked for.
+        encode: seconds; of the networks and of the coder.
+        decode: the same, of verifying.
+        notes: what is not kept, by file.
+    """
+
+    files: int
+    values: int
+    bytes: int
+    header: int
+    levels: tuple[int, ...]
+    segments: int
+    raw: int
+    analytic: float | None
+    encode: Clock
+    decode: Clock | None
+    notes: tuple[tuple[str, str], ...]
+
+    @property
+    def bits_per_value(self) -> float:
+        """Bits of the file a value."""
+        return 8 * self.bytes / self.values
+
+
+def compress_images(
+    files: Sequence[Path],
+    model: str | os.PathLike[str] | ImageCoder,
+    *,
+    mode: str = "float64",
+    tiles: int | None = None,
+    batch: int = BATCH,
+    verify: bool = True,
+    analytic: bool = False,
+    progress: bool = False,
+) -> tuple[bytes, Report]:
+    """All ``files`` in one ``.dfl``.
+
+    Args:
+        files: pictures, and arrays (``.npy``) of uint8 or uint16.
+        model: folder of an integer flow of images, or what `ImageCoder.load` gave.
+        mode: numeric mode, see `dflow.coding.numeric`.
+        tiles: of a segment at most (default: those of 2^19 values, at least 64).
+        batch: tiles that the networks see at a time.
+        verify: decode the result and compare.
+        analytic: compute the bits by the likelihood too, which takes as long as encoding.
+        progress: show a bar on stderr.
+
+    Raises:
+        InputError: files that cannot be read exactly or do not fit the model, two of one name, a model that
+            compresses no pictures; a result that does not decode to what it was made from.
+    """
+    coder = model if isinstance(model, ImageCoder) else ImageCoder.load(model, mode, batch)
+    if not files:
+        raise InputError("no files to compress")
+    pictures = [pixels.read(file) for file in files]
+    names: dict[str, Path] = {}
+    for file, picture in zip(files, pictures, strict=True):
+        if (back := picture.form.file) in names:
+            raise InputError(f"{names[back]} and {file} would both come back as {back}; rename one")
+        names[back] = file
+        try:
+            grid(picture.form, coder.shape)
+        except ValueError as error:
+            raise InputError(f"{file}: {error}") from None
+    data, encode, bits = _encode(coder, pictures, tiles, analytic, progress)
+    decode = _verify(data, coder, files, pictures, progress) if verify else None
+    found = container.read(data)
+    return data, Report(
+        files=len(pictures),
+        values=sum(_amount(picture.form) for picture in pictures),
+        bytes=len(data),
+        header=found.header,
+        levels=tuple(found.level_bytes),
+        segments=len(found.segments),
+        raw=sum(segment.raw for segment in found.segments),
+        analytic=bits,
+        encode=encode,
+        decode=decode,
+        notes=tuple((str(file), note) for file, p in zip(files, pictures, strict=True) for note in p.notes),
+    )
+
+
+def _verify(
+    data: bytes, coder: ImageCoder, files: Sequence[Path], pictures: Sequence[Picture], progress: bool
+) -> Clock:
+    """Decode what was written; `InputError` where it is not what it was made from."""
+    reason = ""
+    try:
+        back, timed = _decode(container.read(data), coder, None, 1 << 62, progress)
+        wrong = [str(f) for f, p, q in zip(files, pictures, back, strict=True) if not p.same(q)]
+    except Damaged as error:
+        wrong, reason = [str(files[0])], f" ({error})"
+    if wrong:
+        raise InputError(
+            f"{wrong[0]}: what was coded in mode {coder.mode} does not decode to it on this machine{reason}; "
+            "nothing is written: use --mode fixed, which does not hang on how floats are rounded"
+        )
+    return timed
+
+
+def decompress_images(
+    data: bytes,
+    model: str | os.PathLike[str] | ImageCoder,
+    *,
+    name: str = "the file",
+    levels: int | None = None,
+    limit: int = LIMIT,
+    batch: int = BATCH,
+    progress: bool = False,
+) -> list[Picture]:
+    """The pictures in a ``.dfl``, or coarse ones like them.
+
+    Args:
+        data: the file; with ``levels`` it may be cut off behind them.
+        model: as it was compressed by.
+        name: of the file, for errors.
+        levels: how many to use, the coarsest first (default: all).
+        limit: values that the file may declare.
+        batch: tiles that the networks see at a time; in mode float32 that of the file counts.
+        progress: show a bar on stderr.
+
+    Raises:
+        InputError: a file that is damaged, none, or of another model; more values than ``limit``.
+    """
+    try:
+        found = container.read(data, prefix=levels is not None)
+        plan, coder = _plan(found), model
+        if not isinstance(coder, ImageCoder):
+            if plan.batch:
+                _check_machine(plan)
+            coder = ImageCoder.load(coder, MODES[found.mode], plan.batch or batch)
+        return _decode(found, coder, levels, limit, progress)[0]
+    except Damaged as error:
+        raise InputError(f"{name}: {error}{_hint(data) if levels is None else ''}") from None
+
+
+def _hint(data: bytes) -> str:
+    """What there is to do about a file that is cut off."""
+    try:
+        found = container.read(data, prefix=True)
+    except Damaged:
+        return ""
+    if found.present == found.num_levels:
+        return ""
+    return f"; {found.present} of {found.num_levels} levels are whole: --levels {found.present} shows them"
+
+
+def describe_images(data: bytes, name: str = "the file") -> list[tuple[str, str]]:
+    """What is in a ``.dfl`` of images, in words: name and value. No model is needed.
+
+    Raises:
+        InputError: a file that is damaged or none.
+    """
+    try:
+        found = container.read(data, prefix=True)
+        plan = _plan(found)
+    except Damaged as error:
+        raise InputError(f"{name}: {error}") from None
+    values, total = sum(map(_amount, plan.forms)), found.header + sum(found.level_bytes)
+    rows = [
+        ("kind", container.KINDS[found.kind]),
+        ("model", found.fingerprint.hex()),
+        ("mode", MODES[found.mode]),
+        ("files", f"{len(plan.forms):,}"),
+        ("bytes", f"{total:,}" + f", {len(data):,} of them there" * (len(data) < total)),
+        ("header", f"{found.header:,} bytes"),
+        ("segments", f"{len(found.segments):,}, {sum(s.raw for s in found.segments):,} of them raw"),
+    ]
+    for i, size in enumerate(found.level_bytes):
+        there = "" if i < found.present else ", not there"
+        rows.append((f"level {i + 1}", f"{size:,} bytes, {8 * size / values:.4f} bits a dimension{there}"))
+    rows.append(("in all", f"{8 * total / values:.4f} bits a dimension of {values:,}"))
+    for form in plan.forms[:_SHOWN]:
+        dims = " x ".join(map(str, form.dims))
+        kind = f"array of {pixels.SOURCES[form.source]}" if form.is_array else pixels.SOURCES[form.source]
+        alpha = "" if form.alpha is None else ", alpha" if form.alpha < 0 else f", alpha {form.alpha}"
+        rows.append((form.file, f"{dims}, {kind}, {form.depth} bits{alpha}"))
+    if len(plan.forms) > _SHOWN:
+        rows.append(("...", f"and {len(plan.forms) - _SHOWN:,} more"))
+    return rows
+
+
+#: Files that are listed.
+_SHOWN = 20
+
+
+# -- meta ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the meta of a file of images tells.
+
+    Attributes:
+        tiles: of a segment; 0 for all in one.
+        batch: of the networks, in mode float32, else 0.
+        machine: checksum of the machine and software, in mode float32.
+        forms: of the files.
+    """
+
+    tiles: int
+    batch: int
+    machine: int
+    forms: tuple[Form, ...]
+
+
+def _machine() -> int:
+    """What float32 results hang on beside the batch."""
+    about = (
+        platform.machine(), torch.__version__, torch.backends.cpu.get_cpu_capability(),
+        torch.get_num_threads(), torch.backends.mkldnn.enabled,
+    )  # fmt: skip
+    return crc32(repr(about).encode())
+
+
+def _meta(plan: Plan, single: bool) -> bytes:
+    parts = [varint(plan.batch) + plan.machine.to_bytes(4, "little")] if single else []
+    parts.append(varint(len(plan.forms)))
+    for form in plan.forms:
+        other = 0 if form.alpha is None else 1 if form.alpha >= 0 else 2
+        if form.is_array:
+            other = len(form.dims) - 2
+        parts.append(bytes([form.source << 6 | other << 4 | form.depth - 1]))
+        parts += map(varint, form.dims)
+        if form.alpha is not None and form.alpha >= 0:
+            parts.append(varint(form.alpha))
+        name = form.name.encode()
+        parts.append(varint(len(name)) + name)
+    data = b"".join(parts)
+    if len(data) > _META:
+        raise InputError(f"{len(plan.forms):,} files are too many for one; compress fewer, or use --separate")
+    packed = zlib.compress(data, 9)
+    short = len(packed) < len(data)
+    return varint(plan.tiles * 2 + short) + (packed if short else data)
+
+
+def _plan(found: Container) -> Plan:
+    """The meta of a file; `Damaged` if it is none of images."""
+    if found.kind != container.IMAGES:
+        raise Damaged(
+            f"holds {container.KINDS.get(found.kind, 'what this version does not know')}, no images"
+        )
+    if found.mode >= len(MODES):
+        raise Damaged(f"numeric mode {found.mode} is not known to this version")
+    if len(found.meta) > _META:
+        raise Damaged("its list of files is too long")
+    reader = Reader(found.meta)
+    tiles, packed = divmod(reader.varint(1 << 41), 2)
+    if packed:
+        unpacking = zlib.decompressobj()
+        try:
+            data = unpacking.decompress(reader.take(reader.left), _META)
+        except zlib.error:
+            raise Damaged("its list of files is damaged") from None
+        if not unpacking.eof or unpacking.unused_data:
+            raise Damaged("its list of files is damaged, or too long")
+        reader = Reader(data)
+    batch = machine = 0
+    if MODES[found.mode] == "float32":
+        batch, machine = reader.varint(_BATCH), int.from_bytes(reader.take(4), "little")
+        if not batch:
+            raise Damaged("a batch of no tiles")
+    forms = []
+    names = set()
+    for _ in range(reader.varint(reader.left // 4)):
+        byte = reader.byte()
+        source, other, depth = byte >> 6, byte >> 4 & 3, (byte & 15) + 1
+        array = source >= pixels.UINT8
+        if other == 3 or (source == pixels.UINT8 and depth > 8):
+            raise Damaged("a form of file that this version does not know")
+        dims = tuple(reader.varint(1 << 40) for _ in range(2 + other if array else 2))
+        alpha = None if array or not other else reader.varint((1 << 16) - 1) if other == 1 else -1
+        name = reader.take(reader.varint(reader.left)).decode("utf-8", "replace")
+        form = Form(name, source, depth, dims, alpha)
+        if wrong := pixels.check_name(name):
+            raise Damaged(f"holds a file whose name {name!r} {wrong}; it is not written")
+        if 0 in dims or form.file in names or (alpha or 0) >> form.file_depth > 0:
+            raise Damaged(f"holds {form.file} twice, empty or with an alpha that is none")
+        names.add(form.file)
+        forms.append(form)
+    reader.finish()
+    if not forms:
+        raise Damaged("holds no files")
+    return Plan(tiles, batch, machine, tuple(forms))
+
+
+def _amount(form: Form) -> int:
+    """Values of a file, those of an alpha plane included."""
+    return prod(form.full) + (form.dims[0] * form.dims[1] if form.alpha == -1 else 0)
+
+
+# -- encoding --------------------------------------------------------------------------------------------
+
+
+def _encode(
+    coder: ImageCoder, pictures: Sequence[Picture], tiles: int | None, analytic: bool, progress: bool
+) -> tuple[bytes, Clock, float | None]:
+    if tiles is None:
+        tiles = min(coder.most, max(_TILES, _SEGMENT // coder.dim))
+    if not 1 <= tiles <= coder.most:
+        raise InputError(
+            f"{tiles} tiles of a segment are not in 1..{coder.most}; more would take too much memory"
+        )
+    grids = [grid(picture.form, coder.shape) for picture in pictures]
+    total = sum(g.size for g in grids)
+    cuts = functools.lru_cache(2)(
+        lambda i: grids[i].cut(shown(pictures[i].values, depth_of(pictures[i].form, coder.bits), coder.bits))
+    )
+    segments, bits = [], 0.0
+    with clock(coder.law) as timed, _bar(total, "encode", progress) as bar:
+        for spans in _spans(grids, tiles):
+            x = np.concatenate([cuts(i)[start:stop] for i, start, stop in spans])
+            real = np.concatenate([grids[i].real(start, stop) for i, start, stop in spans])
+            content = x[real]
+            rows = torch.from_numpy(x.astype(np.int64))
+            coded, raw = levels.push(coder.law, rows), False
+            if sum(map(len, coded)) >= ceil(len(content) * coder.bits / 8):
+                coded, raw = [_pack(content, coder.bits)], True
+            elif analytic:
+                bits -= _log_prob(coder, rows) / log(2)
+            segments.append(Segment(crc32(_bytes(content)), raw, tuple(coded)))
+            bar.update(len(x))
+    extra = b"".join(_extra(picture, coder.bits) for picture in pictures)
+    if extra:
+        last = zlib.compress(extra, 9)
+        segments.append(Segment(crc32(extra), True, (*[b""] * (coder.num_levels - 1), last)))
+    single = coder.mode == "float32"
+    plan = Plan(
+        0 if total <= tiles else tiles,
+        coder.batch if single else 0,
+        _machine() if single else 0,
+        tuple(picture.form for picture in pictures),
+    )
+    file = Container(
+        container.IMAGES, MODES.index(coder.mode), coder.fingerprint, _meta(plan, single), tuple(segments)
+    )
+    return container.write(file), timed, bits if analytic else None
+
+
+@torch.no_grad()
+def _log_prob(coder: ImageCoder, rows: Tensor) -> float:
+    return sum(float(coder.law.log_prob(part).double().sum()) for part in rows.split(coder.batch))
+
+
+def _spans(grids: Sequence[Grid], tiles: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Of each segment the files and which tiles of them: index, start, stop."""
+    spans, room = [], tiles
+    for i, g in enumerate(grids):
+        start = 0
+        while start < g.size:
+            stop = min(g.size, start + room)
+            spans.append((i, start, stop))
+            room, start = room - (stop - start), stop
+            if not room:
+                yield spans
+                spans, room = [], tiles
+    if spans:
+        yield spans
+
+
+def _bar(total: int, what: str, progress: bool) -> Any:
+    return tqdm(total=total, unit="tile", desc=what, delay=1, mininterval=1, disable=not progress)
+
+
+def _bytes(values: Array) -> bytes:
+    return values.astype("<u2" if values.dtype.itemsize > 1 else np.uint8).tobytes()
+
+
+def _pack(values: Array, bits: int) -> bytes:
+    """Values below ``2^bits``, packed."""
+    wide = values.astype(">u2").view(np.uint8).reshape(-1, 2)
+    return np.packbits(np.unpackbits(wide, axis=1)[:, 16 - bits :]).tobytes()
+
+
+def _unpack(data: bytes, n: int, bits: int) -> Array:
+    """The inverse."""
+    found = np.unpackbits(np.frombuffer(data, np.uint8), count=n * bits).reshape(n, bits)
+    wide = np.zeros((n, 16), np.uint8)
+    wide[:, 16 - bits :] = found
+    return np.packbits(wide, axis=1).view(">u2").ravel().astype(np.uint16)
+
+
+def _extra(picture: Picture, bits: int) -> bytes:
+    """What goes beside the model: low bits and the plane of alpha."""
+    low, parts = depth_of(picture.form, bits) - bits, []
+    if low > 0:
+        rest = picture.values & np.uint16((1 << low) - 1)
+        parts.append(rest.astype(np.uint8 if low <= 8 else "<u2").tobytes())
+    if picture.alpha is not None:
+        parts.append(_bytes(picture.alpha.astype(np.uint8 if picture.form.file_depth <= 8 else "<u2")))
+    return b"".join(parts)
+
+
+# -- decoding --------------------------------------------------------------------------------------------
+
+
+def _decode(
+    found: Container, coder: ImageCoder, wanted: int | None, limit: int, progress: bool
+) -> tuple[list[Picture], Clock]:
+    plan = _plan(found)
+    single = coder.mode == "float32"
+    if MODES[found.mode] != coder.mode or found.fingerprint != coder.fingerprint:
+        raise Damaged(
+            f"was made by the model {found.fingerprint.hex()} in mode {MODES[found.mode]}; {coder.where} is "
+            f"{coder.fingerprint.hex()} in mode {coder.mode}: give the model that it was made by"
+        )
+    if single:
+        _check_machine(plan)
+        if plan.batch != coder.batch:
+            raise Damaged(f"was made in mode float32 in batches of {plan.batch}, and decodes in such only")
+    if wanted is not None and not 1 <= wanted <= found.present:
+        raise Damaged(f"has {found.present} whole levels of {found.num_levels}; {wanted} were asked for")
+    try:
+        grids = [grid(form, coder.shape) for form in plan.forms]
+    except ValueError as error:
+        raise Damaged(f"does not fit its model ({error})") from None
+    declared = sum(g.size for g in grids) * coder.dim
+    if declared > limit:
+        raise Damaged(f"declares {declared:,} values, more than {limit:,}; if it is trusted, raise --limit")
+    total = declared // coder.dim
+    tiles = plan.tiles or total
+    if tiles > coder.most:
+        raise Damaged(f"declares segments of {tiles} tiles, which would take too much memory")
+    extras = [_extra_bytes(form, coder.bits) for form in plan.forms]
+    if len(found.segments) != ceil(total / tiles) + any(extras):
+        raise Damaged(f"has {len(found.segments)} segments, which its pictures do not need")
+    kind = np.uint8 if coder.bits <= 8 else np.uint16
+    exact = wanted is None or wanted == found.num_levels
+    values: list[Array] = []
+    mine = np.empty(0)
+    with clock(coder.law) as timed, _bar(total, "decode", progress) as bar:
+        for n, (spans, segment) in enumerate(zip(_spans(grids, tiles), found.segments, strict=False)):
+            real = np.concatenate([grids[i].real(start, stop) for i, start, stop in spans])
+            x = _segment(coder, segment, real, n + 1, wanted, exact).astype(kind)
+            at = 0
+            for i, start, stop in spans:
+                if not start:
+                    mine = np.empty((grids[i].size, coder.dim), kind)
+                mine[start:stop] = x[at : at + stop - start]
+                at += stop - start
+                if stop == grids[i].size:
+                    depth = depth_of(plan.forms[i], coder.bits)
+                    values.append(meant(grids[i].join(mine), depth, coder.bits))
+            bar.update(at)
+    extra = _read_extra(found, sum(extras), wanted) if any(extras) else None
+    pictures, at = [], 0
+    for form, value, size in zip(plan.forms, values, extras, strict=True):
+        part = None if extra is None else extra[at : at + size]
+        pictures.append(_finished(form, value, part, coder.bits, exact))
+        at += size
+    return pictures, timed
+
+
+def _check_machine(plan: Plan) -> None:
+    if plan.machine != _machine():
+        raise Damaged(
+            "was made in mode float32 on another machine, by another build of torch or with other "
+            "threads (--threads), and decodes there only; use mode float64 or fixed for files to keep"
+        )
+
+
+def _segment(
+    coder: ImageCoder, segment: Segment, real: Array, number: int, wanted: int | None, exact: bool
+) -> Array:
+    """The tiles of a segment."""
+    n = int(real.sum())
+    if segment.raw:
+        if segment.lengths != (ceil(n * coder.bits / 8),):
+            raise Damaged(f"segment {number} is not as long as its pixels")
+        x = np.zeros(real.shape, np.uint16)
+        x[real] = _unpack(segment.levels[0], n, coder.bits)
+    else:
+        if len(segment.lengths) != coder.num_levels:
+            raise Damaged(f"segment {number} has {len(segment.lengths)} levels, its model {coder.num_levels}")
+        try:
+            found = levels.pop(coder.law, len(real), segment.levels[:wanted])
+        except (ValueError, OverflowError) as error:
+            raise Damaged(f"segment {number} does not decode ({error})") from None
+        top = (1 << coder.bits) - 1
+        if not exact:
+            found = found.clamp(0, top)
+        elif int(found.min()) < 0 or int(found.max()) > top:
+            raise Damaged(f"segment {number} decodes to what is no picture")
+        x = found.numpy()
+    if exact or segment.raw:
+        content = x[real].astype(np.uint8 if coder.bits <= 8 else np.uint16)
+        if crc32(_bytes(content)) != segment.crc:
+            raise Damaged(
+                f"segment {number} decodes to other pixels than it was made from (checksum): the file is "
+                "damaged, or this machine rounds otherwise than the one it was made on"
+            )
+    return x
+
+
+def _extra_bytes(form: Form, bits: int) -> int:
+    low = depth_of(form, bits) - bits
+    size = prod(form.full) * (0 if low <= 0 else 1 if low <= 8 else 2)
+    return size + (form.dims[0] * form.dims[1] * ceil(form.file_depth / 8) if form.alpha == -1 else 0)
+
+
+def _read_extra(found: Container, size: int, wanted: int | None) -> bytes | None:
+    """The bytes of `_extra`, or None where the last level is not there or not wanted."""
+    segment = found.segments[-1]
+    if not segment.raw or any(segment.lengths[:-1]) or not segment.lengths[-1]:
+        raise Damaged("what lies beside the model is not in the last level")
+    if len(segment.levels) < len(segment.lengths) or (wanted or found.num_levels) < found.num_levels:
+        return None
+    unpacking = zlib.decompressobj()
+    try:
+        data = unpacking.decompress(segment.levels[-1], size + 1)
+    except zlib.error:
+        raise Damaged("what lies beside the model is damaged") from None
+    if len(data) != size or not unpacking.eof or unpacking.unused_data or crc32(data) != segment.crc:
+        raise Damaged("what lies beside the model is damaged (checksum)")
+    return data
+
+
+def _finished(form: Form, values: Array, extra: bytes | None, bits: int, exact: bool) -> Picture:
+    """A picture of its high bits and what lay beside the model; without that of middle values, opaque."""
+    low = max(0, depth_of(form, bits) - bits)
+    alpha = None
+    if low and extra is not None:
+        rest = np.frombuffer(extra, np.uint8 if low <= 8 else "<u2", values.size)
+        extra = extra[rest.nbytes :]
+        if int(rest.max()) >> low:
+            raise Damaged("what lies beside the model does not fit it")
+        values = values | rest.reshape(values.shape)
+    elif low:
+        values = values | np.uint16(1 << (low - 1))
+    if form.alpha == -1:
+        kind: Any = np.uint8 if form.file_depth <= 8 else np.dtype("<u2")
+        if extra is not None:
+            alpha = np.frombuffer(extra, kind).reshape(form.dims)
+        else:
+            alpha = np.full(form.dims, (1 << form.file_depth) - 1, kind)
+    top = (1 << (form.file_depth if form.is_array else form.depth)) - 1
+    if int(values.max()) > top:
+        if exact:
+            raise Damaged(f"{form.file} decodes to values that it cannot hold")
+        values = values.clip(max=top)
+    return Picture(form, values.astype(np.uint8 if form.file_depth <= 8 else np.uint16), alpha)

@@ -1,0 +1,116 @@
+"""A densely connected network of integers: the same bits on every machine.
+
+A float64 holds integers below 2^53 exactly. Products of small integers that add up to less than that have one
+sum, whatever the order of summation, the number of threads, the batch, the library and the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dflow.core import Context
+from dflow.nn.densenet import DenseNet
+from dflow.nn.flat import flat_input
+
+#: Bits of the largest weight of an output channel, beside the sign.
+WEIGHT_BITS = 14
+#: Activations are multiples of 2^-14, and held at 2^12.
+FRACTION_BITS, RANGE_BITS = 14, 12
+
+_LARGEST = 1 << (FRACTION_BITS + RANGE_BITS)
+# Weights are multiples of 2^-26 or more, or a channel that has all but died would have no room for its bias.
+_FINEST = -26
+
+
+class FixedDenseNet(nn.Module):
+    """What a `DenseNet` of ReLU without norm computes, in integers held by float64.
+
+    ``a <- clamp(floor(step (sum w a + b) + 1/2), 0, 2^26)``: activations a are counted in 2^-14, weights w of
+    an output channel in its step, the power of two at which the largest has 14 bits. Inputs are rounded
+    alike: multiples of 2^-14 up to a magnitude of 2^12 are shown exactly. Outputs are not rounded again.
+
+    Idea: Ballé, Johnston and Minnen 2019 (integer networks).
+
+    Args:
+        net: the network; it stays as it is.
+
+    Raises:
+        ValueError: another activation than relu, a norm, weights that are not finite, sums that could reach
+            2^53.
+    """
+
+    def __init__(self, net: DenseNet) -> None:
+        """See the class."""
+        super().__init__()
+        for name, found, needed in (("activation", net.activation, "relu"), ("norm", net.norm, "none")):
+            if found != needed:
+                raise ValueError(
+                    f"a network with {name} {found!r} has no integer form: train with activation relu and "
+                    "norm none, or use mode float64"
+                )
+        self.size, self.num_params, self.levels, self.sizes = net.size, net.num_params, net.levels, net.sizes
+        self.layers = nn.ModuleList(
+            nn.Sequential(
+                *(
+                    _Product(part, True)
+                    for part in layer.children()
+                    if isinstance(part, (nn.Linear, nn.Conv2d))
+                )
+            )
+            for layer in net.layers
+        )
+        self.head = _Product(net.head, False)
+
+    def forward(self, x: Tensor, context: Context = None) -> Tensor:
+        """As `DenseNet.forward`, in float64."""
+        h = flat_input(x, context, self.sizes, self.levels, self.head.weight)
+        h = torch.floor(h * (1 << FRACTION_BITS) + 0.5).clamp(-_LARGEST, _LARGEST)
+        if self.size != (1, 1):
+            h = h.unflatten(1, (-1, *self.size))
+        for layer in self.layers:
+            h = torch.cat([h, layer(h)], 1)
+        out: Tensor = self.head(h) * 0.5**FRACTION_BITS
+        return out.view(len(x), self.num_params, -1).transpose(1, 2)
+
+
+class _Product(nn.Module):
+    """Integer product with bias, times the step of each channel; then a ReLU of whole numbers, or not."""
+
+    weight: Tensor
+    bias: Tensor
+    step: Tensor
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, active: bool) -> None:
+        super().__init__()
+        weight = layer.weight.detach().cpu().double()
+        bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach().cpu().double()
+        if not bool(weight.isfinite().all() and bias.isfinite().all()):
+            raise ValueError("weights are not finite; the training diverged or the weights are damaged")
+        rows = weight.flatten(1)
+        # Largest magnitudes are below 2^exponent; Python's powers of two are exact everywhere.
+        exponents = torch.frexp(rows.abs().amax(1)).exponent - WEIGHT_BITS
+        steps = [2.0 ** max(_FINEST, e) for e in exponents.tolist()]
+        step = torch.tensor(steps, dtype=torch.float64)
+        rows = (rows / step[:, None]).round()
+        bias = (bias * (1 << FRACTION_BITS) / step).round()
+        # The half that is added when the sum is rounded must not fall off either.
+        most = rows.abs().sum(1) * _LARGEST + bias.abs() + (0.5 / step).clamp(min=1)
+        if float(most.max()) >= 2.0**53:
+            raise ValueError(
+                f"sums of {rows.shape[1]} products of {WEIGHT_BITS} and {FRACTION_BITS + RANGE_BITS} bits "
+                f"and a bias could reach {float(most.max()):.3g}, beyond 2^53: use mode float64"
+            )
+        self.register_buffer("weight", rows.view_as(weight))
+        self.register_buffer("bias", bias)
+        self.register_buffer("step", step.view(-1, *[1] * (weight.ndim - 2)))
+        self.active = active
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.ndim == 2:
+            found = F.linear(x, self.weight, self.bias)
+        else:
+            found = F.conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2)
+        found = found * self.step
+        return torch.floor(found + 0.5).clamp(0, _LARGEST) if self.active else found
