@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dflow import zoo
 from dflow.bijectors import Chain, Coupling, Permute
-from dflow.coding import Coder, LogisticTables, Tables, codec, integer_counts, logistic_tables, pop, push
+from dflow.coding import Coder, LogisticTables, Tables, codec, integer_counts, logistic_tables, logit_counts, pop, push
 from dflow.coding.codec import logistic_steps
 from dflow.coding.codes import Bits, Code, Golomb, Logistic, Mixture, Rows, Shared
 from dflow.coding.reference import ReferenceCoder
@@ -90,6 +90,37 @@ def test_counts_of_a_uniform_law_give_the_rest_to_the_first():
 def test_counts_refuse_what_is_no_law(row):
     with pytest.raises(ValueError, match=r"probabilities|symbols"):
         integer_counts(torch.tensor(row))
+
+
+@pytest.mark.parametrize("K", [2, 3, 27, 256, 5000])
+def test_counts_of_logits(K):
+    logits = 4 * torch.randn(200, K, dtype=torch.float64)
+    logits[0, 1:], logits[1, 0] = -torch.inf, 1e5
+    counts = logit_counts(logits)
+    assert counts.dtype == torch.int32
+    assert (counts.sum(1) == TOTAL).all()
+    assert counts.min() >= 1 + (K == 2)
+    p = logits.softmax(1)
+    excess = torch.special.xlogy(p, p * TOTAL / counts).sum(1) / math.log(2)
+    assert excess.max() < 2 * K / TOTAL + 1e-5
+    # What differs in the last bits, or by a constant, gives the same.
+    assert torch.equal(logit_counts(logits + 1e-14 * torch.randn(200, 1)), counts)
+    steps = torch.randint(0, 2000, (200, K)) / 128
+    assert torch.equal(logit_counts(steps.double()), logit_counts(steps - 3))
+    assert torch.equal(logit_counts(steps + 1e-3 * torch.rand(200, K)), logit_counts(steps))
+
+
+def test_counts_of_logits_are_pinned():
+    """If this fails, streams of before can no longer be read."""
+    counts = logit_counts(torch.arange(0, 30, 0.75))
+    assert counts[-4:].tolist() == [933015, 1975193, 4181483, 8852211]
+    assert int((counts * torch.arange(40)).sum() % 1000003) == 289002
+
+
+@pytest.mark.parametrize("row", [[math.nan, 1.0], [math.inf, 0.0], [-math.inf, -math.inf], [1.0]], ids=str)
+def test_counts_of_logits_refuse_what_is_no_law(row):
+    with pytest.raises(ValueError, match=r"logits|symbols"):
+        logit_counts(torch.tensor(row))
 
 
 def test_tables_of_logistic_laws_are_pinned():
@@ -457,7 +488,7 @@ def test_length_of_streams_of_symbols():
         x = enumerate_all(K, dim)
         log_p = law.log_prob(x)
         _, chain = codec.steps(law, 1, None)
-        sizes = Tables(integer_counts(law.log_law().exp())).cumulative.diff(dim=1).double()
+        sizes = Tables(logit_counts(law.log_law())).cumulative.diff(dim=1).double()
         bits = (24 - sizes[torch.arange(dim), x].log2()).sum(1)
         assert abs(float((log_p.exp() * (bits + log_p / math.log(2))).sum())) < 1e-4 * dim
         assert torch.equal(next(chain)[1].tables.cumulative.diff(dim=1), sizes.int())

@@ -3,7 +3,7 @@
 from dflow.coding.codec import pop, push, steps
 from dflow.coding.coder import Coder
 from dflow.coding.numeric import MODES, Margin, fingerprint, frozen_tables, in_pieces, margin, prepare
-from dflow.coding.tables import LogisticTables, Tables, integer_counts, logistic_tables
+from dflow.coding.tables import LogisticTables, Tables, integer_counts, logistic_tables, logit_counts
 
 __all__ = [
     "MODES",
@@ -16,6 +16,7 @@ __all__ = [
     "in_pieces",
     "integer_counts",
     "logistic_tables",
+    "logit_counts",
     "margin",
     "pop",
     "prepare",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dflow.coding.codes import Code, Intervals, Logistic, Mixture, Rows, Shared, Stack, join
 from dflow.coding.frozen import Cells, FrozenMixture
-from dflow.coding.tables import Tables, integer_counts, logistic_tables
+from dflow.coding.tables import Tables, logistic_tables, logit_counts
 from dflow.core import Context, Distribution
 from dflow.distributions import categorical
 from dflow.distributions.any_order import Walk
@@ -154,7 +154,7 @@ def steps(distribution: Distribution, n: int, context: Context) -> tuple[int, St
 
 @steps.register
 def _(distribution: categorical.Categorical, n: int, context: Context) -> tuple[int, Steps]:
-    tables = Tables(integer_counts(distribution.log_law().detach().cpu().softmax(-1)))
+    tables = Tables(logit_counts(distribution.log_law().detach().cpu()))
     places = _places(n, distribution.dim, context, distribution.classes.device)
     index = distribution.classes[places % distribution.dim]
     return distribution.dim, _once(places, Shared(tables, index))
@@ -289,7 +289,7 @@ def _send(chain: Steps, values: Tensor) -> tuple[Tensor, Code] | None:
 
 def _rows(logits: Tensor) -> Code:
     """Code of symbols, each with logits of its own, ``(n, K)``."""
-    return Rows(integer_counts(logits.detach().cpu().double().softmax(-1)))
+    return Rows(logit_counts(logits.detach().cpu()))
 
 
 def _mask(n: int, dim: int, context: Context) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,10 @@ class Clock:
 
 @contextmanager
 def clock(law: nn.Module) -> Iterator[Clock]:
-    """Time what is done with ``law``, whose networks are the modules called ``net``."""
+    """Time what is done with ``law``, whose networks are the modules called ``net``.
+
+    Some of these answer step by step, by a method ``step``.
+    """
     found, started = Clock(), [0.0]
 
     def start(*_: Any) -> None:
@@ -39,6 +42,19 @@ def clock(law: nn.Module) -> Iterator[Clock]:
     paths = ((name.split("."), module) for name, module in law.named_modules())
     nets = [module for path, module in paths if path[-1] == "net" and path.count("net") == 1]
     handles = [h for m in nets for h in (m.register_forward_pre_hook(start), m.register_forward_hook(stop))]
+    walking: list[Any] = [m for m in nets if hasattr(m, "step")]
+
+    def timed(step: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            start()
+            answer = step(*given)
+            stop()
+            return answer
+
+        return call
+
+    for module in walking:
+        module.step = timed(module.step)
     begun = time.perf_counter()
     try:
         yield found
@@ -46,3 +62,5 @@ def clock(law: nn.Module) -> Iterator[Clock]:
         found.total = time.perf_counter() - begun
         for handle in handles:
             handle.remove()
+        for module in walking:
+            del module.step
