@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from dflow.hf import DflowModel
 
 
-def flag(help: str, default: Any = dataclasses.MISSING) -> Any:
-    """A field that is the flag ``--name``, required where it has no default."""
-    return field(default=default, metadata={"help": help})
+def flag(help: str, default: Any = dataclasses.MISSING, short: str | None = None) -> Any:
+    """A field that is the flag ``--name``, required where it has no default; ``short`` is one like ``-o``."""
+    return field(default=default, metadata={"help": help, "short": short})
 
 
 def argument(help: str) -> Any:
@@ -188,6 +188,62 @@ class PlotDensity(Machine):
     model: str = flag("folder of the model")
     output: str = flag("PNG file to write, whole or not at all", "density.png")
     cells: int = flag("points of the plot a side", 400)
+
+
+@dataclass(kw_only=True)
+class Compress:
+    """Compress pictures by an integer flow, without loss.
+
+    Every value of a picture or an array (.npy of uint8 or uint16) comes back; ICC profiles, EXIF data and the
+    bytes of the original file do not. A picture comes back as PNG.
+    """
+
+    files: list[str] = field(metadata={"help": "pictures or .npy arrays", "positional": True})
+    output: str = flag("file to write, whole or not at all; with --separate a folder", short="-o")
+    model: str = flag("folder of the model")
+    mode: Literal["float64", "fixed", "float32"] = flag(
+        "numbers that the networks compute in: float64; fixed, integers, the same on every machine; float32, "
+        "fastest, decodes on this machine only",
+        "float64",
+    )
+    separate: bool = flag("a file for each", False)
+    tiles: int | None = flag(
+        "tiles of a segment, which is coded by itself (default: those of 2^19 values)", None
+    )
+    no_verify: bool = flag("do not decode and compare before writing", False)
+    batch_size: int = flag("tiles that the networks see at a time", 64)
+    threads: int | None = flag("threads of torch on the CPU (default: as many as torch takes)", None)
+
+
+@dataclass(kw_only=True)
+class Decompress:
+    """Give back what was compressed, or with --levels coarse pictures from a beginning of the file."""
+
+    files: list[str] = field(metadata={"help": ".dfl files", "positional": True})
+    output: str = flag("folder to write into; nothing in it is replaced", short="-o")
+    model: str = flag("folder of the model that compressed them")
+    levels: int | None = flag("levels to use, the coarsest first; the file may be cut off behind them", None)
+    limit: int = flag("values that a file may declare", 1 << 28)
+    batch_size: int = flag("tiles that the networks see at a time", 64)
+    threads: int | None = flag("threads of torch on the CPU (default: as many as torch takes)", None)
+
+
+@dataclass(kw_only=True)
+class Info:
+    """What is in a .dfl file: model, mode, files, bytes and bits of each level. Needs no model."""
+
+    file: str = argument(".dfl file")
+
+
+@dataclass(kw_only=True)
+class PlotProgressive:
+    """Pictures of a .dfl file as they are seen after each level, with their share of the file and PSNR."""
+
+    file: str = argument(".dfl file")
+    model: str = flag("folder of the model that compressed it")
+    output: str = flag("PNG file to write, whole or not at all", "progressive.png", short="-o")
+    rows: int = flag("pictures to show, the first ones", 6)
+    threads: int | None = flag("threads of torch on the CPU (default: as many as torch takes)", None)
 
 
 @dataclass(kw_only=True)
@@ -485,6 +541,125 @@ def compare(flags: Compare) -> int:
     return 0
 
 
+def compress(flags: Compress) -> int:
+    """`dflow compress`."""
+    from dflow.compress import ImageCoder, compress_images
+    from dflow.generate import check_output, write_whole
+    from dflow.hf import DflowImageModel, kind_of
+
+    set_threads(flags.threads)
+    files, output = [Path(name) for name in flags.files], Path(flags.output)
+    if kind_of(flags.model) is not DflowImageModel:
+        raise InputError(
+            f"{flags.model}: a model of text; pictures are compressed by an integer flow of images"
+        )
+    jobs = [(output, files)]
+    if flags.separate:
+        make_folder(output)
+        jobs = [(output / f"{file.stem}.dfl", [file]) for file in files]
+        if len({target for target, _ in jobs}) < len(jobs):
+            raise InputError("two of the files have the same name; leave out --separate, or rename one")
+    for target, _ in jobs:
+        check_output(target)
+    coder = ImageCoder.load(flags.model, flags.mode, flags.batch_size)
+    reports = []
+    for target, group in jobs:
+        data, report = compress_images(
+            group, coder, tiles=flags.tiles, verify=not flags.no_verify, progress=True
+        )
+        write_whole(target, data)
+        reports.append(report)
+        for name, note in report.notes:
+            print(f"{name}: {note}")
+    total, values = sum(r.bytes for r in reports), sum(r.values for r in reports)
+    encode, network = sum(r.encode.total for r in reports), sum(r.encode.network for r in reports)
+    print_table(
+        [
+            ("files", f"{len(files):,} in {len(jobs):,}"),
+            ("bytes", f"{total:,}, of these {sum(r.header for r in reports):,} of headers"),
+            ("bits a dimension", f"{8 * total / values:.4f} of {values:,}"),
+            (
+                "segments",
+                f"{sum(r.segments for r in reports):,}, {sum(r.raw for r in reports):,} of them raw",
+            ),
+            ("encoded in", f"{encode:.2f} s, networks {network:.2f}, coder {encode - network:.2f}"),
+            ("verified", "no (--no-verify)" if flags.no_verify else "decoded and compared"),
+        ]
+    )
+    return 0
+
+
+def decompress(flags: Decompress) -> int:
+    """`dflow decompress`."""
+    from dflow.compress import decompress_images
+    from dflow.compress.pixels import write
+    from dflow.generate import check_output, write_whole
+
+    set_threads(flags.threads)
+    folder = Path(flags.output)
+    make_folder(folder)
+    for name in flags.files:
+        pictures = decompress_images(
+            Path(name).read_bytes(),
+            flags.model,
+            name=name,
+            levels=flags.levels,
+            limit=flags.limit,
+            batch=flags.batch_size,
+            progress=True,
+        )
+        for picture in pictures:
+            check_output(folder / picture.form.file)
+        for picture in pictures:
+            write_whole(folder / picture.form.file, write(picture))
+            print(folder / picture.form.file)
+    return 0
+
+
+def info(flags: Info) -> int:
+    """`dflow info`."""
+    from dflow.compress import describe_images
+
+    print_table(describe_images(Path(flags.file).read_bytes(), flags.file))
+    return 0
+
+
+def plot_progressive(flags: PlotProgressive) -> int:
+    """`dflow plot progressive`."""
+    from dflow import plot
+    from dflow.compress import stages
+    from dflow.generate import check_output, write_whole
+
+    set_threads(flags.threads)
+    output = Path(flags.output)
+    check_output(output)
+    if flags.rows < 1:
+        raise InputError(f"--rows {flags.rows} must be at least 1")
+    found = stages(Path(flags.file).read_bytes(), flags.model, name=flags.file, progress=True)
+    names = [picture.form.file for picture in found[0].pictures][: flags.rows]
+    write_whole(
+        output,
+        plot.progressive(
+            names,
+            [[stage.pictures[i].preview() for stage in found] for i in range(len(names))],
+            [stage.share for stage in found],
+            [[stage.psnr[i] for stage in found] for i in range(len(names))],
+        ),
+    )
+    print(output)
+    return 0
+
+
+def make_folder(folder: Path) -> None:
+    """A folder to write into, made if its own folder is there."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: a file; name a folder")
+    if not folder.exists():
+        if not folder.parent.is_dir():
+            raise InputError(f"{folder}: the folder {folder.parent} does not exist; create it")
+        folder.mkdir()
+
+
 def data_list(flags: DataList) -> int:
     """`dflow data list`."""
     from dflow.data import list_sets
@@ -520,7 +695,16 @@ VERBS: tuple[tuple[str, type[Any], Callable[[Any], int], str], ...] = (
         "dflow generate --model runs/grouped --n 100 --seed 1 --output samples.txt",
     ),
     ("compare", Compare, compare, "dflow compare runs/grouped runs/lstm --output comparison"),
+    ("compress", Compress, compress, "dflow compress *.png -o pictures.dfl --model runs/images/idf"),
+    ("decompress", Decompress, decompress, "dflow decompress pictures.dfl -o back --model runs/images/idf"),
+    ("info", Info, info, "dflow info pictures.dfl"),
     ("plot density", PlotDensity, plot_density, "dflow plot density --model runs/images/checkerboard"),
+    (
+        "plot progressive",
+        PlotProgressive,
+        plot_progressive,
+        "dflow plot progressive pictures.dfl --model runs/images/idf -o levels.png",
+    ),
     ("data list", DataList, data_list, "dflow data list --folder texts"),
     ("data prepare", DataPrepare, data_prepare, "dflow data prepare text8 --folder texts"),
     ("data check", DataCheck, data_check, "dflow data check ptb --folder texts"),
@@ -528,7 +712,10 @@ VERBS: tuple[tuple[str, type[Any], Callable[[Any], int], str], ...] = (
 
 
 #: What the verbs of two words are about.
-GROUPS = {"data": "texts and images: list, prepare, check", "plot": "pictures of a model: density"}
+GROUPS = {
+    "data": "texts and images: list, prepare, check",
+    "plot": "pictures of a model: density, progressive",
+}
 
 
 # -- what verbs share ------------------------------------------------------------------------------------
@@ -593,19 +780,21 @@ def add_flags(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
             nargs: dict[str, Any] = {"nargs": "+"} if typing.get_origin(kind) is list else {}
             parser.add_argument(f.name, metavar=f.name.upper(), **options, **nargs)
             continue
-        name = "--" + f.name.replace("_", "-")
+        name = ["--" + f.name.replace("_", "-")]
+        if f.metadata.get("short"):
+            name.insert(0, f.metadata["short"])
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if f.default not in (None, dataclasses.MISSING) and kind is not bool:
             options["help"] += f" (default: {f.default})"
         if kind is bool:
-            parser.add_argument(name, action="store_const", const=True, default=argparse.SUPPRESS, **options)
+            parser.add_argument(*name, action="store_const", const=True, default=argparse.SUPPRESS, **options)
         elif typing.get_origin(kind) is list:
             parser.add_argument(
-                name, nargs="+", action="extend", default=argparse.SUPPRESS, metavar="WORD", **options
+                *name, nargs="+", action="extend", default=argparse.SUPPRESS, metavar="WORD", **options
             )
         elif typing.get_origin(kind) is Literal:
             parser.add_argument(
-                name,
+                *name,
                 metavar="|".join(typing.get_args(kind)),
                 default=argparse.SUPPRESS,
                 required=required,
@@ -613,7 +802,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
             )
         else:
             parser.add_argument(
-                name, metavar=f.name.upper(), default=argparse.SUPPRESS, required=required, **options
+                *name, metavar=f.name.upper(), default=argparse.SUPPRESS, required=required, **options
             )
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
+from math import isinf
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dflow.config import InputError
@@ -55,6 +59,42 @@ def density(model: DflowImageModel, data: Samples, cells: int = 400, draws: int 
                 line(edge, color="white", linewidth=0.5, alpha=0.5)
         axes.set(title=title, xlabel="v$_1$", ylabel="v$_2$")
         figure.colorbar(shown, ax=axes, shrink=0.85)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def progressive(
+    names: Sequence[str],
+    images: Sequence[Sequence[NDArray[Any]]],
+    shares: Sequence[float],
+    psnr: Sequence[Sequence[float]],
+) -> bytes:
+    """Pictures as they are seen after each level of a compressed file; a PNG.
+
+    As on slide 11 of Hoogeboom et al. 2019 (arXiv 1905.07376).
+
+    Args:
+        names: of the pictures, a row each.
+        images: of each picture what is seen after each level, ``(H, W)`` or ``(H, W, 3)`` in 0..1.
+        shares: of the file, up to each level.
+        psnr: of each picture after each level, in decibels; infinite where nothing is missing.
+    """
+    from matplotlib.figure import Figure
+
+    rows, columns = len(names), len(shares)
+    figure = Figure(figsize=(2.4 * columns, 2.6 * rows + 0.3), layout="constrained")
+    for row, axes in enumerate(figure.subplots(rows, columns, squeeze=False)):
+        for column, place in enumerate(axes):
+            place.imshow(images[row][column], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            place.set(xticks=[], yticks=[])
+            value = psnr[row][column]
+            place.set_xlabel("exact" if isinf(value) else f"{value:.1f} dB", fontsize=9)
+            if not row:
+                place.set_title(f"{100 * shares[column]:.0f} % of the file", fontsize=10)
+            if not column:
+                # Of a name no dollar is mathematics.
+                place.set_ylabel(names[row].replace("$", r"\$"), fontsize=9)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()

@@ -3,9 +3,11 @@
 from dflow.compress.images import (
     ImageCoder,
     Report,
+    Stage,
     compress_images,
     decompress_images,
     describe_images,
+    stages,
 )
 from dflow.compress.pixels import Form, Picture
 
@@ -14,7 +16,9 @@ __all__ = [
     "ImageCoder",
     "Picture",
     "Report",
+    "Stage",
     "compress_images",
     "decompress_images",
     "describe_images",
+    "stages",
 ]

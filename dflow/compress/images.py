@@ -16,7 +16,7 @@ import platform
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import ceil, log, prod
+from math import ceil, inf, log, log10, prod
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +317,58 @@ def describe_images(data: bytes, name: str = "the file") -> list[tuple[str, str]
 
 #: Files that are listed.
 _SHOWN = 20
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """What the first levels of a file show.
+
+    Attributes:
+        share: of the bytes of the file.
+        pictures: what is seen of each file.
+        psnr: of each, ``10 log10(peak^2 / mean squared error)``, in decibels; infinite where it is exact.
+    """
+
+    share: float
+    pictures: list[Picture]
+    psnr: list[float]
+
+
+def stages(
+    data: bytes,
+    model: str | os.PathLike[str] | ImageCoder,
+    *,
+    name: str = "the file",
+    limit: int = LIMIT,
+    progress: bool = False,
+) -> list[Stage]:
+    """A ``.dfl`` after each of its levels, as a file that arrives part by part.
+
+    Arguments are those of `decompress_images`.
+
+    Raises:
+        InputError: as of `decompress_images`.
+    """
+    given = {"name": name, "limit": limit, "progress": progress}
+    exact = decompress_images(data, model, **given)  # type: ignore[arg-type]
+    found = container.read(data)
+    if not isinstance(model, ImageCoder):
+        model = ImageCoder.load(model, MODES[found.mode], _plan(found).batch or BATCH)
+    stages, sizes = [], found.level_bytes
+    for level in range(1, found.num_levels + 1):
+        coarse = exact
+        if level < found.num_levels:
+            coarse = decompress_images(data, model, levels=level, **given)  # type: ignore[arg-type]
+        psnr = [_psnr(a, b, model.bits) for a, b in zip(coarse, exact, strict=True)]
+        share = (found.header + sum(sizes[:level])) / len(data)
+        stages.append(Stage(share, coarse, psnr))
+    return stages
+
+
+def _psnr(coarse: Picture, exact: Picture, bits: int) -> float:
+    error = float(np.square(coarse.values.astype(np.float64) - exact.values).mean())
+    peak = (1 << depth_of(exact.form, bits)) - 1
+    return 10 * log10(peak**2 / error) if error else inf
 
 
 # -- meta ------------------------------------------------------------------------------------------------

@@ -81,6 +81,12 @@ class Picture:
     alpha: Array | None = None
     notes: tuple[str, ...] = ()
 
+    def preview(self) -> Array:
+        """The first picture of it to look at, ``(H, W)`` or ``(H, W, 3)`` in 0..1."""
+        depth = max(8, self.form.depth) if self.form.is_array else self.form.depth
+        values: Array = self.values[0] / ((1 << depth) - 1)
+        return values if values.shape[2] == 3 else values[..., 0]
+
     def same(self, other: Picture) -> bool:
         """Whether every value is the same."""
         if self.form != other.form or not np.array_equal(self.values, other.values):
