@@ -112,7 +112,7 @@ def _exponentials() -> Tensor:
     """``2^37 exp(-i / 128)``, rounded, int64, up to the first that is 0."""
     with localcontext() as context:
         context.prec = 40
-        found = []
+        found: list[int] = []
         while not found or found[-1]:
             found.append(int((Decimal(1 << 37) * (-Decimal(len(found)) / _GRID).exp()).to_integral_value()))
     return torch.tensor(found)

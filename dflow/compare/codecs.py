@@ -264,14 +264,13 @@ def compare_codecs(
         disable=not progress,
     ) as bar:
         for made in makers:
-            runner = made()
-            _attempt(runner, 1)
-            runners.append(runner)
+            runners.append(made())
+            _attempt(runners[-1], 1)
             bar.update()
         for _ in range(rounds):
-            for runner in runners:
-                if runner.row.error is None and sum((*runner.encode, *runner.decode)) <= PATIENCE:
-                    _attempt(runner)
+            for one in runners:
+                if one.row.error is None and sum(one.encode + one.decode) <= PATIENCE:
+                    _attempt(one)
                 bar.update()
     rows = [_finish(runner, material) for runner in runners]
     return CodecComparison(

@@ -82,6 +82,10 @@ class Tokenizer(ABC):
         text = json.dumps(self._record().__dict__, ensure_ascii=True, indent=1)
         files.write(Path(folder) / VOCABULARY, (text + "\n").encode())
 
+    def describe(self) -> str:
+        """All that it depends on, as JSON."""
+        return json.dumps(self._record().__dict__, sort_keys=True)
+
     @abstractmethod
     def _record(self) -> _Vocabulary: ...
 
