@@ -407,9 +407,11 @@ def test_tables_are_taken_as_they_were_kept():
     assert {name.rpartition(".")[2] for name in tables} == {"counts", "base", "widths", "orders", "log_unit"}
     name = next(name for name in tables if name.endswith(".counts"))
     other = {**tables, name: tables[name].clone()}
-    largest = int(other[name][0].argmax())
-    other[name][0, largest] -= 5
-    other[name][0, largest + 1] += 5
+    counts, rows = other[name], torch.arange(len(tables[name]))
+    largest = counts.argmax(1)
+    amount = counts[rows, largest] // 4
+    counts[rows, largest] -= amount
+    counts[rows, (largest + 1) % counts.shape[1]] += amount
     streams = []
     for kept in (None, tables, other):
         coder = Coder()
@@ -459,7 +461,7 @@ def test_fingerprints_change_with_all_that_decoding_depends_on():
 
 def test_the_tiny_flow_is_the_same_everywhere():
     """Golden files of other tests hang on it."""
-    assert fingerprint(tiny_flow(), {}, "fixed").hex()[:16] == "68f8f93f8939bd7a"
+    assert fingerprint(tiny_flow(), {}, "fixed").hex()[:16] == "5abfe7ab57bc8c9d"
 
 
 def test_tables_lie_beside_the_weights(tmp_path: Path):

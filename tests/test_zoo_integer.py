@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from dflow import objectives, zoo
+from dflow.coding import Coder, pop, push
+from dflow.coding import levels as coding_levels
 from dflow.config import InputError
 from dflow.core import Distribution
 from dflow.distributions import ConditionalLogistic, LogisticMixture
@@ -64,6 +66,9 @@ VARIANTS = [
         ("quarter", "half"), ("kept", "inverted"), (False, True), (("relu", "none"), ("silu", "group"))
     )
 ]
+# A level whose parts are modelled one after another, by mixtures.
+GROUPED = {"kept": "quarter", "prior_groups": 3, "prior_components": 2}
+VARIANTS += [GROUPED, GROUPED | PLUS, GROUPED | {"num_flows": 0}, {"prior_groups": 2}]
 
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
@@ -91,6 +96,7 @@ def test_every_combination_is_a_bijection_with_gradients_everywhere(settings: di
         {"shape": [2, 1, 1], "num_levels": 1, "levels": [4, 2], "lowest": [-2, 7], **PLUS, "norm": "none"},
         {"shape": [3, 1, 1], "num_levels": 1, "levels": [4], **PLUS},
         {"shape": [3, 1, 1], "num_levels": 2, "levels": [3, 2, 3], "lowest": [0, 0, -1], "split": "half"},
+        {"shape": [3, 1, 1], "num_levels": 2, "levels": [3], "num_flows": 1, **GROUPED, "prior_groups": 2},
     ],
     ids=str,
 )
@@ -128,7 +134,7 @@ def test_draws_follow_the_law() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"rezero": True}, {"permute": "inverted"}, {"num_levels": 1}, {"levels": [256]}],
+    [{}, {"rezero": True}, {"permute": "inverted"}, {"num_levels": 1}, {"levels": [256]}, GROUPED],
     ids=str,
 )
 def test_it_starts_as_the_marginals_of_the_data(settings: dict[str, Any]) -> None:
@@ -143,6 +149,32 @@ def test_it_starts_as_the_marginals_of_the_data(settings: dict[str, Any]) -> Non
     expected = math.log2(10 * math.sqrt(2 * math.pi * math.e))
     found = float(-law.log_prob(x).detach().mean()) / 64 / math.log(2)
     assert found == pytest.approx(expected, abs=0.2)
+
+
+def test_parts_of_a_level_are_modelled_one_after_another() -> None:
+    law = build(shape=[1, 4, 4], num_levels=2, **GROUPED)
+    outer = law.base
+    assert isinstance(outer, Split)
+    x = data(config(shape=[1, 4, 4]), 2)
+    z = law.transform(x)[0]
+
+    def third(z: Tensor) -> Tensor:
+        (_, _), (rest, given) = outer.parts(z)
+        (_, _), (last, known) = outer.conditional.parts(rest, given)
+        return outer.conditional.conditional.log_prob(last, known)
+
+    # The last of three groups hangs on the kept channel and on both groups before it.
+    for place in (0, 4, 8):
+        other = z.clone()
+        other[:, place] += 5
+        assert not torch.equal(third(other), third(z))
+    coder = Coder()
+    push(law.eval(), x, coder)
+    assert torch.equal(pop(law, len(x), coder), x)
+    parts = coding_levels.push(law, x)
+    assert len(parts) == 2
+    coarse = coding_levels.pop(law, len(x), parts[:1])
+    assert torch.equal(law.transform(coarse)[0][:, :4], z[:, :4])
 
 
 def test_permutations_and_channels() -> None:
@@ -176,8 +208,10 @@ def test_permutations_and_channels() -> None:
         ({"levels": [3], "lowest": [1 << 23]}, "value 8388610 is larger than 4194304"),
         ({"shape": [1, 1, 1], "levels": [4]}, "two entries or more"),
         ({"shape": [1, 3, 3]}, "3 x 3 pixels of one channel .* even height"),
-        ({"shape": [2, 1, 1], "num_levels": 2}, "fewer num_levels"),
-        ({"shape": [2, 1, 1], "num_levels": 1, "norm": "group"}, "use norm 'none'"),
+        ({"shape": [2, 1, 1], "num_levels": 3}, "fewer num_levels"),
+        ({"num_flows": -1}, "num_flows must be at least 0"),
+        ({"prior_groups": 3}, "2 channels are factored out of a level, fewer than 3 prior_groups"),
+        ({"shape": [2, 1, 1], "num_levels": 1, "norm": "group", "hidden_size": 2}, "use norm 'none'"),
         ({"split": "third"}, "half"),
         ({"dequantizer": "uniform"}, "unknown key 'dequantizer'"),
         ({"levels": []}, "shape and levels are missing"),

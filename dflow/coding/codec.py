@@ -33,7 +33,7 @@ from dflow.ops.lengths import present
 Steps = Generator[tuple[Tensor, Code], Tensor, None]
 
 #: Mixtures of logistic laws are coded together as long as they are no more than this.
-_MIXTURES = 1 << 14
+_MIXTURES = 1 << 16
 
 
 @singledispatch

@@ -16,7 +16,10 @@ from torch import Tensor
 from dflow.coding.tables import LIMIT, PRECISION, WINDOW, LogisticTables, Tables, integer_counts
 
 _HALF = WINDOW // 2
-_CELLS = WINDOW.bit_length() - 1
+
+#: Mixtures are coded in digits of this many bits.
+_DIGIT = 2
+_CELLS = 1 << _DIGIT
 
 #: Raw bits are coded in pieces of this many.
 _PIECE = 16
@@ -204,12 +207,12 @@ class Logistic:
 
 
 class Mixture:
-    r"""Integers under mixtures of discretized logistic laws, digit by digit in base 256.
+    r"""Integers under mixtures of discretized logistic laws, digit by digit in base 4.
 
-    A window holds every component to 12 scales on either side. First comes which of 256 cells of it a number
+    A window holds every component to 12 scales on either side. First comes which of 4 cells of it a number
     lies in, or which tail; a cell of several integers is cut again until one is left. Each digit has its
     exact conditional law, so that mixtures of any kind cost a rounding to 24 bits a digit over the ideal, at
-    the price of a row of probabilities for each number and digit.
+    the price of a short row of probabilities for each number and digit.
 
     Args:
         loc: means, floating ``(T, M)``.
@@ -231,65 +234,83 @@ class Mixture:
         self._weights, self.index = given[2].softmax(1), index.cpu()
         low = (self._loc - _REACH * self._scale).amin(1).floor()
         high = (self._loc + _REACH * self._scale).amax(1).ceil()
-        span = float((high - low).max()) / WINDOW if len(loc) else 1.0
+        span = float((high - low).max()) / _CELLS if len(loc) else 1.0
         # One width for all: cells cost no precision, they are cut again.
         self.shift = max(0, math.ceil(math.log2(max(1.0, span))))
-        self._base = ((low + high) / 2).floor().long() - (_HALF << self.shift)
+        self._base = ((low + high) / 2).floor().long() - ((_CELLS // 2) << self.shift)
         orders = self._scale.amax(1).log2().floor().long()
         self._orders = orders.clamp(min=0)[self.index]
-        edges = self._base[:, None] + (torch.arange(WINDOW + 1) << self.shift)
-        cdf = self._cdf(edges, torch.arange(len(loc)))
-        law = torch.cat([cdf[:, :1], cdf.diff(dim=1).clamp(min=0), 1 - cdf[:, -1:]], 1)
-        self._cells = Shared(Tables(integer_counts(law)), self.index)
+        edges = self._base[:, None] + (torch.arange(_CELLS + 1) << self.shift)
+        self._below = self._cdf(edges, torch.arange(len(loc)))
+        cells = self._below.diff(dim=1).clamp(min=0)
+        law = torch.cat([self._below[:, :1], cells, 1 - self._below[:, -1:]], 1)
+        self._cells = Rows(integer_counts(law)[self.index])
 
     def _cdf(self, edges: Tensor, index: Tensor) -> Tensor:
         """Mass below the integers ``edges`` ``(n, E)``."""
         # Integers less a half would be float32.
-        found, edges = torch.zeros(edges.shape, dtype=torch.float64), edges.double()
+        found, edges = torch.zeros(edges.shape, dtype=torch.float64), edges.double() - 0.5
         for loc, scale, weight in zip(
             *(v[index].unbind(1) for v in (self._loc, self._scale, self._weights)), strict=True
         ):
-            found += weight[:, None] * ((edges - 0.5 - loc[:, None]) / scale[:, None]).sigmoid()
-        return found.clamp(max=1)
+            found.addcmul_(weight[:, None], ((edges - loc[:, None]) / scale[:, None]).sigmoid_())
+        return found.clamp_(max=1)
 
-    def _digit(self, first: Tensor, width: int, digit: int, index: Tensor) -> Rows:
-        """Code of which of ``2^digit`` parts of the ``2^width`` integers from ``first`` on holds a number."""
-        edges = first[:, None] + (torch.arange((1 << digit) + 1) << (width - digit))
-        law = self._cdf(edges, index).diff(dim=1).clamp(min=0)
+    def _digit(
+        self, first: Tensor, ends: Tensor, width: int, digit: int, index: Tensor
+    ) -> tuple[Rows, Tensor]:
+        """Code of which of ``2^digit`` parts of the ``2^width`` integers from ``first`` on holds a number.
+
+        And the mass below the edges of the parts; ``ends`` ``(n, 2)`` is that below the first and the last.
+        """
+        inner = self._cdf(first[:, None] + (torch.arange(1, 1 << digit) << (width - digit)), index)
+        below = torch.cat([ends[:, :1], inner, ends[:, 1:]], 1)
+        law = below.diff(dim=1).clamp(min=0)
         total = law.sum(1, keepdim=True)
-        return Rows(integer_counts(torch.where(total > 0, law / total, 0.5**digit)))
+        return Rows(integer_counts(torch.where(total > 0, law / total, 0.5**digit))), below
 
     def _digits(self) -> list[tuple[int, int]]:
-        return [(width, min(_CELLS, width)) for width in range(self.shift, 0, -_CELLS)]
+        return [(width, min(_DIGIT, width)) for width in range(self.shift, 0, -_DIGIT)]
 
     def intervals(self, x: Tensor) -> Intervals:
         """See `Code`; ValueError for a magnitude beyond 2^40."""
         check_numbers(x, len(self.index))
         offset = x - self._base[self.index]
         # Beyond the window there are no cells: distances are those of integers.
-        beyond, tails = _tails(offset, WINDOW << self.shift)
+        beyond, tails = _tails(offset, _CELLS << self.shift)
         parts = [
-            self._cells.intervals((offset >> self.shift).clamp(-1, WINDOW) + 1),
+            self._cells.intervals((offset >> self.shift).clamp(-1, _CELLS) + 1),
             Golomb(self._orders[beyond]).intervals(tails),
         ]
         within = (~beyond).nonzero().flatten()
         x, index, offset = x[within], self.index[within], offset[within]
+        ends = _ends(self._below[index], offset >> self.shift)
         for width, digit in self._digits():
             first = x - offset % (1 << width)
-            code = self._digit(first, width, digit, index)
-            parts.append(code.intervals((x - first) >> (width - digit)))
+            code, below = self._digit(first, ends, width, digit, index)
+            part = (x - first) >> (width - digit)
+            parts.append(code.intervals(part))
+            ends = _ends(below, part)
         return join(parts)
 
     def pop(self, stack: Stack) -> Tensor:
         """See `Code`."""
         cell = self._cells.pop(stack) - 1
-        within = ((cell >= 0) & (cell < WINDOW)).nonzero().flatten()
+        within = ((cell >= 0) & (cell < _CELLS)).nonzero().flatten()
         offset = torch.where(cell < 0, -1, cell << self.shift)
-        x = _pop_tails(offset, WINDOW << self.shift, self._orders, stack) + self._base[self.index]
+        x = _pop_tails(offset, _CELLS << self.shift, self._orders, stack) + self._base[self.index]
         first, index = x[within], self.index[within]
+        ends = _ends(self._below[index], cell[within])
         for width, digit in self._digits():
-            first = first + (self._digit(first, width, digit, index).pop(stack) << (width - digit))
+            code, below = self._digit(first, ends, width, digit, index)
+            part = code.pop(stack)
+            first, ends = first + (part << (width - digit)), _ends(below, part)
         return x.index_copy(0, within, first)
+
+
+def _ends(below: Tensor, part: Tensor) -> Tensor:
+    """The mass below the first and the last edge of a part."""
+    return below.gather(1, torch.stack([part, part + 1], 1))
 
 
 def join(parts: list[Intervals]) -> Intervals:

@@ -107,6 +107,9 @@ def pop(
 
 @torch.no_grad()
 def _mean(law: Distribution, context: Context) -> Tensor:
+    if isinstance(law, Split):
+        x_a = _mean(law.base, law.contexts(None, context)[0])
+        return law.join(x_a, _mean(law.conditional, law.contexts(x_a, context)[1]))
     if not isinstance(law, Logistics):
         raise ValueError(f"the mean of {type(law).__name__} is not known: ask for draws, or for all levels")
     loc, _, *log_weights = law.params(context)

@@ -69,11 +69,13 @@ class DenseNet(nn.Module):
         channels, layers = in_channels + context_channels, []
         for i in range(depth):
             growth = hidden_size * (i + 1) // depth - hidden_size * i // depth
+            # A product and a maximum leave half the numbers line of a single channel: few are made more first.
+            width = max(channels, growth)
             layers.append(
                 nn.Sequential(
-                    self._product(channels, channels, 1),
-                    *self._active(channels),
-                    self._product(channels, growth, 3),
+                    self._product(channels, width, 1),
+                    *self._active(width),
+                    self._product(width, growth, 3),
                     *self._active(growth),
                 )
             )

@@ -33,8 +33,11 @@ class Rescaled(nn.Module):
         self.factor = nn.Parameter(torch.zeros(())) if rezero else None
 
     def forward(self, x: Tensor, context: Context = None) -> Tensor:
-        """``(batch, m, num_params)``, in the dtype of the buffers."""
-        out: Tensor = self.net((x.to(self.scale.dtype) - self.offset) / self.scale, context)
+        """``(batch, m, num_params)``, in the dtype of the buffers; a context stands before the entries of x."""
+        if context is not None:
+            before = context if isinstance(context, tuple) else (context,)
+            x = torch.cat([*before, x], 1)
+        out: Tensor = self.net((x.to(self.scale.dtype) - self.offset) / self.scale)
         if self.factor is not None:
             out = out * self.factor
         return out * self.unit[:, None]

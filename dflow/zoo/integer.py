@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Any, ClassVar, Literal
 
@@ -28,14 +29,27 @@ from dflow.zoo.values import MISSING, Shape, ValuesConfig, asked
 _LARGEST = 1 << 22
 
 
+_LEAST = {
+    "num_levels": 1, "num_flows": 0, "prior_groups": 1, "prior_components": 1, "hidden_size": 1,
+    "num_hidden_layers": 1, "components": 1,
+}  # fmt: skip
+
+
 @dataclass
 class IntegerConfig(ValuesConfig):
     """Integers under a bijection of the integers and discretized logistic laws."""
 
     exact: ClassVar[bool] = True
 
-    num_levels: int = setting(3, "levels; half of the channels are factored out between two")
+    num_levels: int = setting(3, "levels, with channels factored out between two")
     num_flows: int = setting(8, "couplings of a level")
+    kept: Literal["half", "quarter"] = setting(
+        "half", "of the channels, kept for the next level: half, or quarter"
+    )
+    prior_groups: int = setting(
+        1, "groups of the channels that are factored out, each modelled given those before it"
+    )
+    prior_components: int = setting(1, "logistic laws in the mixture of each entry that is factored out")
     split: Literal["quarter", "half"] = setting(
         "quarter", "channels that a coupling moves: quarter (it knows three quarters), half"
     )
@@ -50,9 +64,9 @@ class IntegerConfig(ValuesConfig):
     components: int = setting(5, "logistic laws in the mixture of each entry of the last level")
 
     def __post_init__(self) -> None:
-        for name in ("num_levels", "num_flows", "hidden_size", "num_hidden_layers", "components"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, found {getattr(self, name)}")
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, found {getattr(self, name)}")
         super().__post_init__()
         if None in self.levels:
             raise InputError(
@@ -109,17 +123,19 @@ def _level(
         permutation, shape = squeeze(shape)
         layers.append(permutation)
         grid = grid.at(permutation.permutation)
-    if shape[0] < 2:
+    channels, places = shape[0], shape[1] * shape[2]
+    flows = config.num_flows
+    if channels == 1 and levels == 1 < config.num_levels:
+        flows = 0  # What is left of a picture after all levels is modelled as it is.
+    elif channels < 2:
         raise InputError(
             f"{shape[1]} x {shape[2]} pixels of one channel have nothing for a coupling to know and to "
             "move: use fewer num_levels, or data of an even height and width (data.patch, data.crop)"
         )
-    channels, places = shape[0], shape[1] * shape[2]
-    for _ in range(config.num_flows):
+    for _ in range(flows):
         order = torch.randperm(channels, generator=generator)
         index = torch.arange(prod(shape)).view(channels, places)[order].flatten()
-        inner = _coupling(config, shape, grid.at(index))
-        layers += [Permute(index), inner]
+        layers += [Permute(index), _coupling(config, shape, grid.at(index))]
         if config.permute == "inverted":
             layers.append(Inverse(Permute(index)))
         else:
@@ -127,17 +143,34 @@ def _level(
     if levels == 1:
         base = LogisticMixture(prod(shape), config.components, None, grid.offset, grid.scale / 3)
         return Flow(Chain(layers), base)
-    kept = channels - channels // 2
-    first, rest = grid.at(slice(kept * places)), grid.at(slice(kept * places, None))
-    inner_shape = (kept, *shape[1:])
-    net = _net(config, inner_shape, channels - kept, 2, True)
-    ones = torch.ones(len(rest.scale))
-    conditional = ConditionalLogistic(
-        Rescaled(net, first.offset, first.scale, ones, False), len(rest.scale), 1, rest.offset, rest.scale / 3
-    )
+    kept = max(1, channels // 4) if config.kept == "quarter" else channels - channels // 2
+    inner = (kept, *shape[1:])
+    cuts = [kept + (channels - kept) * i // config.prior_groups for i in range(config.prior_groups + 1)]
+    if channels - kept < config.prior_groups:
+        raise InputError(
+            f"{channels - kept} channels are factored out of a level, fewer than {config.prior_groups} "
+            "prior_groups"
+        )
+    # The kept channels are the context of all groups; the last group is given those before it as well.
+    prior: Distribution = _prior(config, inner, kept, cuts[1], grid, places)
+    for known, out in pairwise(cuts[1:]):
+        mask = torch.arange((out - kept) * places) < (known - kept) * places
+        prior = Split(mask, _prior(config, (known, *shape[1:]), known, out, grid, places), prior)
     mask = torch.arange(prod(shape)) < kept * places
-    base_law = _level(config, inner_shape, levels - 1, first, generator)
-    return Flow(Chain(layers), Split(mask, conditional, base_law))
+    base_law = _level(config, inner, levels - 1, grid.at(slice(kept * places)), generator)
+    return Flow(Chain(layers), Split(mask, prior, base_law))
+
+
+def _prior(
+    config: IntegerConfig, shape: Shape, known: int, out: int, grid: _Grid, places: int
+) -> ConditionalLogistic:
+    """Law of the channels from ``known`` to ``out`` given those before."""
+    M = config.prior_components
+    net = _net(config, shape, out - known, 2 if M == 1 else 3 * M, True)
+    seen, own = grid.at(slice(known * places)), grid.at(slice(known * places, out * places))
+    ones = torch.ones(len(own.scale))
+    wired = Rescaled(net, seen.offset, seen.scale, ones, False)
+    return ConditionalLogistic(wired, len(own.scale), M, own.offset, own.scale / 3)
 
 
 def _coupling(config: IntegerConfig, shape: Shape, grid: _Grid) -> Coupling:
