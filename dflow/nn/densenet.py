@@ -69,7 +69,7 @@ class DenseNet(nn.Module):
         channels, layers = in_channels + context_channels, []
         for i in range(depth):
             growth = hidden_size * (i + 1) // depth - hidden_size * i // depth
-            # A product and a maximum leave half the numbers line of a single channel: few are made more first.
+            # A maximum keeps half the numbers line of a single channel: few are made more first.
             width = max(channels, growth)
             layers.append(
                 nn.Sequential(

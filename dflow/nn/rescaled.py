@@ -33,7 +33,7 @@ class Rescaled(nn.Module):
         self.factor = nn.Parameter(torch.zeros(())) if rezero else None
 
     def forward(self, x: Tensor, context: Context = None) -> Tensor:
-        """``(batch, m, num_params)``, in the dtype of the buffers; a context stands before the entries of x."""
+        """``(batch, m, num_params)``, in the dtype of the buffers; a context stands before x."""
         if context is not None:
             before = context if isinstance(context, tuple) else (context,)
             x = torch.cat([*before, x], 1)
