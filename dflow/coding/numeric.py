@@ -35,6 +35,7 @@ from dflow.coding.frozen import Freezable, FrozenLogistic, FrozenMixture, freeze
 from dflow.coding.tables import logistic_tables
 from dflow.core import Context, Distribution
 from dflow.distributions import ConditionalCategorical, ConditionalLogistic, LogisticMixture
+from dflow.distributions.spectra import Spectra
 from dflow.elementwise import IntegerShift
 from dflow.flows import Flow, Split
 from dflow.nn.densenet import DenseNet
@@ -261,9 +262,9 @@ def _parts(law: Distribution) -> Iterator[tuple[str, Freezable]]:
             yield name, module
 
 
-def _owners(law: Distribution) -> list[Coupling | ConditionalCategorical | ConditionalLogistic]:
+def _owners(law: Distribution) -> list[Coupling | ConditionalCategorical | ConditionalLogistic | Spectra]:
     """Whoever calls a network with rows and keeps nothing of it."""
-    kinds = (Coupling, ConditionalCategorical, ConditionalLogistic)
+    kinds = (Coupling, ConditionalCategorical, ConditionalLogistic, Spectra)
     return [module for module in law.modules() if isinstance(module, kinds)]
 
 
