@@ -30,11 +30,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dflow.bijectors import Chain, Coupling, Inverse, Permute, Reverse
+from dflow.bijectors import Autoregressive, Chain, Coupling, Inverse, Permute, Reverse
 from dflow.coding.frozen import Freezable, FrozenLogistic, FrozenMixture, freeze, frozen
 from dflow.coding.tables import logistic_tables
 from dflow.core import Context, Distribution
 from dflow.distributions import ConditionalCategorical, ConditionalLogistic, LogisticMixture
+from dflow.distributions.any_order import Walk
+from dflow.distributions.sequence import SequenceCategorical
 from dflow.distributions.spectra import Spectra
 from dflow.elementwise import IntegerShift
 from dflow.flows import Flow, Split
@@ -150,7 +152,7 @@ def in_pieces(law: Distribution, rows: int) -> Distribution:
     if rows < 1:
         raise ValueError(f"rows must be at least 1, found {rows}")
     for module in law.modules():
-        if hasattr(getattr(module, "net", None), "step"):
+        if isinstance(module, (SequenceCategorical, Autoregressive, Walk)):
             raise ValueError(
                 f"the network of {type(module).__name__} keeps a state and cannot be evaluated in pieces: "
                 "push and pop that many rows at a time"
