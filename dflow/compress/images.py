@@ -501,8 +501,8 @@ def _encode(
             content = x[real]
             rows = torch.from_numpy(x.astype(np.int64))
             coded, raw = levels.push(coder.law, rows), False
-            if sum(map(len, coded)) >= ceil(len(content) * coder.bits / 8):
-                coded, raw = [_pack(content, coder.bits)], True
+            if sum(map(len, coded)) >= len(packed := _pack(content, coder.bits)):
+                coded, raw = [packed], True
             elif analytic:
                 bits -= _log_prob(coder, rows) / log(2)
             segments.append(Segment(crc32(_bytes(content)), raw, tuple(coded)))
@@ -554,17 +554,32 @@ def _bytes(values: Array) -> bytes:
 
 
 def _pack(values: Array, bits: int) -> bytes:
-    """Values below ``2^bits``, packed."""
+    """Values below ``2^bits``, packed; deflated where that is shorter."""
     wide = values.astype(">u2").view(np.uint8).reshape(-1, 2)
-    return np.packbits(np.unpackbits(wide, axis=1)[:, 16 - bits :]).tobytes()
+    packed = np.packbits(np.unpackbits(wide, axis=1)[:, 16 - bits :]).tobytes()
+    return min(packed, zlib.compress(packed, 9), key=len)
 
 
 def _unpack(data: bytes, n: int, bits: int) -> Array:
-    """The inverse."""
-    found = np.unpackbits(np.frombuffer(data, np.uint8), count=n * bits).reshape(n, bits)
+    """The inverse, of ``n`` values; `Damaged` if it holds others."""
+    size = ceil(n * bits / 8)
+    if len(data) != size:
+        data = _inflate(data, size)
     wide = np.zeros((n, 16), np.uint8)
-    wide[:, 16 - bits :] = found
+    wide[:, 16 - bits :] = np.unpackbits(np.frombuffer(data, np.uint8), count=n * bits).reshape(n, bits)
     return np.packbits(wide, axis=1).view(">u2").ravel().astype(np.uint16)
+
+
+def _inflate(data: bytes, size: int) -> bytes:
+    """Deflated data of a known size, and not a byte more."""
+    unpacking = zlib.decompressobj()
+    try:
+        found = unpacking.decompress(data, size + 1)
+    except zlib.error:
+        found = b""
+    if len(found) != size or not unpacking.eof or unpacking.unused_data:
+        raise Damaged("what is stored beside the model is not as long as it should be")
+    return found
 
 
 def _extra(picture: Picture, bits: int) -> bytes:
@@ -652,8 +667,8 @@ def _segment(
     """The tiles of a segment."""
     n = int(real.sum())
     if segment.raw:
-        if segment.lengths != (ceil(n * coder.bits / 8),):
-            raise Damaged(f"segment {number} is not as long as its pixels")
+        if len(segment.lengths) != 1:
+            raise Damaged(f"segment {number} is raw, and has levels")
         x = np.zeros(real.shape, np.uint16)
         x[real] = _unpack(segment.levels[0], n, coder.bits)
     else:
@@ -689,16 +704,12 @@ def _read_extra(found: Container, size: int, wanted: int | None) -> bytes | None
     """The bytes of `_extra`, or None where the last level is not there or not wanted."""
     segment = found.segments[-1]
     if not segment.raw or any(segment.lengths[:-1]) or not segment.lengths[-1]:
-        raise Damaged("what lies beside the model is not in the last level")
+        raise Damaged("what is stored beside the model is not in the last level")
     if len(segment.levels) < len(segment.lengths) or (wanted or found.num_levels) < found.num_levels:
         return None
-    unpacking = zlib.decompressobj()
-    try:
-        data = unpacking.decompress(segment.levels[-1], size + 1)
-    except zlib.error:
-        raise Damaged("what lies beside the model is damaged") from None
-    if len(data) != size or not unpacking.eof or unpacking.unused_data or crc32(data) != segment.crc:
-        raise Damaged("what lies beside the model is damaged (checksum)")
+    data = _inflate(segment.levels[-1], size)
+    if crc32(data) != segment.crc:
+        raise Damaged("what is stored beside the model is damaged (checksum)")
     return data
 
 
@@ -710,7 +721,7 @@ def _finished(form: Form, values: Array, extra: bytes | None, bits: int, exact: 
         rest = np.frombuffer(extra, np.uint8 if low <= 8 else "<u2", values.size)
         extra = extra[rest.nbytes :]
         if int(rest.max()) >> low:
-            raise Damaged("what lies beside the model does not fit it")
+            raise Damaged("what is stored beside the model does not fit it")
         values = values | rest.reshape(values.shape)
     elif low:
         values = values | np.uint16(1 << (low - 1))
