@@ -46,8 +46,6 @@ LIMIT = 1 << 28
 _SEGMENT, _TILES, _LARGEST = 1 << 19, 64, 1 << 22
 #: Tiles that the networks see at a time.
 BATCH = 64
-#: Tiles that a file of mode float32 may have the networks see at a time.
-_BATCH = 1024
 #: Bytes of the list of files.
 _META = 1 << 22
 
@@ -83,8 +81,8 @@ class ImageCoder:
         """
         if mode not in MODES:
             raise InputError(f"mode {mode!r} is none of {', '.join(MODES)}")
-        if not 1 <= batch <= _BATCH:
-            raise InputError(f"batch size {batch} is not in 1..{_BATCH}")
+        if batch < 1:
+            raise InputError(f"batch size {batch} must be at least 1")
         model = hf.load(folder, "cpu", DflowImageModel)
         if not model.exact:
             raise InputError(
@@ -98,7 +96,7 @@ class ImageCoder:
             )
         tables = hf.coding_tables(folder, model.distribution)
         try:
-            law = in_pieces(prepare(model.distribution, mode, tables), batch, pad=mode == "float32")
+            law = in_pieces(prepare(model.distribution, mode, tables), batch)
         except ValueError as error:
             raise InputError(f"{folder}: {error}") from None
         found = fingerprint(model.distribution, tables, mode)[: container.FINGERPRINT]
@@ -128,6 +126,7 @@ class Report:
     Attributes:
         files: how many.
         values: that they hold, alpha planes included.
+        declared: values of all tiles, which the limit of decoding counts.
         bytes: of the result.
         header: of these, before the coded data: names, sizes, checksums.
         levels: of these, of each level, the coarsest first.
@@ -141,6 +140,7 @@ class Report:
 
     files: int
     values: int
+    declared: int
     bytes: int
     header: int
     levels: tuple[int, ...]
@@ -203,6 +203,7 @@ def compress_images(
     return data, Report(
         files=len(pictures),
         values=sum(_amount(picture.form) for picture in pictures),
+        declared=coder.dim * sum(grid(picture.form, coder.shape).size for picture in pictures),
         bytes=len(data),
         header=found.header,
         levels=tuple(found.level_bytes),
@@ -251,7 +252,7 @@ def decompress_images(
         name: of the file, for errors.
         levels: how many to use, the coarsest first (default: all).
         limit: values that the file may declare.
-        batch: tiles that the networks see at a time; in mode float32 that of the file counts.
+        batch: tiles that the networks see at a time.
         progress: show a bar on stderr.
 
     Raises:
@@ -259,11 +260,10 @@ def decompress_images(
     """
     try:
         found = container.read(data, prefix=levels is not None)
-        plan, coder = _plan(found), model
+        coder = model
+        _plan(found)
         if not isinstance(coder, ImageCoder):
-            if plan.batch:
-                _check_machine(plan)
-            coder = ImageCoder.load(coder, MODES[found.mode], plan.batch or batch)
+            coder = ImageCoder.load(coder, MODES[found.mode], batch)
         return _decode(found, coder, levels, limit, progress)[0]
     except Damaged as error:
         raise InputError(f"{name}: {error}{_hint(data) if levels is None else ''}") from None
@@ -353,7 +353,7 @@ def stages(
     exact = decompress_images(data, model, **given)  # type: ignore[arg-type]
     found = container.read(data)
     if not isinstance(model, ImageCoder):
-        model = ImageCoder.load(model, MODES[found.mode], _plan(found).batch or BATCH)
+        model = ImageCoder.load(model, MODES[found.mode])
     stages, sizes = [], found.level_bytes
     for level in range(1, found.num_levels + 1):
         coarse = exact
@@ -380,19 +380,17 @@ class Plan:
 
     Attributes:
         tiles: of a segment; 0 for all in one.
-        batch: of the networks, in mode float32, else 0.
-        machine: checksum of the machine and software, in mode float32.
+        machine: checksum of the machine and software, in mode float32, else 0.
         forms: of the files.
     """
 
     tiles: int
-    batch: int
     machine: int
     forms: tuple[Form, ...]
 
 
 def _machine() -> int:
-    """What float32 results hang on beside the batch."""
+    """What results in float32 hang on."""
     about = (
         platform.machine(), torch.__version__, torch.backends.cpu.get_cpu_capability(),
         torch.get_num_threads(), torch.backends.mkldnn.enabled,
@@ -401,7 +399,7 @@ def _machine() -> int:
 
 
 def _meta(plan: Plan, single: bool) -> bytes:
-    parts = [varint(plan.batch) + plan.machine.to_bytes(4, "little")] if single else []
+    parts = [plan.machine.to_bytes(4, "little")] if single else []
     parts.append(varint(len(plan.forms)))
     for form in plan.forms:
         other = 0 if form.alpha is None else 1 if form.alpha >= 0 else 2
@@ -442,13 +440,8 @@ def _plan(found: Container) -> Plan:
         if not unpacking.eof or unpacking.unused_data:
             raise Damaged("its list of files is damaged, or too long")
         reader = Reader(data)
-    batch = machine = 0
-    if MODES[found.mode] == "float32":
-        batch, machine = reader.varint(_BATCH), int.from_bytes(reader.take(4), "little")
-        if not batch:
-            raise Damaged("a batch of no tiles")
-    forms = []
-    names = set()
+    machine = int.from_bytes(reader.take(4), "little") if MODES[found.mode] == "float32" else 0
+    forms, names = [], set()
     for _ in range(reader.varint(reader.left // 4)):
         byte = reader.byte()
         source, other, depth = byte >> 6, byte >> 4 & 3, (byte & 15) + 1
@@ -468,7 +461,7 @@ def _plan(found: Container) -> Plan:
     reader.finish()
     if not forms:
         raise Damaged("holds no files")
-    return Plan(tiles, batch, machine, tuple(forms))
+    return Plan(tiles, machine, tuple(forms))
 
 
 def _amount(form: Form) -> int:
@@ -493,20 +486,25 @@ def _encode(
     cuts = functools.lru_cache(2)(
         lambda i: grids[i].cut(shown(pictures[i].values, depth_of(pictures[i].form, coder.bits), coder.bits))
     )
-    segments, bits = [], 0.0
+
+    def tiles_of(spans: list[tuple[int, int, int]]) -> tuple[Array, Tensor]:
+        x = np.concatenate([cuts(i)[start:stop] for i, start, stop in spans])
+        return x, torch.from_numpy(x.astype(np.int64))
+
+    segments = []
     with clock(coder.law) as timed, _bar(total, "encode", progress) as bar:
         for spans in _spans(grids, tiles):
-            x = np.concatenate([cuts(i)[start:stop] for i, start, stop in spans])
-            real = np.concatenate([grids[i].real(start, stop) for i, start, stop in spans])
-            content = x[real]
-            rows = torch.from_numpy(x.astype(np.int64))
+            x, rows = tiles_of(spans)
+            content = x[np.concatenate([grids[i].real(start, stop) for i, start, stop in spans])]
             coded, raw = levels.push(coder.law, rows), False
             if sum(map(len, coded)) >= len(packed := _pack(content, coder.bits)):
                 coded, raw = [packed], True
-            elif analytic:
-                bits -= _log_prob(coder, rows) / log(2)
             segments.append(Segment(crc32(_bytes(content)), raw, tuple(coded)))
             bar.update(len(x))
+    bits = None
+    if analytic:
+        pairs = zip(_spans(grids, tiles), segments, strict=True)
+        bits = sum(_bits(coder, tiles_of(spans)[1]) for spans, segment in pairs if not segment.raw)
     extra = b"".join(_extra(picture, coder.bits) for picture in pictures)
     if extra:
         last = zlib.compress(extra, 9)
@@ -514,19 +512,19 @@ def _encode(
     single = coder.mode == "float32"
     plan = Plan(
         0 if total <= tiles else tiles,
-        coder.batch if single else 0,
         _machine() if single else 0,
         tuple(picture.form for picture in pictures),
     )
     file = Container(
         container.IMAGES, MODES.index(coder.mode), coder.fingerprint, _meta(plan, single), tuple(segments)
     )
-    return container.write(file), timed, bits if analytic else None
+    return container.write(file), timed, bits
 
 
 @torch.no_grad()
-def _log_prob(coder: ImageCoder, rows: Tensor) -> float:
-    return sum(float(coder.law.log_prob(part).double().sum()) for part in rows.split(coder.batch))
+def _bits(coder: ImageCoder, rows: Tensor) -> float:
+    """``-log2 p`` of tiles."""
+    return -sum(float(coder.law.log_prob(part).double().sum()) for part in rows.split(coder.batch)) / log(2)
 
 
 def _spans(grids: Sequence[Grid], tiles: int) -> Iterator[list[tuple[int, int, int]]]:
@@ -600,16 +598,16 @@ def _decode(
     found: Container, coder: ImageCoder, wanted: int | None, limit: int, progress: bool
 ) -> tuple[list[Picture], Clock]:
     plan = _plan(found)
-    single = coder.mode == "float32"
     if MODES[found.mode] != coder.mode or found.fingerprint != coder.fingerprint:
         raise Damaged(
             f"was made by the model {found.fingerprint.hex()} in mode {MODES[found.mode]}; {coder.where} is "
             f"{coder.fingerprint.hex()} in mode {coder.mode}: give the model that it was made by"
         )
-    if single:
-        _check_machine(plan)
-        if plan.batch != coder.batch:
-            raise Damaged(f"was made in mode float32 in batches of {plan.batch}, and decodes in such only")
+    if coder.mode == "float32" and plan.machine != _machine():
+        raise Damaged(
+            "was made in mode float32 on another machine, by another build of torch or with other "
+            "threads (--threads), and decodes there only; use mode float64 or fixed for files to keep"
+        )
     if wanted is not None and not 1 <= wanted <= found.present:
         raise Damaged(f"has {found.present} whole levels of {found.num_levels}; {wanted} were asked for")
     try:
@@ -651,14 +649,6 @@ def _decode(
         pictures.append(_finished(form, value, part, coder.bits, exact))
         at += size
     return pictures, timed
-
-
-def _check_machine(plan: Plan) -> None:
-    if plan.machine != _machine():
-        raise Damaged(
-            "was made in mode float32 on another machine, by another build of torch or with other "
-            "threads (--threads), and decodes there only; use mode float64 or fixed for files to keep"
-        )
 
 
 def _segment(
