@@ -613,6 +613,8 @@ def decompress(flags: Decompress) -> int:
         for picture in pictures:
             check_output(folder / picture.form.file)
         for picture in pictures:
+            # Once more: a folder may take two names for one.
+            check_output(folder / picture.form.file)
             write_whole(folder / picture.form.file, write(picture))
             print(folder / picture.form.file)
     return 0

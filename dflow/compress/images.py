@@ -197,7 +197,11 @@ def compress_images(
             grid(picture.form, coder.shape)
         except ValueError as error:
             raise InputError(f"{file}: {error}") from None
-    data, encode, bits = _encode(coder, pictures, tiles, analytic, progress)
+    try:
+        data, encode, bits = _encode(coder, pictures, tiles, analytic, progress)
+    except ValueError as error:
+        # Of a model that gives no numbers, or such as nothing can hold.
+        raise error if isinstance(error, InputError) else InputError(f"{coder.where}: {error}") from None
     decode = _verify(data, coder, files, pictures, progress) if verify else None
     found = container.read(data)
     return data, Report(
