@@ -30,11 +30,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dflow.bijectors import Chain, Coupling, Inverse, Permute, Reverse
+from dflow.bijectors import Autoregressive, Chain, Coupling, Inverse, Permute, Reverse
 from dflow.coding.frozen import Freezable, FrozenLogistic, FrozenMixture, freeze, frozen
 from dflow.coding.tables import logistic_tables
 from dflow.core import Context, Distribution
 from dflow.distributions import ConditionalCategorical, ConditionalLogistic, LogisticMixture
+from dflow.distributions.any_order import Walk
+from dflow.distributions.sequence import SequenceCategorical
+from dflow.distributions.spectra import Spectra
 from dflow.elementwise import IntegerShift
 from dflow.flows import Flow, Split
 from dflow.nn.densenet import DenseNet
@@ -149,7 +152,7 @@ def in_pieces(law: Distribution, rows: int) -> Distribution:
     if rows < 1:
         raise ValueError(f"rows must be at least 1, found {rows}")
     for module in law.modules():
-        if hasattr(getattr(module, "net", None), "step"):
+        if isinstance(module, (SequenceCategorical, Autoregressive, Walk)):
             raise ValueError(
                 f"the network of {type(module).__name__} keeps a state and cannot be evaluated in pieces: "
                 "push and pop that many rows at a time"
@@ -261,9 +264,9 @@ def _parts(law: Distribution) -> Iterator[tuple[str, Freezable]]:
             yield name, module
 
 
-def _owners(law: Distribution) -> list[Coupling | ConditionalCategorical | ConditionalLogistic]:
+def _owners(law: Distribution) -> list[Coupling | ConditionalCategorical | ConditionalLogistic | Spectra]:
     """Whoever calls a network with rows and keeps nothing of it."""
-    kinds = (Coupling, ConditionalCategorical, ConditionalLogistic)
+    kinds = (Coupling, ConditionalCategorical, ConditionalLogistic, Spectra)
     return [module for module in law.modules() if isinstance(module, kinds)]
 
 
