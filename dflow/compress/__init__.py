@@ -1,6 +1,7 @@
 """Files as ``.dfl`` files and back, without loss, by a model's likelihood."""
 
 from dflow.compress.images import (
+    LIMIT,
     ImageCoder,
     Report,
     Stage,
@@ -12,6 +13,7 @@ from dflow.compress.images import (
 from dflow.compress.pixels import Form, Picture
 
 __all__ = [
+    "LIMIT",
     "Form",
     "ImageCoder",
     "Picture",
