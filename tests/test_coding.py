@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from dflow import zoo
 from dflow.bijectors import Chain, Coupling, Permute
-from dflow.coding import Coder, LogisticTables, Tables, codec, integer_counts, logistic_tables, logit_counts, pop, push
+from dflow.coding import (
+    Coder,
+    LogisticTables,
+    Tables,
+    codec,
+    integer_counts,
+    logistic_tables,
+    logit_counts,
+    pop,
+    push,
+)
 from dflow.coding.codec import logistic_steps
 from dflow.coding.codes import Bits, Code, Golomb, Logistic, Mixture, Rows, Shared
 from dflow.coding.reference import ReferenceCoder
