@@ -576,7 +576,7 @@ def compare(flags: Compare) -> int:
 
 def compress(flags: Compress) -> int:
     """`dflow compress`."""
-    from dflow.compress import ImageCoder, compress_images
+    from dflow.compress import LIMIT, ImageCoder, compress_images
     from dflow.generate import check_output, write_whole
     from dflow.hf import DflowImageModel, kind_of
 
@@ -603,6 +603,8 @@ def compress(flags: Compress) -> int:
         reports.append(report)
         for name, note in report.notes:
             print(f"{name}: {note}")
+        if report.declared > LIMIT:
+            print(f"{target}: to decompress it takes --limit {report.declared}")
     total, values = sum(r.bytes for r in reports), sum(r.values for r in reports)
     encode, network = sum(r.encode.total for r in reports), sum(r.encode.network for r in reports)
     print_table(
@@ -693,6 +695,8 @@ def decompress(flags: Decompress) -> int:
         for picture in pictures:
             check_output(folder / picture.form.file)
         for picture in pictures:
+            # Once more: a folder may take two names for one.
+            check_output(folder / picture.form.file)
             write_whole(folder / picture.form.file, write(picture))
             print(folder / picture.form.file)
     return 0

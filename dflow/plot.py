@@ -83,8 +83,10 @@ def progressive(
     from matplotlib.figure import Figure
 
     rows, columns = len(names), len(shares)
-    figure = Figure(figsize=(2.4 * columns, 2.6 * rows + 0.3), layout="constrained")
-    for row, axes in enumerate(figure.subplots(rows, columns, squeeze=False)):
+    heights = [0.4 + 2.4 * min(3, max(0.2, seen[0].shape[0] / seen[0].shape[1])) for seen in images]
+    figure = Figure(figsize=(2.4 * columns + 0.4, sum(heights) + 0.3), layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False, gridspec_kw={"height_ratios": heights})
+    for row, axes in enumerate(places):
         for column, place in enumerate(axes):
             place.imshow(images[row][column], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             place.set(xticks=[], yticks=[])

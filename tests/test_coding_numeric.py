@@ -6,9 +6,11 @@ import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from cases import BASES, DIMS, build_base, enumerate_all
 from safetensors.torch import load_file, save_file
 from tiny import tiny_flow
 from torch import Tensor, nn
@@ -16,11 +18,23 @@ from torch.nn import functional as F
 
 from dflow import hf
 from dflow.bijectors import Coupling
-from dflow.coding import MODES, Coder, fingerprint, frozen_tables, in_pieces, margin, pop, prepare, push
+from dflow.coding import (
+    MODES,
+    Coder,
+    fingerprint,
+    frozen_tables,
+    in_pieces,
+    margin,
+    one_thread,
+    pop,
+    prepare,
+    push,
+)
 from dflow.coding.frozen import Cells, FrozenMixture, MixtureTables, mixture_tables
 from dflow.coding.reference import ReferenceCoder
 from dflow.config import InputError
 from dflow.distributions import Categorical, ConditionalLogistic, Logistic, LogisticMixture
+from dflow.distributions.logistic import log_mass
 from dflow.elementwise import IntegerShift
 from dflow.flows import Flow
 from dflow.nn.densenet import DenseNet
@@ -221,8 +235,6 @@ def mixtures(kind: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def ideal(x: Tensor, loc: Tensor, log_scale: Tensor, log_weights: Tensor) -> Tensor:
-    from dflow.distributions.logistic import log_mass
-
     terms = log_mass(x[..., None].double(), loc, log_scale) + log_weights.log_softmax(1)
     return -torch.logsumexp(terms, -1) / math.log(2)
 
@@ -353,6 +365,37 @@ def test_encoder_and_decoder_may_differ_in_batch_threads_and_library(mode, shape
             again.finish()
 
 
+LAWS = {
+    "convolutions": {},
+    "one place": {"num_levels": 3},
+    "silu and norm": {"activation": "silu", "norm": "group"},
+}
+
+
+@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize("mode", ["float64", "float32"])
+def test_networks_answer_a_row_alike_in_any_company(mode, name):
+    """To the last bit, where a product of matrices of one row or a norm would not."""
+    shape = (1, 8, 8)
+    law, x = prepare(tiny_flow(shape, hidden_size=32, **LAWS[name]), mode), pictures(16)
+    nets = [m.net for m in law.modules() if isinstance(m, (Coupling, ConditionalLogistic))]
+    seen: dict[nn.Module, list[Tensor]] = {}
+
+    def see(net: nn.Module, given: Any, out: Tensor) -> None:
+        seen.setdefault(net, []).append(out)
+
+    for net in nets:
+        net.register_forward_hook(see)
+    with torch.no_grad():
+        law.log_prob(x)
+        together = {net: found.pop() for net, found in seen.items()}
+        for row in x.split(1):
+            law.log_prob(row)
+    assert len(together) == len(nets) > 4
+    for net, found in seen.items():
+        assert torch.equal(torch.cat(found), together[net])
+
+
 def test_pieces_have_the_rows_asked_for():
     seen: list[int] = []
 
@@ -365,22 +408,44 @@ def test_pieces_have_the_rows_asked_for():
     coupling = Coupling(IntegerShift(), Net(), torch.tensor([True, False]))
     law, x = Flow(coupling, Logistic(2)), torch.arange(14).view(7, 2)
     expected = coupling.params(x)
-    for pad, found in ((False, [3, 3, 1]), (True, [3, 3, 3])):
-        in_pieces(law, 3, pad)
+    # What is not known to answer alike in any batch sees one row at a time, whatever is asked for.
+    ready = prepare(law, "float64")
+    for given, asked, rows in ((law, 3, [3, 3, 1]), (law, 4, [4, 3]), (law, 7, [7]), (ready, 3, [1] * 7)):
+        found = in_pieces(given, asked)
         for context in (None, (x[:, 0], x[:, 1])):
             seen.clear()
-            assert torch.equal(law.bijector.net(x[:, :1], context), expected)
-            assert seen == found
-    assert law.bijector.net(x[:0, :1]).shape == (0, 1, 1)
+            assert torch.equal(found.bijector.net(x[:, :1], context), expected)
+            assert seen == rows
+        assert found.bijector.net(x[:0, :1]).shape == (0, 1, 1)
     with pytest.raises(ValueError, match="rows must be at least 1, found 0"):
         in_pieces(law, 0)
 
 
 def test_pieces_are_refused_where_a_network_keeps_a_state():
-    from cases import build_base
+    for name in ("grouped", "any order, random"):
+        with pytest.raises(ValueError, match="keeps a state"):
+            in_pieces(build_base(name, 3), 4)
+    in_pieces(build_base("spectra", 3), 4)
 
-    with pytest.raises(ValueError, match="keeps a state"):
-        in_pieces(build_base("grouped", 3), 4)
+
+@pytest.mark.parametrize("name", BASES)
+def test_laws_on_symbols_are_prepared_and_come_back(name):
+    law = prepare(build_base(name, 3), "float64")
+    assert all(p.dtype == torch.float64 for p in law.parameters())
+    x, coder = enumerate_all(3, DIMS[3]), Coder()
+    push(law, x, coder)
+    expected = -float(law.log_prob(x).sum()) / math.log(2)
+    assert abs(coder.num_bits - expected) < 0.002 * x.numel() + 64
+    assert torch.equal(pop(law, len(x), coder), x)
+    with pytest.raises(ValueError, match=r"mode fixed: .* use mode float64"):
+        prepare(build_base(name, 3), "fixed")
+
+
+def test_one_thread_is_one_thread():
+    with threads(2):
+        with one_thread():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
 
 
 def test_the_margin_is_the_least_distance_to_a_half():
@@ -459,7 +524,7 @@ def test_fingerprints_change_with_all_that_decoding_depends_on():
 
 def test_the_tiny_flow_is_the_same_everywhere():
     """Golden files of other tests hang on it."""
-    assert fingerprint(tiny_flow(), {}, "fixed").hex()[:16] == "68f8f93f8939bd7a"
+    assert fingerprint(tiny_flow(), {}, "fixed").hex()[:16] == "8523a877dcdfcf0b"
 
 
 def test_tables_lie_beside_the_weights(tmp_path: Path):

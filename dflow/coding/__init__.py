@@ -2,7 +2,16 @@
 
 from dflow.coding.codec import pop, push, steps
 from dflow.coding.coder import Coder
-from dflow.coding.numeric import MODES, Margin, fingerprint, frozen_tables, in_pieces, margin, prepare
+from dflow.coding.numeric import (
+    MODES,
+    Margin,
+    fingerprint,
+    frozen_tables,
+    in_pieces,
+    margin,
+    one_thread,
+    prepare,
+)
 from dflow.coding.tables import LogisticTables, Tables, integer_counts, logistic_tables, logit_counts
 
 __all__ = [
@@ -18,6 +27,7 @@ __all__ = [
     "logistic_tables",
     "logit_counts",
     "margin",
+    "one_thread",
     "pop",
     "prepare",
     "push",

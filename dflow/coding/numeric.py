@@ -3,11 +3,16 @@
     law = prepare(model, "float64")      # or "fixed", "float32"
     push(law, x, coder)
 
-- float64: networks in double precision. Of an integer flow of images the same for every batch, with any
-  number of threads, on one build of torch; another build or machine may round otherwise, which shows in one
-  of 1e7 pictures or so.
+- float64: networks in double precision. Integer flows give the same bits with one thread or two and with
+  oneDNN on and off; another build or machine may round otherwise, which shows in one picture of 1e7 or so.
 - fixed: networks in integers. The same everywhere. Networks of ReLU without norm.
-- float32: networks as trained. The same machine, build, batch and number of threads only.
+- float32: networks as trained. The same build, machine and number of threads only.
+
+In all of them a network's answer to a row is the same whatever other rows there are. A product of matrices
+of one row has other last bits than that row of a larger one, and so have norms: such networks, and all in
+float32, see one row at a time. Those that keep a state from call to call (sequences) cannot: push and pop
+these in batches of one size, filled up with rows of length 0, and under `one_thread`, since attention adds
+up in the order of threads.
 
 Probabilities that hang on no network are kept as integers by `frozen_tables`, in every mode.
 """
@@ -20,20 +25,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dflow.bijectors import Chain, Coupling, Inverse, Permute, Reverse
+from dflow.bijectors import Autoregressive, Chain, Coupling, Inverse, Permute, Reverse
 from dflow.coding.frozen import Freezable, FrozenLogistic, FrozenMixture, freeze, frozen
 from dflow.coding.tables import logistic_tables
 from dflow.core import Context, Distribution
 from dflow.distributions import ConditionalCategorical, ConditionalLogistic, LogisticMixture
+from dflow.distributions.any_order import Walk
+from dflow.distributions.sequence import SequenceCategorical
+from dflow.distributions.spectra import Spectra
 from dflow.elementwise import IntegerShift
 from dflow.flows import Flow, Split
 from dflow.nn.densenet import DenseNet
-from dflow.nn.fixed import FixedDenseNet
+from dflow.nn.fixed import FixedDenseNet, FixedProduct
 from dflow.nn.rescaled import Rescaled
 
 MODES = ("float64", "fixed", "float32")
@@ -44,7 +52,10 @@ _EXACT = (
     ConditionalLogistic, Rescaled, DenseNet, nn.ModuleList,
 )  # fmt: skip
 
-M = TypeVar("M", bound=nn.Module)
+#: Of which a network in float64 may be made that gives the same bits for every batch (convolutions do).
+_ANY_BATCH = (
+    Rescaled, DenseNet, FixedDenseNet, FixedProduct, nn.ModuleList, nn.Sequential, nn.Conv2d, nn.ReLU,
+)  # fmt: skip
 
 
 def frozen_tables(law: Distribution) -> dict[str, Tensor]:
@@ -94,6 +105,10 @@ def prepare(law: Distribution, mode: str, tables: Mapping[str, Tensor] | None = 
         for name, module in list(found.named_modules()):
             if isinstance(module, DenseNet):
                 found = _replace(found, name, FixedDenseNet(module))
+        return found.eval().requires_grad_(False)
+    for owner in _owners(found):
+        if mode == "float32" or any(not isinstance(part, _ANY_BATCH) for part in owner.net.modules()):
+            owner.net = _Row(owner.net)
     return found.eval().requires_grad_(False)
 
 
@@ -122,52 +137,66 @@ def fingerprint(law: Distribution, tables: Mapping[str, Tensor], mode: str, extr
     return found.digest()
 
 
-def in_pieces(law: Distribution, rows: int, pad: bool = False) -> Distribution:
-    """``law`` with its networks evaluated in pieces of ``rows`` rows, which bounds their memory.
+def in_pieces(law: Distribution, rows: int) -> Distribution:
+    """``law`` with its networks evaluated in pieces of up to ``rows`` rows, which bounds their memory.
 
-    Where networks give the same bits for every batch, who decodes may take other pieces than who encodes.
-    Where they do not, both take the same and pad the last one to that many rows: every call of a network then
-    has the same shape.
+    Answers are the same bits, so that who decodes may take other pieces than who encodes.
 
     Args:
         law: what `prepare` gave; it is changed. Called again, the last call counts.
         rows: at a time.
-        pad: whether to fill up the last piece with copies of its first row.
 
     Raises:
         ValueError: rows below 1; networks that keep a state from call to call, which have no pieces.
     """
     if rows < 1:
         raise ValueError(f"rows must be at least 1, found {rows}")
-    for module in list(law.modules()):
-        if isinstance(module, (Coupling, ConditionalCategorical, ConditionalLogistic)):
-            net = module.net.net if isinstance(module.net, _Pieces) else module.net
-            module.net = _Pieces(net, rows, pad)
-        elif isinstance(getattr(module, "net", None), nn.Module) and hasattr(module.net, "step"):
+    for module in law.modules():
+        if isinstance(module, (SequenceCategorical, Autoregressive, Walk)):
             raise ValueError(
                 f"the network of {type(module).__name__} keeps a state and cannot be evaluated in pieces: "
                 "push and pop that many rows at a time"
             )
+    for owner in _owners(law):
+        if not isinstance(owner.net, _Row):
+            owner.net = _Pieces(owner.net.net if isinstance(owner.net, _Pieces) else owner.net, rows)
     return law.eval()
 
 
-class _Pieces(nn.Module):
-    """A network of rows, some rows at a time."""
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread, as many as there were afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
-    def __init__(self, net: nn.Module, rows: int, pad: bool) -> None:
+
+class _Pieces(nn.Module):
+    """A network of rows, up to ``rows`` at a time."""
+
+    def __init__(self, net: nn.Module, rows: int) -> None:
         super().__init__()
-        self.net, self.rows, self.pad = net, rows, pad
+        self.net, self.rows = net, rows
 
     def forward(self, *given: Context) -> Tensor:
         """The answer to all rows of all arguments."""
         n = next(len(tensor) for tensor in _tensors(given))
-        parts = []
-        for start in range(0, max(n, 1), self.rows):
-            end = min(start + self.rows, n)
-            missing = self.rows - (end - start) if self.pad and end > start else 0
-            out: Tensor = self.net(*_cut(given, start, end, missing))
-            parts.append(out[: end - start])
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        if n <= self.rows:
+            found: Tensor = self.net(*given)
+            return found
+        return torch.cat(
+            [self.net(*_rows(given, start, start + self.rows)) for start in range(0, n, self.rows)]
+        )
+
+
+class _Row(_Pieces):
+    """A network of rows, one at a time whatever is asked for."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net, 1)
 
 
 def _tensors(given: Any) -> Iterator[Tensor]:
@@ -178,14 +207,11 @@ def _tensors(given: Any) -> Iterator[Tensor]:
             yield item
 
 
-def _cut(given: Any, start: int, end: int, missing: int) -> Any:
-    """Rows of a tensor or of all in a tuple, and as many copies of the first as are missing."""
-    if given is None:
-        return None
+def _rows(given: Any, start: int, end: int) -> Any:
+    """Rows of a tensor, or of all in a tuple."""
     if isinstance(given, tuple):
-        return tuple(_cut(item, start, end, missing) for item in given)
-    rows = given[start:end]
-    return torch.cat([rows, rows[:1].expand(missing, *rows.shape[1:])]) if missing else rows
+        return tuple(_rows(item, start, end) for item in given)
+    return None if given is None else given[start:end]
 
 
 @dataclass
@@ -236,6 +262,12 @@ def _parts(law: Distribution) -> Iterator[tuple[str, Freezable]]:
             raise ValueError("the law is prepared already; prepare the one that is stored")
         if isinstance(module, (LogisticMixture, ConditionalLogistic)):
             yield name, module
+
+
+def _owners(law: Distribution) -> list[Coupling | ConditionalCategorical | ConditionalLogistic | Spectra]:
+    """Whoever calls a network with rows and keeps nothing of it."""
+    kinds = (Coupling, ConditionalCategorical, ConditionalLogistic, Spectra)
+    return [module for module in law.modules() if isinstance(module, kinds)]
 
 
 def _replace(law: Distribution, name: str, module: Distribution | nn.Module) -> Distribution:

@@ -1,6 +1,7 @@
 """Files as ``.dfl`` files and back, without loss, by a model's likelihood."""
 
 from dflow.compress.images import (
+    LIMIT,
     ImageCoder,
     Report,
     Stage,
@@ -13,6 +14,7 @@ from dflow.compress.pixels import Form, Picture
 from dflow.compress.text import TextCoder, TextReport, compress_text, decompress_text, describe_text
 
 __all__ = [
+    "LIMIT",
     "Form",
     "ImageCoder",
     "Picture",

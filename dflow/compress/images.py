@@ -46,8 +46,6 @@ LIMIT = 1 << 28
 _SEGMENT, _TILES, _LARGEST = 1 << 19, 64, 1 << 22
 #: Tiles that the networks see at a time.
 BATCH = 64
-#: Tiles that a file of mode float32 may have the networks see at a time.
-_BATCH = 1024
 #: Bytes of the list of files.
 _META = 1 << 22
 
@@ -83,8 +81,8 @@ class ImageCoder:
         """
         if mode not in MODES:
             raise InputError(f"mode {mode!r} is none of {', '.join(MODES)}")
-        if not 1 <= batch <= _BATCH:
-            raise InputError(f"batch size {batch} is not in 1..{_BATCH}")
+        if batch < 1:
+            raise InputError(f"batch size {batch} must be at least 1")
         model = hf.load(folder, "cpu", DflowImageModel)
         if not model.exact:
             raise InputError(
@@ -98,7 +96,7 @@ class ImageCoder:
             )
         tables = hf.coding_tables(folder, model.distribution)
         try:
-            law = in_pieces(prepare(model.distribution, mode, tables), batch, pad=mode == "float32")
+            law = in_pieces(prepare(model.distribution, mode, tables), batch)
         except ValueError as error:
             raise InputError(f"{folder}: {error}") from None
         found = fingerprint(model.distribution, tables, mode)[: container.FINGERPRINT]
@@ -128,6 +126,7 @@ class Report:
     Attributes:
         files: how many.
         values: that they hold, alpha planes included.
+        declared: values of all tiles, which the limit of decoding counts.
         bytes: of the result.
         header: of these, before the coded data: names, sizes, checksums.
         levels: of these, of each level, the coarsest first.
@@ -141,6 +140,7 @@ class Report:
 
     files: int
     values: int
+    declared: int
     bytes: int
     header: int
     levels: tuple[int, ...]
@@ -197,12 +197,17 @@ def compress_images(
             grid(picture.form, coder.shape)
         except ValueError as error:
             raise InputError(f"{file}: {error}") from None
-    data, encode, bits = _encode(coder, pictures, tiles, analytic, progress)
+    try:
+        data, encode, bits = _encode(coder, pictures, tiles, analytic, progress)
+    except ValueError as error:
+        # Of a model that gives no numbers, or such as nothing can hold.
+        raise error if isinstance(error, InputError) else InputError(f"{coder.where}: {error}") from None
     decode = _verify(data, coder, files, pictures, progress) if verify else None
     found = container.read(data)
     return data, Report(
         files=len(pictures),
         values=sum(_amount(picture.form) for picture in pictures),
+        declared=coder.dim * sum(grid(picture.form, coder.shape).size for picture in pictures),
         bytes=len(data),
         header=found.header,
         levels=tuple(found.level_bytes),
@@ -251,7 +256,7 @@ def decompress_images(
         name: of the file, for errors.
         levels: how many to use, the coarsest first (default: all).
         limit: values that the file may declare.
-        batch: tiles that the networks see at a time; in mode float32 that of the file counts.
+        batch: tiles that the networks see at a time.
         progress: show a bar on stderr.
 
     Raises:
@@ -259,11 +264,10 @@ def decompress_images(
     """
     try:
         found = container.read(data, prefix=levels is not None)
-        plan, coder = _plan(found), model
+        coder = model
+        _plan(found)
         if not isinstance(coder, ImageCoder):
-            if plan.batch:
-                _check_machine(plan)
-            coder = ImageCoder.load(coder, MODES[found.mode], plan.batch or batch)
+            coder = ImageCoder.load(coder, MODES[found.mode], batch)
         return _decode(found, coder, levels, limit, progress)[0]
     except Damaged as error:
         raise InputError(f"{name}: {error}{_hint(data) if levels is None else ''}") from None
@@ -353,7 +357,7 @@ def stages(
     exact = decompress_images(data, model, **given)  # type: ignore[arg-type]
     found = container.read(data)
     if not isinstance(model, ImageCoder):
-        model = ImageCoder.load(model, MODES[found.mode], _plan(found).batch or BATCH)
+        model = ImageCoder.load(model, MODES[found.mode])
     stages, sizes = [], found.level_bytes
     for level in range(1, found.num_levels + 1):
         coarse = exact
@@ -380,19 +384,17 @@ class Plan:
 
     Attributes:
         tiles: of a segment; 0 for all in one.
-        batch: of the networks, in mode float32, else 0.
-        machine: checksum of the machine and software, in mode float32.
+        machine: checksum of the machine and software, in mode float32, else 0.
         forms: of the files.
     """
 
     tiles: int
-    batch: int
     machine: int
     forms: tuple[Form, ...]
 
 
 def _machine() -> int:
-    """What float32 results hang on beside the batch."""
+    """What results in float32 hang on."""
     about = (
         platform.machine(), torch.__version__, torch.backends.cpu.get_cpu_capability(),
         torch.get_num_threads(), torch.backends.mkldnn.enabled,
@@ -401,7 +403,7 @@ def _machine() -> int:
 
 
 def _meta(plan: Plan, single: bool) -> bytes:
-    parts = [varint(plan.batch) + plan.machine.to_bytes(4, "little")] if single else []
+    parts = [plan.machine.to_bytes(4, "little")] if single else []
     parts.append(varint(len(plan.forms)))
     for form in plan.forms:
         other = 0 if form.alpha is None else 1 if form.alpha >= 0 else 2
@@ -442,13 +444,8 @@ def _plan(found: Container) -> Plan:
         if not unpacking.eof or unpacking.unused_data:
             raise Damaged("its list of files is damaged, or too long")
         reader = Reader(data)
-    batch = machine = 0
-    if MODES[found.mode] == "float32":
-        batch, machine = reader.varint(_BATCH), int.from_bytes(reader.take(4), "little")
-        if not batch:
-            raise Damaged("a batch of no tiles")
-    forms = []
-    names = set()
+    machine = int.from_bytes(reader.take(4), "little") if MODES[found.mode] == "float32" else 0
+    forms, names = [], set()
     for _ in range(reader.varint(reader.left // 4)):
         byte = reader.byte()
         source, other, depth = byte >> 6, byte >> 4 & 3, (byte & 15) + 1
@@ -468,7 +465,7 @@ def _plan(found: Container) -> Plan:
     reader.finish()
     if not forms:
         raise Damaged("holds no files")
-    return Plan(tiles, batch, machine, tuple(forms))
+    return Plan(tiles, machine, tuple(forms))
 
 
 def _amount(form: Form) -> int:
@@ -493,20 +490,25 @@ def _encode(
     cuts = functools.lru_cache(2)(
         lambda i: grids[i].cut(shown(pictures[i].values, depth_of(pictures[i].form, coder.bits), coder.bits))
     )
-    segments, bits = [], 0.0
+
+    def tiles_of(spans: list[tuple[int, int, int]]) -> tuple[Array, Tensor]:
+        x = np.concatenate([cuts(i)[start:stop] for i, start, stop in spans])
+        return x, torch.from_numpy(x.astype(np.int64))
+
+    segments = []
     with clock(coder.law) as timed, _bar(total, "encode", progress) as bar:
         for spans in _spans(grids, tiles):
-            x = np.concatenate([cuts(i)[start:stop] for i, start, stop in spans])
-            real = np.concatenate([grids[i].real(start, stop) for i, start, stop in spans])
-            content = x[real]
-            rows = torch.from_numpy(x.astype(np.int64))
+            x, rows = tiles_of(spans)
+            content = x[np.concatenate([grids[i].real(start, stop) for i, start, stop in spans])]
             coded, raw = levels.push(coder.law, rows), False
-            if sum(map(len, coded)) >= ceil(len(content) * coder.bits / 8):
-                coded, raw = [_pack(content, coder.bits)], True
-            elif analytic:
-                bits -= _log_prob(coder, rows) / log(2)
+            if sum(map(len, coded)) >= len(packed := _pack(content, coder.bits)):
+                coded, raw = [packed], True
             segments.append(Segment(crc32(_bytes(content)), raw, tuple(coded)))
             bar.update(len(x))
+    bits = None
+    if analytic:
+        pairs = zip(_spans(grids, tiles), segments, strict=True)
+        bits = sum(_bits(coder, tiles_of(spans)[1]) for spans, segment in pairs if not segment.raw)
     extra = b"".join(_extra(picture, coder.bits) for picture in pictures)
     if extra:
         last = zlib.compress(extra, 9)
@@ -514,19 +516,19 @@ def _encode(
     single = coder.mode == "float32"
     plan = Plan(
         0 if total <= tiles else tiles,
-        coder.batch if single else 0,
         _machine() if single else 0,
         tuple(picture.form for picture in pictures),
     )
     file = Container(
         container.IMAGES, MODES.index(coder.mode), coder.fingerprint, _meta(plan, single), tuple(segments)
     )
-    return container.write(file), timed, bits if analytic else None
+    return container.write(file), timed, bits
 
 
 @torch.no_grad()
-def _log_prob(coder: ImageCoder, rows: Tensor) -> float:
-    return sum(float(coder.law.log_prob(part).double().sum()) for part in rows.split(coder.batch))
+def _bits(coder: ImageCoder, rows: Tensor) -> float:
+    """``-log2 p`` of tiles."""
+    return -sum(float(coder.law.log_prob(part).double().sum()) for part in rows.split(coder.batch)) / log(2)
 
 
 def _spans(grids: Sequence[Grid], tiles: int) -> Iterator[list[tuple[int, int, int]]]:
@@ -554,17 +556,32 @@ def _bytes(values: Array) -> bytes:
 
 
 def _pack(values: Array, bits: int) -> bytes:
-    """Values below ``2^bits``, packed."""
+    """Values below ``2^bits``, packed; deflated where that is shorter."""
     wide = values.astype(">u2").view(np.uint8).reshape(-1, 2)
-    return np.packbits(np.unpackbits(wide, axis=1)[:, 16 - bits :]).tobytes()
+    packed = np.packbits(np.unpackbits(wide, axis=1)[:, 16 - bits :]).tobytes()
+    return min(packed, zlib.compress(packed, 9), key=len)
 
 
 def _unpack(data: bytes, n: int, bits: int) -> Array:
-    """The inverse."""
-    found = np.unpackbits(np.frombuffer(data, np.uint8), count=n * bits).reshape(n, bits)
+    """The inverse, of ``n`` values; `Damaged` if it holds others."""
+    size = ceil(n * bits / 8)
+    if len(data) != size:
+        data = _inflate(data, size)
     wide = np.zeros((n, 16), np.uint8)
-    wide[:, 16 - bits :] = found
+    wide[:, 16 - bits :] = np.unpackbits(np.frombuffer(data, np.uint8), count=n * bits).reshape(n, bits)
     return np.packbits(wide, axis=1).view(">u2").ravel().astype(np.uint16)
+
+
+def _inflate(data: bytes, size: int) -> bytes:
+    """Deflated data of a known size, and not a byte more."""
+    unpacking = zlib.decompressobj()
+    try:
+        found = unpacking.decompress(data, size + 1)
+    except zlib.error:
+        found = b""
+    if len(found) != size or not unpacking.eof or unpacking.unused_data:
+        raise Damaged("what is stored beside the model is not as long as it should be")
+    return found
 
 
 def _extra(picture: Picture, bits: int) -> bytes:
@@ -585,16 +602,16 @@ def _decode(
     found: Container, coder: ImageCoder, wanted: int | None, limit: int, progress: bool
 ) -> tuple[list[Picture], Clock]:
     plan = _plan(found)
-    single = coder.mode == "float32"
     if MODES[found.mode] != coder.mode or found.fingerprint != coder.fingerprint:
         raise Damaged(
             f"was made by the model {found.fingerprint.hex()} in mode {MODES[found.mode]}; {coder.where} is "
             f"{coder.fingerprint.hex()} in mode {coder.mode}: give the model that it was made by"
         )
-    if single:
-        _check_machine(plan)
-        if plan.batch != coder.batch:
-            raise Damaged(f"was made in mode float32 in batches of {plan.batch}, and decodes in such only")
+    if coder.mode == "float32" and plan.machine != _machine():
+        raise Damaged(
+            "was made in mode float32 on another machine, by another build of torch or with other "
+            "threads (--threads), and decodes there only; use mode float64 or fixed for files to keep"
+        )
     if wanted is not None and not 1 <= wanted <= found.present:
         raise Damaged(f"has {found.present} whole levels of {found.num_levels}; {wanted} were asked for")
     try:
@@ -638,22 +655,14 @@ def _decode(
     return pictures, timed
 
 
-def _check_machine(plan: Plan) -> None:
-    if plan.machine != _machine():
-        raise Damaged(
-            "was made in mode float32 on another machine, by another build of torch or with other "
-            "threads (--threads), and decodes there only; use mode float64 or fixed for files to keep"
-        )
-
-
 def _segment(
     coder: ImageCoder, segment: Segment, real: Array, number: int, wanted: int | None, exact: bool
 ) -> Array:
     """The tiles of a segment."""
     n = int(real.sum())
     if segment.raw:
-        if segment.lengths != (ceil(n * coder.bits / 8),):
-            raise Damaged(f"segment {number} is not as long as its pixels")
+        if len(segment.lengths) != 1:
+            raise Damaged(f"segment {number} is raw, and has levels")
         x = np.zeros(real.shape, np.uint16)
         x[real] = _unpack(segment.levels[0], n, coder.bits)
     else:
@@ -689,16 +698,12 @@ def _read_extra(found: Container, size: int, wanted: int | None) -> bytes | None
     """The bytes of `_extra`, or None where the last level is not there or not wanted."""
     segment = found.segments[-1]
     if not segment.raw or any(segment.lengths[:-1]) or not segment.lengths[-1]:
-        raise Damaged("what lies beside the model is not in the last level")
+        raise Damaged("what is stored beside the model is not in the last level")
     if len(segment.levels) < len(segment.lengths) or (wanted or found.num_levels) < found.num_levels:
         return None
-    unpacking = zlib.decompressobj()
-    try:
-        data = unpacking.decompress(segment.levels[-1], size + 1)
-    except zlib.error:
-        raise Damaged("what lies beside the model is damaged") from None
-    if len(data) != size or not unpacking.eof or unpacking.unused_data or crc32(data) != segment.crc:
-        raise Damaged("what lies beside the model is damaged (checksum)")
+    data = _inflate(segment.levels[-1], size)
+    if crc32(data) != segment.crc:
+        raise Damaged("what is stored beside the model is damaged (checksum)")
     return data
 
 
@@ -710,7 +715,7 @@ def _finished(form: Form, values: Array, extra: bytes | None, bits: int, exact: 
         rest = np.frombuffer(extra, np.uint8 if low <= 8 else "<u2", values.size)
         extra = extra[rest.nbytes :]
         if int(rest.max()) >> low:
-            raise Damaged("what lies beside the model does not fit it")
+            raise Damaged("what is stored beside the model does not fit it")
         values = values | rest.reshape(values.shape)
     elif low:
         values = values | np.uint16(1 << (low - 1))

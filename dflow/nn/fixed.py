@@ -54,14 +54,14 @@ class FixedDenseNet(nn.Module):
         self.layers = nn.ModuleList(
             nn.Sequential(
                 *(
-                    _Product(part, True)
+                    FixedProduct(part, True)
                     for part in layer.children()
                     if isinstance(part, (nn.Linear, nn.Conv2d))
                 )
             )
             for layer in net.layers
         )
-        self.head = _Product(net.head, False)
+        self.head = FixedProduct(net.head, False)
 
     def forward(self, x: Tensor, context: Context = None) -> Tensor:
         """As `DenseNet.forward`, in float64."""
@@ -75,14 +75,23 @@ class FixedDenseNet(nn.Module):
         return out.view(len(x), self.num_params, -1).transpose(1, 2)
 
 
-class _Product(nn.Module):
-    """Integer product with bias, times the step of each channel; then a ReLU of whole numbers, or not."""
+class FixedProduct(nn.Module):
+    """A layer of `FixedDenseNet`: a product with bias, times the step of each channel.
+
+    Args:
+        layer: in floats.
+        active: whether a ReLU of whole numbers follows.
+
+    Raises:
+        ValueError: see `FixedDenseNet`.
+    """
 
     weight: Tensor
     bias: Tensor
     step: Tensor
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, active: bool) -> None:
+        """See the class."""
         super().__init__()
         weight = layer.weight.detach().cpu().double()
         bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach().cpu().double()
@@ -108,6 +117,7 @@ class _Product(nn.Module):
         self.active = active
 
     def forward(self, x: Tensor) -> Tensor:
+        """From whole numbers, counted in 2^-14."""
         if self.weight.ndim == 2:
             found = F.linear(x, self.weight, self.bias)
         else:
