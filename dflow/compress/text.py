@@ -591,7 +591,7 @@ def _verify(data: bytes, coder: TextCoder, files: Mapping[str, bytes], progress:
         reason = str(error)
     raise InputError(
         f"{next(iter(files))}: what was coded does not decode to it on this machine ({reason}); nothing is "
-        "written"
+        "written: use another model, or report it"
     )
 
 
