@@ -172,13 +172,34 @@ class Generate(Machine):
 
 @dataclass(kw_only=True)
 class Compare(Source, Machine):
-    """Bits, network calls and speed of several models, with ratios to the LSTM among them."""
+    """Bits, network calls and speed of several models, with ratios to the LSTM among them.
 
-    models: list[str] = field(metadata={"help": "folders of the models", "positional": True})
+    With --codec: what classical codecs, and models given by --model, make of pictures or texts: bytes, bits,
+    time.
+    """
+
+    models: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "folders of the models; with --codec pictures, .npy arrays or texts (or --data)",
+            "positional": True,
+        },
+    )
+    codec: bool = flag("compare codecs on files", False)
+    model: list[str] = field(
+        default_factory=list, metadata={"help": "with --codec: folders of models to compress with"}
+    )
+    mode: Literal["float64", "fixed", "float32"] | None = flag(
+        "with --codec: numbers that models of images compute in (default: float64)", None
+    )
+    each: bool = flag("with --codec: a file for each item (default: this and --together)", False)
+    together: bool = flag("with --codec: all in one file", False)
     length: int | None = flag("symbols of a drawn sample (default: the longest that all can draw)", None)
     batch_size: int = flag("samples drawn together where characters a second are measured", 100)
-    rounds: int = flag("rounds of measuring", 10)
-    output: str | None = flag("folder for compare.md, compare.json and compare.png", None)
+    rounds: int | None = flag("rounds of measuring (default: 10, of codecs 3)", None)
+    output: str | None = flag(
+        "folder for compare.md, compare.json and compare.png; of codecs codecs.md and codecs.json", None
+    )
 
 
 @dataclass(kw_only=True)
@@ -192,13 +213,18 @@ class PlotDensity(Machine):
 
 @dataclass(kw_only=True)
 class Compress:
-    """Compress pictures by an integer flow, without loss.
+    """Compress pictures by an integer flow, or any files by a model of text, without loss.
 
     Every value of a picture or an array (.npy of uint8 or uint16) comes back; ICC profiles, EXIF data and the
-    bytes of the original file do not. A picture comes back as PNG.
+    bytes of the original file do not. A picture comes back as PNG. By a model of text every byte comes back.
     """
 
-    files: list[str] = field(metadata={"help": "pictures or .npy arrays", "positional": True})
+    files: list[str] = field(
+        metadata={
+            "help": "pictures or .npy arrays; for a model of text files of any kind",
+            "positional": True,
+        }
+    )
     output: str = flag("file to write, whole or not at all; with --separate a folder", short="-o")
     model: str = flag("folder of the model")
     mode: Literal["float64", "fixed", "float32"] = flag(
@@ -211,7 +237,7 @@ class Compress:
         "tiles of a segment, which is coded by itself (default: those of 2^19 values)", None
     )
     no_verify: bool = flag("do not decode and compare before writing", False)
-    batch_size: int = flag("tiles that the networks see at a time", 64)
+    batch_size: int = flag("tiles, or chunks of a text, that the networks see at a time", 64)
     threads: int | None = flag("threads of torch on the CPU (default: as many as torch takes)", None)
 
 
@@ -223,7 +249,7 @@ class Decompress:
     output: str = flag("folder to write into; nothing in it is replaced", short="-o")
     model: str = flag("folder of the model that compressed them")
     levels: int | None = flag("levels to use, the coarsest first; the file may be cut off behind them", None)
-    limit: int = flag("values that a file may declare", 1 << 28)
+    limit: int = flag("values, or bytes of text, that a file may declare", 1 << 28)
     batch_size: int = flag("tiles that the networks see at a time", 64)
     threads: int | None = flag("threads of torch on the CPU (default: as many as torch takes)", None)
 
@@ -514,6 +540,13 @@ def compare(flags: Compare) -> int:
     from dflow import compare as comparing
     from dflow.data import load
 
+    if flags.codec:
+        return compare_codecs(flags)
+    for name in ("model", "mode", "each", "together"):
+        if getattr(flags, name):
+            raise InputError(f"--{name} goes with --codec; models are named without it")
+    if not flags.models:
+        raise InputError("name at least one model to compare")
     folder = None if flags.output is None else Path(flags.output)
     if folder is not None:
         comparing.check_folder(folder)
@@ -528,7 +561,7 @@ def compare(flags: Compare) -> int:
         contestants,
         length=flags.length,
         batch_size=flags.batch_size,
-        rounds=flags.rounds,
+        rounds=10 if flags.rounds is None else flags.rounds,
         limit=flags.limit,
         text=f"{config.name}, {flags.split}",
         progress=True,
@@ -549,18 +582,17 @@ def compress(flags: Compress) -> int:
 
     set_threads(flags.threads)
     files, output = [Path(name) for name in flags.files], Path(flags.output)
-    if kind_of(flags.model) is not DflowImageModel:
-        raise InputError(
-            f"{flags.model}: a model of text; pictures are compressed by an integer flow of images"
-        )
+    is_text = kind_of(flags.model) is not DflowImageModel
     jobs = [(output, files)]
     if flags.separate:
         make_folder(output)
-        jobs = [(output / f"{file.stem}.dfl", [file]) for file in files]
+        jobs = [(output / f"{file.name if is_text else file.stem}.dfl", [file]) for file in files]
         if len({target for target, _ in jobs}) < len(jobs):
             raise InputError("two of the files have the same name; leave out --separate, or rename one")
     for target, _ in jobs:
         check_output(target)
+    if is_text:
+        return compress_files(flags, jobs)
     coder = ImageCoder.load(flags.model, flags.mode, flags.batch_size)
     reports = []
     for target, group in jobs:
@@ -591,9 +623,48 @@ def compress(flags: Compress) -> int:
     return 0
 
 
+def compress_files(flags: Compress, jobs: list[tuple[Path, list[Path]]]) -> int:
+    """`dflow compress` by a model of text."""
+    from dflow.compress import TextCoder, compress_text
+    from dflow.generate import write_whole
+
+    if flags.mode != "float64" or flags.tiles is not None:
+        what = "--tiles" if flags.tiles is not None else f"--mode {flags.mode}"
+        raise InputError(f"{what} is for models of images; {flags.model} is one of text")
+    coder, reports = TextCoder.load(flags.model), []
+    for target, group in jobs:
+        if len({file.name for file in group}) < len(group):
+            raise InputError("two of the files have the same name; use --separate, or rename one")
+        data, report = compress_text(
+            {file.name: file.read_bytes() for file in group},
+            coder,
+            batch=flags.batch_size,
+            verify=not flags.no_verify,
+            progress=True,
+        )
+        write_whole(target, data)
+        reports.append(report)
+        for note in report.notes:
+            print(f"{target}: {note}")
+    total, raw = sum(r.bytes for r in reports), sum(r.raw for r in reports)
+    encode, network = sum(r.encode.total for r in reports), sum(r.encode.network for r in reports)
+    print_table(
+        [
+            ("files", f"{sum(r.files for r in reports):,} in {len(jobs):,}"),
+            ("bytes", f"{total:,}, of these {sum(r.header for r in reports):,} of headers"),
+            ("bits a byte", f"{8 * total / raw:.4f} of {raw:,}" if raw else "none: nothing in them"),
+            ("symbols", f"{sum(r.symbols for r in reports):,}"),
+            ("encoded in", f"{encode:.2f} s, networks {network:.2f}, coder {encode - network:.2f}"),
+            ("verified", "no (--no-verify)" if flags.no_verify else "decoded and compared"),
+        ]
+    )
+    return 0
+
+
 def decompress(flags: Decompress) -> int:
     """`dflow decompress`."""
-    from dflow.compress import decompress_images
+    from dflow.coding.container import TEXT, kind_of
+    from dflow.compress import decompress_images, decompress_text
     from dflow.compress.pixels import write
     from dflow.generate import check_output, write_whole
 
@@ -601,8 +672,19 @@ def decompress(flags: Decompress) -> int:
     folder = Path(flags.output)
     make_folder(folder)
     for name in flags.files:
+        data = Path(name).read_bytes()
+        if kind_of(data) == TEXT:
+            if flags.levels is not None:
+                raise InputError(f"--levels is for pictures; {name} holds text")
+            files = decompress_text(data, flags.model, name=name, limit=flags.limit, progress=True)
+            for file in files:
+                check_output(folder / file)
+            for file, content in files.items():
+                write_whole(folder / file, content)
+                print(folder / file)
+            continue
         pictures = decompress_images(
-            Path(name).read_bytes(),
+            data,
             flags.model,
             name=name,
             levels=flags.levels,
@@ -622,9 +704,11 @@ def decompress(flags: Decompress) -> int:
 
 def info(flags: Info) -> int:
     """`dflow info`."""
-    from dflow.compress import describe_images
+    from dflow.coding.container import TEXT, kind_of
+    from dflow.compress import describe_images, describe_text
 
-    print_table(describe_images(Path(flags.file).read_bytes(), flags.file))
+    data = Path(flags.file).read_bytes()
+    print_table((describe_text if kind_of(data) == TEXT else describe_images)(data, flags.file))
     return 0
 
 
@@ -662,6 +746,52 @@ def make_folder(folder: Path) -> None:
         if not folder.parent.is_dir():
             raise InputError(f"{folder}: the folder {folder.parent} does not exist; create it")
         folder.mkdir()
+
+
+def compare_codecs(flags: Compare) -> int:
+    """`dflow compare --codec`."""
+    from dflow.compare import codecs, material
+    from dflow.hf import DflowImageModel, kind_of, split_calls
+
+    folder = None if flags.output is None else Path(flags.output)
+    if folder is not None:
+        codecs.check_folder(folder)
+    flags.settle()
+    if flags.models and flags.data is not None:
+        raise InputError(f"files and --data {flags.data}: compress the ones or the other")
+    if flags.data is not None:
+        found = material.of_data(flags.data, flags.split, flags.folder, flags.limit)
+    else:
+        found = material.of_files([Path(name) for name in flags.models], flags.limit)
+    is_text = isinstance(found.items[0], bytes)
+    if is_text and flags.mode not in (None, "float64"):
+        raise InputError(f"--mode {flags.mode}: texts are compressed in float64; leave it out")
+    models: list[Any] = []
+    for name in flags.model:
+        if (kind_of(split_calls(name)[0]) is DflowImageModel) == is_text:
+            kinds = ("images", "texts") if is_text else ("text", "pictures")
+            raise InputError(f"{name}: a model of {kinds[0]}, and these are {kinds[1]}")
+        models.append(
+            material.text_model(name) if is_text else material.image_model(name, flags.mode or "float64")
+        )
+    both = flags.each == flags.together
+    result = codecs.compare_codecs(
+        found,
+        models,
+        each=flags.each or both,
+        together=flags.together or both,
+        rounds=3 if flags.rounds is None else flags.rounds,
+        progress=True,
+    )
+    print(codecs.markdown(result))
+    if folder is not None:
+        for path in codecs.write(result, folder):
+            print(path)
+    print(codecs.record(result))
+    failed = [row.name for row in result.rows if row.error and "FAILED" in row.error]
+    if failed:
+        complain(f"round trip failed: {', '.join(failed)}")
+    return int(bool(failed))
 
 
 def data_list(flags: DataList) -> int:
@@ -781,7 +911,10 @@ def add_flags(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
         if typing.get_origin(kind) in (Union, types.UnionType):
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
         if f.metadata.get("positional"):
-            nargs: dict[str, Any] = {"nargs": "+"} if typing.get_origin(kind) is list else {}
+            required = f.default_factory is dataclasses.MISSING
+            nargs: dict[str, Any] = {}
+            if typing.get_origin(kind) is list:
+                nargs = {"nargs": "+"} if required else {"nargs": "*", "default": argparse.SUPPRESS}
             parser.add_argument(f.name, metavar=f.name.upper(), **options, **nargs)
             continue
         name = ["--" + f.name.replace("_", "-")]

@@ -125,6 +125,11 @@ def write(container: Container) -> bytes:
     return b"".join([header, struct.pack("<I", crc32(header)), *payloads])
 
 
+def kind_of(data: bytes) -> int | None:
+    """What a file says that it holds, unchecked; None if it is too short to say or none of ours."""
+    return data[4] >> 4 if data[:3] == MAGIC and len(data) > 4 else None
+
+
 def read(data: bytes, prefix: bool = False) -> Container:
     """The file, every byte of it checked.
 

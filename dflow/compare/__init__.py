@@ -1,6 +1,6 @@
 """Models beside models, and models beside classical codecs."""
 
-from dflow.compare import codecs
+from dflow.compare import codecs, material
 from dflow.compare.models import (
     FILES,
     Comparison,
@@ -29,6 +29,7 @@ __all__ = [
     "compare",
     "environment",
     "markdown",
+    "material",
     "measure",
     "num_calls",
     "plot",

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import dflow
 from dflow.compare.models import environment
 from dflow.compare.peers import (
     Array,
@@ -26,6 +27,7 @@ from dflow.compare.peers import (
     raw_codecs,
     text_codecs,
 )
+from dflow.compress import clock as clocks
 from dflow.config import InputError
 from dflow.generate import check_output, write_whole
 
@@ -43,6 +45,11 @@ class Clock:
 
     network: float = 0.0
     coder: float = 0.0
+
+    def add(self, timed: clocks.Clock) -> None:
+        """What compressing or decompressing took."""
+        self.network += timed.network
+        self.coder += timed.coder
 
 
 @dataclass(frozen=True)
@@ -289,9 +296,9 @@ def _attempt(runner: _Runner, first: int | None = None) -> None:
         runner.round(first)
     except Unavailable as error:
         runner.row = replace(runner.row, error=str(error))
-    except InputError:
-        raise
     except Exception as error:  # every library has errors of its own; the row says which
+        if runner.clock is not None:
+            raise
         runner.row = replace(
             runner.row, error=f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
         )
@@ -312,7 +319,7 @@ def _job(codec: Codec[T], item: T) -> tuple[Callable[[], bytes], Callable[[bytes
 def _same(found: Any, item: Any) -> bool:
     if isinstance(item, bytes):
         return bool(found == item)
-    return found.dtype == item.dtype and bool(np.array_equal(found, item))
+    return bool(np.array_equal(found, item))
 
 
 def _each(material: Material[T], codec: Codec[T]) -> _Runner:
@@ -375,7 +382,7 @@ def _model(material: Material[T], model: ModelCodec[T], each: bool) -> _Runner:
         return lambda: model.encode(items), check
 
     groups = [(item,) for item in material.items] if each else [material.items]
-    row = Row(model.name, model.settings, version("dflow"), "each" if each else "together", size=model.size)
+    row = Row(model.name, model.settings, dflow.__version__, "each" if each else "together", size=model.size)
     return _Runner(row, [job(group) for group in groups], model.clock)
 
 

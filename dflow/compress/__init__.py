@@ -11,6 +11,7 @@ from dflow.compress.images import (
     stages,
 )
 from dflow.compress.pixels import Form, Picture
+from dflow.compress.text import TextCoder, TextReport, compress_text, decompress_text, describe_text
 
 __all__ = [
     "LIMIT",
@@ -19,8 +20,13 @@ __all__ = [
     "Picture",
     "Report",
     "Stage",
+    "TextCoder",
+    "TextReport",
     "compress_images",
+    "compress_text",
     "decompress_images",
+    "decompress_text",
     "describe_images",
+    "describe_text",
     "stages",
 ]

@@ -66,8 +66,13 @@ class Counts:
         """As a file holds them."""
         steps = np.diff(self.points, prepend=0).tolist() if self.points else []
         parts = [varint((len(self.points) << 2) | (bool(self.words) << 1) | bool(self.breaks))]
-        for numbers in (self.breaks, self.words, self.runs, steps, self.escapes):
-            parts += map(varint, numbers)
+        for numbers in (self.words, self.runs):
+            # Most are none: which are some, one bit each, and those.
+            bits = sum(1 << i for i, number in enumerate(numbers) if number)
+            parts.append(bits.to_bytes(len(numbers) // 8, "little"))
+            parts += [varint(number) for number in numbers if number]
+        for dense in (self.breaks, steps, self.escapes):
+            parts += map(varint, dense)
         return b"".join(parts)
 
     @staticmethod
@@ -78,10 +83,17 @@ class Counts:
         def take(n: int) -> tuple[int, ...]:
             return tuple(reader.varint(limit) for _ in range(n))
 
-        breaks = take(len(_BREAKS) if first & 1 else 0)
-        words = take(2 * _LENGTHS * _KINDS if first & 2 else 0)
+        def some(n: int) -> tuple[int, ...]:
+            bits = int.from_bytes(reader.take(n // 8), "little")
+            found = tuple(reader.varint(limit) if bits >> i & 1 else 0 for i in range(n))
+            if sum(map(bool, found)) != bits.bit_count():
+                raise Damaged("its counts are none")
+            return found
+
         n = first >> 2
-        runs = take(4 * (_RUN + 1) if n else 0)
+        words = some(2 * _LENGTHS * _KINDS if first & 2 else 0)
+        runs = some(4 * (_RUN + 1) if n else 0)
+        breaks = take(len(_BREAKS) if first & 1 else 0)
         points, escapes = tuple(reader.varint(0x10FFFF) for _ in range(n)), take(n)
         found = np.cumsum(points)
         if n and (min(points[1:], default=1) < 1 or found[-1] > 0x10FFFF or n > MOST):

@@ -4,6 +4,9 @@ A text is cut into chunks of the model's length, each coded by itself, many at a
 as many network calls for all of them as for one. What its vocabulary lacks is coded beside it
 (`dflow.compress.planes`). Where all that does not pay, the bytes are stored as they are.
 
+Networks run on one thread, since attention adds up in the order of threads, and see chunks in batches of one
+size: they give the same bits in both directions.
+
 Models of sentences code each line under their law of lengths. Texts are UTF-8; other bytes are taken for
 Latin-1, in which every byte is a character. Pieces (sentencepiece) have to give the very bytes back, else
 they are stored.
@@ -29,7 +32,7 @@ from dflow.coding import codec, container
 from dflow.coding.coder import Coder
 from dflow.coding.codes import Code, Shared
 from dflow.coding.container import Container, Damaged, Reader, Segment, crc32, varint
-from dflow.coding.numeric import MODES, fingerprint, frozen_tables, prepare
+from dflow.coding.numeric import MODES, fingerprint, frozen_tables, one_thread, prepare
 from dflow.coding.tables import Tables, integer_counts
 from dflow.compress import planes
 from dflow.compress.clock import Clock, clock
@@ -193,7 +196,7 @@ def compress_text(
     coder = model if isinstance(model, TextCoder) else TextCoder.load(model)
     whole, notes = b"".join(files.values()), []
     stack, side, bits, plan = Coder(), 0.0, None, _Plan(tuple((n, len(d)) for n, d in files.items()))
-    with clock(coder.law) as encode:
+    with one_thread(), clock(coder.law) as encode:
         split = _split(whole, coder) if whole else None
         if split is not None:
             chunks, given = _chunks(split.stream, split.cuts, coder)
@@ -525,7 +528,7 @@ def _decode(
     if plan.raw > limit:
         raise Damaged(f"declares {plan.raw:,} bytes, more than {limit:,}; if it is trusted, raise --limit")
     [segment] = found.segments
-    with clock(coder.law) as timed:
+    with one_thread(), clock(coder.law) as timed:
         data = segment.levels[0]
         if plan.coded:
             data = _popped(_stack(data), plan, coder, progress)
@@ -588,7 +591,7 @@ def _verify(data: bytes, coder: TextCoder, files: Mapping[str, bytes], progress:
         reason = str(error)
     raise InputError(
         f"{next(iter(files))}: what was coded does not decode to it on this machine ({reason}); nothing is "
-        "written: try --threads 1"
+        "written: use another model, or report it"
     )
 
 

@@ -1,0 +1,160 @@
+"""What codecs are compared on, from files and from data sets, and dflow models as codecs."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dflow import hf
+from dflow.compare.codecs import Clock, Material, ModelCodec, pictures, texts
+from dflow.compare.peers import Array
+from dflow.compress import ImageCoder, TextCoder, compress_images, compress_text, png
+from dflow.compress import clock as clocks
+from dflow.compress.images import decompress_images
+from dflow.compress.pixels import read
+from dflow.compress.text import decompress_text
+from dflow.config import InputError
+from dflow.data import DataConfig, ImageConfig, load, load_images
+
+#: Files that hold pictures; all others are texts.
+_PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".npy"}
+
+
+def of_files(paths: Sequence[Path], limit: int | None = None) -> Material[Array] | Material[bytes]:
+    """Pictures and arrays, or texts; of pictures the first ``limit``, of each text as many bytes.
+
+    Raises:
+        InputError: no files, pictures and texts together, or pictures that cannot be read exactly.
+        OSError: no such file.
+    """
+    if not paths:
+        raise InputError("name files to compress, or a data set with --data")
+    _check_limit(limit)
+    kinds = {path.suffix.lower() in _PICTURES for path in paths}
+    if len(kinds) > 1:
+        raise InputError("compare pictures and texts one after the other, not in one table")
+    name = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1:,} more files"
+    if kinds == {False}:
+        return texts(name, [path.read_bytes()[:limit] for path in paths])
+    found = [read(path) for path in paths]
+    if any(picture.form.alpha == -1 for picture in found):
+        raise InputError(f"{name}: partly transparent; codecs are compared on grey and RGB")
+    items = [_flat(values) for picture in found for values in picture.values]
+    depths = {picture.form.file_depth for picture in found}
+    return pictures(name, items[:limit], max(depths))
+
+
+def of_data(
+    name: str, split: str, folder: str | None = None, limit: int | None = None
+) -> Material[Array] | Material[bytes]:
+    """A split of a data set; of images ``limit`` random ones, of a text as many characters from its start.
+
+    Raises:
+        InputError: as of `dflow.data.load` and `load_images`.
+    """
+    _check_limit(limit)
+    if hf_images(name):
+        images = load_images(ImageConfig(name, folder=folder))
+        if not isinstance(images.levels, int):
+            raise InputError(f"{name}: a table; codecs are compared on pictures and texts")
+        rows = images.split(split)
+        values = (rows if limit is None else rows.subset(limit)).values.numpy()
+        stack = values.reshape(-1, *images.shape).transpose(0, 2, 3, 1)
+        depth = (images.levels - 1).bit_length()
+        return pictures(f"{name}, {split}", [_flat(item) for item in stack], depth)
+    corpus = load(DataConfig(name, folder=folder))
+    if corpus.law is not None:
+        raise InputError(f"{name}: a law; codecs are compared on pictures and texts")
+    text = corpus.tokenizer.decode(corpus.split(split).ids)
+    return texts(f"{name}, {split}", [text[:limit].encode()])
+
+
+def hf_images(name: str) -> bool:
+    """Whether a name is that of images, not of a text."""
+    from dflow.data import image_sets, images
+
+    path = Path(name).expanduser()
+    return (
+        name in image_sets.KNOWN
+        or name == image_sets.CHECKERBOARD
+        or name.startswith(images.HUB)
+        or (path.is_dir() and not any(path.rglob("*.txt")))
+    )
+
+
+def image_model(folder: str, mode: str) -> ModelCodec[Array]:
+    """An integer flow as a codec of pictures.
+
+    Raises:
+        InputError: as of `ImageCoder.load`.
+    """
+    coder, clock = ImageCoder.load(folder, mode), Clock()
+
+    def encode(items: Sequence[Array]) -> bytes:
+        with tempfile.TemporaryDirectory() as place:
+            data, report = compress_images(_files(items, Path(place)), coder, verify=False)
+        clock.add(report.encode)
+        return data
+
+    def decode(data: bytes) -> list[Array]:
+        with clocks.clock(coder.law) as timed:
+            found = decompress_images(data, coder, limit=1 << 62)
+        clock.add(timed)
+        return [_flat(values) for picture in found for values in picture.values]
+
+    return ModelCodec(folder.rstrip("/"), mode, _size(folder), encode, decode, clock)
+
+
+def text_model(folder: str) -> ModelCodec[bytes]:
+    """A model of text as a codec.
+
+    Raises:
+        InputError: as of `TextCoder.load`.
+    """
+    coder, clock = TextCoder.load(folder), Clock()
+
+    def encode(items: Sequence[bytes]) -> bytes:
+        data, report = compress_text({str(i): item for i, item in enumerate(items)}, coder, verify=False)
+        clock.add(report.encode)
+        return data
+
+    def decode(data: bytes) -> list[bytes]:
+        with clocks.clock(coder.law) as timed:
+            found = decompress_text(data, coder, limit=1 << 62)
+        clock.add(timed)
+        return list(found.values())
+
+    return ModelCodec(folder.rstrip("/"), "float64", _size(folder), encode, decode, clock)
+
+
+def _files(items: Sequence[Array], place: Path) -> list[Path]:
+    """Files of ``items``: one array of all where they are many of one shape."""
+    if len(items) > 1 and len({(item.shape, item.dtype.str) for item in items}) == 1:
+        np.save(place / "0.npy", np.stack(items))
+        return [place / "0.npy"]
+    found = []
+    for i, item in enumerate(items):
+        full = item if item.ndim == 3 else item[..., None]
+        path = place / f"{i}.png"
+        path.write_bytes(png.write(full, 8 * item.itemsize))
+        found.append(path)
+    return found
+
+
+def _flat(values: Array) -> Array:
+    """``(H, W)`` of one channel, else ``(H, W, C)``."""
+    return values[..., 0] if values.shape[-1] == 1 else values
+
+
+def _size(folder: str) -> int:
+    """Bytes of what decodes beside the program: weights, and tables where there are."""
+    path = hf.split_calls(folder)[0]
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+def _check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise InputError(f"limit {limit} must be at least 1")
