@@ -116,7 +116,7 @@ def test_a_table_of_columns_of_several_ranges(tmp_path: Path, capsys: pytest.Cap
         ("model.dequantizer=uniform", "unknown key 'dequantizer'"),
         ("model.family=integr", "did you mean 'integer'"),
         ("model.levels=[9]", "model.levels is [9] and the data's is [2]"),
-        ("model.num_levels=2", "fewer num_levels"),
+        ("model.num_levels=3", "fewer num_levels"),
     ],
 )
 def test_wrong_settings_end_with_one_clear_error_and_2(

@@ -177,6 +177,15 @@ def test_parts_of_a_level_are_modelled_one_after_another() -> None:
     assert torch.equal(law.transform(coarse)[0][:, :4], z[:, :4])
 
 
+def test_one_pixel_of_four_is_kept_in_all_its_colours() -> None:
+    law = build(shape=[3, 4, 4], num_levels=2, kept="quarter", num_flows=0)
+    x = torch.arange(48)[None]
+    (kept, _), (rest, _) = law.base.parts(law.transform(x)[0])
+    image = x.view(3, 4, 4)
+    assert torch.equal(kept.view(3, 2, 2), image[:, ::2, ::2])
+    assert torch.equal(rest.view(3, 3, 2, 2)[0], image[:, ::2, 1::2])
+
+
 def test_permutations_and_channels() -> None:
     def layers(**settings: Any) -> list[Any]:
         law = build(shape=[3, 4, 4], **settings)

@@ -44,7 +44,7 @@ class IntegerConfig(ValuesConfig):
     num_levels: int = setting(3, "levels, with channels factored out between two")
     num_flows: int = setting(8, "couplings of a level")
     kept: Literal["half", "quarter"] = setting(
-        "half", "of the channels, kept for the next level: half, or quarter"
+        "half", "for the next level: half of the channels; quarter, one pixel of four"
     )
     prior_groups: int = setting(
         1, "groups of the channels that are factored out, each modelled given those before it"
@@ -123,6 +123,11 @@ def _level(
         permutation, shape = squeeze(shape)
         layers.append(permutation)
         grid = grid.at(permutation.permutation)
+        if config.kept == "quarter":
+            # One pixel of four is kept, in all its colours; then come the others, pixel by pixel.
+            colours = torch.arange(prod(shape)).view(shape[0] // 4, 4, -1).transpose(0, 1).flatten()
+            layers.append(Permute(colours))
+            grid = grid.at(colours)
     channels, places = shape[0], shape[1] * shape[2]
     flows = config.num_flows
     if channels == 1 and levels == 1 < config.num_levels:
