@@ -524,6 +524,45 @@ def test_kinds_of_images(tmp_path: Path) -> None:
     assert (values == torch.from_numpy((shades > 99).astype(np.uint8) * 255).flatten()).all(1).any()
 
 
+def test_tiles_of_images_of_any_size_lie_in_the_split_of_their_image(tmp_path: Path) -> None:
+    for i, (h, w) in enumerate([(4, 6), (5, 4), (9, 4), (4, 4)]):
+        save(tmp_path / f"{i}.png", (50 * i + np.arange(h)[:, None] * 5 + np.arange(w)).astype(np.uint8))
+    config = ImageConfig(str(tmp_path), tiles=[4, 2], valid=0.25, test=0.25)
+    data = load_images(config)
+    assert data.shape == (1, 4, 2)
+    of = [set((part.values // 50).flatten().tolist()) for part in (data.train, data.valid, data.test)]
+    assert set.union(*of) == {0, 1, 2, 3}
+    assert sum(map(len, of)) == 4
+    one = next(part for part, which in zip((data.valid, data.test), of[1:], strict=True))
+    (image,) = of[1]
+    # Side by side, all that are whole.
+    assert one.num_rows == {0: 3, 1: 2, 2: 4, 3: 2}[image]
+    first = torch.tensor([5 * i + j for i in range(4) for j in range(2)]) + 50 * image
+    assert torch.equal(one.rows(slice(1))[0], first)
+    assert torch.equal(one.rows(slice(1, 2))[0], first + 2)
+    # By half overlapping where there is to train on them: rows 0, 2, ... and columns 0, 1, 2, ...
+    places = {0: 5, 1: 3, 2: 9, 3: 3}
+    assert data.train.num_rows == sum(places[i] for i in of[0])
+    with pytest.raises(InputError, match=r"tiles=\[5, 4\] are larger than .*0\.png, which has 4 x 6"):
+        load_images(replace(config, tiles=[5, 4]))
+    with pytest.raises(InputError, match="leave one out"):
+        replace(config, crop=[2, 2])
+
+
+def test_folders_called_train_valid_and_test_are_the_splits(tmp_path: Path) -> None:
+    for i, name in enumerate(["train/a", "train/b", "train/deep/c", "test/a"]):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        save(tmp_path / f"{name}.png", np.full((2, 2), i, dtype=np.uint8))
+    data = load_images(ImageConfig(str(tmp_path), valid=0.4))
+    assert (data.train.num_rows, data.valid.num_rows, data.test.num_rows) == (2, 1, 1)
+    assert data.test.values.unique().tolist() == [3]
+    with pytest.raises(InputError, match="has a split of its own for test"):
+        load_images(ImageConfig(str(tmp_path), valid=0.4, test=0.4))
+    save(tmp_path / "stray.png", np.zeros((2, 2), dtype=np.uint8))
+    with pytest.raises(InputError, match=r"stray\.png: beside the folders train, test"):
+        load_images(ImageConfig(str(tmp_path), valid=0.4))
+
+
 def test_images_of_unequal_sizes(tmp_path: Path) -> None:
     for i, (h, w) in enumerate([(5, 4), (4, 6), (5, 4), (5, 5)]):
         save(tmp_path / f"{i}.png", (np.arange(h)[:, None] * 10 + np.arange(w)).astype(np.uint8))

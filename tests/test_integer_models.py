@@ -23,6 +23,7 @@ from dflow.data import load_images
 from dflow.elementwise import IntegerShift
 from dflow.evaluate import ExactEvaluation, evaluate_exact, evaluate_images
 from dflow.train import load_recipe, recipe_of
+from dflow.train.tasks import task_of
 
 MODEL = {"family": "integer", "num_levels": 2, "num_flows": 2, "hidden_size": 8, "num_hidden_layers": 2}
 
@@ -63,6 +64,18 @@ def test_training_lowers_the_exact_cost_and_the_folder_holds_the_best_model(pict
     assert recipe_of(pictures).model == replace(
         load_recipe(pictures.parent / "recipe.yaml").model, shape=[1, 8, 8], levels=[256], lowest=[0]
     )
+
+
+def test_flip_mirrors_about_half_of_a_batch_and_nothing_else(tmp_path: Path) -> None:
+    data = {"name": str(write_pictures(tmp_path / "png", 30, size=8)), "valid": 0.2, "test": 0.2}
+    path = recipe(tmp_path, data, batch_size=64)
+    plain, flipped = (
+        task_of(load_recipe(path, [f"data.flip={on}"]), False).batch(7)[0].view(64, 8, 8)
+        for on in ("false", "true")
+    )
+    same_rows = (flipped == plain).flatten(1).all(1)
+    assert 16 < int(same_rows.sum()) < 48
+    assert torch.equal(flipped[~same_rows], plain[~same_rows].flip(2))
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,17 @@ class ImageConfig:
         default=None,
         metadata={"help": "cut each image of your own to [height, width] at its centre, to make sizes equal"},
     )
+    tiles: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "cut each image of your own into tiles [height, width]: side by side, to train on "
+            "overlapping by half"
+        },
+    )
     grey: bool = field(default=False, metadata={"help": "turn colours into shades of grey"})
+    flip: bool = field(
+        default=False, metadata={"help": "mirror images to train on, left and right, at random"}
+    )
     valid: float | None = field(default=None, metadata={"help": f"share for validation, {_OWN}"})
     test: float | None = field(default=None, metadata={"help": f"share for the test, {_OWN}"})
     continuous: list[str] | None = field(
@@ -75,7 +85,9 @@ class ImageConfig:
             raise InputError(f"valid={valid} and test={test} must be above 0 and leave something to train on")
         if self.bits is not None and not 1 <= self.bits <= 8:
             raise InputError(f"bits={self.bits} must lie in 1..8")
-        for name, size in (("patch", self.patch), ("crop", self.crop)):
+        if self.crop and self.tiles:
+            raise InputError(f"crop={self.crop} and tiles={self.tiles} both cut the images: leave one out")
+        for name, size in (("patch", self.patch), ("crop", self.crop), ("tiles", self.tiles)):
             if size is not None and (len(size) != 2 or min(size) < 1):
                 raise InputError(f"{name}={size} must be [height, width], each at least 1")
 
@@ -90,7 +102,7 @@ class ImageConfig:
         if name == CHECKERBOARD:
             return ImageConfig(name)
         if name in image_sets.KNOWN:
-            return replace(kept, crop=None, continuous=None)
+            return replace(kept, crop=None, tiles=None, continuous=None)
         return replace(kept, folder=None) if name.startswith(HUB) else kept
 
     def refuse(self, what: str, *settings: str) -> None:
@@ -217,7 +229,9 @@ def load_images(config: ImageConfig) -> ImageSet:
             settings that do not go together, missing values in a table.
     """
     if config.name == CHECKERBOARD:
-        config.refuse("drawn", "folder", "bits", "patch", "crop", "grey", "valid", "test", "continuous")
+        config.refuse(
+            "drawn", "folder", "bits", "patch", "crop", "tiles", "grey", "flip", "valid", "test", "continuous"
+        )
         # Rows drawn from two points are draws from the law; an evaluation on both is an exact expectation.
         both = np.array([[0, 1], [1, 0]], dtype=np.uint8)
         return _image_set(
@@ -232,14 +246,14 @@ def load_images(config: ImageConfig) -> ImageSet:
         )
     known = image_sets.KNOWN.get(config.name)
     if known is not None:
-        config.refuse("a known set", "crop", "valid", "test", "continuous")
+        config.refuse("a known set", "crop", "tiles", "valid", "test", "continuous")
         return _pictures(known.read(files.data_folder(config.folder)), config, known.note)
     if config.name.startswith(HUB):
         config.refuse("a set of images", "continuous", "folder")
         return _pictures(*_from_hub(config))
     path = _path(config)
     if ".csv" in path.suffixes and path.is_file():
-        config.refuse("a table", "bits", "patch", "crop", "grey")
+        config.refuse("a table", "bits", "patch", "crop", "tiles", "grey", "flip")
         return _table(path, config)
     config.refuse("a folder of images", "continuous")
     if not path.is_dir():
@@ -249,7 +263,15 @@ def load_images(config: ImageConfig) -> ImageSet:
         raise InputError(
             f"{path}: the folder holds no image ({', '.join(sorted(_SUFFIXES))}); put them there"
         )
-    return _pictures(*_own({"train": ((str(source), source) for source in sources)}, config))
+    # Folders train, valid and test in it are these splits.
+    own = [name for name in SPLITS if (path / name).is_dir()]
+    if "train" not in own or len(own) == 1:
+        return _pictures(*_own({"train": ((str(source), source) for source in sources)}, config))
+    stray = next((s for s in sources if s.relative_to(path).parts[0] not in own), None)
+    if stray is not None:
+        raise InputError(f"{stray}: beside the folders {', '.join(own)}; move it into one of them")
+    splits = {name: [s for s in sources if s.relative_to(path).parts[0] == name] for name in own}
+    return _pictures(*_own({name: ((str(s), s) for s in part) for name, part in splits.items()}, config))
 
 
 def _path(config: ImageConfig) -> Path:
@@ -317,6 +339,15 @@ def _centre(images: Array, size: Sequence[int], setting: str, where: str) -> Arr
     return images[..., top : top + h, left : left + w]
 
 
+def _tiles(image: Array, size: Sequence[int] | None, overlap: bool) -> Array:
+    """Tiles ``(n, C, h, w)`` of an image ``(C, H, W)``: all whole ones, or the image itself."""
+    if size is None:
+        return image[None]
+    steps = [max(1, n // 2) if overlap else n for n in size]
+    found = np.lib.stride_tricks.sliding_window_view(image, size, (1, 2))[:, :: steps[0], :: steps[1]]
+    return found.transpose(1, 2, 0, 3, 4).reshape(-1, len(image), *size)
+
+
 def _decode(where: str, source: Path | bytes) -> tuple[Array, int]:
     """An image file as uint8 ``(C, H, W)``, C of 1 or 3, and its depth: 1 or 8 bits."""
     try:
@@ -360,8 +391,14 @@ def _own(
                 image = grey(image)
             if config.crop:
                 image = _centre(image, config.crop, "crop", where)
+            if config.tiles and (image.shape[1] < config.tiles[0] or image.shape[2] < config.tiles[1]):
+                raise InputError(
+                    f"tiles={config.tiles} are larger than {where}, which has {image.shape[1]} x "
+                    f"{image.shape[2]} pixels; set them smaller"
+                )
             first = first or where
-            if images and image.shape != images[0].shape:
+            alike = slice(1 if config.tiles else 3)
+            if images and image.shape[alike] != images[0].shape[alike]:
                 (c, h, w), (C, H, W) = image.shape, images[0].shape
                 way = (
                     "set data.grey to true"
@@ -381,8 +418,13 @@ def _own(
     for i, own in enumerate(depths):
         if own < depth:
             images[i] = images[i] * np.uint8(255)
-    parts = dict(zip(counts, np.split(np.stack(images), np.cumsum([*counts.values()])[:-1]), strict=True))
-    parts, note = _deal(parts, config)
+    # Whole images are dealt: tiles of one may not lie in two splits.
+    numbers = np.split(np.arange(len(images)), np.cumsum([*counts.values()])[:-1])
+    dealt, note = _deal(dict(zip(counts, numbers, strict=True)), config)
+    parts = {
+        name: np.concatenate([_tiles(images[i], config.tiles, name == "train") for i in which])
+        for name, which in dealt.items()
+    }
     return Pixels(parts["train"], parts["valid"], parts["test"], depth), config, note
 
 

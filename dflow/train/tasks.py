@@ -259,7 +259,11 @@ class _Images(Task):
 
     def batch(self, seed: int) -> Batch:
         generator = torch.Generator().manual_seed(seed)
-        return self.images.train.crops(self.recipe.train.batch_size, self.images.dim, generator)
+        x, _ = self.images.train.crops(self.recipe.train.batch_size, self.images.dim, generator)
+        if isinstance(self.recipe.data, ImageConfig) and self.recipe.data.flip:
+            turned = x.view(-1, *self.images.shape).flip(3).flatten(1)
+            x = torch.where(torch.rand(len(x), 1, generator=generator) < 0.5, turned, x)
+        return x, None
 
     def entries(self, batch: Batch) -> int:
         return batch[0].numel()
