@@ -17,7 +17,7 @@ from dflow.compress.images import decompress_images
 from dflow.compress.pixels import read
 from dflow.compress.text import decompress_text
 from dflow.config import InputError
-from dflow.data import DataConfig, ImageConfig, load, load_images
+from dflow.data import DataConfig, ImageConfig, image_sets, images, load, load_images
 
 #: Files that hold pictures; all others are texts.
 _PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".npy"}
@@ -56,14 +56,14 @@ def of_data(
         InputError: as of `dflow.data.load` and `load_images`.
     """
     _check_limit(limit)
-    if hf_images(name):
-        images = load_images(ImageConfig(name, folder=folder))
-        if not isinstance(images.levels, int):
+    if holds_images(name):
+        found = load_images(ImageConfig(name, folder=folder))
+        if not isinstance(found.levels, int):
             raise InputError(f"{name}: a table; codecs are compared on pictures and texts")
-        rows = images.split(split)
+        rows = found.split(split)
         values = (rows if limit is None else rows.subset(limit)).values.numpy()
-        stack = values.reshape(-1, *images.shape).transpose(0, 2, 3, 1)
-        depth = (images.levels - 1).bit_length()
+        stack = values.reshape(-1, *found.shape).transpose(0, 2, 3, 1)
+        depth = (found.levels - 1).bit_length()
         return pictures(f"{name}, {split}", [_flat(item) for item in stack], depth)
     corpus = load(DataConfig(name, folder=folder))
     if corpus.law is not None:
@@ -72,10 +72,8 @@ def of_data(
     return texts(f"{name}, {split}", [text[:limit].encode()])
 
 
-def hf_images(name: str) -> bool:
+def holds_images(name: str) -> bool:
     """Whether a name is that of images, not of a text."""
-    from dflow.data import image_sets, images
-
     path = Path(name).expanduser()
     return (
         name in image_sets.KNOWN
