@@ -230,44 +230,30 @@ class Mixture:
             raise ValueError(f"expected (T, M) three times, found {[tuple(v.shape) for v in given]}")
         if not bool(torch.isfinite(torch.stack(given)).all()):
             raise ValueError("the parameters of a mixture of logistic laws are not finite")
-        self._loc, self._scale = given[0].clamp(-LIMIT, LIMIT), given[1].clamp(-12, 30).exp()
-        self._weights, self.index = given[2].softmax(1), index.cpu()
-        low = (self._loc - _REACH * self._scale).amin(1).floor()
-        high = (self._loc + _REACH * self._scale).amax(1).ceil()
+        loc, scale, self.index = given[0].clamp(-LIMIT, LIMIT), given[1].clamp(-12, 30).exp(), index.cpu()
+        low = (loc - _REACH * scale).amin(1).floor()
+        high = (loc + _REACH * scale).amax(1).ceil()
         span = float((high - low).max()) / _CELLS if len(loc) else 1.0
         # One width for all: cells cost no precision, they are cut again.
         self.shift = max(0, math.ceil(math.log2(max(1.0, span))))
-        self._base = ((low + high) / 2).floor().long() - ((_CELLS // 2) << self.shift)
-        orders = self._scale.amax(1).log2().floor().long()
-        self._orders = orders.clamp(min=0)[self.index]
-        edges = self._base[:, None] + (torch.arange(_CELLS + 1) << self.shift)
-        self._below = self._cdf(edges, torch.arange(len(loc)))
-        cells = self._below.diff(dim=1).clamp(min=0)
-        law = torch.cat([self._below[:, :1], cells, 1 - self._below[:, -1:]], 1)
-        self._cells = Rows(integer_counts(law)[self.index])
+        base = ((low + high) / 2).floor().long() - ((_CELLS // 2) << self.shift)
+        orders = scale.amax(1).log2().floor().long().clamp(min=0)
+        # Component by component and edge by edge: each operation runs along all numbers.
+        law = tuple(v.T.contiguous() for v in (loc, 1 / scale, given[2].softmax(1)))
+        below = _cdf(base + (torch.arange(_CELLS + 1) << self.shift)[:, None], law)
+        counts = integer_counts(_law(below, True))
+        if torch.equal(self.index, torch.arange(len(loc))):
+            self._law, self._base, self._orders, self._below = law, base, orders, below
+        else:
+            self._law, self._base = tuple(v[:, self.index] for v in law), base[self.index]
+            self._orders, self._below, counts = orders[self.index], below[:, self.index], counts[self.index]
+        self._cells = Rows(counts)
 
-    def _cdf(self, edges: Tensor, index: Tensor) -> Tensor:
-        """Mass below the integers ``edges`` ``(n, E)``."""
-        # Integers less a half would be float32.
-        found, edges = torch.zeros(edges.shape, dtype=torch.float64), edges.double() - 0.5
-        for loc, scale, weight in zip(
-            *(v[index].unbind(1) for v in (self._loc, self._scale, self._weights)), strict=True
-        ):
-            found.addcmul_(weight[:, None], ((edges - loc[:, None]) / scale[:, None]).sigmoid_())
-        return found.clamp_(max=1)
-
-    def _digit(
-        self, first: Tensor, ends: Tensor, width: int, digit: int, index: Tensor
-    ) -> tuple[Rows, Tensor]:
-        """Code of which of ``2^digit`` parts of the ``2^width`` integers from ``first`` on holds a number.
-
-        And the mass below the edges of the parts; ``ends`` ``(n, 2)`` is that below the first and the last.
-        """
-        inner = self._cdf(first[:, None] + (torch.arange(1, 1 << digit) << (width - digit)), index)
-        below = torch.cat([ends[:, :1], inner, ends[:, 1:]], 1)
-        law = below.diff(dim=1).clamp(min=0)
-        total = law.sum(1, keepdim=True)
-        return Rows(integer_counts(torch.where(total > 0, law / total, 0.5**digit))), below
+    def _within(self, within: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Laws and masses below the edges of some numbers."""
+        if len(within) == len(self.index):
+            return self._law, self._below
+        return tuple(v[:, within] for v in self._law), self._below[:, within]
 
     def _digits(self) -> list[tuple[int, int]]:
         return [(width, min(_DIGIT, width)) for width in range(self.shift, 0, -_DIGIT)]
@@ -275,7 +261,7 @@ class Mixture:
     def intervals(self, x: Tensor) -> Intervals:
         """See `Code`; ValueError for a magnitude beyond 2^40."""
         check_numbers(x, len(self.index))
-        offset = x - self._base[self.index]
+        offset = x - self._base
         # Beyond the window there are no cells: distances are those of integers.
         beyond, tails = _tails(offset, _CELLS << self.shift)
         parts = [
@@ -283,11 +269,12 @@ class Mixture:
             Golomb(self._orders[beyond]).intervals(tails),
         ]
         within = (~beyond).nonzero().flatten()
-        x, index, offset = x[within], self.index[within], offset[within]
-        ends = _ends(self._below[index], offset >> self.shift)
+        x, offset = x[within], offset[within]
+        law, below = self._within(within)
+        ends = _ends(below, offset >> self.shift)
         for width, digit in self._digits():
-            first = x - offset % (1 << width)
-            code, below = self._digit(first, ends, width, digit, index)
+            first = x - (offset & ((1 << width) - 1))
+            code, below = _digit(first, ends, width, digit, law)
             part = (x - first) >> (width - digit)
             parts.append(code.intervals(part))
             ends = _ends(below, part)
@@ -298,19 +285,49 @@ class Mixture:
         cell = self._cells.pop(stack) - 1
         within = ((cell >= 0) & (cell < _CELLS)).nonzero().flatten()
         offset = torch.where(cell < 0, -1, cell << self.shift)
-        x = _pop_tails(offset, _CELLS << self.shift, self._orders, stack) + self._base[self.index]
-        first, index = x[within], self.index[within]
-        ends = _ends(self._below[index], cell[within])
+        x = _pop_tails(offset, _CELLS << self.shift, self._orders, stack) + self._base
+        first = x[within]
+        law, below = self._within(within)
+        ends = _ends(below, cell[within])
         for width, digit in self._digits():
-            code, below = self._digit(first, ends, width, digit, index)
+            code, below = _digit(first, ends, width, digit, law)
             part = code.pop(stack)
             first, ends = first + (part << (width - digit)), _ends(below, part)
         return x.index_copy(0, within, first)
 
 
+def _cdf(edges: Tensor, law: tuple[Tensor, ...]) -> Tensor:
+    """Mass below the integers ``edges`` ``(E, n)`` under mixtures: loc, 1 / scale and weights ``(M, n)``."""
+    # Integers less a half would be float32.
+    found, edges = torch.zeros(edges.shape, dtype=torch.float64), edges.double() - 0.5
+    for loc, rate, weight in zip(*law, strict=True):
+        found.addcmul_(weight, (edges - loc).mul_(rate).sigmoid_())
+    return found.clamp_(max=1)
+
+
+def _law(below: Tensor, tails: bool) -> Tensor:
+    """Masses between edges, ``(n, K)``, of those below them, ``(E, n)``; and those of both tails."""
+    cells = below.diff(dim=0).clamp_(min=0)
+    return (torch.cat([below[:1], cells, 1 - below[-1:]]) if tails else cells).T.contiguous()
+
+
+def _digit(
+    first: Tensor, ends: Tensor, width: int, digit: int, law: tuple[Tensor, ...]
+) -> tuple[Rows, Tensor]:
+    """Code of which of ``2^digit`` parts of the ``2^width`` integers from ``first`` on holds a number.
+
+    And the mass below the edges of the parts; ``ends`` ``(2, n)`` is that below the first and the last.
+    """
+    inner = _cdf(first + (torch.arange(1, 1 << digit) << (width - digit))[:, None], law)
+    below = torch.cat([ends[:1], inner, ends[1:]])
+    cells = _law(below, False)
+    total = cells.sum(1, keepdim=True)
+    return Rows(integer_counts(torch.where(total > 0, cells / total, 0.5**digit))), below
+
+
 def _ends(below: Tensor, part: Tensor) -> Tensor:
-    """The mass below the first and the last edge of a part."""
-    return below.gather(1, torch.stack([part, part + 1], 1))
+    """The mass below the first and the last edge of a part, ``(2, n)``."""
+    return below.gather(0, torch.stack([part, part + 1]))
 
 
 def join(parts: list[Intervals]) -> Intervals:
