@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 import dflow
+from dflow.compare import results
 from dflow.compare.models import environment
 from dflow.compare.peers import (
     Array,
@@ -29,7 +30,6 @@ from dflow.compare.peers import (
 )
 from dflow.compress import clock as clocks
 from dflow.config import InputError
-from dflow.generate import check_output, write_whole
 
 FILES = ("codecs.json", "codecs.md")
 
@@ -460,23 +460,11 @@ def record(comparison: CodecComparison) -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that holds results already; before the measuring, not after.
-
-    Raises:
-        InputError: one of the files exists, or ``folder`` is none.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is not a folder; choose another --output")
-    if folder.is_dir():
-        for name in FILES:
-            check_output(folder / name)
+    """Refuse a folder that holds results already: see `dflow.compare.results.check`."""
+    results.check(folder, FILES)
 
 
 def write(comparison: CodecComparison, folder: Path) -> list[Path]:
-    """Write figures and table into ``folder``; each file whole or not at all."""
-    check_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / name for name in FILES]
-    for path, text in zip(paths, (record(comparison) + "\n", markdown(comparison)), strict=True):
-        write_whole(path, text.encode())
-    return paths
+    """Write figures and table into a folder; each file whole or not at all."""
+    contents = ((record(comparison) + "\n").encode(), markdown(comparison).encode())
+    return results.write(folder, dict(zip(FILES, contents, strict=True)))

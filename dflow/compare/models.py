@@ -16,10 +16,10 @@ import torch
 from tqdm import tqdm
 
 from dflow.bijectors import Autoregressive
+from dflow.compare import results
 from dflow.config import InputError
 from dflow.data import Text
 from dflow.evaluate import Evaluation, evaluate
-from dflow.generate import check_output, write_whole
 from dflow.hf import DflowModel
 
 FILES = ("compare.json", "compare.md", "compare.png")
@@ -355,27 +355,14 @@ def plot(comparison: Comparison) -> bytes:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that holds results already; before hours of measuring, not after.
-
-    Raises:
-        InputError: one of the files exists, or ``folder`` is none.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is not a folder; choose another --output")
-    if folder.is_dir():
-        for name in FILES:
-            check_output(folder / name)
+    """Refuse a folder that holds results already: see `dflow.compare.results.check`."""
+    results.check(folder, FILES)
 
 
 def write(comparison: Comparison, folder: Path) -> list[Path]:
-    """Write table, figures and plot into ``folder``; each file whole or not at all."""
-    check_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write table, figures and plot into a folder; each file whole or not at all."""
     contents = [(record(comparison) + "\n").encode(), markdown(comparison).encode(), plot(comparison)]
-    paths = [folder / name for name in FILES]
-    for path, data in zip(paths, contents, strict=True):
-        write_whole(path, data)
-    return paths
+    return results.write(folder, dict(zip(FILES, contents, strict=True)))
 
 
 def _threads(n: int) -> str:
