@@ -2,6 +2,7 @@
 
 from dflow.hf.folder import coding_tables, kind_of, load, save, split_calls
 from dflow.hf.images import DflowImageConfig, DflowImageModel, DflowImageOutput
+from dflow.hf.packed import PackedNetwork, pack
 from dflow.hf.symbols import DflowConfig, DflowModel, DflowOutput
 
 __all__ = [
@@ -11,9 +12,11 @@ __all__ = [
     "DflowImageOutput",
     "DflowModel",
     "DflowOutput",
+    "PackedNetwork",
     "coding_tables",
     "kind_of",
     "load",
+    "pack",
     "save",
     "split_calls",
 ]

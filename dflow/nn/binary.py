@@ -330,7 +330,7 @@ class StochasticMaxPool2d(nn.Module):
             windows = [part.unfold(2, n, n).unfold(3, n, n).flatten(4).unbind(4) for part in (mean, var)]
             return reduce(larger, map(Moments, *windows))
         with torch.no_grad():
-            drawn = torch.randn_like(mean).mul_(var.sqrt()).add_(mean)
+            drawn = torch.addcmul(mean, var.sqrt(), torch.randn_like(mean))
             index = F.max_pool2d(drawn, self.size, return_indices=True)[1]
         flat = index.flatten(2)
 
@@ -349,7 +349,7 @@ def larger(a: Moments, b: Moments) -> Moments:
     # As a distance below the higher mean: squares of far means would cancel.
     top, var_top = torch.where(above, a.mean, b.mean), torch.where(above, a.var, b.var)
     gap, var_low = -(a.mean - b.mean).abs(), torch.where(above, b.var, a.var)
-    spread = torch.sqrt((a.var + b.var).clamp_min(_TINY))
+    spread = torch.sqrt((a.var + b.var).clamp_min(TINY))
     t = gap / spread
     p = torch.erfc(t * -(0.5**0.5)) / 2
     peak = spread * torch.exp(t * t / -2 - LOG_SQRT_2PI)
@@ -359,7 +359,7 @@ def larger(a: Moments, b: Moments) -> Moments:
 
 
 #: Least variance: what has none is divided by its root.
-_TINY = 1e-12
+TINY = 1e-12
 
 
 class StochasticSign(nn.Module):
@@ -395,7 +395,7 @@ class StochasticSign(nn.Module):
 
 def standardized(x: Moments) -> Tensor:
     """``mu / sigma``."""
-    return x.mean * torch.rsqrt(x.var.clamp_min(_TINY))
+    return x.mean * torch.rsqrt(x.var.clamp_min(TINY))
 
 
 class Head(nn.Module):
