@@ -142,7 +142,7 @@ def test_running_averages_of_drawn_and_propagated_networks_are_close():
         ({"channels": [0]}, "channels"),
         ({"kernel": 2}, "kernel"),
         ({"classes": 1}, "classes"),
-        ({"temperature": 0.0}, "temperature"),
+        ({"concrete_temperature": 0.0}, "concrete_temperature"),
         ({"kind": "float", "head": "bce"}, "'bce'"),
         ({"kind": "binary", "init": "somewhere"}, "init"),
         ({"channels": [2, 2, 2, 2]}, "halved 4 times"),

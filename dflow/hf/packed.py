@@ -32,6 +32,7 @@ from dflow.nn.binary import (
     BinaryLayer,
     BinaryLinear,
     Head,
+    Moments,
     Pixels,
     StochasticBatchNorm,
     StochasticMaxPool2d,
@@ -270,6 +271,16 @@ def pack(net: nn.Sequential, rule: str = "map") -> PackedNetwork:
         headers.append(header)
         shape = header.out
     return PackedNetwork(Header(pixels.levels, head.kind, rule, headers), arrays)
+
+
+@torch.no_grad()
+def agrees(program: PackedNetwork, net: nn.Sequential, x: torch.Tensor) -> bool:
+    """Whether the last sums of a program are those of its network, for integers ``x`` ``(n, dim)``."""
+    modules = list(net)
+    last = max(i for i, module in enumerate(modules) if isinstance(module, BinaryLayer))
+    sums = net[: last + 1](x)
+    found = program.steps(x.cpu().numpy())[-1]
+    return bool((found == (sums.mean if isinstance(sums, Moments) else sums).cpu().numpy()).all())
 
 
 def _header(layer: BinaryLayer, shape: list[int], rest: Sequence[nn.Module]) -> LayerHeader:

@@ -17,7 +17,7 @@ from dflow.config import InputError, nearest, parse
 from dflow.core import Distribution
 from dflow.dequantize import Dequantized
 from dflow.zoo import binary, images, integer, text
-from dflow.zoo.binary import PBNetConfig, to_deterministic, transfer
+from dflow.zoo.binary import UNIFORM, PBNetConfig, Rule, to_deterministic, transfer
 from dflow.zoo.images import DequantizedConfig
 from dflow.zoo.integer import IntegerConfig
 from dflow.zoo.settings import setting
@@ -52,12 +52,14 @@ __all__ = [
     "FAMILIES",
     "IMAGES",
     "MASKS",
+    "UNIFORM",
     "AnyOrderConfig",
     "DequantizedConfig",
     "GroupedConfig",
     "IntegerConfig",
     "ModelConfig",
     "PBNetConfig",
+    "Rule",
     "Settings",
     "ValuesConfig",
     "blocks",

@@ -60,7 +60,7 @@ class PBNetConfig(ValuesConfig):
     )
     parametrisation: Literal["tanh", "clip"] = setting("tanh", "mean of a weight: tanh(w), or w within +-0.9")
     init: str = setting(UNIFORM, "means to start from: uniform, or the folder of a trained network of floats")
-    temperature: float = setting(1.0, "of the relaxation that gives drawn activations a gradient")
+    concrete_temperature: float = setting(1.0, "of the relaxation that gives drawn activations a gradient")
     batch_norm: bool = setting(True, "normalise the sums of each layer")
     pooling: Literal["sample", "moments", "none"] = setting(
         "sample",
@@ -76,8 +76,10 @@ class PBNetConfig(ValuesConfig):
             raise InputError(f"kernel must be odd, found {self.kernel}")
         if self.classes == 1 or self.classes < 0:
             raise InputError(f"classes must be at least 2, found {self.classes}")
-        if not 0 < self.temperature < float("inf"):
-            raise InputError(f"temperature must be positive and finite, found {self.temperature}")
+        if not 0 < self.concrete_temperature < float("inf"):
+            raise InputError(
+                f"concrete_temperature must be positive and finite, found {self.concrete_temperature}"
+            )
         if self.head == "bce" and self.kind != "probabilistic":
             raise InputError(f"head 'bce' is of kind 'probabilistic'; with kind {self.kind!r} use 'ce'")
         if self.init != UNIFORM and self.kind != "probabilistic":
@@ -115,7 +117,11 @@ def build(config: PBNetConfig) -> nn.Sequential:
         if config.batch_norm:
             yield StochasticBatchNorm(outputs)
         if not last:
-            yield nn.ReLU() if config.kind == "float" else StochasticSign(config.mode, config.temperature)
+            yield (
+                nn.ReLU()
+                if config.kind == "float"
+                else StochasticSign(config.mode, config.concrete_temperature)
+            )
 
     for outputs in config.channels:
         stride = 2 if config.pooling == "none" else 1
