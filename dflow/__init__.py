@@ -41,7 +41,15 @@ if TYPE_CHECKING:
     )
     from dflow.elementwise import Affine, IntegerShift, ModAffine, ModRank, ModShift, Spline
     from dflow.flows import Flow, Split
-    from dflow.hf import DflowConfig, DflowImageConfig, DflowImageModel, DflowModel
+    from dflow.hf import (
+        DflowClassifier,
+        DflowClassifierConfig,
+        DflowConfig,
+        DflowImageConfig,
+        DflowImageModel,
+        DflowModel,
+        PackedNetwork,
+    )
 
 __version__ = "0.1.0"
 
@@ -60,6 +68,8 @@ __all__ = [
     "Coupling",
     "CovarianceNormal",
     "Dequantized",
+    "DflowClassifier",
+    "DflowClassifierConfig",
     "DflowConfig",
     "DflowImageConfig",
     "DflowImageModel",
@@ -83,6 +93,7 @@ __all__ = [
     "Normal",
     "NormalDequantizer",
     "Orthant",
+    "PackedNetwork",
     "Permute",
     "Renyi",
     "Reverse",
@@ -150,10 +161,13 @@ _HOMES = {
         "Uniform",
     ),
     "hf": (
+        "DflowClassifier",
+        "DflowClassifierConfig",
         "DflowConfig",
         "DflowImageConfig",
         "DflowImageModel",
         "DflowModel",
+        "PackedNetwork",
     ),
     "config": ("InputError",),
 }

@@ -138,6 +138,9 @@ class Train:
 class Evaluate(Source, Machine):
     """Exact bits of a model on a text or on images, or bounds of them; its distance from a synthetic law.
 
+    Of a classifier accuracy, nll and calibration: of the propagated law, of the network of its most probable
+    signs, and of ensembles of networks drawn from it.
+
     A failed round trip ends with exit code 1.
     """
 
@@ -147,7 +150,26 @@ class Evaluate(Source, Machine):
     precision: Literal["float64", "float32"] | None = flag(
         "in which models of images are computed: float64 (default), float32", None
     )
-    seed: int | None = flag("seed of the draws of the dequantizer (default: 0)", None)
+    seed: int | None = flag("seed of the draws of the dequantizer, or of networks (default: 0)", None)
+
+
+@dataclass(kw_only=True)
+class Export(Machine):
+    """Write a network of signs as bits: one file, small and fast, of a model that `dflow train` made.
+
+    Its normalisations are estimated anew on training images, and it is compared with the network it was made
+    of before it is written.
+    """
+
+    model: str = flag("folder of the model, a network of random or given signs")
+    output: str = flag("file to write, whole or not at all", short="-o")
+    rule: Literal["map", "ternary", "sample"] = flag(
+        "weights: the most probable, 0 where they are undecided, or a draw", "map"
+    )
+    seed: int = flag("seed of the draw", 0)
+    images: int = flag("training images to estimate on", 2560)
+    data: str | None = flag("images to estimate on (default: what the model was trained on)", None)
+    folder: str | None = flag("folder of the data (default: as in training, or DFLOW_DATA)", None)
 
 
 @dataclass(kw_only=True)
@@ -209,6 +231,16 @@ class PlotDensity(Machine):
     model: str = flag("folder of the model")
     output: str = flag("PNG file to write, whole or not at all", "density.png")
     cells: int = flag("points of the plot a side", 400)
+
+
+@dataclass(kw_only=True)
+class PlotCoverage(Source, Machine):
+    """Error of an ensemble of drawn networks on the share of the data where its members agree most."""
+
+    model: str = flag("folder of the model, a network of random signs")
+    output: str = flag("PNG file to write, whole or not at all", "coverage.png", short="-o")
+    members: int = flag("networks of the ensemble", 16)
+    seed: int = flag("seed of their draws", 0)
 
 
 @dataclass(kw_only=True)
@@ -319,8 +351,10 @@ def evaluate(flags: Evaluate) -> int:
     from dflow.data import Draws, load
     from dflow.evaluate import evaluate as run
     from dflow.evaluate import evaluate_law
-    from dflow.hf import DflowImageModel, kind_of
+    from dflow.hf import DflowClassifier, DflowImageModel, kind_of
 
+    if kind_of(flags.model) is DflowClassifier:
+        return evaluate_classifier(flags)
     accelerator = None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         set_threads(flags.threads)
@@ -363,6 +397,128 @@ def evaluate(flags: Evaluate) -> int:
     if not result.round_trip:
         complain(f"{flags.model}: the round trip failed; the figures above do not describe what it draws")
         return 1
+    return 0
+
+
+def evaluate_classifier(flags: Evaluate) -> int:
+    """`dflow evaluate` of a classifier, on one process."""
+    from dflow.data import load_images
+    from dflow.evaluate import evaluate_labels
+    from dflow.hf import DflowClassifier, load
+
+    for name in ("draws", "precision"):
+        if getattr(flags, name) is not None:
+            raise InputError(f"--{name} is for models of images or tables; {flags.model} is a classifier")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("a classifier is evaluated by one process; run dflow without a launcher")
+    model = load(flags.model, flags.settle(), DflowClassifier)
+    images = load_images(flags.images(flags.model))
+    options: dict[str, Any] = {
+        n: getattr(flags, n) for n in ("batch_size", "seed") if getattr(flags, n) is not None
+    }
+    result = evaluate_labels(
+        model, images.split(flags.split), images.train, limit=flags.limit, progress=True, **options
+    )
+    print_table(
+        [
+            ("model", flags.model),
+            ("data", f"{images.name}, {flags.split}: {result.num_rows:,} images"),
+            ("estimated on", f"{result.num_estimated:,} training images"),
+        ]
+    )
+    print_table(
+        [
+            ("network", "accuracy %", "standard error", "nll (nats)", "ece %"),
+            *(
+                (
+                    s.name,
+                    f"{100 * s.accuracy:.2f}",
+                    f"{100 * s.accuracy_error:.2f}",
+                    f"{s.nll:.4f}",
+                    f"{100 * s.ece:.2f}",
+                )
+                for s in result.scores
+            ),
+        ]
+    )
+    about = {"model": flags.model, "data": images.name, "split": flags.split, "checksum": images.checksum}
+    print(json.dumps(about | dataclasses.asdict(result)))
+    return 0
+
+
+def export(flags: Export) -> int:
+    """`dflow export`."""
+    import torch
+
+    from dflow.data import load_images
+    from dflow.generate import check_output, write_whole
+    from dflow.hf import DflowClassifier, agrees, load, pack
+
+    output = Path(flags.output)
+    check_output(output)
+    if flags.images < 2:
+        raise InputError(f"--images {flags.images} must be at least 2")
+    model = load(flags.model, flags.settle(), DflowClassifier)
+    images = load_images(Source(data=flags.data, folder=flags.folder).images(flags.model))
+    x = images.train.subset(flags.images).rows(slice(None)).to(model.device)
+    generator = torch.Generator().manual_seed(flags.seed)
+    net = model.binarized(x, flags.rule, generator)
+    program = pack(net, flags.rule)
+    if not agrees(program, net, x[:_COMPARED]):
+        complain(
+            f"{flags.model}: the exported network differs from the one it was made of; nothing is written"
+        )
+        return 1
+    content = program.to_bytes()
+    write_whole(output, content)
+    small, whole = (4 * program.num_weights / size for size in (program.num_bytes, len(content)))
+    print_table(
+        [
+            ("file", flags.output),
+            ("weights", f"{program.num_weights:,}, {flags.rule}"),
+            ("bytes", f"{len(content):,}, of these {program.num_bytes:,} of weights and thresholds"),
+            ("smaller than float32", f"{small:.1f} times, {whole:.1f} with the header"),
+            ("compared", f"every sum of {min(len(x), _COMPARED)} images"),
+        ]
+    )
+    return 0
+
+
+#: Images on which an exported network is compared with the one it was made of.
+_COMPARED = 256
+
+
+def plot_coverage(flags: PlotCoverage) -> int:
+    """`dflow plot coverage`."""
+    from dflow import plot
+    from dflow.data import load_images
+    from dflow.evaluate import evaluate_labels
+    from dflow.generate import check_output, write_whole
+    from dflow.hf import DflowClassifier, load
+
+    output = Path(flags.output)
+    check_output(output)
+    if flags.members < 2:
+        raise InputError(f"--members {flags.members} must be at least 2")
+    model = load(flags.model, flags.settle(), DflowClassifier)
+    images = load_images(flags.images(flags.model))
+    result = evaluate_labels(
+        model,
+        images.split(flags.split),
+        images.train,
+        ensembles=(flags.members,),
+        limit=flags.limit,
+        seed=flags.seed,
+        progress=True,
+    )
+    if result.coverage is None:
+        raise InputError(f"{flags.model}: no weight is random, and so no ensemble; train kind probabilistic")
+    propagated, binarized, ensemble = result.scores
+    write_whole(
+        output,
+        plot.coverage(result.coverage, {s.name: 1 - s.accuracy for s in (propagated, binarized, ensemble)}),
+    )
+    print(output)
     return 0
 
 
@@ -822,6 +978,7 @@ def data_check(flags: DataCheck) -> int:
 VERBS: tuple[tuple[str, type[Any], Callable[[Any], int], str], ...] = (
     ("train", Train, train, "dflow train recipes/grouped.yaml --set train.minutes=3 --output runs/quick"),
     ("evaluate", Evaluate, evaluate, "dflow evaluate --model runs/grouped --data text8 --split test"),
+    ("export", Export, export, "dflow export --model runs/binary/mnist_pbnet_s -o mnist.safetensors"),
     (
         "generate",
         Generate,
@@ -833,6 +990,7 @@ VERBS: tuple[tuple[str, type[Any], Callable[[Any], int], str], ...] = (
     ("decompress", Decompress, decompress, "dflow decompress pictures.dfl -o back --model runs/images/idf"),
     ("info", Info, info, "dflow info pictures.dfl"),
     ("plot density", PlotDensity, plot_density, "dflow plot density --model runs/images/checkerboard"),
+    ("plot coverage", PlotCoverage, plot_coverage, "dflow plot coverage --model runs/binary/mnist_pbnet_s"),
     (
         "plot progressive",
         PlotProgressive,
@@ -848,7 +1006,7 @@ VERBS: tuple[tuple[str, type[Any], Callable[[Any], int], str], ...] = (
 #: What the verbs of two words are about.
 GROUPS = {
     "data": "texts and images: list, prepare, check",
-    "plot": "pictures of a model: density, progressive",
+    "plot": "pictures of a model: density, coverage, progressive",
 }
 
 

@@ -46,6 +46,7 @@ from dflow.distributions.logistic import Logistics
 from dflow.elementwise import ModAffine, ModRank, ModShift
 from dflow.elementwise.discrete import Discrete
 from dflow.flows import Flow, Split
+from dflow.nn.binary import Head
 from dflow.ops.lengths import present
 from dflow.ops.modular import one_hot
 from dflow.ops.straight_through import StraightThrough
@@ -358,6 +359,22 @@ def initialize(law: Dequantized, x: Tensor, generator: torch.Generator) -> None:
 
 #: Rounds of moments from which a density with truncated normals starts.
 _ROUNDS = 10
+
+
+class LabelObjective(nn.Module):
+    """The loss of a classifier's head, as a module so that processes can share its gradients."""
+
+    def __init__(self, net: nn.Sequential) -> None:
+        """See the class."""
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, None]:
+        """Loss in nats summed over the batch, of integers ``(batch, dim)`` and labels ``(batch,)``."""
+        head = self.net[-1]
+        if not isinstance(head, Head):
+            raise ValueError(f"a classifier ends with a head, found {type(head).__name__}")
+        return head.loss(self.net(x), labels), None
 
 
 class ExactObjective(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isinf
 from typing import Any
 
@@ -97,6 +97,29 @@ def progressive(
             if not column:
                 # Of a name no dollar is mathematics.
                 place.set_ylabel(names[row].replace("$", r"\$"), fontsize=9)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def coverage(curve: Sequence[tuple[float, float]], levels: Mapping[str, float]) -> bytes:
+    """Error on the data that an ensemble is surest of, against their share; a PNG.
+
+    Args:
+        curve: shares and errors, both in 0..1.
+        levels: by name, errors on all of the data.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    shares, errors = zip(*curve, strict=True)
+    axes.plot(*(np.array(side) * 100 for side in (shares, errors)), marker=".", label="surest by spread")
+    for i, (name, error) in enumerate(levels.items()):
+        axes.axhline(100 * error, color=f"C{i + 1}", linestyle="--", linewidth=0.8, label=f"{name}, all data")
+    axes.set(xlabel="coverage, % of the data", ylabel="error, %", xlim=(0, 100))
+    axes.set_ylim(bottom=0)
+    axes.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()

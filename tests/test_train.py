@@ -24,7 +24,7 @@ from dflow.train import Schedule, load_recipe, recipe_of, train
 ROOT = Path(__file__).parent.parent
 # Recipes of synthetic laws are trained on these, in test_synthetic.py.
 RECIPES = sorted(
-    p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name not in ("synthetic", "images")
+    p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name not in ("synthetic", "images", "binary")
 )
 IMAGES = sorted((ROOT / "recipes" / "images").glob("*.yaml"))
 

@@ -41,12 +41,13 @@ CHECKERBOARD_NOTE = "(0, 1) or (1, 0), equally likely: exactly 1 bit"
 
 @dataclass(frozen=True, eq=False)
 class Pixels:
-    """Images of three splits, uint8 ``(n, C, H, W)``, in ``depth`` bits."""
+    """Images of three splits, uint8 ``(n, C, H, W)``, in ``depth`` bits; labels of each, uint8 ``(n,)``."""
 
     train: Array
     valid: Array
     test: Array
     depth: int = 8
+    labels: tuple[Array, Array, Array] | None = None
 
 
 # -- MNIST -----------------------------------------------------------------------------------------------
@@ -105,12 +106,13 @@ def _mnist_fetch(folder: Path | None) -> dict[str, bytes]:
 
 
 def _mnist_read(folder: Path | None) -> Pixels:
-    train, _, test, _ = _mnist_bytes(folder)
-    return _last_validate(from_idx(train)[:, None], from_idx(test)[:, None])
+    train, train_labels, test, test_labels = map(from_idx, _mnist_bytes(folder))
+    return _last_validate(train[:, None], test[:, None], train_labels, test_labels)
 
 
-def _last_validate(train: Array, test: Array) -> Pixels:
-    return Pixels(train[:-LAST], train[-LAST:], test)
+def _last_validate(train: Array, test: Array, train_labels: Array, test_labels: Array) -> Pixels:
+    labels = train_labels[:-LAST], train_labels[-LAST:], test_labels
+    return Pixels(train[:-LAST], train[-LAST:], test, labels=labels)
 
 
 # -- binarized MNIST -------------------------------------------------------------------------------------
@@ -262,8 +264,10 @@ def _cifar_fetch(folder: Path | None) -> dict[str, bytes]:
 
 
 def _cifar_read(folder: Path | None) -> Pixels:
-    *train, test = (_records(data)[:, 1:].reshape(-1, 3, 32, 32) for data in _cifar_batches(folder))
-    return _last_validate(np.concatenate(train), test)
+    *batches, test = map(_records, _cifar_batches(folder))
+    train = np.concatenate(batches)
+    images, of_test = (records[:, 1:].reshape(-1, 3, 32, 32) for records in (train, test))
+    return _last_validate(images, of_test, train[:, 0], test[:, 0])
 
 
 def _subset_local(folder: Path | None) -> dict[Path, KnownFile] | None:

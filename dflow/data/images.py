@@ -117,12 +117,13 @@ class ImageConfig:
 class Samples:
     """Rows of one split: ``values`` of shape ``(n, dim)``, in a compact dtype.
 
-    Integers, or float64 where some columns are real numbers.
+    Integers, or float64 where some columns are real numbers. Labels are int64 ``(n,)``, where there are some.
     """
 
     name: str
     values: Tensor
     what: str = "images"
+    labels: Tensor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -149,7 +150,8 @@ class Samples:
         if n >= self.num_rows:
             return self
         which = torch.randperm(self.num_rows, generator=torch.Generator().manual_seed(0))[:n]
-        return replace(self, values=self.values[which])
+        labels = None if self.labels is None else self.labels[which]
+        return replace(self, values=self.values[which], labels=labels)
 
     def crops(self, batch: int, length: int, generator: torch.Generator | None = None) -> tuple[Tensor, None]:
         """``batch`` random rows, drawn with replacement, as `rows` gives them.
@@ -163,6 +165,17 @@ class Samples:
             raise ValueError(f"batch={batch} must be positive")
         self._fits(length)
         return self.rows(torch.randint(self.num_rows, (batch,), generator=generator)), None
+
+    def labelled(self, batch: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """``batch`` random rows as in `crops`, and their labels, int64 ``(batch,)``.
+
+        Raises:
+            InputError: the data have no labels.
+        """
+        if self.labels is None:
+            raise InputError(f"the {self.name} data have no labels; use mnist or cifar10")
+        which = torch.randint(self.num_rows, (batch,), generator=generator)
+        return self.rows(which), self.labels[which]
 
     def chunks(self, length: int) -> tuple[Tensor, None]:
         """All rows in order, ``(n, dim)``, stored as they are: `rows` gives some of them to compute with.
@@ -194,6 +207,7 @@ class ImageSet:
         columns: names of the columns of a table.
         checksum: of the values of all splits as they are here: a result can say what it was measured on.
         unit: in which a result is told: "bits a dimension", or "bits" of a whole row.
+        classes: number of labels, 0 where there are none.
     """
 
     name: str
@@ -207,6 +221,7 @@ class ImageSet:
     note: str = ""
     columns: tuple[str, ...] | None = None
     unit: str = "bits a dimension"
+    classes: int = 0
 
     @property
     def dim(self) -> int:
@@ -308,7 +323,7 @@ def _pictures(pixels: Pixels, config: ImageConfig, note: str) -> ImageSet:
         parts.append(images >> (pixels.depth - bits))
     _, C, H, W = parts[0].shape
     values = [part.reshape(len(part), -1) for part in parts]
-    return _image_set(config.name, (C, H, W), 1 << bits, 0, values, "images", note)
+    return _image_set(config.name, (C, H, W), 1 << bits, 0, values, "images", note, labels=pixels.labels)
 
 
 def grey(images: Array) -> Array:
@@ -522,13 +537,18 @@ def _image_set(
     note: str,
     columns: tuple[str, ...] | None = None,
     unit: str = "bits a dimension",
+    labels: Sequence[Array] | None = None,
 ) -> ImageSet:
     digest = hashlib.sha256(repr((shape, levels, columns)).encode())
     samples = []
-    for split, part in zip(SPLITS, values, strict=True):
+    known: Sequence[Array | None] = labels or [None] * len(SPLITS)
+    for split, part, own in zip(SPLITS, values, known, strict=True):
         digest.update(part.tobytes())
         # A copy where the array cannot be written to: torch would share it.
-        samples.append(Samples(split, torch.from_numpy(np.require(part, requirements=["C", "W"])), what))
+        tensor = torch.from_numpy(np.require(part, requirements=["C", "W"]))
+        samples.append(
+            Samples(split, tensor, what, None if own is None else torch.from_numpy(own.astype(np.int64)))
+        )
     train, valid, test = samples
     return ImageSet(
         name=name,
@@ -542,4 +562,5 @@ def _image_set(
         note=note,
         columns=columns,
         unit=unit,
+        classes=1 + max(int(part.max()) for part in labels) if labels else 0,
     )

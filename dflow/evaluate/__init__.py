@@ -1,15 +1,19 @@
-"""What a model costs: exact bits of a text or of images, distance from a known law, bounds on images."""
+"""What a model costs: exact bits of a text or of images, or bounds; distance from a known law; labels."""
 
 from dflow.evaluate.images import ExactEvaluation, ImageEvaluation, evaluate_exact, evaluate_images
+from dflow.evaluate.labels import LabelEvaluation, Score, evaluate_labels
 from dflow.evaluate.text import Evaluation, LawEvaluation, evaluate, evaluate_law
 
 __all__ = [
     "Evaluation",
     "ExactEvaluation",
     "ImageEvaluation",
+    "LabelEvaluation",
     "LawEvaluation",
+    "Score",
     "evaluate",
     "evaluate_exact",
     "evaluate_images",
+    "evaluate_labels",
     "evaluate_law",
 ]

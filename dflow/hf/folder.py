@@ -21,15 +21,18 @@ from transformers.utils import logging
 from dflow.coding import fingerprint, frozen_tables
 from dflow.config import InputError
 from dflow.core import Distribution
+from dflow.hf.binary import DflowClassifier
 from dflow.hf.images import DflowImageModel
 from dflow.hf.symbols import DflowModel
 
-M = TypeVar("M", DflowModel, DflowImageModel)
+M = TypeVar("M", DflowModel, DflowImageModel, DflowClassifier)
+Kind = type[DflowModel] | type[DflowImageModel] | type[DflowClassifier]
 
 #: Model types of `config.json`, what they are models of, and their classes.
-_KINDS: dict[str, tuple[str, type[DflowModel | DflowImageModel]]] = {
+_KINDS: dict[str, tuple[str, Kind]] = {
     "dflow": ("text", DflowModel),
     "dflow-image": ("images or tables", DflowImageModel),
+    "dflow-classifier": ("labels of images", DflowClassifier),
 }
 
 
@@ -69,7 +72,7 @@ def _whole(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def kind_of(folder: str | os.PathLike[str]) -> type[DflowModel | DflowImageModel]:
+def kind_of(folder: str | os.PathLike[str]) -> Kind:
     """The class of the model in ``folder``.
 
     Raises:
@@ -102,7 +105,7 @@ def load(
     Args:
         folder: written by `save`.
         device: to put it on.
-        kind: `DflowModel` or `DflowImageModel`.
+        kind: `DflowModel`, `DflowImageModel` or `DflowClassifier`.
 
     Raises:
         InputError: no such folder, not a model of dflow or one of another kind, truncated or foreign files.

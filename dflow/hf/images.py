@@ -210,28 +210,33 @@ class DflowImageModel(PreTrainedModel):
 
     def check(self, x: Tensor) -> Tensor:
         """``x`` flat, ``(batch, dim)``, or an `InputError`."""
-        shape = tuple(self.config.shape)
-        if x.shape[1:] != shape and (x.ndim != 2 or x.shape[1] != self.dim):
-            raise InputError(f"data of shape {tuple(x.shape[1:])}; this model takes {shape}")
-        x = x.reshape(len(x), -1)
-        ranges = self.config.settings().ranges
-        low, high = (
-            torch.tensor([sign * torch.inf if r is None else r[i] for r in ranges], device=x.device)
-            for i, sign in enumerate((-1, 1))
+        return checked(x, self.config.settings())
+
+
+def checked(x: Tensor, settings: zoo.ValuesConfig) -> Tensor:
+    """``x`` flat, ``(batch, dim)``, if they are data that ``settings`` describe, or an `InputError`."""
+    shape = tuple(settings.shape)
+    if x.shape[1:] != shape and (x.ndim != 2 or x.shape[1] != settings.dim):
+        raise InputError(f"data of shape {tuple(x.shape[1:])}; this model takes {shape}")
+    x = x.reshape(len(x), -1)
+    ranges = settings.ranges
+    low, high = (
+        torch.tensor([sign * torch.inf if r is None else r[i] for r in ranges], device=x.device)
+        for i, sign in enumerate((-1, 1))
+    )
+    fits = (x >= low) & (x <= high)
+    if x.is_floating_point():
+        fits &= x.isfinite() & ((x == x.floor()) | low.isinf())
+    if not fits.all():
+        row, column = (~fits).nonzero()[0].tolist()
+        found, known = x[row, column].item(), ranges[column]
+        if known is None:
+            raise InputError(f"value {found} of entry {column} is not finite")
+        raise InputError(
+            f"value {found} of entry {column} is none of {known[0]}..{known[1]}, those of the data that "
+            "this model was trained on"
         )
-        fits = (x >= low) & (x <= high)
-        if x.is_floating_point():
-            fits &= x.isfinite() & ((x == x.floor()) | low.isinf())
-        if not fits.all():
-            row, column = (~fits).nonzero()[0].tolist()
-            found, known = x[row, column].item(), ranges[column]
-            if known is None:
-                raise InputError(f"value {found} of entry {column} is not finite")
-            raise InputError(
-                f"value {found} of entry {column} is none of {known[0]}..{known[1]}, those of the data that "
-                "this model was trained on"
-            )
-        return x
+    return x
 
 
 def _there_and_back(law: Distribution, x: Tensor) -> Tensor:

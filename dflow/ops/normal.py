@@ -26,6 +26,18 @@ def log_ndtr(t: Tensor) -> Tensor:
     return result
 
 
+def ndtr_logit(t: Tensor) -> Tensor:
+    """``log Phi(t) - log Phi(-t)``, the log-odds that a normal of mean ``t`` and variance 1 is positive.
+
+    Value and slope ``phi(t) / (Phi(t) Phi(-t))`` are exact to rounding at any ``t``.
+
+    >>> ndtr_logit(torch.tensor([0.0, 1.0, -40.0]))
+    tensor([   0.0000,    1.6683, -804.6085])
+    """
+    result: Tensor = _NdtrLogit.apply(t)  # type: ignore[no-untyped-call]
+    return result
+
+
 def log_interval(a: Tensor, b: Tensor) -> Tensor:
     """``log(Phi(b) - Phi(a))`` for ``a < b``, either of them infinite; -inf at a = b, nan for a > b.
 
@@ -102,6 +114,29 @@ class _LogNdtr(torch.autograd.Function):
         (t,) = ctx.saved_tensors
         slope: Tensor = g * _hazard(t)
         return slope
+
+
+class _NdtrLogit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, t: Tensor) -> Tensor:
+        s = t.abs()
+        # erfc is ten times as fast as erfcx and log_ndtr, which only the far tail needs.
+        least = torch.erfc(s * 0.5**0.5) / 2
+        log_least = torch.log(least)
+        slope = torch.exp(s * s / -2 - LOG_SQRT_2PI) / (least * (1 - least))
+        far = s > (12.0 if t.dtype == torch.float32 else 37.0)
+        if far.any():
+            log_least = torch.where(far, torch.special.log_ndtr(-s), log_least)
+            slope = torch.where(far, _hazard(-s), slope)
+        ctx.save_for_backward(slope)
+        return torch.copysign(torch.log1p(-least) - log_least, t)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (slope,) = ctx.saved_tensors
+        result: Tensor = g * slope
+        return result
 
 
 class _LogInterval(torch.autograd.Function):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dflow.ops.modular import one_hot
 
@@ -28,6 +30,57 @@ def round_(x: Tensor) -> Tensor:
     tensor([ 0.,  2., -3.])
     """
     return straight_through(x.detach().round(), x)
+
+
+def sign_(x: Tensor) -> Tensor:
+    """Signs, +1 for 0, with the gradient of ``clamp(x, -1, 1)``.
+
+    Source: Hubara, Courbariaux, Soudry, El-Yaniv, Bengio 2016, arXiv 1602.02830.
+
+    >>> sign_(torch.tensor([-0.3, 0.0, 2.0]))
+    tensor([-1.,  1.,  1.])
+    """
+    return straight_through(signs(x.detach()), x.clamp(-1, 1))
+
+
+def signs(x: Tensor) -> Tensor:
+    """+1 where ``x >= 0``, else -1, in its dtype."""
+    return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+
+
+def binary_concrete(logit: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
+    """``h`` on {-1, +1} with ``P(h = +1) = sigmoid(logit)``, and the gradient of its relaxation.
+
+    ``h = sign(logit + noise)`` with logistic noise, by the gradient of ``tanh((logit + noise) / (2 *
+    temperature))`` for the logit; none reaches the noise.
+
+    Source: Maddison, Mnih, Teh 2017, arXiv 1611.00712, appendix B (the binary concrete law).
+
+    Raises:
+        ValueError: a temperature that is not positive and finite.
+    """
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be positive and finite, found {temperature}")
+    result: Tensor = _BinaryConcrete.apply(logit, noise, temperature)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _BinaryConcrete(torch.autograd.Function):
+    """By hand: one tensor is kept, where autograd would keep four."""
+
+    @staticmethod
+    def forward(ctx: Any, logit: Tensor, noise: Tensor, temperature: float) -> Tensor:
+        x = logit + noise
+        soft = torch.tanh(x / (2 * temperature))
+        ctx.save_for_backward(soft)
+        ctx.temperature = temperature
+        return signs(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        (soft,) = ctx.saved_tensors
+        return g * (1 - soft * soft) / (2 * ctx.temperature), None, None
 
 
 class StraightThrough:

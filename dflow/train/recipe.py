@@ -136,7 +136,9 @@ class Paper:
     unit: str
     source: str
     protocol: str = ""
-    measure: str = setting("", "which figure of `dflow evaluate` it compares with: vi, nll or kl")
+    measure: str = setting(
+        "", "which figure of `dflow evaluate` it compares with: vi, nll, kl, or the accuracy of a network"
+    )
     set: list[str] = field(
         default_factory=list, metadata={"help": "settings, as of --set, that turn the recipe into its setup"}
     )
@@ -213,7 +215,7 @@ def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
     model = dict(sections.model)
     family = model.pop("family", None)
     if family is None:
-        known = [*zoo.FAMILIES, *zoo.IMAGES]
+        known = [*zoo.FAMILIES, *zoo.IMAGES, *zoo.CLASSIFIERS]
         raise InputError(f"{where}: key 'model.family' is missing; {nearest('', known)}")
     train = parse(TrainConfig, sections.train, f"{where}: train")
     values_of = (
@@ -221,6 +223,12 @@ def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
     )
     paper = [parse(Paper, value, f"{where}: paper") for value in values_of]
     output = Path(convert(str, sections.output, f"{where}: output"))
+    if family in zoo.CLASSIFIERS:
+        images = parse(ImageConfig, sections.data, f"{where}: data")
+        if train.rule != "auto":
+            raise InputError(f"{where}: train.rule {train.rule!r} trains no classifier; use auto")
+        found = zoo.settings(family, model, f"{where}: model")
+        return Recipe(images, family, found, train, output, paper)
     if family in zoo.IMAGES:
         images = parse(ImageConfig, sections.data, f"{where}: data")
         found = zoo.settings(family, model, f"{where}: model")

@@ -101,6 +101,8 @@ class Task(ABC):
 
 def task_of(recipe: Recipe, resume: bool) -> Task:
     """The task that a recipe describes, with its data read and its model built."""
+    if isinstance(recipe.data, ImageConfig) and recipe.family in zoo.CLASSIFIERS:
+        return _Labels(recipe, load_images(recipe.data), resume)
     if isinstance(recipe.data, ImageConfig):
         task = _Exact if recipe.model.exact else _Bounded
         return task(recipe, load_images(recipe.data))
@@ -225,14 +227,12 @@ class _Text(Task):
             training.counts.copy_(counts)
 
 
-class _Images(Task):
-    """Images or a table of integers."""
+class _Values(Task):
+    """A model of images or tables, or of their labels, whose settings take from the data what is theirs."""
 
-    model: hf.DflowImageModel
-
-    def __init__(self, recipe: Recipe, images: ImageSet) -> None:
+    def __init__(self, recipe: Recipe, images: ImageSet, **of_data: Any) -> None:
         config = recipe.train
-        of_data = {"shape": list(images.shape)}
+        of_data["shape"] = list(images.shape)
         for name in ("levels", "lowest"):
             found = getattr(images, name)
             of_data[name] = list(found) if isinstance(found, tuple) else [found]
@@ -244,35 +244,23 @@ class _Images(Task):
         self.settings: zoo.ValuesConfig = replace(recipe.model, **of_data)
         self.recipe, self.images = replace(recipe, model=self.settings), images
         torch.manual_seed(config.seed)
-        self.model = hf.DflowImageModel(hf.DflowImageConfig(family=recipe.family, **asdict(self.settings)))
+        self.model = self.fresh()
         chunks = _EVAL_ROWS if config.eval_chunks is None else config.eval_chunks
         self.rows = images.valid.subset(chunks or images.valid.num_rows)
-        self.total = images.unit == "bits"
-        self.unit = images.unit
-        self.short, self.things = ("bits", "rows") if self.total else ("bits/dim", "dims")
 
-    def first(self, entries: int) -> Tensor:
-        """Rows from which the model starts: a batch, or as many as have so many entries."""
-        config, images = self.recipe.train, self.images
-        rows = max(config.batch_size, min(_INITIAL_ROWS, entries // images.dim))
-        return images.train.crops(rows, images.dim, torch.Generator().manual_seed(config.seed))[0]
-
-    def batch(self, seed: int) -> Batch:
-        generator = torch.Generator().manual_seed(seed)
-        x, _ = self.images.train.crops(self.recipe.train.batch_size, self.images.dim, generator)
-        if isinstance(self.recipe.data, ImageConfig) and self.recipe.data.flip:
-            turned = x.view(-1, *self.images.shape).flip(3).flatten(1)
-            x = torch.where(torch.rand(len(x), 1, generator=generator) < 0.5, turned, x)
-        return x, None
-
-    def entries(self, batch: Batch) -> int:
-        return batch[0].numel()
-
-    def count(self, batch: Batch) -> float:
-        return len(batch[0]) if self.total else batch[0].numel()
+    @abstractmethod
+    def fresh(self) -> PreTrainedModel:
+        """The model that `settings` describe."""
 
     def save(self, folder: Path) -> None:
         return
+
+    def mirrored(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Rows, half of them turned round where the recipe asks for it."""
+        if not (isinstance(self.recipe.data, ImageConfig) and self.recipe.data.flip):
+            return x
+        turned = x.view(-1, *self.images.shape).flip(3).flatten(1)
+        return torch.where(torch.rand(len(x), 1, generator=generator) < 0.5, turned, x)
 
     @abstractmethod
     def about(self) -> str:
@@ -285,6 +273,38 @@ class _Images(Task):
             f"{self.about()}: {parameters:,} parameters, rule {self.rule}\n"
             f"{images.name} {'x'.join(map(str, images.shape))}: {images.train.amount}"
         )
+
+
+class _Images(_Values):
+    """Images or a table of integers."""
+
+    model: hf.DflowImageModel
+
+    def __init__(self, recipe: Recipe, images: ImageSet) -> None:
+        super().__init__(recipe, images)
+        self.total = images.unit == "bits"
+        self.unit = images.unit
+        self.short, self.things = ("bits", "rows") if self.total else ("bits/dim", "dims")
+
+    def fresh(self) -> PreTrainedModel:
+        return hf.DflowImageModel(hf.DflowImageConfig(family=self.recipe.family, **asdict(self.settings)))
+
+    def first(self, entries: int) -> Tensor:
+        """Rows from which the model starts: a batch, or as many as have so many entries."""
+        config, images = self.recipe.train, self.images
+        rows = max(config.batch_size, min(_INITIAL_ROWS, entries // images.dim))
+        return images.train.crops(rows, images.dim, torch.Generator().manual_seed(config.seed))[0]
+
+    def batch(self, seed: int) -> Batch:
+        generator = torch.Generator().manual_seed(seed)
+        x, _ = self.images.train.crops(self.recipe.train.batch_size, self.images.dim, generator)
+        return self.mirrored(x, generator), None
+
+    def entries(self, batch: Batch) -> int:
+        return batch[0].numel()
+
+    def count(self, batch: Batch) -> float:
+        return len(batch[0]) if self.total else batch[0].numel()
 
     def passes(self) -> int:
         """How often the rows of an evaluation are gone through."""
@@ -380,6 +400,83 @@ class _Exact(_Images):
         return -model.log_prob(batch[0]).double().sum()
 
 
+class _Labels(_Values):
+    """Labels of images under a classifier; what is told is the cost of the propagated law."""
+
+    model: hf.DflowClassifier
+    rule, kind = "likelihood", "of the network as it is evaluated"
+    unit, short, things = "bits a label", "bits/label", "images"
+
+    def __init__(self, recipe: Recipe, images: ImageSet, resume: bool) -> None:
+        if not images.classes:
+            raise InputError(
+                f"{images.name}: has no labels, and this trains a classifier; use mnist or cifar10"
+            )
+        super().__init__(recipe, images, classes=images.classes)
+        init = self.network.init
+        if init != zoo.UNIFORM and not resume:
+            zoo.transfer(self.model.net, hf.load(init, kind=hf.DflowClassifier).net)
+        self.objective = objectives.LabelObjective(self.model.net)
+        self.rule = self.network.head
+
+    @property
+    def network(self) -> zoo.PBNetConfig:
+        """Settings of the network."""
+        return cast(zoo.PBNetConfig, self.settings)
+
+    def fresh(self) -> PreTrainedModel:
+        settings = hf.DflowClassifierConfig(family=self.recipe.family, **asdict(self.settings))
+        return hf.DflowClassifier(settings)
+
+    def about(self) -> str:
+        model = self.network
+        convolutions, others = len(model.channels), len(model.hidden) + 1
+        return f"{model.kind} network of {convolutions} convolutions and {others} linear layers"
+
+    def batch(self, seed: int) -> Batch:
+        generator = torch.Generator().manual_seed(seed)
+        x, labels = self.images.train.labelled(self.recipe.train.batch_size, generator)
+        return self.mirrored(x, generator), labels
+
+    def entries(self, batch: Batch) -> int:
+        return len(batch[0])
+
+    def count(self, batch: Batch) -> float:
+        return len(batch[0])
+
+    def valid(self, device: torch.device, rank: int, world: int) -> tuple[Iterator[Batch], float]:
+        rows, size = self.rows, max(1, self.recipe.train.batch_size // world)
+        # Pooling may draw: the same at every evaluation, so that two of them compare.
+        torch.manual_seed(mix(self.recipe.train.seed, rank))
+
+        def batches() -> Iterator[Batch]:
+            for start in range(rank * size, rows.num_rows, world * size):
+                part = slice(start, min(rows.num_rows, start + size))
+                yield rows.rows(part).to(device), cast(Tensor, rows.labels)[part].to(device)
+
+        return batches(), float(rows.num_rows)
+
+    def nats(self, model: hf.DflowClassifier, batch: Batch) -> Tensor:
+        x, labels = batch
+        return nn.functional.nll_loss(model.log_prob(x).double(), cast(Tensor, labels), reduction="sum")
+
+    @torch.no_grad()
+    def show(self, model: hf.DflowClassifier, step: int, device: torch.device) -> Iterator[str]:
+        nets = {"as trained": model.net}
+        if self.network.kind != "float":
+            rows = self.images.train.subset(_REESTIMATED).rows(slice(None))
+            nets["binarized"] = model.binarized(rows.to(device))
+        right = dict.fromkeys(nets, 0)
+        batches, count = self.valid(device, 0, 1)
+        for x, labels in batches:
+            for name, net in nets.items():
+                right[name] += int((net(x).argmax(1) == labels).sum())
+        told = ", ".join(f"{name} {n / count:.2%}" for name, n in right.items())
+        yield f"  | accuracy on the validation data: {told}"
+
+
+#: Images on which normalisations are re-estimated to show how good the binarized network is.
+_REESTIMATED = 2560
 #: Chunks of text, and rows of images, of an evaluation during training where none is asked for.
 _EVAL_CHUNKS, _EVAL_ROWS = 128, 2048
 #: Most entries of the data from which a model of images starts, a Gaussian or a flow; and most rows.

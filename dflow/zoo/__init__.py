@@ -2,7 +2,7 @@
 
 This is the only floor that reads settings of a model; what lies below takes named arguments. Families of
 symbols (text) are in `dflow.zoo.text`, those of images and tables in `dflow.zoo.images` (dequantized) and
-`dflow.zoo.integer` (exact).
+`dflow.zoo.integer` (exact), classifiers in `dflow.zoo.binary`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
 from dflow.config import InputError, nearest, parse
 from dflow.core import Distribution
 from dflow.dequantize import Dequantized
-from dflow.zoo import images, integer, text
+from dflow.zoo import binary, images, integer, text
+from dflow.zoo.binary import UNIFORM, PBNetConfig, Rule, to_deterministic, transfer
 from dflow.zoo.images import DequantizedConfig
 from dflow.zoo.integer import IntegerConfig
 from dflow.zoo.settings import setting
@@ -38,23 +41,30 @@ IMAGES: dict[str, tuple[type[ValuesConfig], Callable[[Any], Dequantized | Distri
     **images.FAMILIES,
     **integer.FAMILIES,
 }
+#: Families of classifiers.
+CLASSIFIERS = binary.FAMILIES
 
 #: Settings of some family.
 Settings = ModelConfig | ValuesConfig
 
 __all__ = [
+    "CLASSIFIERS",
     "FAMILIES",
     "IMAGES",
     "MASKS",
+    "UNIFORM",
     "AnyOrderConfig",
     "DequantizedConfig",
     "GroupedConfig",
     "IntegerConfig",
     "ModelConfig",
+    "PBNetConfig",
+    "Rule",
     "Settings",
     "ValuesConfig",
     "blocks",
     "build",
+    "build_classifier",
     "build_image",
     "fields",
     "halves",
@@ -62,6 +72,8 @@ __all__ = [
     "settings",
     "single",
     "strides",
+    "to_deterministic",
+    "transfer",
     "walk",
 ]
 
@@ -88,14 +100,19 @@ def build_image(family: str, config: ValuesConfig) -> Dequantized | Distribution
     return IMAGES[family][1](config)
 
 
+def build_classifier(family: str, config: PBNetConfig) -> nn.Sequential:
+    """The network from integers to logits that ``config`` describes."""
+    return CLASSIFIERS[family][1](config)
+
+
 def fields(family: str) -> list[str]:
     """Names of the settings of ``family``."""
     return [f.name for f in dataclasses.fields(_class(family, "model"))]
 
 
 def _class(family: object, where: str) -> type[Any]:
-    found = FAMILIES.get(str(family)) or IMAGES.get(str(family))
+    every: dict[str, tuple[type[Any], Any]] = {**FAMILIES, **IMAGES, **CLASSIFIERS}
+    found = every.get(str(family))
     if not isinstance(family, str) or found is None:
-        known = [*FAMILIES, *IMAGES]
-        raise InputError(f"{where}: unknown family {family!r}; {nearest(str(family), known)}")
+        raise InputError(f"{where}: unknown family {family!r}; {nearest(str(family), list(every))}")
     return found[0]

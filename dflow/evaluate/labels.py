@@ -1,0 +1,175 @@
+"""How often a classifier is right, what its labels cost, and how well it knows when it is wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dflow.config import InputError
+from dflow.data import Samples
+from dflow.hf import DflowClassifier
+
+#: Bins of confidence over which calibration is measured.
+_BINS = 15
+
+
+@dataclass(frozen=True)
+class Score:
+    """One network, or an ensemble, on the data.
+
+    Attributes:
+        name: propagated, binarized, ensemble of n; network where nothing is random.
+        accuracy: share of labels that are right.
+        accuracy_error: its standard error over data.
+        nll: minus the mean log-probability of the label, in nats.
+        ece: expected calibration error: mean distance of confidence from accuracy, over 15 bins of
+            confidence (Guo et al. 2017, arXiv 1706.04599).
+    """
+
+    name: str
+    accuracy: float
+    accuracy_error: float
+    nll: float
+    ece: float
+
+
+@dataclass(frozen=True)
+class LabelEvaluation:
+    """Scores of all that a classifier can be made into.
+
+    Attributes:
+        scores: in the order propagated, binarized, ensembles.
+        coverage: of the largest ensemble: pairs of a share of the data, those on which its members agree
+            most, and the error on them; None where there is none of two or more.
+        num_rows: images scored.
+        num_estimated: images that normalisations were re-estimated on, of the training data.
+        kind: "exact": the figures are those of the networks, and ensembles are of seeded draws.
+    """
+
+    scores: list[Score]
+    coverage: list[tuple[float, float]] | None
+    num_rows: int
+    num_estimated: int
+    kind: str = "exact"
+
+
+def evaluate_labels(
+    model: DflowClassifier,
+    data: Samples,
+    train: Samples,
+    *,
+    ensembles: Sequence[int] = (1, 4, 16),
+    batch_size: int = 250,
+    limit: int | None = None,
+    estimated: int = 2560,
+    seed: int = 0,
+    progress: bool = False,
+) -> LabelEvaluation:
+    """Score ``model``, what it is binarized to, and ensembles of networks drawn from its law.
+
+    An ensemble says the mean of its members' probabilities. A smaller one is the beginning of a larger.
+
+    Args:
+        model: in evaluation mode.
+        data: a split with labels.
+        train: what normalisations are re-estimated on.
+        ensembles: sizes; left out where no weight is random.
+        batch_size: images a pass.
+        limit: score ``limit`` random images only, always the same.
+        estimated: images to re-estimate on, always the same.
+        seed: of the draws of weights, and of pooling.
+        progress: show a bar on stderr.
+
+    Raises:
+        InputError: no labels, sizes below 1, data of another kind than the model's.
+    """
+    smallest = min(ensembles, default=1)
+    for name, value in (("batch size", batch_size), ("limit", limit), ("ensemble", smallest)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} {value} must be at least 1")
+    rows = data.subset(limit or data.num_rows)
+    if rows.labels is None:
+        raise InputError(f"the {data.name} data have no labels; use mnist or cifar10")
+    device = next(model.parameters()).device
+    x, labels = model.check(rows.rows(slice(None))), rows.labels
+    kind = model.config.settings().kind
+    drawn = max(ensembles, default=0) if kind == "probabilistic" else 0
+    own = train.subset(estimated).rows(slice(None)).to(device)
+    generator = torch.Generator().manual_seed(seed)
+
+    def probabilities(net: nn.Sequential) -> Tensor:
+        # float64, in which no probability of a soft-max is 0 for want of digits.
+        parts = [net(part.to(device)).double().softmax(1).cpu() for part in x.split(batch_size)]
+        bar.update()
+        return torch.cat(parts)
+
+    networks = drawn + 1 + (kind != "float")
+    with (
+        torch.inference_mode(),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        tqdm(total=networks, unit="net", desc="score", delay=1, disable=not progress) as bar,
+    ):
+        torch.manual_seed(seed)
+        named = [("propagated" if kind == "probabilistic" else "network", probabilities(model.net))]
+        if kind != "float":
+            named.append(("binarized", probabilities(model.binarized(own))))
+        members = [probabilities(model.binarized(own, "sample", generator)) for _ in range(drawn)]
+    many = torch.stack(members) if members else None
+    if many is not None:
+        named += [(f"ensemble of {n}", many[:n].mean(0)) for n in ensembles]
+    return LabelEvaluation(
+        scores=[score(name, found, labels) for name, found in named],
+        coverage=_tenths(*coverage(many, labels)) if many is not None and len(many) > 1 else None,
+        num_rows=len(x),
+        num_estimated=0 if kind == "float" else len(own),
+    )
+
+
+def score(name: str, probabilities: Tensor, labels: Tensor) -> Score:
+    """Figures of predicted ``probabilities`` ``(n, classes)`` for ``labels`` ``(n,)``."""
+    confidence, predicted = probabilities.max(1)
+    right = (predicted == labels).double()
+    accuracy = float(right.mean())
+    log = probabilities.gather(1, labels[:, None]).log()
+    bins = (confidence * _BINS).long().clamp(max=_BINS - 1)
+    gaps = torch.zeros(_BINS, dtype=torch.float64).index_add_(0, bins, confidence.double() - right)
+    return Score(
+        name=name,
+        accuracy=accuracy,
+        accuracy_error=math.sqrt(accuracy * (1 - accuracy) / len(labels)),
+        nll=-float(log.mean()),
+        ece=float(gaps.abs().sum()) / len(labels),
+    )
+
+
+def coverage(members: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Error of an ensemble on the data that it is surest of, by how little its members differ.
+
+    Data are sorted by the variance, over members, of the probability of the class that the ensemble
+    predicts; equal ones by how probable it is (Peters and Welling 2018).
+
+    Args:
+        members: probabilities ``(members, n, classes)``.
+        labels: ``(n,)``.
+
+    Returns:
+        Shares of the data 1/n .. 1, and the error on each.
+    """
+    mean, predicted = members.mean(0).max(1)
+    spread = members.gather(2, predicted.expand(len(members), -1)[..., None])[..., 0].var(0)
+    order = torch.argsort(mean, descending=True, stable=True)
+    order = order[torch.argsort(spread[order], stable=True)]
+    wrong = (predicted != labels)[order].double()
+    count = torch.arange(1, len(labels) + 1, dtype=torch.float64)
+    return count / len(labels), wrong.cumsum(0) / count
+
+
+def _tenths(shares: Tensor, errors: Tensor) -> list[tuple[float, float]]:
+    n = len(shares)
+    places = sorted({max(1, round(n * i / 20)) - 1 for i in range(1, 21)})
+    return [(float(shares[i]), float(errors[i])) for i in places]

@@ -1,0 +1,23 @@
+"""Train a probabilistic binary network: `dflow train` with the recipe of PBNet-S, for launchers.
+
+python scripts/train_pbnet.py          # first the network of floats that it starts from, unless it is there
+python scripts/train_pbnet.py recipes/binary/mnist_pbnet.yaml --set train.minutes=10
+"""
+
+import sys
+from pathlib import Path
+
+from dflow.cli import main
+
+RECIPES = Path(__file__).parent.parent / "recipes" / "binary"
+FLOATS = Path("runs/binary/mnist_float")
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    if arguments and arguments[0].endswith(".yaml"):
+        sys.exit(main(["train", *arguments]))
+    if not (FLOATS / "config.json").is_file():
+        code = main(["train", str(RECIPES / "mnist_float.yaml")])
+        if code:
+            sys.exit(code)
+    sys.exit(main(["train", str(RECIPES / "mnist_pbnet_s.yaml"), *arguments]))
