@@ -4,7 +4,8 @@
     push(law, x, coder)
 
 - float64: networks in double precision. Integer flows give the same bits with one thread or two and with
-  oneDNN on and off; another build or machine may round otherwise, which shows in one picture of 1e7 or so.
+  oneDNN on and off; another build or machine may round otherwise, and then a file does not decode: its
+  checksum says so.
 - fixed: networks in integers. The same everywhere. Networks of ReLU without norm.
 - float32: networks as trained. The same build, machine and number of threads only.
 
