@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dflow import zoo
+from dflow.bijectors import Chain
 from dflow.coding import Coder, codec, levels
 from dflow.core import Distribution
 from dflow.distributions import Categorical
@@ -83,7 +84,7 @@ def test_what_does_not_end_where_a_level_ends_is_refused():
 
 
 def test_what_has_no_mean_is_drawn_only():
-    law = Split(torch.tensor([True, False]), Categorical(1, 3), Categorical(1, 3)).eval()
+    law = Split(torch.tensor([True, False]), Categorical(1, 3), Flow(Chain([]), Categorical(1, 3))).eval()
     found = levels.push(law, torch.tensor([[1, 2]]))
     with pytest.raises(ValueError, match="mean of Categorical"):
         levels.pop(law, 1, found[:1])

@@ -68,7 +68,7 @@ VARIANTS = [
 ]
 # A level whose parts are modelled one after another, by mixtures.
 GROUPED = {"kept": "quarter", "prior_groups": 3, "prior_components": 2}
-VARIANTS += [GROUPED, GROUPED | PLUS, GROUPED | {"num_flows": 0}, {"prior_groups": 2}]
+VARIANTS += [GROUPED, GROUPED | PLUS, GROUPED | {"num_flows": 0}, {"prior_groups": 2}, GROUPED | {"groups": 4}, {"groups": 2}]
 
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
@@ -97,6 +97,7 @@ def test_every_combination_is_a_bijection_with_gradients_everywhere(settings: di
         {"shape": [3, 1, 1], "num_levels": 1, "levels": [4], **PLUS},
         {"shape": [3, 1, 1], "num_levels": 2, "levels": [3, 2, 3], "lowest": [0, 0, -1], "split": "half"},
         {"shape": [3, 1, 1], "num_levels": 2, "levels": [3], "num_flows": 1, **GROUPED, "prior_groups": 2},
+        {"shape": [3, 1, 1], "num_levels": 1, "levels": [3], "groups": 3},
     ],
     ids=str,
 )
@@ -134,7 +135,7 @@ def test_draws_follow_the_law() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"rezero": True}, {"permute": "inverted"}, {"num_levels": 1}, {"levels": [256]}, GROUPED],
+    [{}, {"rezero": True}, {"permute": "inverted"}, {"num_levels": 1}, {"levels": [256]}, GROUPED, {"groups": 3}],
     ids=str,
 )
 def test_it_starts_as_the_marginals_of_the_data(settings: dict[str, Any]) -> None:
@@ -177,6 +178,33 @@ def test_parts_of_a_level_are_modelled_one_after_another() -> None:
     assert torch.equal(law.transform(coarse)[0][:, :4], z[:, :4])
 
 
+def test_the_last_level_is_modelled_in_groups_places_far_apart_first() -> None:
+    law = build(shape=[2, 5, 3], num_levels=1, num_flows=0, groups=4)
+    x, coder = data(config(shape=[2, 5, 3]), 2), Coder()
+    push(law.eval(), x, coder)
+    assert torch.equal(pop(law, len(x), coder), x)
+    assert coding_levels.num_levels(law) == 1
+    assert torch.equal(coding_levels.pop(law, len(x), coding_levels.push(law, x)), x)
+    # Of 30 entries 2, 8, 17 and 30 are known after each group; the first two stand four rows apart.
+    group, base, left = torch.zeros(30), law.base, torch.arange(30)
+    for number in (3, 2, 1):
+        assert isinstance(base, Split)
+        group[left[base.rest_index]] = number
+        base, left = base.base, left[base.kept_index]
+    assert [int((group == number).sum()) for number in range(4)] == [2, 6, 9, 13]
+    assert left.tolist() == [0, 12]
+    assert not (group[15:] < 2).any()
+    # Each entry hangs on what came before it alone.
+    other = x.clone()
+    other[:, group == 2] += 3
+    outer = law.base
+    assert isinstance(outer, Split)
+    assert not torch.equal(outer.log_prob(other), outer.log_prob(x))
+    inner, _ = outer.base.parts(x[:, outer.kept_index])[0]
+    changed, _ = outer.base.parts(other[:, outer.kept_index])[0]
+    assert torch.equal(inner, changed)
+
+
 def test_one_pixel_of_four_is_kept_in_all_its_colours() -> None:
     law = build(shape=[3, 4, 4], num_levels=2, kept="quarter", num_flows=0)
     x = torch.arange(48)[None]
@@ -184,6 +212,11 @@ def test_one_pixel_of_four_is_kept_in_all_its_colours() -> None:
     image = x.view(3, 4, 4)
     assert torch.equal(kept.view(3, 2, 2), image[:, ::2, ::2])
     assert torch.equal(rest.view(3, 3, 2, 2)[0], image[:, ::2, 1::2])
+
+
+def test_more_groups_than_entries_are_refused() -> None:
+    with pytest.raises(InputError, match="the last level has 4 entries, fewer than 5 groups"):
+        build(shape=[1, 4, 4], num_levels=2, **GROUPED, groups=5)
 
 
 def test_permutations_and_channels() -> None:

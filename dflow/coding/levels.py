@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -23,10 +24,15 @@ _WORD = 4
 
 
 def num_levels(law: Distribution) -> int:
-    """Levels of a law: one more than parts that are factored out of it, one after another."""
+    """Levels of a law: one more than parts that are factored out before another flow."""
     if isinstance(law, Flow):
         return num_levels(law.base)
-    return 1 + num_levels(law.base) if isinstance(law, Split) else 1
+    return 1 + num_levels(law.base) if _factors_out(law) else 1
+
+
+def _factors_out(law: Distribution) -> TypeGuard[Split]:
+    """A `Split` of anything else than a flow is a law whose entries come in groups, all of one level."""
+    return isinstance(law, Split) and isinstance(law.base, Flow)
 
 
 def push(law: Distribution, x: Tensor) -> list[bytes]:
@@ -44,7 +50,7 @@ def push(law: Distribution, x: Tensor) -> list[bytes]:
             return walk(law.base, x)
         # Popped down to what is on the stack now, a level is complete.
         left.append(coder.num_below)
-        if isinstance(law, Split):
+        if _factors_out(law):
             (x_a, _), (x_b, given) = law.parts(x)
             codec.push(law.conditional, x_b, coder, given)
             return walk(law.base, x_a)
@@ -87,7 +93,7 @@ def pop(
             z = walk(law.base, level)
             with torch.no_grad():
                 return law.bijector.inverse(z)[0]
-        if not isinstance(law, Split):
+        if not _factors_out(law):
             x = codec.pop(law, n, coder)
             check(level)
             return x

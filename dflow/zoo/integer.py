@@ -31,7 +31,7 @@ _LARGEST = 1 << 22
 
 _LEAST = {
     "num_levels": 1, "num_flows": 0, "prior_groups": 1, "prior_components": 1, "hidden_size": 1,
-    "num_hidden_layers": 1, "components": 1,
+    "num_hidden_layers": 1, "components": 1, "groups": 1,
 }  # fmt: skip
 
 
@@ -62,6 +62,7 @@ class IntegerConfig(ValuesConfig):
     hidden_size: int = setting(96, "width of a network")
     num_hidden_layers: int = setting(4, "layers of a network")
     components: int = setting(5, "logistic laws in the mixture of each entry of the last level")
+    groups: int = setting(1, "groups of the entries of the last level, each modelled given those before it")
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
@@ -146,8 +147,7 @@ def _level(
         else:
             grid = grid.at(index)
     if levels == 1:
-        base = LogisticMixture(prod(shape), config.components, None, grid.offset, grid.scale / 3)
-        return Flow(Chain(layers), base)
+        return Flow(Chain(layers), _last(config, shape, grid))
     kept = max(1, channels // 4) if config.kept == "quarter" else channels - channels // 2
     inner = (kept, *shape[1:])
     cuts = [kept + (channels - kept) * i // config.prior_groups for i in range(config.prior_groups + 1)]
@@ -164,6 +164,38 @@ def _level(
     mask = torch.arange(prod(shape)) < kept * places
     base_law = _level(config, inner, levels - 1, grid.at(slice(kept * places)), generator)
     return Flow(Chain(layers), Split(mask, prior, base_law))
+
+
+def _last(config: IntegerConfig, shape: Shape, grid: _Grid) -> Distribution:
+    """Law of the last level: colour by colour, places far apart first, in groups that grow."""
+    count, G = prod(shape), config.groups
+    if count < G:
+        raise InputError(f"the last level has {count} entries, fewer than {G} groups")
+    order = (torch.arange(shape[0])[:, None] * shape[1] * shape[2] + _spread(*shape[1:])).flatten()
+    # What nothing is known of is dear: the sizes grow evenly, each group at least one entry.
+    cuts = [max(g, round(count * g * g / G**2)) for g in range(1, G + 1)]
+    first = order[: cuts[0]].sort().values
+    law: Distribution = LogisticMixture(
+        len(first), config.components, None, grid.offset[first], grid.scale[first] / 3
+    )
+    for known, end in pairwise(cuts):
+        among = order[:end].sort().values
+        mask = torch.isin(among, order[:known])
+        seen, own = grid.at(among[mask]), grid.at(among[~mask])
+        M = config.components
+        net = _net(config, (known, 1, 1), end - known, 2 if M == 1 else 3 * M, True)
+        wired = Rescaled(net, seen.offset, seen.scale, torch.ones(end - known), False)
+        law = Split(mask, ConditionalLogistic(wired, end - known, M, own.offset, own.scale / 3), law)
+    return law
+
+
+def _spread(height: int, width: int) -> Tensor:
+    """Places of a grid, each far from those before it: in the order of a Bayer matrix."""
+    rank, row, column = 0, torch.arange(height)[:, None], torch.arange(width)
+    for bit in range(max(height, width).bit_length()):
+        i, j = row >> bit & 1, column >> bit & 1
+        rank = rank * 4 + 2 * (i ^ j) + j
+    return torch.as_tensor(rank).flatten().argsort(stable=True)
 
 
 def _prior(
