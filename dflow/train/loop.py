@@ -208,14 +208,12 @@ class _Run:
                 self.save_state()
                 said = f"stopped at step {self.step}; add --resume to go on"
                 raise KeyboardInterrupt(said) if self.interrupted == signal.SIGINT else Preempted(said)
-        if self.skipped >= self.step:
-            raise InputError(
-                f"{self.recipe.output}: of {self.step} steps none had a finite loss; lower train.learning_rate"
-            )
         self.say(f"done: {self.step:,} steps, best validation {self.best:.4f} {self.task.unit}")
 
     def _evaluate(self, loss: float, done: bool) -> None:
         """Evaluate, and save unless saves have times of their own."""
+        if self.skipped >= self.step:
+            raise InputError(f"up to step {self.step} none had a finite loss; lower train.learning_rate")
         if not self.evaluate(loss):
             return
         self.next_eval = self._next(self.config.eval_every)
