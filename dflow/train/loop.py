@@ -68,6 +68,13 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
             run.restore(states)
         run.begin(bool(states))
         run.loop()
+    except RuntimeError as error:
+        if run.world == 1 or not _of_others(error):
+            raise
+        raise InputError(
+            f"another process of this run is gone ({str(error).splitlines()[0]}); start all again with "
+            f"--resume to go on from step {_step_of(output)}"
+        ) from error
     finally:
         run.close()
     return output
@@ -534,6 +541,22 @@ _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") i
 
 class _Damaged(Exception):
     """A file of a training state that cannot be used."""
+
+
+def _of_others(error: RuntimeError) -> bool:
+    """Whether a library of communication says that it cannot reach another process."""
+    return isinstance(error, torch.distributed.DistError) or any(
+        word in str(error) for word in ("gloo", "NCCL", "closed by peer", "reset by peer")
+    )
+
+
+def _step_of(output: Path) -> str:
+    """The step of the last saved state, to be told."""
+    try:
+        with safetensors.safe_open(output / STATE, "pt") as file:
+            return str(json.loads(file.metadata()["dflow"])["step"])
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return "0"
 
 
 def _states(output: Path) -> list[Path]:
