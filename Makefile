@@ -30,7 +30,7 @@ demo: $(INSTALLED)  ## Train a grouped model and an LSTM on Python's help, draw 
 	@echo "100 samples: demo/samples.txt; table and plot: demo/compare.md, demo/compare.png"
 
 test: $(INSTALLED)  ## Run all tests and the examples in docstrings
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(INSTALLED)  ## Lint, formatting, types, floors
 	$(BIN)/ruff check .

@@ -1,0 +1,161 @@
+"""What the training loop costs over the simplest one, what a second process brings, and what batches cost.
+
+    python scripts/bench_train.py
+    python scripts/bench_train.py recipes/grouped.yaml --steps 60
+
+- `plain`: the same network, batch, clipping and optimizer (fused AdamW) in a loop of ten lines, without
+  schedules, averages, checks, bars or saves; `dflow`: `dflow.train.train`. Each is run for a few steps and
+  for more, in a process of its own, by turns; the difference is what the steps cost, starting and the
+  evaluation at the end are not in it. Peak memory is that of the whole process.
+- `compiled`: the plain loop with `torch.compile`, from its second step on.
+- `two`: dflow on two processes of one thread (gloo), each with half of the batch, against one process of one
+  thread with all of it: the efficiency is half the ratio of their times.
+- `batch`: making a batch, as a share of a step.
+
+Medians of --rounds. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from dflow.train import load_recipe, train
+from dflow.train.tasks import task_of
+
+
+def settings(given: argparse.Namespace, steps: int, output: str) -> list[str]:
+    budget = [f"train.steps={steps}", "train.minutes=null", "train.trackers=[]", "train.samples=0"]
+    return [*budget, f"train.eval_every={steps}", "train.eval_chunks=1", f"output={output}", *given.set]
+
+
+def plain(given: argparse.Namespace, steps: int, output: str, compiled: bool) -> float:
+    """The simplest loop that trains the same: seconds of the steps."""
+    task = task_of(load_recipe(given.recipe, settings(given, steps, output)), False)
+    config, objective = task.recipe.train, task.objective
+    parameters = list(objective.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
+    forward = torch.compile(objective) if compiled else objective
+    objective.train()
+    began = 0.0
+    for step in range(steps):
+        if step == 1:
+            began = time.perf_counter()
+        x, lengths = batch = task.batch(step)
+        loss, _ = forward(x, lengths)
+        (loss / task.entries(batch)).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return time.perf_counter() - began
+
+
+def work(given: argparse.Namespace) -> None:
+    """One run, in a process of its own."""
+    torch.set_num_threads(given.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        output = given.output or str(Path(folder) / "out")
+        if given.worker == "batch":
+            task = task_of(load_recipe(given.recipe, settings(given, given.steps, output)), False)
+            task.batch(0)
+            began = time.perf_counter()
+            for step in range(given.steps):
+                task.batch(step)
+            seconds = time.perf_counter() - began
+        elif given.worker == "dflow":
+            began = time.perf_counter()
+            train(load_recipe(given.recipe, settings(given, given.steps, output)))
+            seconds = time.perf_counter() - began
+        else:
+            seconds = plain(given, given.steps, output, given.worker == "compiled")
+    if int(os.environ.get("RANK", "0")) == 0:
+        # KiB here, bytes on macOS.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform == "darwin" else 1024)
+        print(json.dumps({"seconds": seconds, "peak_mib": peak / (1 << 20 if peak > 1 << 30 else 1)}))
+
+
+def run(given: argparse.Namespace, worker: str, steps: int, threads: int, world: int = 1) -> dict[str, float]:
+    words = [__file__, given.recipe, "--worker", worker, "--steps", str(steps), "--threads", str(threads)]
+    words += ["--set", *given.set] if given.set else []
+    if world > 1:
+        launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(world), "--rdzv-backend=c10d"]
+        words = [*launch, "--rdzv-endpoint=localhost:0", *words]
+    with tempfile.TemporaryDirectory() as folder:
+        if world > 1:
+            words += ["--output", str(Path(folder) / "out")]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run(
+            [sys.executable, *words], capture_output=True, text=True, check=False, env=environment
+        )
+    if done.returncode:
+        sys.exit(done.stderr[-3000:])
+    line = next(line for line in reversed(done.stdout.splitlines()) if line.startswith('{"seconds"'))
+    found: dict[str, float] = json.loads(line)
+    return found
+
+
+def per_step(given: argparse.Namespace, worker: str, threads: int, world: int = 1) -> tuple[float, float]:
+    """Seconds a step, by the difference of a long and a short run; and the peak of memory."""
+    few, many = (run(given, worker, n, threads, world) for n in (given.steps // 4, given.steps))
+    return (many["seconds"] - few["seconds"]) / (given.steps - given.steps // 4), many["peak_mib"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("recipe", nargs="?", default="recipes/transformer.yaml")
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--set", nargs="+", action="extend", default=[], help="settings of the recipe")
+    parser.add_argument("--worker", choices=("dflow", "plain", "compiled", "batch"), help=argparse.SUPPRESS)
+    parser.add_argument("--output", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.worker:
+        work(given)
+        return
+    kinds = {
+        "plain": ("plain", given.threads, 1),
+        "dflow": ("dflow", given.threads, 1),
+        "compiled": ("compiled", given.threads, 1),
+        "one": ("dflow", 1, 1),
+        "two": ("dflow", 1, 2),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    peaks: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(given.rounds):
+        for name, (worker, threads, world) in kinds.items():
+            each, peak = per_step(given, worker, threads, world)
+            seconds[name].append(each)
+            peaks[name].append(peak)
+    batch = run(given, "batch", given.steps, given.threads)["seconds"] / given.steps
+    middle = {name: statistics.median(found) for name, found in seconds.items()}
+    peak = {name: statistics.median(found) for name, found in peaks.items()}
+    print("| loop | threads | ms a step | peak memory (MiB) |\n|---|---:|---:|---:|")
+    for name, (_, threads, world) in kinds.items():
+        of = f"{world} x {threads}" if world > 1 else str(threads)
+        print(f"| {name} | {of} | {1e3 * middle[name]:.1f} | {peak[name]:.0f} |")
+    ratios = {
+        "throughput over plain": middle["plain"] / middle["dflow"],
+        "compiled over plain": middle["plain"] / middle["compiled"],
+        "efficiency of two processes": middle["one"] / (2 * middle["two"]),
+        "batch over step": batch / middle["dflow"],
+        "memory over plain": peak["dflow"] / peak["plain"],
+    }
+    print("\n" + "\n".join(f"- {name}: {value:.3f}" for name, value in ratios.items()))
+    about = {"recipe": given.recipe, "torch": torch.__version__, "machine": platform.processor()}
+    print(json.dumps(about | {"seconds": seconds, "peak_mib": peaks, "ratios": ratios}))
+
+
+if __name__ == "__main__":
+    main()
