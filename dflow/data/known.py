@@ -68,7 +68,7 @@ def find_all(known: Iterable[KnownFile], folder: Path | None, *under: str) -> di
     return None
 
 
-def from_hub(name: str, wanted: str, repository: str, read: Callable[[Any], T], **options: str) -> T:
+def from_hub(name: str, wanted: str, repository: str, read: Callable[[Any], T], **options: Any) -> T:
     """What ``read`` makes of the splits of a data set on the Hugging Face hub.
 
     Raises:

@@ -15,12 +15,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dflow.config import InputError, nearest
-from dflow.data import files, image_sets, sets, synthetic
+from dflow.data import files, image_sets, sets, stores, synthetic
 from dflow.data.synthetic import Law
 from dflow.data.tokenizers import Bytes, Characters, Numbers, SentencePiece, Tokenizer, compact
 
 #: Longest sentence of the sentence protocol (Ziegler and Rush 2019, arXiv 1901.10548).
 MAX_SENTENCE = 288
+
+
+#: Symbols counted at a time.
+_COUNTED = 1 << 24
 
 
 @dataclass
@@ -45,6 +49,13 @@ class DataConfig:
     vocab_size: int = field(default=512, metadata={"help": "number of symbols, for sentencepiece"})
     folder: str | None = field(
         default=None, metadata={"help": "folder of the data (default: the environment variable DFLOW_DATA)"}
+    )
+    store: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder in which your own text, or hub:OWNER/NAME, is kept as symbols and read as "
+            "needed: for texts larger than memory; made on first use"
+        },
     )
     lowercase: bool = field(default=False, metadata={"help": "lower the case of your own text or of pydoc"})
     valid: float = field(
@@ -136,18 +147,23 @@ class Text:
         rows = torch.randint(len(self.ids), (batch,), generator=generator)
         return self._padded(self.ids[rows], length), self.lengths[rows]
 
-    def chunks(self, length: int) -> tuple[Tensor, Tensor | None]:
+    def chunks(self, length: int, limit: int | None = None) -> tuple[Tensor, Tensor | None]:
         """All of the text to evaluate on: ids int64 ``(n, length)``, and lengths ``(n,)`` of sentences.
 
         A stream is cut into chunks that do not overlap; the last `tail` symbols do not fill one and are left.
+
+        Args:
+            length: of a chunk.
+            limit: only so many, the first ones.
 
         Raises:
             InputError: ``length`` is above the stream's or below the longest sentence's.
         """
         self._fits(length)
         if self.lengths is None:
-            return self.ids[: len(self.ids) - self.tail(length)].reshape(-1, length).long(), None
-        return self._padded(self.ids, length), self.lengths
+            whole = self.ids[: len(self.ids) - self.tail(length)].reshape(-1, length)
+            return whole[:limit].long(), None
+        return self._padded(self.ids[:limit], length), self.lengths[:limit]
 
     def tail(self, length: int) -> int:
         """Symbols at the end of a stream that `chunks` leaves."""
@@ -158,9 +174,13 @@ class Text:
         present = self.ids
         if self.lengths is not None:
             present = self.ids[torch.arange(self.longest) < self.lengths[:, None]]
-        counts: NDArray[Any] = np.bincount(present.numpy(), minlength=K)
-        if len(counts) > K:
-            raise ValueError(f"symbol {len(counts) - 1} is outside an alphabet of K={K}")
+        counts: NDArray[Any] = np.zeros(K, np.int64)
+        # Counting takes eight bytes a symbol.
+        for part in present.split(_COUNTED):
+            found = np.bincount(part.numpy(), minlength=K)
+            if len(found) > K:
+                raise ValueError(f"symbol {len(found) - 1} is outside an alphabet of K={K}")
+            counts += found
         return torch.from_numpy(counts / counts.sum())
 
     def length_counts(self, max_length: int) -> Tensor:
@@ -287,6 +307,8 @@ def load(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
     law = config.law()
     if law is not None:
         return _drawn(law, config, tokenizer)
+    if config.store is not None:
+        return _stored(config, tokenizer)
     known = sets.KNOWN.get(config.name)
     protocol = config.protocol or "stream"
     if known is not None:
@@ -353,20 +375,38 @@ def _drawn(law: Law, config: DataConfig, tokenizer: Tokenizer | None) -> Corpus:
     )
 
 
+def _stored(config: DataConfig, tokenizer: Tokenizer | None) -> Corpus:
+    """A text that is read from the disk as it is needed."""
+    if config.name in sets.KNOWN or config.name == sets.PYDOC or config.protocol == "sentence":
+        raise InputError(
+            f"data.store is for streams of your own, and {config.name} is none; leave out store, or protocol"
+        )
+    path = None if config.name.startswith(stores.HUB) else _path(config)
+    stored = stores.open_store(
+        Path(str(config.store)).expanduser(),
+        stores.Source(config.name, path, config.lowercase),
+        config.tokenizer,
+        config.vocab_size,
+        (config.valid, config.test),
+        tokenizer,
+    )
+    about = stored.about
+    train, valid, test = (Text(s, stored.ids[s], None, about.characters[s]) for s in stores.SPLITS)
+    return Corpus(
+        name=config.name,
+        protocol="stream",
+        tokenizer=stored.tokenizer,
+        train=train,
+        valid=valid,
+        test=test,
+        num_characters=sum(about.characters.values()),
+        checksum=about.checksum,
+    )
+
+
 def _own(config: DataConfig) -> str:
     """The user's text: a file (plain, ``.xz``, ``.gz``), or all ``*.txt`` of a folder, one after another."""
-    path = Path(config.name).expanduser()
-    if not path.exists() and (folder := files.data_folder(config.folder)):
-        path = folder / config.name
-    if not path.exists():
-        if config.name in (image_sets.CHECKERBOARD, *image_sets.KNOWN) or config.name.startswith("hub:"):
-            raise InputError(
-                f"{config.name}: images, and this is a model of text; use model.family dequantized"
-            )
-        raise InputError(
-            f"{config.name}: neither a data set nor a file or folder; "
-            + nearest(config.name, [sets.PYDOC, *sets.KNOWN])
-        )
+    path = _path(config)
     sources = sorted(p for p in path.rglob("*.txt") if p.is_file()) if path.is_dir() else [path]
     if not sources:
         raise InputError(f"{path}: the folder holds no *.txt file; put the text there or name a file")
@@ -374,6 +414,24 @@ def _own(config: DataConfig) -> str:
     if not text.strip():
         raise InputError(f"{path}: no text in it; name a file that has some")
     return text
+
+
+def _path(config: DataConfig) -> Path:
+    """Of the user's text."""
+    path = Path(config.name).expanduser()
+    if not path.exists() and (folder := files.data_folder(config.folder)):
+        path = folder / config.name
+    if not path.exists():
+        if config.name in (image_sets.CHECKERBOARD, *image_sets.KNOWN) or config.name.startswith("hub:"):
+            raise InputError(
+                f"{config.name}: images, and this is a model of text; use model.family dequantized (a text "
+                "of the hub needs data.store)"
+            )
+        raise InputError(
+            f"{config.name}: neither a data set nor a file or folder; "
+            + nearest(config.name, [sets.PYDOC, *sets.KNOWN])
+        )
+    return path
 
 
 def _shares(text: str, config: DataConfig, protocol: str) -> sets.Splits:

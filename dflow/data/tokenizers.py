@@ -206,6 +206,12 @@ class Characters(Tokenizer):
         start near the data.
         """
         counts: dict[int, int] = dict.fromkeys(map(ord, alphabet), 0)
+        cls.count(text, counts)
+        return cls.of(counts)
+
+    @staticmethod
+    def count(text: str, counts: dict[int, int]) -> None:
+        """Add how often each code point occurs in ``text`` to ``counts``."""
         for block in _code_points(text):
             if block.dtype == np.uint8:
                 numbers = np.bincount(block)
@@ -215,6 +221,10 @@ class Characters(Tokenizer):
                 points, numbers = np.unique(block, return_counts=True)
             for point, number in zip(points.tolist(), numbers.tolist(), strict=True):
                 counts[point] = counts.get(point, 0) + number
+
+    @classmethod
+    def of(cls, counts: dict[int, int]) -> Characters:
+        """The code points that were counted, the most frequent first."""
         return cls([chr(p) for p in sorted(counts, key=lambda p: (-counts[p], p))])
 
     @property

@@ -84,9 +84,7 @@ def evaluate(
             f"the model is one of {modelled} and the {text.name} text is cut as {found}; set the protocol to "
             f"{'sentence' if explicit else 'stream'!r}"
         )
-    ids, lengths = text.chunks(length)
-    if limit is not None:
-        ids, lengths = ids[:limit], None if lengths is None else lengths[:limit]
+    ids, lengths = text.chunks(length, limit)
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     shown = progress and rank == 0
     mode = model.training

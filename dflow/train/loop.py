@@ -583,6 +583,6 @@ def _fingerprint(recipe: Recipe) -> str:
     free = {"steps", "minutes", "accumulation", "samples", "trackers"}
     free |= {"eval_every", "eval_minutes", "eval_chunks", "eval_draws", "save_every", "keep", "skip"}
     values["train"] = {k: v for k, v in values["train"].items() if k not in free}
-    values["data"] = {k: v for k, v in values["data"].items() if k != "folder"}
+    values["data"] = {k: v for k, v in values["data"].items() if k not in ("folder", "store")}
     kept = {k: values[k] for k in ("data", "model", "train")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

@@ -167,10 +167,9 @@ class _Text(Task):
 
     def valid(self, device: torch.device, rank: int, world: int) -> tuple[Iterator[Batch], float]:
         text = self.corpus.valid
-        ids, lengths = text.chunks(self.length)
         chunks = self.recipe.train.eval_chunks
-        limit = len(ids) if chunks == 0 else _EVAL_CHUNKS if chunks is None else chunks
-        ids, lengths = ids[:limit], None if lengths is None else lengths[:limit]
+        limit = None if chunks == 0 else _EVAL_CHUNKS if chunks is None else chunks
+        ids, lengths = text.chunks(self.length, limit)
         size = max(1, self.recipe.train.batch_size // world)
 
         def batches() -> Iterator[Batch]:
