@@ -1,4 +1,4 @@
-"""Texts kept as symbols on the disk: the same as in memory, made whole or not at all, refused when changed."""
+"""Texts kept as symbols on the disk: the same as in memory, made whole or not at all, else refused."""
 
 from __future__ import annotations
 

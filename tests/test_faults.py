@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from folders import SETTINGS, write_text
 from forks import FORKS
 from safetensors.torch import load_file
@@ -297,3 +299,11 @@ def test_clock_and_seed_of_the_process_do_not_matter(
     now = time.time
     monkeypatch.setattr(time, "time", lambda: now() - 1e9)
     assert same(weights(train(load_recipe(path, [f"output={tmp_path / 'later'}"]))), first)
+
+
+def test_models_in_pieces_are_refused(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no process has the whole of would be saved in part."""
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(InputError, match="configured for FSDP"):
+        train(load_recipe(recipe_file(tmp_path, text)))
+    assert not (tmp_path / "out").exists()

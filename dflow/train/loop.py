@@ -26,6 +26,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
@@ -98,6 +99,11 @@ class _Run:
             )
         except ValueError as error:
             raise InputError(f"train: {error}") from None
+        if (kind := self.accelerator.distributed_type) in _SHARDED:
+            raise InputError(
+                f"accelerate is configured for {kind.value}, which cuts the model into pieces that the saved "
+                "state does not know; launch without it (replicated models, DDP)"
+            )
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         pieces = self.world * config.accumulation
         if config.batch_size % pieces:
@@ -534,6 +540,9 @@ class _Run:
         if self.accelerator.is_main_process and out.is_dir() and not self.saved:
             shutil.rmtree(out, ignore_errors=True)
 
+
+#: Ways of accelerate to distribute a model of which no process has the whole.
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 #: By which people and schedulers ask a training to stop; not every system has the last.
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
