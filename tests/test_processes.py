@@ -21,6 +21,8 @@ from dflow import cli
 
 pytestmark = pytest.mark.usefixtures("forks")
 
+CONFIGS = sorted((Path(__file__).parent.parent / "recipes" / "accelerate").glob("*.yaml"))
+
 
 def work(rank: int, world: int, port: int, words: list[str], log: Path) -> None:
     """`dflow` as one of several processes, as a launcher starts it."""
@@ -187,3 +189,15 @@ def test_two_processes_draw_the_pictures_of_one(tmp_path: Path) -> None:
     assert cli.main([*words, "--output", str(tmp_path / "one.png")]) == 0
     run([*words, "--output", str(tmp_path / "two.png")], tmp_path / "log")
     assert (tmp_path / "two.png").read_bytes() == (tmp_path / "one.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_configs_of_accelerate_are_such(path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes % config.num_machines == 0
+    # Precision is the recipe's: the two would not agree.
+    assert config.mixed_precision == "no"

@@ -24,7 +24,9 @@ from dflow.train import Schedule, load_recipe, recipe_of, train
 ROOT = Path(__file__).parent.parent
 # Recipes of synthetic laws are trained on these, in test_synthetic.py.
 RECIPES = sorted(
-    p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name not in ("synthetic", "images", "binary")
+    p
+    for p in (ROOT / "recipes").rglob("*.yaml")
+    if p.parent.name not in ("synthetic", "images", "binary", "accelerate")
 )
 IMAGES = sorted((ROOT / "recipes" / "images").glob("*.yaml"))
 
