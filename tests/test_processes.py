@@ -191,9 +191,7 @@ def test_two_processes_draw_the_pictures_of_one(tmp_path: Path) -> None:
     assert (tmp_path / "two.png").read_bytes() == (tmp_path / "one.png").read_bytes()
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_configs_of_accelerate_are_such(path: Path) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
