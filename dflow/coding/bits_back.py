@@ -1,6 +1,6 @@
 r"""Local bits-back coding: a continuous flow with a dequantizer as a lossless code of integers.
 
-    code = BitsBack(model, dim)
+    code = BitsBack(ready(model), dim)
     stream = push(code, x, given)            # x int64 (n, dim), given any bytes
     x, given = pop(code, n, stream.data, len(given))
 
@@ -200,16 +200,22 @@ def middles(place: Tensor, bits: int) -> Tensor:
 # -- models ------------------------------------------------------------------------------------------------
 
 
+def ready(model: Dequantized) -> Dequantized:
+    """A copy of a model to code with: in float64, in evaluation mode, without gradients, on the CPU."""
+    return copy.deepcopy(model).cpu().double().eval().requires_grad_(False)
+
+
 class BitsBack:
     """A dequantized flow, ready to code batches of rows.
 
     Args:
-        model: it stays as it is; what codes is a copy in float64, in evaluation mode, on the CPU.
+        model: what `ready` gave.
         dim: entries of a row.
         settings: see `Settings`.
 
     Raises:
-        ValueError: a part that has no local code; cells that are not those of integers.
+        ValueError: a part that has no local code; cells that are not those of integers; a model that is not
+            ready.
     """
 
     def __init__(self, model: Dequantized, dim: int, settings: Settings | None = None) -> None:
@@ -220,7 +226,10 @@ class BitsBack:
                 f"cells of {type(model.partition).__name__}; local bits-back codes integers in unit cells "
                 "(partition hypercube)"
             )
-        self.model = copy.deepcopy(model).cpu().double().eval().requires_grad_(False)
+        tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+        if model.training or any(t.dtype != torch.float64 or t.is_cuda for t in tensors):
+            raise ValueError("only what ready() gives is coded: in float64, in evaluation mode, on the CPU")
+        self.model = model
         self.dim = dim
         self.noise = noise(self.model.dequantizer, dim, self.settings)
         step = 0.5**self.settings.noise
@@ -328,7 +337,7 @@ def pop(code: BitsBack, n: int, data: bytes, given: int = 0, batch: int = 64) ->
     Raises:
         ValueError: a stack that does not end as it began: it is damaged, or of another model.
     """
-    if len(data) < len(_HEAD):
+    if not 0 <= given <= len(data) - len(_HEAD):
         raise ValueError("too short for a stack")
     coder, parts = Coder(data), []
     for size in reversed(list(sizes(n, batch))):

@@ -50,8 +50,8 @@ class Settings:
             noise not in 1..16.
     """
 
-    grid: int = 14
-    sigma: int = 8
+    grid: int = 18
+    sigma: int = 14
     noise: int = 8
 
     def __post_init__(self) -> None:
