@@ -337,7 +337,7 @@ def test_what_cannot_be_coded_is_refused():
     with pytest.raises(ValueError, match="Orthant"):
         BitsBack(Dequantized(density_law, NormalDequantizer(Orthant(), Scaled(2))), DIM)
     with pytest.raises(ValueError, match="TruncatedNormal"):
-        BitsBack(Dequantized(density_law, TruncatedNormal(Hypercube(), density_law)), DIM)
+        BitsBack(ready(Dequantized(density_law, TruncatedNormal(Hypercube(), density_law))), DIM)
     with pytest.raises(ValueError, match="Strange"):
         layers(Strange(), frame(), Settings())
     with pytest.raises(ValueError, match="Foreign"):
