@@ -324,7 +324,9 @@ def push(code: BitsBack, x: Tensor, given: bytes = b"", batch: int = 64) -> Stre
     return Stream(data, 8 * len(given), 32 * words)
 
 
-def pop(code: BitsBack, n: int, data: bytes, given: int = 0, batch: int = 64) -> tuple[Tensor, bytes]:
+def pop(
+    code: BitsBack, n: int, data: bytes, given: int = 0, batch: int = 64, random: int | None = None
+) -> tuple[Tensor, bytes]:
     """The n rows and the bytes that `push` was given.
 
     Args:
@@ -333,6 +335,7 @@ def pop(code: BitsBack, n: int, data: bytes, given: int = 0, batch: int = 64) ->
         data: the stack.
         given: number of bytes that were given.
         batch: as of `push`.
+        random: pseudo-random bits that were lent, to be checked.
 
     Raises:
         ValueError: a stack that does not end as it began: it is damaged, or of another model.
@@ -344,7 +347,8 @@ def pop(code: BitsBack, n: int, data: bytes, given: int = 0, batch: int = 64) ->
         parts.append(code.pop(size, coder))
     rest, size = coder.to_bytes(), len(_start(bytes(given)))
     back = rest[len(_HEAD) : len(_HEAD) + given]
-    if len(rest) < size or rest != _start(back) + _random(len(rest) - size):
+    extra = len(rest) - size
+    if extra < 0 or random not in (None, 8 * extra) or rest != _start(back) + _random(extra):
         raise ValueError("the bits that were lent do not come back: it is damaged, or another model coded it")
     return torch.cat([torch.zeros(0, code.dim, dtype=torch.int64), *reversed(parts)]), back
 

@@ -133,7 +133,7 @@ class Head:
         random: pseudo-random words that were lent.
         given: bytes that were lent and come back.
         name: of the file that they were.
-        crc: CRC-32 of it.
+        crc: CRC-32 of that name and of them.
     """
 
     settings: Settings
@@ -249,16 +249,19 @@ class BitsBackCoder(ImageCoder):
         """See `ImageCoder`."""
         name, given = (self.lend if first else None) or ("", b"")
         found = bits_back.push(self.code(self.settings), rows, given, self.batch)
-        crc = crc32(given) if given else 0
-        head = Head(self.settings, self.batch, found.random // 32, len(given), name if given else "", crc)
+        if not given:
+            name = ""
+        crc = crc32(name.encode() + given)
+        head = Head(self.settings, self.batch, found.random // 32, len(given), name, crc)
         return [head.write() + found.data]
 
     def pop(self, n: int, parts: Sequence[bytes]) -> Tensor:
         """See `ImageCoder`."""
         head, data = Head.read(parts[0])
-        rows, given = bits_back.pop(self.code(head.settings), n, data, head.given, head.batch)
+        code = self.code(head.settings)
+        rows, given = bits_back.pop(code, n, data, head.given, head.batch, 32 * head.random)
         if given:
-            if crc32(given) != head.crc:
+            if crc32(head.name.encode() + given) != head.crc:
                 raise Damaged(f"{head.name}, which was lent, is damaged (checksum)")
             self.back[head.name] = given
         return rows
