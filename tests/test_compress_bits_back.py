@@ -16,6 +16,9 @@ from dflow.cli import main
 from dflow.coding import container
 from dflow.coding.bits_back import Settings
 from dflow.coding.container import Segment
+from dflow.compare.codecs import compare_codecs, markdown, pictures
+from dflow.compare.material import image_model
+from dflow.compare.peers import picture_codecs
 from dflow.compress import BitsBackCoder, ImageCoder, compress_images, decompress_images, describe_images
 from dflow.compress.coders import Head
 from dflow.config import InputError
@@ -265,3 +268,14 @@ def test_commands(tmp_path, folder, capsys):
     assert main(["compress", *single, "--allow-larger"]) == 0
     assert main(["compress", *arguments[:2], str(tmp_path / "b.dfl"), *arguments[3:], "--sigma", "17"]) == 2
     assert "must lie in" in capsys.readouterr().err
+
+
+def test_codecs_are_compared_with_net_and_auxiliary_bits(folder):
+    model = image_model(str(folder), "float64")
+    items = list(values(6))
+    found = compare_codecs(pictures("p", items), [model], codecs=picture_codecs()[:1], rounds=1, each=False)
+    [row] = [row for row in found.rows if row.size]
+    assert row.auxiliary is not None
+    assert 0 < row.auxiliary < row.bytes
+    assert row.seconds is not None
+    assert "bits a dimension (auxiliary bits are random here" in markdown(found)
