@@ -6,6 +6,7 @@ What a verb needs is imported when it runs, so that ``dflow --help`` is quick.
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import errno
 import json
@@ -65,6 +66,17 @@ class Machine:
                 f"--device {self.device}: not to be had here ({reason}); try --device cpu"
             ) from None
         return device
+
+    def processes(self) -> tuple[torch.device, Accelerator | None]:
+        """The device, and under a launcher the processes among which the work is shared."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return self.settle(), None
+        import torch
+        from accelerate import Accelerator
+
+        set_threads(self.threads)
+        accelerator = Accelerator(cpu=self.device == "cpu" or not torch.cuda.is_available())
+        return accelerator.device, accelerator
 
 
 @dataclass(kw_only=True)
@@ -306,6 +318,13 @@ class Info:
 
 
 @dataclass(kw_only=True)
+class Check:
+    """Say whether a model folder is whole: every file as it was saved, and a model that loads."""
+
+    model: str = argument("folder of the model")
+
+
+@dataclass(kw_only=True)
 class PlotProgressive:
     """Pictures of a .dfl file as they are seen after each level, with their share of the file and PSNR."""
 
@@ -343,23 +362,23 @@ class DataCheck:
 
 
 def train(flags: Train) -> int:
-    """`dflow train`."""
-    from dflow.train import load_recipe
+    """`dflow train`; asked by a scheduler to make room it ends with 0, so that it may be queued again."""
+    from dflow.train import Preempted, load_recipe
     from dflow.train import train as run
 
     set_threads(flags.threads)
     recipe = load_recipe(flags.recipe, flags.set)
     if flags.output is not None:
         recipe = dataclasses.replace(recipe, output=Path(flags.output))
-    run(recipe, resume=flags.resume)
+    try:
+        run(recipe, resume=flags.resume)
+    except Preempted as stop:
+        print(stop, file=sys.stderr)
     return 0
 
 
 def evaluate(flags: Evaluate) -> int:
     """`dflow evaluate`; under ``accelerate launch`` the chunks are spread over the processes."""
-    import torch
-    from accelerate import Accelerator
-
     from dflow.data import Draws, load
     from dflow.evaluate import evaluate as run
     from dflow.evaluate import evaluate_law
@@ -367,11 +386,7 @@ def evaluate(flags: Evaluate) -> int:
 
     if kind_of(flags.model) is DflowClassifier:
         return evaluate_classifier(flags)
-    accelerator = None
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        set_threads(flags.threads)
-        accelerator = Accelerator(cpu=flags.device == "cpu" or not torch.cuda.is_available())
-    device = flags.settle() if accelerator is None else accelerator.device
+    device, accelerator = flags.processes()
     if kind_of(flags.model) is DflowImageModel:
         return evaluate_pictures(flags, device, accelerator)
     for name in ("draws", "precision", "seed"):
@@ -631,7 +646,7 @@ def law_rows(result: LawEvaluation, corpus: Corpus) -> list[tuple[str, str]]:
 
 
 def generate(flags: Generate) -> int:
-    """`dflow generate`."""
+    """`dflow generate`; under ``accelerate launch`` the batches are spread over the processes."""
     from dflow.generate import check_output, write
     from dflow.generate import generate as run
     from dflow.hf import DflowImageModel, kind_of
@@ -643,7 +658,8 @@ def generate(flags: Generate) -> int:
     output = None if flags.output is None else Path(flags.output)
     if output is not None:
         check_output(output)
-    model, tokenizer = load_model(flags.model, flags.settle())
+    device, accelerator = flags.processes()
+    model, tokenizer = load_model(flags.model, device)
     prompt = None
     if flags.prompt is not None:
         try:
@@ -658,8 +674,14 @@ def generate(flags: Generate) -> int:
         batch_size=flags.batch_size,
         prompt=prompt,
         progress=output is not None or not sys.stdout.isatty(),
+        accelerator=accelerator,
     )
-    write(samples, tokenizer, flags.format or "text", output)
+    if accelerator is None or accelerator.is_main_process:
+        write(samples, tokenizer, flags.format or "text", output)
+    else:
+        collections.deque(samples, 0)
+    if accelerator is not None:
+        accelerator.end_training()
     return 0
 
 
@@ -673,17 +695,29 @@ def generate_pictures(flags: Generate) -> int:
             raise InputError(f"--{name} is for models of text; {flags.model} is one of images or tables")
     if flags.format == "text" or flags.format == "jsonl":
         raise InputError(f"--format {flags.format}: this is a model of images or tables; use png, npy or csv")
-    model = load(flags.model, flags.settle(), DflowImageModel)
+    device, accelerator = flags.processes()
+    model = load(flags.model, device, DflowImageModel)
     pictures = drawing.is_picture(model.config.shape)
     kind = flags.format or ("png" if pictures else "csv")
     if kind == "png" and not pictures:
         raise InputError(f"--format png: {flags.model} draws no pictures; use csv or npy")
     output = Path(flags.output or f"samples.{kind}")
     drawing.check_output(output)
-    x = drawing.generate_images(model, flags.n, seed=flags.seed, batch_size=flags.batch_size, progress=True)
-    levels = set(model.config.levels)
-    drawing.write_whole(output, drawing.encode_images(x, kind, max(levels) if None not in levels else None))
-    print(output)
+    x = drawing.generate_images(
+        model,
+        flags.n,
+        seed=flags.seed,
+        batch_size=flags.batch_size,
+        progress=True,
+        accelerator=accelerator,
+    )
+    if accelerator is None or accelerator.is_main_process:
+        levels = set(model.config.levels)
+        data = drawing.encode_images(x, kind, max(levels) if None not in levels else None)
+        drawing.write_whole(output, data)
+        print(output)
+    if accelerator is not None:
+        accelerator.end_training()
     return 0
 
 
@@ -925,6 +959,28 @@ def info(flags: Info) -> int:
     return 0
 
 
+def check(flags: Check) -> int:
+    """`dflow check`; exit code 1 where a file is damaged or missing, or the model cannot be loaded."""
+    from dflow import hf
+    from dflow.hf import kind_of
+
+    kind = kind_of(flags.model)
+    found = hf.check(Path(flags.model))
+    print_records(found)
+    wrong = [f"{f.name} {f.status}" for f in found if f.status in ("damaged", "missing")]
+    if all(f.status == "unlisted" for f in found):
+        complain(f"{flags.model}: there is no {hf.MANIFEST}, and no way to tell whether its files are whole")
+    try:
+        hf.load(flags.model, kind=kind)  # type: ignore[type-var]
+    except InputError as error:
+        wrong.append(str(error))
+    if wrong:
+        complain(f"{flags.model}: not whole: " + "; ".join(wrong))
+        return 1
+    print(f"{flags.model}: whole; the model loads")
+    return 0
+
+
 def plot_progressive(flags: PlotProgressive) -> int:
     """`dflow plot progressive`."""
     from dflow import plot
@@ -1045,6 +1101,7 @@ VERBS: tuple[tuple[str, type[Any], Callable[[Any], int], str], ...] = (
     ("compare", Compare, compare, "dflow compare runs/grouped runs/lstm --output comparison"),
     ("compress", Compress, compress, "dflow compress *.png -o pictures.dfl --model runs/images/idf"),
     ("decompress", Decompress, decompress, "dflow decompress pictures.dfl -o back --model runs/images/idf"),
+    ("check", Check, check, "dflow check runs/grouped"),
     ("info", Info, info, "dflow info pictures.dfl"),
     ("plot density", PlotDensity, plot_density, "dflow plot density --model runs/images/checkerboard"),
     ("plot coverage", PlotCoverage, plot_coverage, "dflow plot coverage --model runs/binary/mnist_pbnet_s"),

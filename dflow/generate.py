@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from dflow.config import InputError
 from dflow.data import Tokenizer, files, pictures
@@ -31,11 +34,13 @@ def generate(
     batch_size: int = 100,
     prompt: Tensor | None = None,
     progress: bool = False,
+    accelerator: Accelerator | None = None,
 ) -> Iterator[Tensor]:
     """``n`` exact draws, one tensor int64 ``(length,)`` each, on the CPU; -1 marks absent entries.
 
-    The draws are fixed by the seed and the batch size, on one kind of machine. All batches draw from one
-    source of randomness in turn, so a larger ``n`` begins with the full batches of a smaller one.
+    The draws are fixed by the seed and the batch size, on one kind of machine, whatever the number of
+    processes. Each batch has randomness of its own, by the seed and its number, so a larger ``n`` begins with
+    the full batches of a smaller one.
 
     Args:
         model: the law to draw from; its mode is restored.
@@ -45,18 +50,15 @@ def generate(
         batch_size: drawn at a time.
         prompt: int64 ``(m,)``, the first symbols of each.
         progress: show a bar on stderr.
+        accelerator: spread the batches over its processes; each of them gets all draws.
 
     Raises:
         InputError: an argument outside its range; at once, not at the first draw.
     """
     longest, K = model.config.length, model.config.vocab_size
-    for name, value in (("number of samples", n), ("batch size", batch_size)):
-        if value < 1:
-            raise InputError(f"{name} {value} must be at least 1")
+    _check(n, batch_size, seed)
     if length is not None and not 1 <= length <= longest:
         raise InputError(f"length {length} is not one this model can draw; take one of 1 to {longest}")
-    if not 0 <= seed < 1 << 63:
-        raise InputError(f"seed {seed} must be from 0 to {(1 << 63) - 1}")
     if prompt is not None:
         if not 1 <= len(prompt) < (length or longest):
             raise InputError(
@@ -68,53 +70,78 @@ def generate(
             raise InputError(
                 f"prompt: symbol {low if low < 0 else high} is outside the vocabulary, 0 to {K - 1}"
             )
-    return _draw(model, n, length, seed, batch_size, prompt, progress)
 
+    def draw(count: int, generator: torch.Generator) -> Tensor:
+        return model.generate(count, length=length, generator=generator, prompt=prompt)
 
-def _draw(
-    model: DflowModel,
-    n: int,
-    length: int | None,
-    seed: int,
-    batch_size: int,
-    prompt: Tensor | None,
-    progress: bool,
-) -> Iterator[Tensor]:
-    generator = torch.Generator(model.device).manual_seed(seed)
-    with tqdm(total=n, unit="sample", desc="draw", delay=1, mininterval=1, disable=not progress) as bar:
-        for start in range(0, n, batch_size):
-            count = min(batch_size, n - start)
-            mode = model.training
-            model.train(False)
-            try:
-                with torch.inference_mode():
-                    ids = model.generate(count, length=length, generator=generator, prompt=prompt).cpu()
-            finally:
-                model.train(mode)
-            bar.update(count)
-            yield from ids
+    return _draw(model, draw, n, seed, batch_size, progress, accelerator)
 
 
 def generate_images(
-    model: DflowImageModel, n: int, *, seed: int = 0, batch_size: int = 100, progress: bool = False
+    model: DflowImageModel,
+    n: int,
+    *,
+    seed: int = 0,
+    batch_size: int = 100,
+    progress: bool = False,
+    accelerator: Accelerator | None = None,
 ) -> Tensor:
     """``n`` exact draws ``(n, C, H, W)``, on the CPU; fixed as those of `generate`.
 
     Raises:
         InputError: an argument outside its range.
     """
+    _check(n, batch_size, seed)
+    return torch.stack([*_draw(model, model.generate, n, seed, batch_size, progress, accelerator)])
+
+
+def _check(n: int, batch_size: int, seed: int) -> None:
     for name, value in (("number of samples", n), ("batch size", batch_size)):
         if value < 1:
             raise InputError(f"{name} {value} must be at least 1")
     if not 0 <= seed < 1 << 63:
         raise InputError(f"seed {seed} must be from 0 to {(1 << 63) - 1}")
-    generator = torch.Generator(model.device).manual_seed(seed)
-    parts = []
-    with tqdm(total=n, unit="sample", desc="draw", delay=1, mininterval=1, disable=not progress) as bar:
-        for start in range(0, n, batch_size):
-            parts.append(model.generate(min(batch_size, n - start), generator).cpu())
-            bar.update(len(parts[-1]))
-    return torch.cat(parts)
+
+
+def _draw(
+    model: PreTrainedModel,
+    draw: Callable[[int, torch.Generator], Tensor],
+    n: int,
+    seed: int,
+    batch_size: int,
+    progress: bool,
+    accelerator: Accelerator | None,
+) -> Iterator[Tensor]:
+    """Rows one after another, drawn in rounds: a batch a process."""
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    numbers = range(-(-n // batch_size))
+    generator = torch.Generator(model.device)
+    with tqdm(
+        total=n, unit="sample", desc="draw", delay=1, mininterval=1, disable=not progress or rank > 0
+    ) as bar:
+        for first in numbers[::world]:
+            # Who has none of the last round draws one again, so that all send as much.
+            number = min(first + rank, numbers[-1])
+            count = min(batch_size, n - number * batch_size)
+            generator.manual_seed(_seed(seed, number))
+            mode = model.training
+            model.train(False)
+            try:
+                with torch.inference_mode():
+                    x = draw(count, generator)
+            finally:
+                model.train(mode)
+            if accelerator and world > 1:
+                filled = x.new_zeros(batch_size, *x.shape[1:])
+                filled[:count] = x
+                x = accelerator.gather(filled)[: n - first * batch_size]
+            bar.update(len(x))
+            yield from x.cpu()
+
+
+def _seed(seed: int, number: int) -> int:
+    """That of a batch."""
+    return int.from_bytes(hashlib.sha256(f"{seed},{number}".encode()).digest()[:7], "big")
 
 
 def encode_images(x: Tensor, kind: ImageFormat, levels: int | None) -> bytes:

@@ -14,6 +14,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+from forks import start_forks
 
 torch.set_num_threads(1)
 
@@ -24,6 +25,12 @@ _REAL = os.environ.get("DFLOW_DATA")
 def _same_start(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.delenv("DFLOW_DATA", raising=False)
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Makes processes of `forks.FORKS` quick to start."""
+    start_forks(tmp_path_factory.mktemp("forks"))
 
 
 @pytest.fixture

@@ -129,7 +129,8 @@ def test_training_lowers_the_bound_and_the_folder_holds_the_best_model(
     assert [r["step"] for r in rows] == [10, 20, 30]
     assert rows[-1]["valid_bits"] < rows[0]["valid_bits"]
     assert {p.name for p in out.iterdir()} == {
-        "config.json", "metrics.jsonl", "model.safetensors", "recipe.yaml", "state.safetensors",
+        "config.json", "manifest.json", "metrics.jsonl", "model.safetensors", "recipe.yaml",
+        "state.safetensors",
     }  # fmt: skip
     images, trained = load_images(recipe_of(out).data), load_image(out)
     x = images.valid.rows(slice(None)).repeat(1 + 4096 // images.valid.num_rows, 1)
@@ -404,7 +405,7 @@ def test_saved_models_come_back_the_same(name: str, tmp_path: Path, request: pyt
     expected = answers(model)
     assert expected[2].shape == (4, *model.config.shape)
     hf.save(model, tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "manifest.json", "model.safetensors"}
     for found in (load_image(tmp_path), AutoModel.from_pretrained(tmp_path).eval()):
         assert isinstance(found, hf.DflowImageModel)
         assert same(dict(model.state_dict()), dict(found.state_dict()))
@@ -714,7 +715,7 @@ def test_generate(pictures: Path, table: Path, tmp_path: Path, monkeypatch: pyte
     for kind in ("npy", "csv"):
         assert cli.main([*draw, str(pictures), "--format", kind, "--output", f"out.{kind}"]) == 0
     array = np.load("out.npy")
-    expected = load_image(pictures).generate(5, torch.Generator().manual_seed(3))
+    expected = generate_images(load_image(pictures), 5, seed=3)
     assert array.dtype == np.int64
     assert np.array_equal(array, expected.numpy())
     assert np.array_equal(np.loadtxt("out.csv", delimiter=",", dtype=int), array.reshape(5, 16))
@@ -725,7 +726,7 @@ def test_generate(pictures: Path, table: Path, tmp_path: Path, monkeypatch: pyte
     assert rows.shape == (5, 3)
     assert (rows[:, [0, 2]] == np.floor(rows[:, [0, 2]])).all()
     assert (rows[:, 1] != np.floor(rows[:, 1])).all()
-    assert np.array_equal(rows, load_image(table).generate(5, torch.Generator().manual_seed(3)).flatten(1))
+    assert np.array_equal(rows, generate_images(load_image(table), 5, seed=3).flatten(1))
 
 
 def test_draws_hang_on_seed_and_batch_size(pictures: Path) -> None:

@@ -68,7 +68,14 @@ VARIANTS = [
 ]
 # A level whose parts are modelled one after another, by mixtures.
 GROUPED = {"kept": "quarter", "prior_groups": 3, "prior_components": 2}
-VARIANTS += [GROUPED, GROUPED | PLUS, GROUPED | {"num_flows": 0}, {"prior_groups": 2}, GROUPED | {"groups": 4}, {"groups": 2}]
+VARIANTS += [
+    GROUPED,
+    GROUPED | PLUS,
+    GROUPED | {"num_flows": 0},
+    {"prior_groups": 2},
+    GROUPED | {"groups": 4},
+    {"groups": 2},
+]
 
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
@@ -135,7 +142,15 @@ def test_draws_follow_the_law() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"rezero": True}, {"permute": "inverted"}, {"num_levels": 1}, {"levels": [256]}, GROUPED, {"groups": 3}],
+    [
+        {},
+        {"rezero": True},
+        {"permute": "inverted"},
+        {"num_levels": 1},
+        {"levels": [256]},
+        GROUPED,
+        {"groups": 3},
+    ],
     ids=str,
 )
 def test_it_starts_as_the_marginals_of_the_data(settings: dict[str, Any]) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +21,8 @@ from dflow.config import InputError
 from dflow.core import Distribution
 from dflow.hf.binary import DflowClassifier
 from dflow.hf.images import DflowImageModel
+from dflow.hf.limits import Bounded
+from dflow.hf.manifest import replacing, verify
 from dflow.hf.symbols import DflowModel
 
 M = TypeVar("M", DflowModel, DflowImageModel, DflowClassifier)
@@ -50,26 +50,14 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+#: Bytes of a config. One has a few thousand, and no reader should spend its memory on more.
+_CONFIG = 1 << 20
+
+
 def save(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
     """`save_pretrained` such that every file of the folder is replaced whole or not at all."""
-    with _whole(Path(folder)) as temporary, _quiet():
+    with replacing(Path(folder)) as temporary, _quiet():
         model.save_pretrained(temporary)
-
-
-@contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """A folder to write files to, which are moved to ``folder`` afterwards, each replaced whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
-    try:
-        yield temporary
-        # The config last: a folder without one is no model yet, one with a config is complete.
-        for path in sorted(temporary.iterdir(), key=lambda p: p.name == "config.json"):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            path.replace(folder / path.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def kind_of(folder: str | os.PathLike[str]) -> Kind:
@@ -83,14 +71,16 @@ def kind_of(folder: str | os.PathLike[str]) -> Kind:
         raise InputError(f"{path}: no such folder; --model takes the output folder of `dflow train`")
     file = path / "config.json"
     try:
+        if file.stat().st_size > _CONFIG:
+            raise ValueError(f"{file.stat().st_size:,} bytes, more than {_CONFIG:,}")
         kind = json.loads(file.read_bytes()).get("model_type")
     except FileNotFoundError:
         raise InputError(
             f"{path}: not a model (no config.json); give the output folder of `dflow train`"
         ) from None
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{file}: truncated or not a config ({error}); restore the file") from None
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise InputError(f"{file}: a model of type {kind!r}, not of dflow; give a folder that dflow trained")
     return _KINDS[kind][1]
 
@@ -116,22 +106,25 @@ def load(
         of = {cls: name for name, cls in _KINDS.values()}
         raise InputError(f"{path}: a model of {of[found]}; this takes a model of {of[kind]}")
     file = path / "config.json"
-    if not (path / "model.safetensors").is_file():
+    weights = path / "model.safetensors"
+    if not weights.is_file():
         raise InputError(f"{path}: no model.safetensors; the checkpoint is incomplete, restore or retrain it")
+    verify(path, ["config.json", "model.safetensors"])
     try:
         config = kind.config_class.from_pretrained(path)
         config.settings()
-        with _quiet():
+        # Settings that belong to other weights may ask for any amount of memory.
+        with Bounded(weights.stat().st_size), _quiet():
             pair: Any = kind.from_pretrained(path, config=config, output_loading_info=True)
         model, info = pair
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
     except (SafetensorError, EOFError) as error:
-        raise InputError(
-            f"{path / 'model.safetensors'}: truncated or damaged ({error}); restore the file"
-        ) from None
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: the checkpoint does not fit its config.json ({error})") from None
+        raise InputError(f"{weights}: truncated or damaged ({error}); restore the file") from None
+    except Exception as error:
+        # Whatever a library makes of settings that are none.
+        what = f"{error or type(error).__name__}"
+        raise InputError(f"{path}: the checkpoint does not fit its config.json ({what[:500]})") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(what):
             names = ", ".join(str(k) for k in sorted(info[what], key=str)[:3])
@@ -168,6 +161,7 @@ def coding_tables(folder: str | os.PathLike[str], law: Distribution) -> dict[str
     """
     file = split_calls(folder)[0] / _TABLES
     of = fingerprint(law, {}, "float64").hex()
+    verify(file.parent, [_TABLES])
     if file.exists():
         try:
             with safe_open(file, "pt") as stored:
@@ -179,7 +173,7 @@ def coding_tables(folder: str | os.PathLike[str], law: Distribution) -> dict[str
             ) from None
     tables = {name: tensor.contiguous() for name, tensor in frozen_tables(law).items()}
     try:
-        with _whole(file.parent) as temporary:
+        with replacing(file.parent) as temporary:
             save_file(tables, temporary / file.name, {"law": of})
     except (OSError, SafetensorError) as error:
         raise InputError(

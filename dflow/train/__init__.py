@@ -1,6 +1,6 @@
 """Training: recipes, and one loop for every model."""
 
-from dflow.train.loop import train
+from dflow.train.loop import Preempted, train
 from dflow.train.recipe import (
     METRICS,
     RECIPE,
@@ -19,6 +19,7 @@ __all__ = [
     "RECIPE",
     "STATE",
     "Paper",
+    "Preempted",
     "Recipe",
     "Schedule",
     "TrainConfig",

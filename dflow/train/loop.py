@@ -26,7 +26,6 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
@@ -38,24 +37,36 @@ from dflow.train.recipe import METRICS, RECIPE, STATE, Recipe
 from dflow.train.tasks import Batch, Task, mix, task_of
 
 
+class Preempted(KeyboardInterrupt):
+    """A scheduler asked the training to make room: its state is saved, and it can be resumed."""
+
+
 def train(recipe: Recipe, resume: bool = False) -> Path:
     """Train, evaluate and save; returns the output folder, which is a model folder.
 
-    Ctrl-C and SIGTERM end the step in progress, save the state and raise `KeyboardInterrupt`.
+    Ctrl-C ends the step in progress, saves the state and raises `KeyboardInterrupt`; so do SIGTERM and
+    SIGUSR1, by which schedulers ask for room, with `Preempted`. An evaluation in progress is done again.
+
+    Args:
+        recipe: what to train on what.
+        resume: go on from the last whole state; from the beginning where a run was killed before its first.
 
     Raises:
-        InputError: the output exists (and not ``resume``), nothing to resume, unusable settings or data.
+        InputError: the output exists (and not ``resume``), nothing to resume, unusable settings or data; too
+            many steps in a row without a finite loss.
     """
     output = recipe.output
-    if resume and not (output / STATE).is_file():
-        raise InputError(f"{output}: nothing to resume (no {STATE}); start without --resume")
     if not resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output}: exists already; add --resume to go on, or choose another output")
-    run = _Run(task_of(recipe, resume))
+    states = _states(output)
+    if resume and not states and (output / "config.json").exists():
+        raise InputError(f"{output}: a model, but nothing to resume (no {STATE}); choose another output")
+    run = _Run(task_of(recipe, bool(states)))
     try:
-        if resume:
-            run.restore()
-        run.begin(resume)
+        run.clean(resume)
+        if states:
+            run.restore(states)
+        run.begin(bool(states))
         run.loop()
     finally:
         run.close()
@@ -105,7 +116,10 @@ class _Run:
         self.averaged = copy.deepcopy(self.model) if config.ema else None
         self.step, self.elapsed, self.best = 0, 0.0, math.inf
         self.next_eval = self.next_save = 0.0
+        # Steps left out, one after another up to now; the loss at which an evaluation was broken off.
+        self.skipped, self.pending = 0, math.nan
         self.interrupted: int | None = None
+        self.stop = self.saved = False
         self.wrapped: Any
         if self.learned:
             self.wrapped, self.optimizer = self.accelerator.prepare(objective, self.optimizer)
@@ -132,11 +146,13 @@ class _Run:
     def begin(self, resumed: bool) -> None:
         """Open the output and say what will happen."""
         out = self.recipe.output
-        if self.accelerator.is_main_process:
-            out.mkdir(parents=True, exist_ok=True)
-            if not resumed:
-                files.write(out / RECIPE, yaml.safe_dump(self.recipe.as_dict(), sort_keys=False).encode())
-                self.task.save(out)
+        if self.accelerator.is_main_process and not resumed:
+            with hf.replacing(out) as folder:
+                recipe = yaml.safe_dump(self.recipe.as_dict(), sort_keys=False)
+                (folder / RECIPE).write_text(recipe, encoding="utf-8")
+                self.task.save(folder)
+            # Whenever it is killed from here on, it can be resumed.
+            self.save_state()
         self.accelerator.wait_for_everyone()
         self.accelerator.init_trackers("logs")
         self.say(
@@ -164,10 +180,13 @@ class _Run:
         with self._signals(), bar:
             if self.step == 0:
                 self.next_eval, self.next_save = self._next(config.eval_every), self._next(config.save_every)
-            while self.fraction() < 1:
-                loss, count = self._one_step()
+            if not math.isnan(self.pending):
+                self._evaluate(self.pending, self.fraction() >= 1)
+            while self.fraction() < 1 and not self.stop:
+                loss, count = self._one_step(started)
                 self.step += 1
-                stop = self._agree(time.monotonic() - started)
+                if self.world == 1:
+                    self.stop = bool(self.interrupted)  # at once, where nobody else has to know
                 shown, counted = loss, counted + count
                 now = time.monotonic()
                 if now - since > 1.0 or self.fraction() >= 1:
@@ -180,20 +199,28 @@ class _Run:
                 bar.n = min(total, self.step if in_steps else round(self.elapsed))
                 bar.update(0)
                 done = self.fraction() >= 1
-                if done or self._due(self.next_eval, config.eval_every):
-                    self.evaluate(loss)
-                    self.next_eval = self._next(config.eval_every)
-                    if config.save_every is None:
-                        self.save_state()
+                if done or (self._due(self.next_eval, config.eval_every) and not self.stop):
+                    self._evaluate(loss, done)
                 if config.save_every and (done or self.step >= self.next_save):
-                    self.save_state()
                     self.next_save = self._next(config.save_every)
-                if stop:
                     self.save_state()
-                    raise KeyboardInterrupt(f"stopped at step {self.step}; add --resume to go on")
+            if self.stop and (self.fraction() < 1 or not math.isnan(self.pending)):
+                self.save_state()
+                said = f"stopped at step {self.step}; add --resume to go on"
+                raise KeyboardInterrupt(said) if self.interrupted == signal.SIGINT else Preempted(said)
         self.say(f"done: {self.step:,} steps, best validation {self.best:.4f} {self.task.unit}")
 
-    def _one_step(self) -> tuple[float, float]:
+    def _evaluate(self, loss: float, done: bool) -> None:
+        """Evaluate, and save unless saves have times of their own."""
+        if self.skipped >= self.step:
+            raise InputError(f"up to step {self.step} none had a finite loss; lower train.learning_rate")
+        if not self.evaluate(loss):
+            return
+        self.next_eval = self._next(self.config.eval_every)
+        if self.config.save_every is None or done:
+            self.save_state()
+
+    def _one_step(self, started: float) -> tuple[float, float]:
         """The loss in the task's unit, and the things (characters, dimensions) it was measured on."""
         config, accelerator = self.config, self.accelerator
         self._schedules()
@@ -219,19 +246,21 @@ class _Run:
             nats = nats + loss.detach()
             if latents is not None:
                 counts = latents if counts is None else counts + latents
+        norm = None
         if self.learned:
-            if config.clip:
-                accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip)
+            # Without a limit nothing is clipped, and the norm tells whether the gradient is finite.
+            norm = accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip or math.inf)
+        total_nats, size = self._agree(nats, norm, time.monotonic() - started)
+        count = self.task.count(batch)
+        value = objectives.bits(total_nats, count)
+        # A scaler of fp16 looks after gradients by itself.
+        if not math.isfinite(value) or not (accelerator.scaler or math.isfinite(size)):
+            self._leave_out(value if math.isfinite(size) else size)
+            return value, count
+        self.skipped = 0
+        if self.learned:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        if self.world > 1:
-            nats = accelerator.reduce(nats)
-        count = self.task.count(batch)
-        value = objectives.bits(float(nats), count)
-        if not math.isfinite(value):
-            raise InputError(
-                f"the loss is {value} at step {self.step}; start again with a lower train.learning_rate"
-            )
         if self.base is not None and counts is not None:
             momentum = self.task.momentum(self.step, self.fraction())
             self.base.update(accelerator.reduce(counts) if self.world > 1 else counts, momentum)
@@ -266,21 +295,49 @@ class _Run:
         in_steps = every is not None or self.config.minutes is None
         return (self.step if in_steps else self.elapsed) >= when
 
-    def _agree(self, elapsed: float) -> bool:
-        """Set the time spent and say whether to stop: as the main process sees it, so that all turn alike."""
-        self.elapsed, stop = elapsed, bool(self.interrupted)
-        # Without a budget in minutes nothing hangs on the time, and asking costs a round of messages.
-        if self.world > 1 and (self.config.minutes is not None or self.step % _STEPS_UNASKED == 0):
-            agreed: list[Any] = broadcast_object_list([elapsed, stop])
-            self.elapsed, stop = float(agreed[0]), bool(agreed[1])
-        elif self.world > 1:
-            stop = False
-        return stop
+    def _agree(self, nats: Tensor, norm: Tensor | float | None, elapsed: float) -> tuple[float, float]:
+        """Add up the loss of all processes; set the time spent and whether to stop, alike on all of them.
+
+        The time is that of the main process, and a signal to one stops all.
+        """
+        device = self.accelerator.device
+        mine = [elapsed if self.accelerator.is_main_process else 0.0, float(bool(self.interrupted))]
+        told = torch.tensor([0.0, *mine], dtype=torch.float64 if device.type != "mps" else None)
+        told = told.to(device)
+        told[0] = nats
+        if self.world > 1:
+            told = self.accelerator.reduce(told)
+        total, self.elapsed, stop = told.tolist()
+        self.stop = stop > 0
+        return total, 0.0 if norm is None else float(norm)
+
+    def _leave_out(self, value: float) -> None:
+        """Go on without this step; after too many in a row stop, with the weights of before them."""
+        self.skipped += 1
+        if self.accelerator.scaler:
+            self.accelerator.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        what = f"the loss or its gradient is {value} at step {self.step}"
+        if self.skipped <= self.config.skip:
+            return self.say(f"{what}: left out, {self.skipped} in a row")
+        way = "lower train.learning_rate or train.clip"
+        if self.step < self.skipped:
+            raise InputError(f"{what}, and was from the beginning; {way}")
+        # Resumed, it has as many steps to recover.
+        self.step, self.skipped = self.step + 1, 0
+        self.save_state()
+        raise InputError(
+            f"{what}, and of the {self.config.skip} steps before it: stopped with the last good weights; "
+            f"start again from them with {way}, or add --resume to try the next steps"
+        )
 
     # -- evaluation ------------------------------------------------------------------------------------------
 
-    def evaluate(self, loss: float) -> None:
-        """Score the validation data; keep the model if it is the best so far; show samples."""
+    def evaluate(self, loss: float) -> bool:
+        """Score the validation data; keep the model if it is the best so far; show samples.
+
+        False if it was broken off to stop the training: it is done again when that is resumed.
+        """
         task = self.task
         model = self.averaged if self.averaged is not None else self.model
         model.train(False)
@@ -292,10 +349,20 @@ class _Run:
             model, (self._on_device(self.batch(self.step + i)) for i in range(self.config.refit_batches))
         )
         found = self._bits(model)
-        improved = found < self.best
+        self.pending = loss if self.stop else math.nan
+        if not self.stop:
+            self._keep(model, loss, found)
+        task.unsettle(model, kept)
+        self.accelerator.wait_for_everyone()
+        return not self.stop
+
+    def _keep(self, model: Any, loss: float, found: float) -> None:
+        """The model, if it is the best; what was found, in numbers and samples."""
+        task, improved = self.task, found < self.best
         if self.accelerator.is_main_process:
             if improved:
                 hf.save(model, self.recipe.output)
+                self.saved = True
             record = {
                 "step": self.step,
                 "seconds": round(self.elapsed, 1),
@@ -312,8 +379,6 @@ class _Run:
                     self.say(line)
         self.best = min(self.best, found)
         self.accelerator.log({"loss_bits": loss, "valid_bits": found}, step=self.step)
-        task.unsettle(model, kept)
-        self.accelerator.wait_for_everyone()
 
     @torch.no_grad()
     def _bits(self, model: Any) -> float:
@@ -322,10 +387,11 @@ class _Run:
         batches, count = self.task.valid(device, self.rank, self.world)
         nats = torch.zeros((), dtype=torch.float64, device=device)
         for batch in batches:
+            # Who has to make room within seconds cannot finish: one process that stops is told at the end.
+            if self.interrupted:
+                break
             nats += self.task.nats(model, batch)
-        if self.world > 1:
-            nats = self.accelerator.reduce(nats)
-        return objectives.bits(float(nats), count)
+        return objectives.bits(self._agree(nats, None, self.elapsed)[0], count)
 
     def _on_device(self, batch: Batch) -> Batch:
         x, lengths = batch
@@ -349,28 +415,52 @@ class _Run:
             "best": self.best,
             "next_eval": self.next_eval,
             "next_save": self.next_save,
+            "skipped": self.skipped,
+            "pending": self.pending,
             "recipe": _fingerprint(self.recipe),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         }
-        # Tied weights share memory, which the format refuses: each name gets its own copy.
-        data = safetensors.torch.save(
-            {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()},
-            {"dflow": json.dumps(about)},
-        )
-        files.write(self.recipe.output / STATE, data)
+        out = self.recipe.output
+        self.saved |= self.step > 0
+        name = f"state-{self.step:09d}.safetensors"
+        with hf.replacing(out) as folder:
+            # Tied weights share memory, which the format refuses: each name gets its own copy.
+            safetensors.torch.save_file(
+                {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()},
+                folder / STATE,
+                {"dflow": json.dumps(about)},
+            )
+            if self.config.keep > 1:
+                shutil.copyfile(folder / STATE, folder / name)
+        hf.remove(out, [p.name for p in _states(out) if p.name != STATE][max(0, self.config.keep - 1) :])
 
-    def restore(self) -> None:
-        """Go back to the last saved state."""
-        path = self.recipe.output / STATE
+    def restore(self, states: list[Path]) -> None:
+        """Go back to the last saved state, or the last one before it that is whole."""
+        self.saved = True
+        for path in states:
+            try:
+                return self._restore(path)
+            except _Damaged as error:
+                self.say(str(error))
+        raise InputError(
+            f"{states[0]}: truncated or foreign; the model folder itself may be whole, but this run cannot "
+            "be resumed"
+        )
+
+    def _restore(self, path: Path) -> None:
         try:
+            hf.verify(path.parent, [path.name])
             with safetensors.safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {})["dflow"])
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a dict
-            if about["recipe"] != _fingerprint(self.recipe):
-                raise InputError(
-                    f"{self.recipe.output}: was trained with other settings of data, model or train; resume "
-                    f"with its own {RECIPE} (only the budget, evaluation and output may differ)"
-                )
+        except (InputError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise _Damaged(str(error) if isinstance(error, InputError) else f"{path}: {error}") from None
+        if about.get("recipe") != _fingerprint(self.recipe):
+            raise InputError(
+                f"{self.recipe.output}: was trained with other settings of data, model or train; resume "
+                f"with its own {RECIPE} (only the budget, evaluation and output may differ)"
+            )
+        try:
             self.model.load_state_dict(_part(tensors, "model."))
             if self.averaged is not None:
                 self.averaged.load_state_dict(_part(tensors, "averaged."))
@@ -385,16 +475,20 @@ class _Run:
                 float(about["best"]),
             )
             self.next_eval, self.next_save = float(about["next_eval"]), float(about["next_save"])
-        except (SafetensorError, KeyError, RuntimeError, TypeError, json.JSONDecodeError) as error:
-            raise InputError(
-                f"{path}: truncated or foreign ({error}); the model folder itself may be whole, but this run "
-                "cannot be resumed"
-            ) from None
+            self.skipped, self.pending = int(about["skipped"]), float(about["pending"])
+            if self.accelerator.scaler and about["scaler"]:
+                self.accelerator.scaler.load_state_dict(about["scaler"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise _Damaged(f"{path}: not a state of this run ({error})") from None
         metrics = self.recipe.output / METRICS
         if self.accelerator.is_main_process and metrics.is_file():
-            lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = "".join(line for line in lines if json.loads(line)["step"] <= self.step)
-            files.write(metrics, kept.encode())
+            files.write(metrics, "".join(_until(metrics, self.step)).encode())
+
+    def clean(self, resume: bool) -> None:
+        """Remove what a killed process left behind; a beginning without a state is begun again."""
+        if resume and self.accelerator.is_main_process and self.recipe.output.is_dir():
+            hf.clean(self.recipe.output)
+        self.accelerator.wait_for_everyone()
 
     # -- the rest --------------------------------------------------------------------------------------------
 
@@ -412,7 +506,7 @@ class _Run:
             self.say("stopping after this step; once more stops at once, without saving")
 
         try:
-            old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+            old = {s: signal.signal(s, note) for s in _SIGNALS}
         except ValueError:  # only the main thread may; elsewhere the defaults stand
             old = {}
         try:
@@ -430,13 +524,30 @@ class _Run:
         gc.collect()
         self.accelerator.end_training()
         out = self.recipe.output
-        saved = (out / STATE).is_file() or (out / "config.json").is_file()
-        if self.accelerator.is_main_process and out.is_dir() and not saved:
+        if self.accelerator.is_main_process and out.is_dir() and not self.saved:
             shutil.rmtree(out, ignore_errors=True)
 
 
-#: Steps between two agreements of several processes that have no budget in minutes.
-_STEPS_UNASKED = 16
+#: By which people and schedulers ask a training to stop; not every system has the last.
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
+class _Damaged(Exception):
+    """A file of a training state that cannot be used."""
+
+
+def _states(output: Path) -> list[Path]:
+    """Training states in a folder, the last first."""
+    older = sorted(output.glob("state-*.safetensors"), reverse=True)
+    return [path for path in (output / STATE, *older) if path.is_file()]
+
+
+def _until(metrics: Path, step: int) -> Iterator[str]:
+    """Lines up to a step; one that a machine broke off in the middle is none."""
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= step:
+                yield line + "\n"
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -447,7 +558,7 @@ def _fingerprint(recipe: Recipe) -> str:
     """What has to be the same for a run to go on: everything but the budget, evaluation and output."""
     values = recipe.as_dict()
     free = {"steps", "minutes", "accumulation", "samples", "trackers"}
-    free |= {"eval_every", "eval_minutes", "eval_chunks", "eval_draws", "save_every"}
+    free |= {"eval_every", "eval_minutes", "eval_chunks", "eval_draws", "save_every", "keep", "skip"}
     values["train"] = {k: v for k, v in values["train"].items() if k not in free}
     values["data"] = {k: v for k, v in values["data"].items() if k != "folder"}
     kept = {k: values[k] for k in ("data", "model", "train")}

@@ -101,6 +101,10 @@ class TrainConfig:
     )
     eval_draws: int = setting(16, "draws of the dequantizer at an evaluation, after rules iwbo and renyi")
     save_every: int | None = setting(None, "steps between saves of the training state (default: evaluations)")
+    keep: int = setting(1, "training states kept: the last, and so many less one before it")
+    skip: int = setting(
+        10, "steps in a row left out for a loss or gradient that is not finite, before the training stops"
+    )
     samples: int = setting(
         2, "samples shown at each evaluation; 0 for none (of pictures a grid of 36 or more)"
     )
@@ -115,10 +119,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise InputError(f"{name} must be positive, found {value}")
-        for name in ("batch_size", "accumulation", "refit_batches", "draws", "eval_draws"):
+        for name in ("batch_size", "accumulation", "refit_batches", "draws", "eval_draws", "keep"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, found {getattr(self, name)}")
-        for name in ("warmup", "weight_decay", "clip", "eval_chunks", "samples"):
+        for name in ("warmup", "weight_decay", "clip", "eval_chunks", "samples", "skip"):
             if (getattr(self, name) or 0) < 0:
                 raise InputError(f"{name} must not be negative, found {getattr(self, name)}")
         for name in ("ema", "base_momentum"):
@@ -177,6 +181,20 @@ class _File:
     paper: dict[str, Any] | list[Any] | None = None
 
 
+#: Bytes of a recipe.
+_LONGEST = 1 << 20
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values without aliases: a few lines of these are a tree of any size."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias (*name), which recipes do not have: write the value out")
+        found: yaml.Node | None = super().compose_node(parent, index)
+        return found
+
+
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe strictly; ``overrides`` are ``key=value`` with dotted keys and YAML values.
 
@@ -184,10 +202,14 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         InputError: no such file, no YAML, an unknown key or a value of the wrong type.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if Path(path).stat().st_size > _LONGEST:
+            raise InputError(f"{path}: larger than {_LONGEST:,} bytes; name a recipe, a YAML file")
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise InputError(f"{path}: no such recipe; recipes/ holds some to start from") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path}: not a recipe ({str(error).splitlines()[0]})") from None
     if not isinstance(values, Mapping):
         raise InputError(f"{path}: a recipe is a mapping with the sections data, model, train and output")
@@ -203,8 +225,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
             if not isinstance(node, dict):
                 raise InputError(f"--set {override}: {parent} is not a section")
         try:
-            node[last] = yaml.safe_load(text)
-        except yaml.YAMLError:
+            node[last] = yaml.load(text, _Loader)
+        except (yaml.YAMLError, RecursionError, ValueError):
             raise InputError(f"--set {override}: {text!r} is not a YAML value") from None
     return recipe_from(tree, str(path))
 
@@ -214,9 +236,9 @@ def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
     sections = parse(_File, values, where)
     model = dict(sections.model)
     family = model.pop("family", None)
-    if family is None:
+    if not isinstance(family, str):
         known = [*zoo.FAMILIES, *zoo.IMAGES, *zoo.CLASSIFIERS]
-        raise InputError(f"{where}: key 'model.family' is missing; {nearest('', known)}")
+        raise InputError(f"{where}: key 'model.family' is missing or no name; {nearest('', known)}")
     train = parse(TrainConfig, sections.train, f"{where}: train")
     values_of = (
         sections.paper if isinstance(sections.paper, list) else [sections.paper] * bool(sections.paper)

@@ -150,12 +150,12 @@ def _level(
         return Flow(Chain(layers), _last(config, shape, grid))
     kept = max(1, channels // 4) if config.kept == "quarter" else channels - channels // 2
     inner = (kept, *shape[1:])
-    cuts = [kept + (channels - kept) * i // config.prior_groups for i in range(config.prior_groups + 1)]
     if channels - kept < config.prior_groups:
         raise InputError(
             f"{channels - kept} channels are factored out of a level, fewer than {config.prior_groups} "
             "prior_groups"
         )
+    cuts = [kept + (channels - kept) * i // config.prior_groups for i in range(config.prior_groups + 1)]
     # The kept channels are the context of all groups; the last group is given those before it as well.
     prior: Distribution = _prior(config, inner, kept, cuts[1], grid, places)
     for known, out in pairwise(cuts[1:]):
@@ -191,11 +191,12 @@ def _last(config: IntegerConfig, shape: Shape, grid: _Grid) -> Distribution:
 
 def _spread(height: int, width: int) -> Tensor:
     """Places of a grid, each far from those before it: in the order of a Bayer matrix."""
-    rank, row, column = 0, torch.arange(height)[:, None], torch.arange(width)
+    row, column = torch.arange(height)[:, None], torch.arange(width)
+    rank = torch.zeros(height, width, dtype=torch.int64)
     for bit in range(max(height, width).bit_length()):
         i, j = row >> bit & 1, column >> bit & 1
         rank = rank * 4 + 2 * (i ^ j) + j
-    return torch.as_tensor(rank).flatten().argsort(stable=True)
+    return rank.flatten().argsort(stable=True)
 
 
 def _prior(

@@ -15,6 +15,9 @@ Shape = tuple[int, int, int]
 #: What a builder says of settings without data.
 MISSING = "shape and levels are missing; they are those of the data that the model is trained on"
 
+#: Entries of a datum.
+_MOST = 1 << 24
+
 
 @dataclass
 class ValuesConfig:
@@ -40,6 +43,11 @@ class ValuesConfig:
     def __post_init__(self) -> None:
         if self.shape and (len(self.shape) != 3 or min(self.shape) < 1):
             raise InputError(f"shape must be channels, height and width, found {self.shape}")
+        if self.dim > _MOST:
+            raise InputError(
+                f"shape {self.shape} is of {self.dim:,} entries, more than the {_MOST:,} that a model is "
+                "built for: cut the data (data.tiles, data.crop)"
+            )
         if self.shape and len(self.levels) not in (0, 1, prod(self.shape)):
             raise InputError(f"levels must be one number, or {prod(self.shape)}, found {len(self.levels)}")
         if self.shape and len(self.lowest) not in (0, len(self.levels)):

@@ -1,0 +1,99 @@
+"""Limits on what a file may make the program allocate, checked before it does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+#: Bytes that the building of a model may come to, whatever its weights: temporaries are counted too.
+_FREE = 1 << 28
+
+#: And so many times the bytes of its weights.
+_TIMES = 16
+
+#: What an operation counts at least, so that endless small ones end as well.
+_LEAST = 1 << 13
+
+
+class TooLarge(ValueError):
+    """More was to be allocated than the limit."""
+
+
+class Bounded(TorchDispatchMode):
+    """Within it, tensors that are made may come to so many bytes together; what goes beyond is not made.
+
+    Args:
+        num_bytes: of the weights that the file holds, by which the limit is set.
+
+    Raises:
+        TooLarge: at the operation that goes beyond.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        """See the class."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.limit, self.spent = _FREE + _TIMES * num_bytes, 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Count, then run."""
+        kwargs = kwargs or {}
+        # Eight bytes an entry: an integer's. A view makes nothing, and nor does what writes into its input.
+        alias = any(argument.alias_info is not None for argument in func._schema.returns)
+        self._spend(0 if alias else 8 * _entries(func, args))
+        return func(*args, **kwargs)
+
+    def _spend(self, num_bytes: int) -> None:
+        self.spent += max(num_bytes, _LEAST)
+        if self.spent > self.limit:
+            raise TooLarge(
+                f"its settings ask for more than {self.limit >> 20:,} MiB, {_TIMES} times its weights"
+            )
+
+
+def _entries(func: Any, args: tuple[Any, ...]) -> int:
+    """Entries of what an operation of ATen makes, at most."""
+    name = func._schema.name.removeprefix("aten::")
+    tensors = list(_tensors(args))
+    most = sum(t.numel() for t in tensors)
+    if name in _OF_A_SIZE:
+        size = next((a for a in args if isinstance(a, (list, tuple))), args[:1])
+        return int(math.prod(size))
+    if name == "arange":
+        numbers = [float(a) for a in args if isinstance(a, (int, float))]
+        start, end, step = (0.0, *numbers, 1.0)[-3:] if len(numbers) == 1 else (*numbers, 1.0)[:3]
+        return math.ceil(abs((end - start) / step)) if step else 0
+    if name == "eye":
+        rows, columns = (*args, args[0])[:2]
+        return int(rows) * int(columns)
+    if name == "repeat":
+        return tensors[0].numel() * int(math.prod(args[1]))
+    if name in ("mm", "bmm", "addmm", "baddbmm"):
+        a, b = tensors[-2:]
+        return int(a.numel() // max(1, a.shape[-1]) * b.shape[-1])
+    if torch.Tag.pointwise in func.tags and tensors:
+        return math.prod(torch.broadcast_shapes(*(t.shape for t in tensors)))
+    return most
+
+
+#: Operations that make a tensor of the size that they are given.
+_OF_A_SIZE = frozenset(
+    (
+        *("empty", "zeros", "ones", "full", "rand", "randn", "randint", "randperm"),
+        *("new_empty", "new_zeros", "new_ones", "new_full"),
+    )
+)
+
+
+def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)

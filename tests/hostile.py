@@ -1,0 +1,142 @@
+"""Files changed at random, and what reads them: run in a process that may take so much memory and no more."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import resource
+import struct
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dflow import hf
+from dflow.config import InputError
+from dflow.data import Tokenizer
+from dflow.train import load_recipe
+
+#: Memory on top of what a process has that only imported, and seconds that reading a file may take.
+MEMORY, SECONDS = 1 << 30, 10.0
+
+VALUES: list[Any] = [
+    None, True, 0, -1, 1, 3, 2**31, 2**62, 10**30, -(2**63), 0.5, -0.0, 1e308, float("inf"), float("nan"), "",
+    "x", "grouped", "a" * 5000, [], [1], [1] * 3000, [[[]]], {}, {"a": 1}, {"start": 1, "end": 0}, "1e9",
+    "../x",
+]  # fmt: skip
+
+
+def tree_changed(values: Any, draw: random.Random) -> Any:
+    """A tree with one to three leaves or keys replaced, removed or added."""
+    root = {"root": copy.deepcopy(values)}
+    for _ in range(draw.randint(1, 3)):
+        places: list[tuple[Any, Any]] = []
+        stack: list[Any] = [root]
+        while stack:
+            node = stack.pop()
+            keys = list(node) if isinstance(node, dict) else range(len(node))
+            places += [(node, key) for key in keys]
+            stack += [node[key] for key in keys if isinstance(node[key], (dict, list))]
+        node, key = draw.choice(places)
+        what = draw.random()
+        if what < 0.7:
+            node[key] = copy.deepcopy(draw.choice(VALUES))
+        elif what < 0.85 and node is not root:
+            del node[key]
+        elif isinstance(node[key], dict):
+            node[key][draw.choice(["extra", "__class__", "auto_map", "torch_dtype", "family"])] = draw.choice(
+                VALUES
+            )
+    return root["root"]
+
+
+def bytes_changed(data: bytes, draw: random.Random, near: int | None = None) -> bytes:
+    """Bytes flipped, cut, put in or repeated, among the first ``near``."""
+    changed = bytearray(data)
+    for _ in range(draw.randint(1, 4)):
+        place = draw.randrange(max(1, min(near or len(changed), len(changed))))
+        what = draw.randrange(5)
+        if what == 0 and changed:
+            changed[min(place, len(changed) - 1)] ^= 1 << draw.randrange(8)
+        elif what == 1:
+            del changed[place:]
+        elif what == 2:
+            del changed[place : place + draw.randrange(1, 40)]
+        elif what == 3:
+            changed[place:place] = draw.randbytes(draw.randrange(1, 40))
+        else:
+            changed[place:place] = changed[place : place + draw.randrange(1, 200)] * draw.choice(
+                [1, 1, 1, 500]
+            )
+    return bytes(changed)
+
+
+def json_changed(data: bytes, draw: random.Random) -> bytes:
+    if draw.random() < 0.4:
+        return bytes_changed(data, draw)
+    return json.dumps(tree_changed(json.loads(data), draw)).encode()
+
+
+def yaml_changed(data: bytes, draw: random.Random) -> bytes:
+    if draw.random() < 0.4:
+        return bytes_changed(data, draw)
+    return yaml.safe_dump(tree_changed(yaml.safe_load(data), draw)).encode()
+
+
+def tensors_changed(data: bytes, draw: random.Random) -> bytes:
+    """A file of safetensors: its header as a tree, or bytes of it, or of all."""
+    (length,) = struct.unpack("<Q", data[:8])
+    what = draw.random()
+    if what < 0.5:
+        header = json.dumps(tree_changed(json.loads(data[8 : 8 + length]), draw)).encode()
+        return struct.pack("<Q", len(header)) + header + data[8 + length :]
+    return bytes_changed(data, draw, 8 + length if what < 0.8 else None)
+
+
+def read_model(folder: Path) -> None:
+    hf.load(folder, kind=hf.kind_of(folder))  # type: ignore[type-var]
+
+
+def read_checked(folder: Path) -> None:
+    hf.check(folder)
+
+
+KINDS: dict[str, tuple[str, Callable[[bytes, random.Random], bytes], Callable[[Path], object]]] = {
+    "config": ("config.json", json_changed, read_model),
+    "weights": ("model.safetensors", tensors_changed, read_model),
+    "manifest": ("manifest.json", json_changed, read_checked),
+    "vocabulary": ("vocabulary.json", json_changed, Tokenizer.load),
+    "recipe": ("recipe.yaml", yaml_changed, lambda folder: load_recipe(folder / "recipe.yaml")),
+}
+
+
+def work(folder: Path, kind: str, n: int, seed: int, report: Path) -> None:
+    """Change a file ``n`` times and read it; what came of it goes to ``report``, a JSON file."""
+    name, change, read = KINDS[kind]
+    draw, whole = random.Random(seed), (folder / name).read_bytes()
+    if name != "manifest.json":
+        # With one, whatever is changed is refused for that.
+        (folder / "manifest.json").unlink(missing_ok=True)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+    found: dict[str, Any] = {"read": 0, "refused": 0, "slow": [], "wrong": [], "bare": []}
+    for _ in range(n):
+        data = change(whole, draw)
+        (folder / name).write_bytes(data)
+        start = time.monotonic()
+        try:
+            read(folder)
+            found["read"] += 1
+        except InputError as error:
+            found["refused"] += 1
+            if name not in str(error) and str(folder) not in str(error):
+                found["bare"].append(str(error)[:300])
+        except BaseException:
+            found["wrong"].append([traceback.format_exc()[-1500:], repr(data[:400])])
+        if time.monotonic() - start > SECONDS:
+            found["slow"].append([time.monotonic() - start, repr(data[:400])])
+    report.write_text(json.dumps(found))

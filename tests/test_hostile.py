@@ -1,0 +1,103 @@
+"""Files changed at random: each is read, or refused by an error that names it; quickly, in bounded memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import hostile
+import pytest
+import yaml
+from folders import SMALL, write_model, write_pictures, write_text
+from forks import FORKS
+
+from dflow import hf
+from dflow.config import InputError
+from dflow.train import load_recipe, train
+
+INTEGER = {
+    "family": "integer", "num_levels": 2, "num_flows": 1, "prior_groups": 3, "kept": "quarter", "groups": 2,
+    "hidden_size": 8, "num_hidden_layers": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    text = write_text(folder)
+    found = {name: write_model(folder / name, name, text) for name in ("grouped", "bipartite", "lstm")}
+    pictures = write_pictures(folder / "pictures")
+    for name, model in {"integer": INTEGER, "dequantized": SMALL}.items():
+        values = {
+            "data": {"name": str(pictures)},
+            "model": model,
+            "train": {"steps": 1, "batch_size": 8, "trackers": [], "samples": 0},
+            "output": str(folder / name),
+        }
+        path = folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        found[name] = train(load_recipe(path))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "n"),
+    [
+        ("grouped", "config", 200),
+        ("bipartite", "config", 100),
+        ("lstm", "config", 100),
+        ("integer", "config", 150),
+        ("dequantized", "config", 150),
+        ("lstm", "weights", 200),
+        ("grouped", "weights", 100),
+        ("dequantized", "weights", 100),
+        ("grouped", "recipe", 200),
+        ("integer", "recipe", 200),
+        ("grouped", "vocabulary", 100),
+        ("integer", "manifest", 100),
+    ],
+)
+def test_changed_files_are_read_or_refused(
+    name: str, kind: str, n: int, folders: dict[str, Path], forks: None, tmp_path: Path
+) -> None:
+    """1,700 of them; `test_compress.py` and its like have 700 files of the project's own formats."""
+    report, folder = tmp_path / "report.json", tmp_path / "model"
+    shutil.copytree(folders[name], folder)
+    process = FORKS.Process(target=hostile.work, args=(folder, kind, n, len(name), report))
+    process.start()
+    process.join(300)
+    if process.exitcode is None:
+        process.kill()
+    assert process.exitcode == 0
+    found = json.loads(report.read_text())
+    assert not found["wrong"], "\n\n".join("\n".join(w) for w in found["wrong"][:3])
+    assert not found["slow"]
+    assert not found["bare"]
+    assert found["read"] + found["refused"] == n
+    assert found["refused"] > n // 4
+
+
+def test_a_byte_of_the_weights_that_was_flipped_is_found(folders: dict[str, Path]) -> None:
+    """The format has no checksum of its own: the manifest has."""
+    folder = folders["lstm"]
+    text = write_text(folder.parent)
+    whole = write_model(folder.parent / "whole", "lstm", text)
+    path = whole / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"model.safetensors: damaged or changed since it was saved"):
+        hf.load(whole)
+    (whole / "manifest.json").unlink()
+    hf.load(whole)
+
+
+def test_aliases_are_refused(tmp_path: Path) -> None:
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    for old, new in zip("abcdefgh", "bcdefghi", strict=True):
+        lines.append(f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]")
+    path = tmp_path / "bomb.yaml"
+    path.write_text("\n".join(lines))
+    with pytest.raises(InputError, match=r"bomb.yaml: not a recipe .*alias"):
+        load_recipe(path)
