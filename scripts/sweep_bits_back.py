@@ -42,7 +42,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model = ready(hf.load(flags.model, kind=hf.DflowImageModel).dequantized)
     data = load_images(ImageConfig(flags.data)).split(flags.split).subset(flags.limit)
-    x = data.values.reshape(len(data), -1).long()
+    x = data.values.flatten(1).long()
     dim, uniform = x.shape[1], isinstance(model.dequantizer, Uniform)
     batches = x.split(flags.batch)
     stack = hashlib.shake_256(b"sweep").digest(len(batches[0]) * dim * 16)
