@@ -292,7 +292,7 @@ class Compress:
     allow_larger: bool = flag("of a dequantized flow: also where the result is larger than the values", False)
     grid: int | None = flag("of a dequantized flow: latents on multiples of 2^-GRID (default: 18)", None)
     sigma: int | None = flag("of a dequantized flow: local deviations of 2^-SIGMA (default: 14)", None)
-    noise: int | None = flag("of a dequantized flow: bits of noise a dimension (default: 8)", None)
+    noise: int | None = flag("of a dequantized flow: bits of noise a dimension (default: 12)", None)
     batch_size: int = flag("tiles, or chunks of a text, that the networks see at a time", 64)
     threads: int | None = flag("threads of torch on the CPU (default: as many as torch takes)", None)
 

@@ -52,7 +52,7 @@ class Settings:
 
     grid: int = 18
     sigma: int = 14
-    noise: int = 8
+    noise: int = 12
 
     def __post_init__(self) -> None:
         """See the class."""
