@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
+    from dflow.compress import ImageCoder
     from dflow.data import Corpus, DataConfig, ImageConfig, Tokenizer
     from dflow.evaluate import Evaluation, ExactEvaluation, ImageEvaluation, LawEvaluation
     from dflow.hf import DflowModel
@@ -257,10 +258,13 @@ class PlotCoverage(Source, Machine):
 
 @dataclass(kw_only=True)
 class Compress:
-    """Compress pictures by an integer flow, or any files by a model of text, without loss.
+    """Compress pictures by a flow, integer or dequantized, or any files by a model of text, without loss.
 
     Every value of a picture or an array (.npy of uint8 or uint16) comes back; ICC profiles, EXIF data and the
     bytes of the original file do not. A picture comes back as PNG. By a model of text every byte comes back.
+
+    By a dequantized flow (local bits-back) the first pictures need auxiliary bits: those of a file that comes
+    back with the pictures, or else random ones, which make a file of few pictures larger than they are.
     """
 
     files: list[str] = field(
@@ -281,6 +285,14 @@ class Compress:
         "tiles of a segment, which is coded by itself (default: those of 2^19 values)", None
     )
     no_verify: bool = flag("do not decode and compare before writing", False)
+    auxiliary: str | None = flag(
+        "of a dequantized flow: file whose bits to lend; it is stored too and comes back (default: random)",
+        None,
+    )
+    allow_larger: bool = flag("of a dequantized flow: also where the result is larger than the values", False)
+    grid: int | None = flag("of a dequantized flow: latents on multiples of 2^-GRID (default: 18)", None)
+    sigma: int | None = flag("of a dequantized flow: local deviations of 2^-SIGMA (default: 14)", None)
+    noise: int | None = flag("of a dequantized flow: bits of noise a dimension (default: 12)", None)
     batch_size: int = flag("tiles, or chunks of a text, that the networks see at a time", 64)
     threads: int | None = flag("threads of torch on the CPU (default: as many as torch takes)", None)
 
@@ -766,7 +778,7 @@ def compare(flags: Compare) -> int:
 
 def compress(flags: Compress) -> int:
     """`dflow compress`."""
-    from dflow.compress import LIMIT, ImageCoder, compress_images
+    from dflow.compress import LIMIT, BitsBackCoder, ImageCoder, compress_images
     from dflow.generate import check_output, write_whole
     from dflow.hf import DflowImageModel, kind_of
 
@@ -783,7 +795,7 @@ def compress(flags: Compress) -> int:
         check_output(target)
     if is_text:
         return compress_files(flags, jobs)
-    coder = ImageCoder.load(flags.model, flags.mode, flags.batch_size)
+    coder = tuned(ImageCoder.load(flags.model, flags.mode, flags.batch_size), flags)
     reports = []
     for target, group in jobs:
         data, report = compress_images(
@@ -797,11 +809,18 @@ def compress(flags: Compress) -> int:
             print(f"{target}: to decompress it takes --limit {report.declared}")
     total, values = sum(r.bytes for r in reports), sum(r.values for r in reports)
     encode, network = sum(r.encode.total for r in reports), sum(r.encode.network for r in reports)
+    given, random = sum(r.given for r in reports), sum(r.random for r in reports)
+    net = total - given - random
     print_table(
         [
             ("files", f"{len(files):,} in {len(jobs):,}"),
             ("bytes", f"{total:,}, of these {sum(r.header for r in reports):,} of headers"),
             ("bits a dimension", f"{8 * total / values:.4f} of {values:,}"),
+            *[
+                ("auxiliary", f"{random:,} random bytes, {given:,} that come back"),
+                ("net", f"{net:,} bytes, {8 * net / values:.4f} bits a dimension"),
+            ]
+            * isinstance(coder, BitsBackCoder),
             (
                 "segments",
                 f"{sum(r.segments for r in reports):,}, {sum(r.raw for r in reports):,} of them raw",
@@ -813,6 +832,38 @@ def compress(flags: Compress) -> int:
     return 0
 
 
+def tuned(coder: ImageCoder, flags: Compress) -> ImageCoder:
+    """``coder`` as the flags of bits-back ask for it."""
+    from dflow.compress import BitsBackCoder
+    from dflow.compress.pixels import check_name
+
+    asked = {name: getattr(flags, name) for name in ("grid", "sigma", "noise")}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if not isinstance(coder, BitsBackCoder):
+        check_no_bits_back(flags, "an integer flow")
+        return coder
+    try:
+        settings = dataclasses.replace(coder.settings, **asked)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    lend = None
+    if flags.auxiliary is not None:
+        path = Path(flags.auxiliary)
+        if wrong := check_name(path.name):
+            raise InputError(f"{str(path)!r}: its name {wrong}; rename the file")
+        lend = (path.name, path.read_bytes())
+        if flags.separate:
+            raise InputError("--auxiliary lends to one file; leave out --separate")
+    return dataclasses.replace(coder, settings=settings, lend=lend, larger=flags.allow_larger)
+
+
+def check_no_bits_back(flags: Compress, what: str) -> None:
+    """`InputError` for a flag of dequantized flows."""
+    for name in ("auxiliary", "allow_larger", "grid", "sigma", "noise"):
+        if getattr(flags, name) not in (None, False):
+            raise InputError(f"--{name.replace('_', '-')} is for dequantized flows; {flags.model} is {what}")
+
+
 def compress_files(flags: Compress, jobs: list[tuple[Path, list[Path]]]) -> int:
     """`dflow compress` by a model of text."""
     from dflow.compress import TextCoder, compress_text
@@ -821,6 +872,7 @@ def compress_files(flags: Compress, jobs: list[tuple[Path, list[Path]]]) -> int:
     if flags.mode != "float64" or flags.tiles is not None:
         what = "--tiles" if flags.tiles is not None else f"--mode {flags.mode}"
         raise InputError(f"{what} is for models of images; {flags.model} is one of text")
+    check_no_bits_back(flags, "one of text")
     coder, reports = TextCoder.load(flags.model), []
     for target, group in jobs:
         if len({file.name for file in group}) < len(group):
@@ -873,6 +925,7 @@ def decompress(flags: Decompress) -> int:
                 write_whole(folder / file, content)
                 print(folder / file)
             continue
+        lent: dict[str, bytes] = {}
         pictures = decompress_images(
             data,
             flags.model,
@@ -881,9 +934,13 @@ def decompress(flags: Decompress) -> int:
             limit=flags.limit,
             batch=flags.batch_size,
             progress=True,
+            lent=lent,
         )
-        for picture in pictures:
-            check_output(folder / picture.form.file)
+        for file in (*(picture.form.file for picture in pictures), *lent):
+            check_output(folder / file)
+        for file, content in lent.items():
+            write_whole(folder / file, content)
+            print(folder / file)
         for picture in pictures:
             # Once more: a folder may take two names for one.
             check_output(folder / picture.form.file)

@@ -13,9 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dflow.coding.tables import LIMIT, PRECISION, WINDOW, LogisticTables, Tables, integer_counts
-
-_HALF = WINDOW // 2
+from dflow.coding.tables import LIMIT, PRECISION, LogisticTables, Tables, integer_counts
 
 #: Mixtures are coded in digits of this many bits.
 _DIGIT = 2
@@ -171,10 +169,56 @@ class Golomb:
         return (((1 << q) - 1) << self.orders) + Bits(q + self.orders).pop(stack)
 
 
-class Logistic:
-    """Integers under discretized logistic laws, by the tables that come nearest: see `LogisticTables`.
+class Binned:
+    """Integers in cells of tables: `LogisticTables`, `NormalTables`.
 
     First the cells, sorted by table, then how far those beyond the window lie, then the low bits.
+
+    Args:
+        tables: whose first and last symbols are the tails.
+        index: the table of each number, int64 ``(n,)``.
+        base: x lies in cell ``(x - base) >> shift`` of it, 0 being the first above the middle.
+        shift: see ``base``.
+        orders: of the Golomb codes of the tails, in cells.
+        narrow: no more than ``2^orders`` cells are beyond the window on either side; others come out wrong.
+    """
+
+    def __init__(
+        self,
+        tables: Tables,
+        index: Tensor,
+        base: Tensor,
+        shift: Tensor,
+        orders: Tensor,
+        narrow: bool = False,
+    ) -> None:
+        self.base, self.shift, self.orders = base, shift, orders
+        self.window, self._tail = tables.K - 2, Bits if narrow else Golomb
+        self._cells, self._low = Shared(tables, index), Bits(shift)
+
+    def intervals(self, x: Tensor) -> Intervals:
+        """See `Code`; ValueError for a magnitude beyond 2^40."""
+        check_numbers(x, len(self.base))
+        offset = x - self.base
+        cell = (offset >> self.shift) + self.window // 2
+        beyond, tails = _tails(cell, self.window)
+        return join(
+            [
+                self._cells.intervals(cell.clamp(-1, self.window) + 1),
+                self._tail(self.orders[beyond]).intervals(tails),
+                self._low.intervals(offset),
+            ]
+        )
+
+    def pop(self, stack: Stack) -> Tensor:
+        """See `Code`."""
+        cell = _pop_tails(self._cells.pop(stack) - 1, self.window, self.orders, stack, self._tail)
+        cell -= self.window // 2
+        return (cell << self.shift) + self._low.pop(stack) + self.base
+
+
+class Logistic(Binned):
+    """Integers under discretized logistic laws, by the tables that come nearest: see `LogisticTables`.
 
     Args:
         tables: usually `dflow.coding.tables.logistic_tables`.
@@ -183,27 +227,7 @@ class Logistic:
     """
 
     def __init__(self, tables: LogisticTables, loc: Tensor, log_scale: Tensor) -> None:
-        index, self.base, self.shift, self.orders = tables.locate(loc, log_scale)
-        self._cells, self._low = Shared(tables, index), Bits(self.shift)
-
-    def intervals(self, x: Tensor) -> Intervals:
-        """See `Code`; ValueError for a magnitude beyond 2^40."""
-        check_numbers(x, len(self.base))
-        offset = x - self.base
-        cell = (offset >> self.shift) + _HALF
-        beyond, tails = _tails(cell, WINDOW)
-        return join(
-            [
-                self._cells.intervals(cell.clamp(-1, WINDOW) + 1),
-                Golomb(self.orders[beyond]).intervals(tails),
-                self._low.intervals(offset),
-            ]
-        )
-
-    def pop(self, stack: Stack) -> Tensor:
-        """See `Code`."""
-        cell = _pop_tails(self._cells.pop(stack) - 1, WINDOW, self.orders, stack) - _HALF
-        return (cell << self.shift) + self._low.pop(stack) + self.base
+        super().__init__(tables, *tables.locate(loc, log_scale))
 
 
 class Mixture:
@@ -344,10 +368,12 @@ def _tails(offset: Tensor, end: int) -> tuple[Tensor, Tensor]:
     return beyond, torch.where(offset < 0, -1 - offset, offset - end)[beyond]
 
 
-def _pop_tails(offset: Tensor, end: int, orders: Tensor, stack: Stack) -> Tensor:
+def _pop_tails(
+    offset: Tensor, end: int, orders: Tensor, stack: Stack, tail: type[Bits] | type[Golomb] = Golomb
+) -> Tensor:
     """The offsets, those at -1 and at ``end`` moved out to where they are."""
     beyond = ((offset < 0) | (offset >= end)).nonzero().flatten()
-    tails = Golomb(orders[beyond]).pop(stack)
+    tails = tail(orders[beyond]).pop(stack)
     return offset.index_add(0, beyond, torch.where(offset[beyond] < 0, -tails, tails))
 
 

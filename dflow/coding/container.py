@@ -29,8 +29,8 @@ MAGIC = b"dfl"
 VERSION = 1
 
 #: What files hold.
-IMAGES, TEXT = 1, 2
-KINDS = {IMAGES: "images", TEXT: "text"}
+IMAGES, TEXT, BITS_BACK = 1, 2, 3
+KINDS = {IMAGES: "images", TEXT: "text", BITS_BACK: "images, by bits back"}
 
 #: Bytes of a model's fingerprint that are stored.
 FINGERPRINT = 8
@@ -68,7 +68,7 @@ class Container:
     """A file.
 
     Attributes:
-        kind: `IMAGES`, `TEXT`.
+        kind: `IMAGES`, `TEXT`, `BITS_BACK`.
         mode: number of the numeric mode.
         fingerprint: 8 bytes, those that the model's begins with.
         meta: bytes that belong to the kind.

@@ -113,7 +113,7 @@ def prepare(law: Distribution, mode: str, tables: Mapping[str, Tensor] | None = 
     return found.eval().requires_grad_(False)
 
 
-def fingerprint(law: Distribution, tables: Mapping[str, Tensor], mode: str, extra: bytes = b"") -> bytes:
+def fingerprint(law: nn.Module, tables: Mapping[str, Tensor], mode: str, extra: bytes = b"") -> bytes:
     """SHA-256 of all that decodes depends on: 32 bytes.
 
     Names, dtypes, shapes and values of the tensors of the law as stored and of its tables, the tables of

@@ -41,10 +41,11 @@ T = TypeVar("T", bytes, Array)
 
 @dataclass
 class Clock:
-    """Seconds of a model's network and of its coder since the last look."""
+    """Seconds of a model's network and of its coder since the last look, and bytes that it was lent."""
 
     network: float = 0.0
     coder: float = 0.0
+    auxiliary: int = 0
 
     def add(self, timed: clocks.Clock) -> None:
         """What compressing or decompressing took."""
@@ -109,6 +110,7 @@ class Row:
         rounds: that were timed.
         seconds: of a model: network and coder, encoding and decoding, in a round.
         size: of a model: bytes of its weights.
+        auxiliary: of a model by bits back: bytes of all files that are random bits it was lent.
         break_even: of a model: raw bytes of such material from which on weights and file are smaller than
             what the best classical codec makes of it; None where they never are.
         error: why there are no figures.
@@ -126,6 +128,7 @@ class Row:
     rounds: int = 0
     seconds: dict[str, float] | None = None
     size: int | None = None
+    auxiliary: int | None = None
     break_even: int | None = None
     error: str | None = None
 
@@ -188,6 +191,7 @@ class _Runner:
     decode: list[float] = field(default_factory=list)
     split: list[tuple[float, ...]] = field(default_factory=list)
     size: int = 0
+    auxiliary: int = 0
 
     def round(self, first: int | None = None) -> None:
         """Every file made and opened, or the ``first`` ones to warm up.
@@ -196,7 +200,7 @@ class _Runner:
             Unavailable: the codec is not here, or fails.
         """
         jobs = self.jobs[:first]
-        before = self._seconds()
+        before, lent = self._seconds(), self.clock.auxiliary if self.clock else 0
         begin = time.perf_counter()
         files = [make() for make, _ in jobs]
         middle = self._seconds()
@@ -208,6 +212,7 @@ class _Runner:
             raise Unavailable(f"ROUND TRIP FAILED on file {intact.index(False) + 1} of {len(jobs)}")
         if first is None:
             self.size = sum(map(len, files))
+            self.auxiliary = self.clock.auxiliary - lent if self.clock else 0
             self.encode.append(encode)
             self.decode.append(decode)
             after = self._seconds()
@@ -403,6 +408,7 @@ def _finish(runner: _Runner, material: Material[T]) -> Row:
         decode=material.raw / decode / 1e6,
         rounds=len(runner.encode),
         seconds=split,
+        auxiliary=runner.auxiliary or None,
     )
 
 
@@ -443,6 +449,12 @@ def markdown(comparison: CodecComparison) -> str:
     for row in (row for row in c.rows if row.seconds is not None):
         shares = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in (row.seconds or {}).items())
         pays = "never" if row.break_even is None else f"from {row.break_even:,} raw bytes on"
+        if row.auxiliary and row.bytes and row.bits:
+            net = row.bits * (row.bytes - row.auxiliary) / row.bytes
+            shares += (
+                f"; net {net:.4f}, auxiliary {row.bits - net:.4f}, gross {row.bits:.4f} bits a {c.unit} "
+                "(auxiliary bits are random here, and could be those of other data)"
+            )
         notes.append(
             f"{row.name} ({row.how}): {shares}; weights {row.size:,} bytes, with which it is "
             f"smaller than the best classical codec {pays}."

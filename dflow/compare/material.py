@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from dflow import hf
 from dflow.compare.codecs import Clock, Material, ModelCodec, pictures, texts
 from dflow.compare.peers import Array
-from dflow.compress import ImageCoder, TextCoder, compress_images, compress_text, png
+from dflow.compress import BitsBackCoder, ImageCoder, TextCoder, compress_images, compress_text, png
 from dflow.compress import clock as clocks
 from dflow.compress.images import decompress_images
 from dflow.compress.pixels import read
@@ -84,17 +85,21 @@ def holds_images(name: str) -> bool:
 
 
 def image_model(folder: str, mode: str) -> ModelCodec[Array]:
-    """An integer flow as a codec of pictures.
+    """An integer flow, or a dequantized one by local bits-back, as a codec of pictures.
 
     Raises:
         InputError: as of `ImageCoder.load`.
     """
     coder, clock = ImageCoder.load(folder, mode), Clock()
+    if isinstance(coder, BitsBackCoder):
+        # A file for each item shows what it takes.
+        coder = replace(coder, larger=True)
 
     def encode(items: Sequence[Array]) -> bytes:
         with tempfile.TemporaryDirectory() as place:
             data, report = compress_images(_files(items, Path(place)), coder, verify=False)
         clock.add(report.encode)
+        clock.auxiliary += report.auxiliary
         return data
 
     def decode(data: bytes) -> list[Array]:

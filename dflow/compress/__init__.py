@@ -1,8 +1,8 @@
 """Files as ``.dfl`` files and back, without loss, by a model's likelihood."""
 
+from dflow.compress.coders import BitsBackCoder, ImageCoder
 from dflow.compress.images import (
     LIMIT,
-    ImageCoder,
     Report,
     Stage,
     compress_images,
@@ -15,6 +15,7 @@ from dflow.compress.text import TextCoder, TextReport, compress_text, decompress
 
 __all__ = [
     "LIMIT",
+    "BitsBackCoder",
     "Form",
     "ImageCoder",
     "Picture",

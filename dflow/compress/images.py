@@ -1,4 +1,4 @@
-"""Pictures and arrays as ``.dfl`` files, under integer flows of images.
+"""Pictures and arrays as ``.dfl`` files, under integer flows of images and dequantized ones.
 
 A picture of any size is cut into tiles of the model's, those at its edges filled up by reflection; a grey one
 shows a model of three channels the same in each, one in colours shows a model of one channel each plane by
@@ -16,7 +16,7 @@ import platform
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import ceil, inf, log, log10, prod
+from math import ceil, inf, log10, prod
 from pathlib import Path
 from typing import Any
 
@@ -26,97 +26,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from dflow import hf
-from dflow.coding import container, levels
+from dflow.coding import container
 from dflow.coding.container import Container, Damaged, Reader, Segment, crc32, varint
-from dflow.coding.numeric import MODES, fingerprint, in_pieces, prepare
+from dflow.coding.numeric import MODES
 from dflow.compress import pixels
 from dflow.compress.clock import Clock, clock
+from dflow.compress.coders import BATCH, BitsBackCoder, Head, ImageCoder
 from dflow.compress.pixels import Form, Picture
 from dflow.compress.tiles import Grid, depth_of, grid, meant, shown
 from dflow.config import InputError
-from dflow.core import Distribution
-from dflow.hf import DflowImageModel
 
 Array = NDArray[Any]
 
 #: Values that a file may declare, unless the caller allows more: 2^28 of 16 bits are half a gigabyte.
 LIMIT = 1 << 28
-#: Values of a segment by default (or 64 tiles), and at most: some 200 bytes of memory each.
-_SEGMENT, _TILES, _LARGEST = 1 << 19, 64, 1 << 22
-#: Tiles that the networks see at a time.
-BATCH = 64
 #: Bytes of the list of files.
 _META = 1 << 22
-
-
-@dataclass(frozen=True, eq=False)
-class ImageCoder:
-    """A model of images, ready to code.
-
-    Attributes:
-        law: prepared in ``mode``.
-        shape: ``(C, H, W)`` of a tile.
-        bits: of a value, which are all from 0 to ``2^bits - 1``.
-        mode: one of `MODES`.
-        fingerprint: 8 bytes.
-        where: what to call the model.
-        batch: tiles that the networks see at a time.
-    """
-
-    law: Distribution
-    shape: tuple[int, int, int]
-    bits: int
-    mode: str
-    fingerprint: bytes
-    where: str = "the model"
-    batch: int = BATCH
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str], mode: str = "float64", batch: int = BATCH) -> ImageCoder:
-        """The model in ``folder``.
-
-        Raises:
-            InputError: no model, or not one of pictures with an exact likelihood; a mode that it cannot take.
-        """
-        if mode not in MODES:
-            raise InputError(f"mode {mode!r} is none of {', '.join(MODES)}")
-        if batch < 1:
-            raise InputError(f"batch size {batch} must be at least 1")
-        model = hf.load(folder, "cpu", DflowImageModel)
-        if not model.exact:
-            raise InputError(
-                f"{folder}: a model with bounds of its likelihood; only an integer flow compresses"
-            )
-        ranges = set(model.config.settings().ranges)
-        low, high = next(iter(ranges)) or (0, 0)
-        if len(ranges) > 1 or low or high + 1 not in [1 << b for b in range(1, 17)]:
-            raise InputError(
-                f"{folder}: a model of a table, or of values other than 0..2^b - 1; it compresses no pictures"
-            )
-        tables = hf.coding_tables(folder, model.distribution)
-        try:
-            law = in_pieces(prepare(model.distribution, mode, tables), batch)
-        except ValueError as error:
-            raise InputError(f"{folder}: {error}") from None
-        found = fingerprint(model.distribution, tables, mode)[: container.FINGERPRINT]
-        C, H, W = model.config.shape
-        return cls(law, (C, H, W), high.bit_length(), mode, found, str(folder), batch)
-
-    @property
-    def dim(self) -> int:
-        """Values of a tile."""
-        return prod(self.shape)
-
-    @property
-    def most(self) -> int:
-        """Tiles of a segment, at most."""
-        return max(1, _LARGEST // self.dim)
-
-    @functools.cached_property
-    def num_levels(self) -> int:
-        """Levels of the law."""
-        return levels.num_levels(self.law)
 
 
 @dataclass(frozen=True)
@@ -136,6 +61,8 @@ class Report:
         encode: seconds; of the networks and of the coder.
         decode: the same, of verifying.
         notes: what is not kept, by file.
+        given: auxiliary bytes of a file that was lent, which comes back.
+        random: auxiliary bytes that were made up.
     """
 
     files: int
@@ -150,11 +77,23 @@ class Report:
     encode: Clock
     decode: Clock | None
     notes: tuple[tuple[str, str], ...]
+    given: int = 0
+    random: int = 0
 
     @property
     def bits_per_value(self) -> float:
         """Bits of the file a value."""
         return 8 * self.bytes / self.values
+
+    @property
+    def auxiliary(self) -> int:
+        """Bytes that were lent, whatever they were."""
+        return self.given + self.random
+
+    @property
+    def net(self) -> int:
+        """Bytes without these."""
+        return self.bytes - self.auxiliary
 
 
 def compress_images(
@@ -193,6 +132,8 @@ def compress_images(
         if (back := picture.form.file) in names:
             raise InputError(f"{names[back]} and {file} would both come back as {back}; rename one")
         names[back] = file
+        if isinstance(coder, BitsBackCoder) and coder.lend and coder.lend[0] == back:
+            raise InputError(f"{file} and the auxiliary file would both come back as {back}; rename one")
         try:
             grid(picture.form, coder.shape)
         except ValueError as error:
@@ -204,6 +145,7 @@ def compress_images(
         raise error if isinstance(error, InputError) else InputError(f"{coder.where}: {error}") from None
     decode = _verify(data, coder, files, pictures, progress) if verify else None
     found = container.read(data)
+    lent = _heads(found)
     return data, Report(
         files=len(pictures),
         values=sum(_amount(picture.form) for picture in pictures),
@@ -217,6 +159,8 @@ def compress_images(
         encode=encode,
         decode=decode,
         notes=tuple((str(file), note) for file, p in zip(files, pictures, strict=True) for note in p.notes),
+        given=sum(head.given for head in lent),
+        random=sum(4 * head.random for head in lent),
     )
 
 
@@ -247,6 +191,7 @@ def decompress_images(
     limit: int = LIMIT,
     batch: int = BATCH,
     progress: bool = False,
+    lent: dict[str, bytes] | None = None,
 ) -> list[Picture]:
     """The pictures in a ``.dfl``, or coarse ones like them.
 
@@ -258,6 +203,7 @@ def decompress_images(
         limit: values that the file may declare.
         batch: tiles that the networks see at a time.
         progress: show a bar on stderr.
+        lent: takes the files that were lent, by their names.
 
     Raises:
         InputError: a file that is damaged, none, or of another model; more values than ``limit``.
@@ -268,7 +214,10 @@ def decompress_images(
         _plan(found)
         if not isinstance(coder, ImageCoder):
             coder = ImageCoder.load(coder, MODES[found.mode], batch)
-        return _decode(found, coder, levels, limit, progress)[0]
+        pictures = _decode(found, coder, levels, limit, progress)[0]
+        if lent is not None and isinstance(coder, BitsBackCoder):
+            lent.update(coder.back)
+        return pictures
     except Damaged as error:
         raise InputError(f"{name}: {error}{_hint(data) if levels is None else ''}") from None
 
@@ -308,6 +257,18 @@ def describe_images(data: bytes, name: str = "the file") -> list[tuple[str, str]
     for i, size in enumerate(found.level_bytes):
         there = "" if i < found.present else ", not there"
         rows.append((f"level {i + 1}", f"{size:,} bytes, {8 * size / values:.4f} bits a dimension{there}"))
+    try:
+        heads = _heads(found)
+    except ValueError as error:
+        raise InputError(f"{name}: {error}") from None
+    if found.kind == container.BITS_BACK:
+        given, random = sum(head.given for head in heads), sum(4 * head.random for head in heads)
+        net = 8 * (total - given - random) / values
+        names = "".join(f", {head.name}" for head in heads if head.given)
+        rows += [
+            ("auxiliary", f"{random:,} random bytes, {given:,} that come back{names}"),
+            ("net", f"{total - given - random:,} bytes, {net:.4f} bits a dimension"),
+        ]
     rows.append(("in all", f"{8 * total / values:.4f} bits a dimension of {values:,}"))
     for form in plan.forms[:_SHOWN]:
         dims = " x ".join(map(str, form.dims))
@@ -317,6 +278,14 @@ def describe_images(data: bytes, name: str = "the file") -> list[tuple[str, str]
     if len(plan.forms) > _SHOWN:
         rows.append(("...", f"and {len(plan.forms) - _SHOWN:,} more"))
     return rows
+
+
+def _heads(found: Container) -> list[Head]:
+    """Of the chains of a file coded by bits back, as far as they are there."""
+    if found.kind != container.BITS_BACK:
+        return []
+    chains = (segment.levels[0] for segment in found.segments if segment.levels and not segment.raw)
+    return [Head.read(chain)[0] for chain in chains]
 
 
 #: Files that are listed.
@@ -425,7 +394,7 @@ def _meta(plan: Plan, single: bool) -> bytes:
 
 def _plan(found: Container) -> Plan:
     """The meta of a file; `Damaged` if it is none of images."""
-    if found.kind != container.IMAGES:
+    if found.kind not in (container.IMAGES, container.BITS_BACK):
         raise Damaged(
             f"holds {container.KINDS.get(found.kind, 'what this version does not know')}, no images"
         )
@@ -479,14 +448,14 @@ def _amount(form: Form) -> int:
 def _encode(
     coder: ImageCoder, pictures: Sequence[Picture], tiles: int | None, analytic: bool, progress: bool
 ) -> tuple[bytes, Clock, float | None]:
+    grids = [grid(picture.form, coder.shape) for picture in pictures]
+    total = sum(g.size for g in grids)
     if tiles is None:
-        tiles = min(coder.most, max(_TILES, _SEGMENT // coder.dim))
+        tiles = coder.tiles(total)
     if not 1 <= tiles <= coder.most:
         raise InputError(
             f"{tiles} tiles of a segment are not in 1..{coder.most}; more would take too much memory"
         )
-    grids = [grid(picture.form, coder.shape) for picture in pictures]
-    total = sum(g.size for g in grids)
     cuts = functools.lru_cache(2)(
         lambda i: grids[i].cut(shown(pictures[i].values, depth_of(pictures[i].form, coder.bits), coder.bits))
     )
@@ -495,20 +464,20 @@ def _encode(
         x = np.concatenate([cuts(i)[start:stop] for i, start, stop in spans])
         return x, torch.from_numpy(x.astype(np.int64))
 
-    segments = []
+    segments: list[Segment] = []
     with clock(coder.law) as timed, _bar(total, "encode", progress) as bar:
         for spans in _spans(grids, tiles):
             x, rows = tiles_of(spans)
             content = x[np.concatenate([grids[i].real(start, stop) for i, start, stop in spans])]
-            coded, raw = levels.push(coder.law, rows), False
-            if sum(map(len, coded)) >= len(packed := _pack(content, coder.bits)):
+            coded, raw = coder.push(rows, not segments), False
+            if not coder.pays(coded, packed := _pack(content, coder.bits), content.size):
                 coded, raw = [packed], True
             segments.append(Segment(crc32(_bytes(content)), raw, tuple(coded)))
             bar.update(len(x))
     bits = None
     if analytic:
         pairs = zip(_spans(grids, tiles), segments, strict=True)
-        bits = sum(_bits(coder, tiles_of(spans)[1]) for spans, segment in pairs if not segment.raw)
+        bits = sum(coder.ideal(tiles_of(spans)[1]) for spans, segment in pairs if not segment.raw)
     extra = b"".join(_extra(picture, coder.bits) for picture in pictures)
     if extra:
         last = zlib.compress(extra, 9)
@@ -520,15 +489,9 @@ def _encode(
         tuple(picture.form for picture in pictures),
     )
     file = Container(
-        container.IMAGES, MODES.index(coder.mode), coder.fingerprint, _meta(plan, single), tuple(segments)
+        coder.kind, MODES.index(coder.mode), coder.fingerprint, _meta(plan, single), tuple(segments)
     )
     return container.write(file), timed, bits
-
-
-@torch.no_grad()
-def _bits(coder: ImageCoder, rows: Tensor) -> float:
-    """``-log2 p`` of tiles."""
-    return -sum(float(coder.law.log_prob(part).double().sum()) for part in rows.split(coder.batch)) / log(2)
 
 
 def _spans(grids: Sequence[Grid], tiles: int) -> Iterator[list[tuple[int, int, int]]]:
@@ -602,6 +565,13 @@ def _decode(
     found: Container, coder: ImageCoder, wanted: int | None, limit: int, progress: bool
 ) -> tuple[list[Picture], Clock]:
     plan = _plan(found)
+    if isinstance(coder, BitsBackCoder):
+        coder.back.clear()
+    if found.kind != coder.kind:
+        raise Damaged(
+            f"holds {container.KINDS[found.kind]}, and {coder.where} is a model for "
+            f"{container.KINDS[coder.kind]}: give the model that it was made by"
+        )
     if MODES[found.mode] != coder.mode or found.fingerprint != coder.fingerprint:
         raise Damaged(
             f"was made by the model {found.fingerprint.hex()} in mode {MODES[found.mode]}; {coder.where} is "
@@ -669,7 +639,7 @@ def _segment(
         if len(segment.lengths) != coder.num_levels:
             raise Damaged(f"segment {number} has {len(segment.lengths)} levels, its model {coder.num_levels}")
         try:
-            found = levels.pop(coder.law, len(real), segment.levels[:wanted])
+            found = coder.pop(len(real), segment.levels[:wanted])
         except (ValueError, OverflowError) as error:
             raise Damaged(f"segment {number} does not decode ({error})") from None
         top = (1 << coder.bits) - 1

@@ -1,0 +1,416 @@
+r"""Local bits-back coding: a continuous flow with a dequantizer as a lossless code of integers.
+
+    code = BitsBack(ready(model), dim)
+    stream = push(code, x, given)            # x int64 (n, dim), given any bytes
+    x, given = pop(code, n, stream.data, len(given))
+
+An encoder pops the noise of the dequantizer, carries data and noise through the flow (`dflow.coding.local`)
+and pushes the latents; a decoder gets the data back, and the bits that were popped. In all a datum costs the
+variational bound for the noise that was popped.
+
+Lending takes a stack that holds something: the first image needs *auxiliary* bits. These are data that are
+given, which come back with the images, or pseudo-random ones, which are lost. A chain of images needs them
+once.
+
+Source: Ho, Lohn and Abbeel 2019, arXiv 1905.08500 (local bits-back); Frey and Hinton 1996 (bits back);
+Townsend et al. 2019, arXiv 1901.04866 (with asymmetric numeral systems).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import singledispatch
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dflow.coding.coder import Coder
+from dflow.coding.codes import Bits, Intervals, Stack, join
+from dflow.coding.local import Frame, Independent, Settings, density, layers
+from dflow.coding.normals import Normal, Place, logit_normal, logits
+from dflow.coding.tables import Tables
+from dflow.dequantize import Dequantized, Dequantizer, FlowDequantizer, Hypercube, NormalDequantizer, Uniform
+
+# -- dequantizers ------------------------------------------------------------------------------------------
+
+
+class Noise(Protocol):
+    """A dequantizer on symbols: ``x 2^noise`` and a place in the cell."""
+
+    def pop(self, x: Tensor, stack: Stack) -> Tensor:
+        """Places in the cells of ``x``, int64 ``(n, dim)``, as the encoder needs them."""
+        ...
+
+    def push(self, place: Tensor, x: Tensor, stack: Stack) -> None:
+        """Give the bits back."""
+        ...
+
+
+@singledispatch
+def noise(dequantizer: Dequantizer, dim: int, settings: Settings) -> Noise:
+    """What codes a dequantizer of ``dim`` entries. Register others here.
+
+    Raises:
+        ValueError: a dequantizer without a code.
+    """
+    raise ValueError(f"no code for the dequantizer {type(dequantizer).__name__} by local bits-back")
+
+
+@noise.register
+def _(dequantizer: Uniform, dim: int, settings: Settings) -> Noise:
+    return _Even(settings)
+
+
+class _Even:
+    def __init__(self, settings: Settings) -> None:
+        self.bits = settings.noise
+
+    def pop(self, x: Tensor, stack: Stack) -> Tensor:
+        return self._code(x).pop(stack).view(x.shape)
+
+    def push(self, place: Tensor, x: Tensor, stack: Stack) -> None:
+        stack.push(*self._code(x).intervals(place.flatten()))
+
+    def _code(self, x: Tensor) -> Bits:
+        return Bits(torch.full((x.numel(),), self.bits, dtype=torch.int64))
+
+
+@noise.register
+def _(dequantizer: NormalDequantizer, dim: int, settings: Settings) -> Noise:
+    return _Full(dequantizer, settings) if dequantizer.full else _LogitNormal(dequantizer, settings)
+
+
+class _LogitNormal:
+    """Exact: the places have the mass that the law has on them."""
+
+    def __init__(self, dequantizer: NormalDequantizer, settings: Settings) -> None:
+        self.dequantizer, self.bits = dequantizer, settings.noise
+
+    def pop(self, x: Tensor, stack: Stack) -> Tensor:
+        loc, log_scale = self.dequantizer.context(x)[..., :2].unbind(-1)
+        return logit_normal(loc.flatten(), log_scale.exp().flatten(), self.bits).pop(stack).view(x.shape)
+
+    def push(self, place: Tensor, x: Tensor, stack: Stack) -> None:
+        loc, log_scale = self.dequantizer.context(x)[..., :2].unbind(-1)
+        code = logit_normal(loc.flatten(), log_scale.exp().flatten(), self.bits)
+        stack.push(*code.intervals(place.flatten()))
+
+
+class _Full(_LogitNormal):
+    """Entry by entry, each given the noise of those before it."""
+
+    def pop(self, x: Tensor, stack: Stack) -> Tensor:
+        found = torch.zeros_like(x)
+        self._walk(x, lambda i, loc, scale: self._pop(found, i, loc, scale, stack))
+        return found
+
+    def _pop(self, found: Tensor, i: int, loc: Tensor, scale: Tensor, stack: Stack) -> Tensor:
+        found[:, i] = logit_normal(loc, scale, self.bits).pop(stack)
+        return found[:, i]
+
+    def push(self, place: Tensor, x: Tensor, stack: Stack) -> None:
+        parts: list[Intervals] = []
+
+        def told(i: int, loc: Tensor, scale: Tensor) -> Tensor:
+            parts.append(logit_normal(loc, scale, self.bits).intervals(place[:, i]))
+            return place[:, i]
+
+        self._walk(x, told)
+        stack.push(*join(parts))
+
+    def _walk(self, x: Tensor, place_of: Callable[[int, Tensor, Tensor], Tensor]) -> None:
+        params = self.dequantizer.context(x)
+        eps = torch.zeros(x.shape, dtype=torch.float64)
+        for i in range(x.shape[1]):
+            loc = params[:, i, 0] + (params[:, i, 2 : 2 + i] * eps[:, :i]).sum(1)
+            scale = params[:, i, 1].exp()
+            z = middles(place_of(i, loc, scale), self.bits)
+            eps[:, i] = (z - loc) / scale
+
+
+@noise.register
+def _(dequantizer: FlowDequantizer, dim: int, settings: Settings) -> Noise:
+    return _FlowNoise(dequantizer, dim, settings)
+
+
+class _FlowNoise:
+    """Normal noise is popped and carried by the flow; a place is popped about where it comes to lie.
+
+    The law of the place is logit-normal about z, no narrower than half a place, so that none is outside of
+    the cell; then z is pushed, normal about the middle of the place.
+    """
+
+    def __init__(self, dequantizer: FlowDequantizer, dim: int, settings: Settings) -> None:
+        self.dequantizer, self.settings = dequantizer, settings
+        start = Frame.plain(dim, settings.step)
+        one = torch.ones(1, dim, dtype=torch.float64)
+        self.base = Independent(lambda context: (0 * one, one), start, narrow=True)
+        self.layers, self.frame = layers(dequantizer.bijector, start, settings)
+
+    def pop(self, x: Tensor, stack: Stack) -> Tensor:
+        context = self.dequantizer.context(x)
+        symbols = self.base.pop(len(x), stack, None)
+        for layer in self.layers:
+            symbols = layer.there(symbols, stack, context)
+        place = self._places(symbols).pop(stack).view(x.shape)
+        stack.push(*self._latents(place).intervals(symbols.flatten()))
+        return place
+
+    def push(self, place: Tensor, x: Tensor, stack: Stack) -> None:
+        context = self.dequantizer.context(x)
+        symbols = self._latents(place).pop(stack).view(x.shape)
+        stack.push(*self._places(symbols).intervals(place.flatten()))
+        for layer in reversed(self.layers):
+            symbols = layer.back(symbols, stack, context)
+        self.base.push(symbols, stack, None)
+
+    def _places(self, symbols: Tensor) -> Place:
+        z = self.frame.values(symbols).flatten()
+        return logit_normal(z, self._scales(z)[0], self.settings.noise)
+
+    def _latents(self, place: Tensor) -> Normal:
+        z = middles(place, self.settings.noise).flatten()
+        return Normal(self._units(z, place), self._scales(z)[1] / self._steps(place))
+
+    def _units(self, z: Tensor, place: Tensor) -> Tensor:
+        return self.frame.units(z.view(place.shape)).flatten()
+
+    def _steps(self, place: Tensor) -> Tensor:
+        return self.frame.step.expand(place.shape).flatten()
+
+    def _scales(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the law of z that a place is popped under, and of what is left of z when it is known."""
+        u = z.sigmoid()
+        # Of a place in z, held where the cell ends.
+        width = 0.5**self.settings.noise / (u * (1 - u)).clamp(min=0.5 ** (self.settings.noise + 1))
+        scale = (width / 2).clamp(min=0.5**self.settings.sigma)
+        # Even within the place, and the law itself.
+        return scale, (scale.square() + width.square() / 12).sqrt()
+
+
+def middles(place: Tensor, bits: int) -> Tensor:
+    """``logit((place + 1/2) / 2^bits)``, float64."""
+    return logits(bits + 1)[2 * place + 1]
+
+
+# -- models ------------------------------------------------------------------------------------------------
+
+
+def ready(model: Dequantized) -> Dequantized:
+    """A copy of a model to code with: in float64, in evaluation mode, without gradients, on the CPU."""
+    return copy.deepcopy(model).cpu().double().eval().requires_grad_(False)
+
+
+class BitsBack:
+    """A dequantized flow, ready to code batches of rows.
+
+    Args:
+        model: what `ready` gave.
+        dim: entries of a row.
+        settings: see `Settings`.
+
+    Raises:
+        ValueError: a part that has no local code; cells that are not those of integers; a model that is not
+            ready.
+    """
+
+    def __init__(self, model: Dequantized, dim: int, settings: Settings | None = None) -> None:
+        """See the class."""
+        self.settings = settings or Settings()
+        if not isinstance(model.partition, Hypercube):
+            raise ValueError(
+                f"cells of {type(model.partition).__name__}; local bits-back codes integers in unit cells "
+                "(partition hypercube)"
+            )
+        tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+        if model.training or any(t.dtype != torch.float64 or t.is_cuda for t in tensors):
+            raise ValueError("only what ready() gives is coded: in float64, in evaluation mode, on the CPU")
+        self.model = model
+        self.dim = dim
+        self.noise = noise(self.model.dequantizer, dim, self.settings)
+        step = 0.5**self.settings.noise
+        self.frame = Frame.plain(dim, step)._replace(offset=torch.full((dim,), step / 2, dtype=torch.float64))
+        self.density = density(self.model.density, self.frame, self.settings)
+
+    @torch.no_grad()
+    def dequantize(self, x: Tensor, stack: Stack) -> Tensor:
+        """Symbols of v, int64 ``(n, dim)``, by noise from the stack; ``frame.values`` of them is v."""
+        if x.dtype != torch.int64 or x.ndim != 2 or x.shape[1] != self.dim:
+            raise ValueError(f"expected int64 (n, {self.dim}), found {x.dtype} {tuple(x.shape)}")
+        return (x << self.settings.noise) + self.noise.pop(x, stack)
+
+    @torch.no_grad()
+    def push(self, x: Tensor, stack: Stack) -> None:
+        """Push ``x``, int64 ``(n, dim)``; the stack has to hold `lent` bits a row."""
+        self.density.push(self.dequantize(x, stack), stack, None)
+
+    @torch.no_grad()
+    def pop(self, n: int, stack: Stack) -> Tensor:
+        """The ``x`` pushed last, int64 ``(n, dim)``."""
+        symbols = self.density.pop(n, stack, None)
+        x, place = symbols >> self.settings.noise, symbols & ((1 << self.settings.noise) - 1)
+        self.noise.push(place, x, stack)
+        return x
+
+    @property
+    def lent(self) -> int:
+        """Bits a row that the stack may have to lend, at most but for chances of 1e-7."""
+        return self.dim * (self.settings.noise + 2 * self.settings.grid + 24)
+
+
+#: What a stack begins with, so that it is never empty: its first words have to be such.
+_HEAD = bytes(range(1, 9))
+
+#: Rows that are coded together: one for this many that are coded already, so that they can pay for it.
+_EARNED = 16
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A chain of rows.
+
+    Attributes:
+        data: the stack.
+        given: bits of the data that were lent by the caller, and come back.
+        random: pseudo-random bits that were lent beside them, and are lost.
+    """
+
+    data: bytes
+    given: int
+    random: int
+
+    @property
+    def gross(self) -> int:
+        """Bits of the stack."""
+        return 8 * len(self.data)
+
+    @property
+    def auxiliary(self) -> int:
+        """Bits that were lent from outside."""
+        return self.given + self.random
+
+    @property
+    def net(self) -> int:
+        """Bits that the rows cost, with 64 to 95 of the stack itself."""
+        return self.gross - self.auxiliary
+
+
+def push(code: BitsBack, x: Tensor, given: bytes = b"", batch: int = 64) -> Stream:
+    """Code the rows of ``x``, int64 ``(n, dim)``, in a chain.
+
+    Args:
+        code: the model.
+        x: rows.
+        given: bytes to lend, all of which come back; best such as cannot be compressed. Where they are not
+            enough pseudo-random ones follow.
+        batch: rows that the networks see at a time, at most.
+
+    Raises:
+        ValueError: an ``x`` of another shape, or one whose latents no grid can hold; batch below 1.
+    """
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, found {batch}")
+    chain = _Chain(_start(given))
+    at = 0
+    for size in sizes(len(x), batch):
+        chain.ensure(size * code.lent)
+        code.push(x[at : at + size], chain)
+        at += size
+    data, words = chain.finish()
+    return Stream(data, 8 * len(given), 32 * words)
+
+
+def pop(
+    code: BitsBack, n: int, data: bytes, given: int = 0, batch: int = 64, random: int | None = None
+) -> tuple[Tensor, bytes]:
+    """The n rows and the bytes that `push` was given.
+
+    Args:
+        code: as of `push`.
+        n: rows.
+        data: the stack.
+        given: number of bytes that were given.
+        batch: as of `push`.
+        random: pseudo-random bits that were lent, to be checked.
+
+    Raises:
+        ValueError: a stack that does not end as it began: it is damaged, or of another model.
+    """
+    if not 0 <= given <= len(data) - len(_HEAD):
+        raise ValueError("too short for a stack")
+    coder, parts = Coder(data), []
+    for size in reversed(list(sizes(n, batch))):
+        parts.append(code.pop(size, coder))
+    rest, size = coder.to_bytes(), len(_start(bytes(given)))
+    back = rest[len(_HEAD) : len(_HEAD) + given]
+    extra = len(rest) - size
+    if extra < 0 or random not in (None, 8 * extra) or rest != _start(back) + _random(extra):
+        raise ValueError("the bits that were lent do not come back: it is damaged, or another model coded it")
+    return torch.cat([torch.zeros(0, code.dim, dtype=torch.int64), *reversed(parts)]), back
+
+
+def sizes(n: int, batch: int) -> Iterator[int]:
+    """Rows that are coded together, from the first on.
+
+    >>> list(sizes(40, 64))[-5:]
+    [1, 2, 2, 2, 2]
+    """
+    done = 0
+    while done < n:
+        size = min(n - done, batch, max(1, done // _EARNED))
+        yield size
+        done += size
+
+
+class _Chain:
+    """A stack that never ends: pseudo-random words lie below it, as many as are needed."""
+
+    def __init__(self, data: bytes) -> None:
+        self.coder, self.words = Coder(data), 0
+        self.lowest = self.coder.num_below
+
+    def ensure(self, bits: int) -> None:
+        """Enough to pop that many bits."""
+        missing = (bits - self.coder.num_bits) // 32 + 1
+        if missing > 0:
+            new = _random(4 * (self.words + missing))[4 * self.words :]
+            self.coder = Coder(self.coder.to_bytes() + new)
+            self.words += missing
+
+    def finish(self) -> tuple[bytes, int]:
+        """The stack without the words that were never touched, and how many of them were."""
+        unused = max(0, min(self.words, self.lowest + self.words))
+        data = self.coder.to_bytes()
+        return data[: len(data) - 4 * unused], self.words - unused
+
+    def push(self, start: Tensor, size: Tensor) -> None:
+        self.coder.push(start, size)
+
+    def pop_rows(self, counts: Tensor) -> Tensor:
+        return self._seen(self.coder.pop_rows(counts))
+
+    def pop_shared(self, tables: Tables, amounts: Tensor) -> Tensor:
+        return self._seen(self.coder.pop_shared(tables, amounts))
+
+    def pop_bits(self, widths: Tensor) -> Tensor:
+        return self._seen(self.coder.pop_bits(widths))
+
+    def _seen(self, symbols: Tensor) -> Tensor:
+        below = self.coder.num_below
+        if not below:
+            raise ValueError("more bits were lent than there can be: the flow is too steep for its grid")
+        self.lowest = min(self.lowest, below - self.words)
+        return symbols
+
+
+def _start(given: bytes) -> bytes:
+    return _HEAD + given + bytes(-len(given) % 4)
+
+
+def _random(n: int) -> bytes:
+    """The first n bytes of a sequence that is the same everywhere."""
+    return hashlib.shake_256(b"dflow bits-back").digest(n)
