@@ -396,13 +396,13 @@ class ExactObjective(nn.Module):
 
 
 @torch.no_grad()
-def initialize_integers(law: Distribution, x: Tensor) -> None:
+def initialize_integers(law: Distribution, x: Tensor, context: Context = None) -> None:
     """Start the logistic laws of an integer flow from data: where they lie, and how wide, entry by entry."""
     if isinstance(law, Split):
-        (kept, _), (rest, _) = law.parts(x)
-        initialize_integers(law.conditional, rest)
-        initialize_integers(law.base, kept)
+        (kept, own), (rest, given) = law.parts(x, context)
+        initialize_integers(law.conditional, rest, given)
+        initialize_integers(law.base, kept, own)
     elif isinstance(law, Flow):
-        initialize_integers(law.base, law.transform(x)[0])
+        initialize_integers(law.base, law.transform(x, context)[0], context)
     elif isinstance(law, Logistics):
-        law.initialize(x)
+        law.initialize(x, context)

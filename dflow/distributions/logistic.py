@@ -157,7 +157,7 @@ class Logistics(Distribution):
         return (loc + scale * torch.logit(u, 2.0**-54)).round().to(torch.int64)
 
     @torch.no_grad()
-    def initialize(self, x: Tensor) -> None:
+    def initialize(self, x: Tensor, context: Context = None) -> None:
         """Start from data ``(n, dim)``: a component for each of as many equal parts, small values to large.
 
         Centres and units are the means of the parts and their logistic scales. A unit is at least a quarter,
@@ -253,6 +253,26 @@ class ConditionalLogistic(Logistics):
                 f"the net gave params of shape {tuple(found.shape)}, expected (batch, *{expected})"
             )
         return found
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, context: Context = None) -> None:
+        """Start from data; where the net can be a linear map, from what the best one leaves of them.
+
+        Then centres and units are those of the residues, the same at all places of a channel.
+        """
+        regress = getattr(self.net, "regress", None)
+        items = context if isinstance(context, tuple) else (context,)
+        found = None if regress is None or context is None else regress(x, *items)
+        if found is None:
+            return super().initialize(x)
+        weight, prediction = found
+        super().initialize(x - prediction)
+        for buffer in (self.centre, self.unit):
+            planes = buffer.view(len(weight), -1, self.components)
+            planes.copy_(planes.mean(1, keepdim=True).expand_as(planes))
+        units = self.unit.view(len(weight), -1, self.components)[:, 0].double()
+        self.net.net.lead(weight, 1 / units)  # type: ignore[union-attr, operator]
+        return None
 
     @property
     def num_calls(self) -> int:

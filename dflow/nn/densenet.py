@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dflow.core import Context
 from dflow.nn.flat import check_levels, check_sizes, flat_input, zero_
@@ -111,6 +112,51 @@ class DenseNet(nn.Module):
             ValueError: an ``x`` or context of another size.
         """
         return self.features(x, context).view(len(x), self.num_params, -1).transpose(1, 2)
+
+    @torch.no_grad()
+    def regress(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """The linear map of the places around that comes nearest to ``y``: ``(out_channels, C * k + 1)``.
+
+        Least squares with a little ridge; C the channels of the input, k places (9, or 1 at a size of (1, 1)),
+        the constant last. None where there are fewer than ten examples for each of its numbers.
+
+        Args:
+            x: numbers ``(batch, in_channels * H * W)``.
+            y: numbers ``(batch, out_channels * H * W)``.
+        """
+        rows = self._around(x)
+        if len(rows) < 10 * rows.shape[1]:
+            return None
+        targets = y.double().unflatten(1, (-1, self.size[0] * self.size[1])).transpose(1, 2).flatten(0, 1)
+        ridge = 1e-4 * len(rows) * torch.eye(rows.shape[1], dtype=torch.float64, device=rows.device)
+        ridge[-1, -1] = 0
+        found: Tensor = torch.linalg.solve(rows.T @ rows + ridge, rows.T @ targets)
+        return found.T
+
+    @torch.no_grad()
+    def predict(self, x: Tensor, weight: Tensor) -> Tensor:
+        """What a map of `regress` makes of ``x``: float64 ``(batch, out_channels * H * W)``."""
+        found: Tensor = self._around(x) @ weight.T
+        return found.unflatten(0, (len(x), -1)).transpose(1, 2).flatten(1)
+
+    @torch.no_grad()
+    def lead(self, weight: Tensor, factor: Tensor) -> None:
+        """Add such a map to the first parameters, each times its factor ``(out_channels, parameters)``."""
+        seen, count = self.sizes[0] // (self.size[0] * self.size[1]), factor.shape[1]
+        maps = factor.T[..., None] * weight
+        head = self.head.weight.unflatten(0, (self.num_params, -1))[:count, :, :seen]
+        head.add_(maps[..., :-1].reshape(head.shape).to(head.dtype))
+        bias: Tensor = self.head.bias  # type: ignore[assignment]
+        bias.unflatten(0, (self.num_params, -1))[:count].add_(maps[..., -1].to(head.dtype))
+
+    def _around(self, x: Tensor) -> Tensor:
+        """The numbers around each place and a one: float64 ``(batch * H * W, in_channels * k + 1)``."""
+        planes = x.double().unflatten(1, (-1, *self.size))
+        if self.size == (1, 1):
+            rows = planes.flatten(1)
+        else:
+            rows = functional.unfold(planes, 3, padding=1).transpose(1, 2).flatten(0, 1)
+        return torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
 
     def features(self, x: Tensor, context: Context = None) -> Tensor:
         """The same numbers, flat, as a context for other networks: ``(batch, C * H * W)``.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dflow.core import Context
+from dflow.nn.densenet import DenseNet
 
 
 class Rescaled(nn.Module):
@@ -17,16 +18,19 @@ class Rescaled(nn.Module):
         scale: half their ranges, ``(n,)``; powers of two, so that nothing is rounded.
         unit: of the answers, ``(m,)``.
         rezero: a learned factor, at first 0 (IDF++, arXiv 2006.12459); else there is none.
+        linear: the net may start as a linear map (`regress`).
     """
 
     offset: Tensor
     scale: Tensor
     unit: Tensor
 
-    def __init__(self, net: nn.Module, offset: Tensor, scale: Tensor, unit: Tensor, rezero: bool) -> None:
+    def __init__(
+        self, net: nn.Module, offset: Tensor, scale: Tensor, unit: Tensor, rezero: bool, linear: bool = False
+    ) -> None:
         """See the class."""
         super().__init__()
-        self.net = net
+        self.net, self.linear = net, linear
         self.register_buffer("offset", offset.clone())
         self.register_buffer("scale", scale.clone())
         self.register_buffer("unit", unit.clone())
@@ -34,10 +38,22 @@ class Rescaled(nn.Module):
 
     def forward(self, x: Tensor, context: Context = None) -> Tensor:
         """``(batch, m, num_params)``, in the dtype of the buffers; a context stands before x."""
-        if context is not None:
-            before = context if isinstance(context, tuple) else (context,)
-            x = torch.cat([*before, x], 1)
-        out: Tensor = self.net((x.to(self.scale.dtype) - self.offset) / self.scale)
+        out: Tensor = self.net(self._seen(x, context))
         if self.factor is not None:
             out = out * self.factor
         return out * self.unit[:, None]
+
+    def _seen(self, x: Tensor, context: Context) -> Tensor:
+        if context is not None:
+            before = context if isinstance(context, tuple) else (context,)
+            x = torch.cat([*before, x], 1)
+        return (x.to(self.scale.dtype) - self.offset) / self.scale
+
+    @torch.no_grad()
+    def regress(self, y: Tensor, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor] | None:
+        """The best linear map, and what it makes of ``x``: see `DenseNet.regress`; None if there is none."""
+        if not self.linear or not isinstance(self.net, DenseNet):
+            return None
+        seen = self._seen(x, context)
+        weight = self.net.regress(seen, y)
+        return None if weight is None else (weight, self.net.predict(seen, weight))

@@ -61,6 +61,11 @@ class IntegerConfig(ValuesConfig):
     norm: Literal["none", "group"] = setting("none", "in the networks: none, or group (IDF++)")
     hidden_size: int = setting(96, "width of a network")
     num_hidden_layers: int = setting(4, "layers of a network")
+    start: Literal["linear", "marginals"] = setting(
+        "linear",
+        "of the laws of what is factored out: about the best linear prediction from the places around; "
+        "marginals, where the data lie",
+    )
     components: int = setting(5, "logistic laws in the mixture of each entry of the last level")
     groups: int = setting(1, "groups of the entries of the last level, each modelled given those before it")
 
@@ -184,7 +189,8 @@ def _last(config: IntegerConfig, shape: Shape, grid: _Grid) -> Distribution:
         seen, own = grid.at(among[mask]), grid.at(among[~mask])
         M = config.components
         net = _net(config, (known, 1, 1), end - known, 2 if M == 1 else 3 * M, True)
-        wired = Rescaled(net, seen.offset, seen.scale, torch.ones(end - known), False)
+        linear = config.start == "linear"
+        wired = Rescaled(net, seen.offset, seen.scale, torch.ones(end - known), False, linear)
         law = Split(mask, ConditionalLogistic(wired, end - known, M, own.offset, own.scale / 3), law)
     return law
 
@@ -207,7 +213,7 @@ def _prior(
     net = _net(config, shape, out - known, 2 if M == 1 else 3 * M, True)
     seen, own = grid.at(slice(known * places)), grid.at(slice(known * places, out * places))
     ones = torch.ones(len(own.scale))
-    wired = Rescaled(net, seen.offset, seen.scale, ones, False)
+    wired = Rescaled(net, seen.offset, seen.scale, ones, False, config.start == "linear")
     return ConditionalLogistic(wired, len(own.scale), M, own.offset, own.scale / 3)
 
 
