@@ -113,7 +113,11 @@ def test_every_recipe_of_images_trains_for_two_steps(path, tmp_path):
         overrides.append(f"data.name={write_pictures(tmp_path / 'pictures', 24, colours, depth)}")
         overrides += ["data.valid=0.2", "data.test=0.2", "data.crop=null"]
     # Sizes of our own have no paper.
-    assert recipe.paper or path.stem in ("idf_mnist", "idf_cifar10_small") or path.stem.startswith(("multiscale", "bits_back"))
+    assert (
+        recipe.paper
+        or path.stem in ("idf_mnist", "idf_cifar10_small")
+        or path.stem.startswith(("multiscale", "bits_back"))
+    )
     for paper in recipe.paper:
         found = load_recipe(path, [*paper.set, *overrides])
         assert paper.measure in ("vi", "nll", "kl")

@@ -167,6 +167,55 @@ def test_it_starts_as_the_marginals_of_the_data(settings: dict[str, Any]) -> Non
     assert found == pytest.approx(expected, abs=0.2)
 
 
+def smooth(n: int, shape: tuple[int, int, int]) -> Tensor:
+    """Waves with a little noise, the same in all colours: neighbours tell nearly all."""
+    generator = torch.Generator().manual_seed(2)
+    C, H, W = shape
+    slope, phase = torch.randn(n, 2, generator=generator) / 3, torch.rand(n, 1, 1, generator=generator) * 6
+    i, j = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
+    waves = torch.sin(slope[:, 0, None, None] * i + slope[:, 1, None, None] * j + phase)[:, None]
+    noise = torch.randn(n, C, H, W, generator=generator)
+    return (128 + 90 * waves + 2 * noise).round().long().clamp(0, 255).flatten(1)
+
+
+@pytest.mark.parametrize(
+    "settings", [GROUPED, {"num_flows": 0, "prior_components": 3}, {"groups": 2}], ids=str
+)
+def test_it_starts_about_the_best_linear_prediction(settings: dict[str, Any]) -> None:
+    shape, costs = (3, 8, 8), {}
+    x, held = smooth(600, shape).split([500, 100])
+    for start in ("marginals", "linear"):
+        torch.manual_seed(0)
+        law = zoo.build_image(
+            "integer", config(shape=list(shape), levels=[256], num_levels=2, start=start, **settings)
+        )
+        assert isinstance(law, Distribution)
+        objectives.initialize_integers(law, x)
+        costs[start] = float(-law.log_prob(held).detach().mean()) / 192 / math.log(2)
+    # Of what is factored out; the last level starts from marginals where it is not modelled in groups.
+    assert costs["linear"] < costs["marginals"] - 1.5
+
+
+def test_the_linear_start_is_least_squares() -> None:
+    law = build(0.0, shape=[1, 4, 4], num_levels=2, num_flows=0, kept="quarter", levels=[256]).float()
+    x = smooth(400, (1, 4, 4))
+    objectives.initialize_integers(law, x)
+    (kept, _), (rest, given) = law.base.parts(law.transform(x)[0])
+    prior = law.base.conditional
+    loc, log_scale = prior.params(given)
+    # What is kept are 2 x 2 pixels: each of the others is predicted from them and from zeros around.
+    seen = torch.nn.functional.pad((kept.double() - 128) / 128, (0, 0)).view(-1, 1, 2, 2)
+    rows = torch.nn.functional.unfold(seen, 3, padding=1).transpose(1, 2).flatten(0, 1)
+    rows = torch.cat([rows, torch.ones(len(rows), 1, dtype=torch.float64)], 1)
+    targets = rest.double().view(-1, 3, 4).transpose(1, 2).flatten(0, 1)
+    found = torch.linalg.lstsq(rows, targets).solution
+    expected = (rows @ found).view(-1, 4, 3).transpose(1, 2).flatten(1)
+    assert (loc.double() - expected).abs().max() < 1.5
+    spread = (rest - expected).view(-1, 3, 4).double().std((0, 2))
+    scale = log_scale.double().exp().view(-1, 3, 4)[0, :, 0]
+    assert torch.allclose(scale, spread * math.sqrt(3) / math.pi, rtol=0.1)
+
+
 def test_parts_of_a_level_are_modelled_one_after_another() -> None:
     law = build(shape=[1, 4, 4], num_levels=2, **GROUPED)
     outer = law.base

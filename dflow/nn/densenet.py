@@ -117,8 +117,8 @@ class DenseNet(nn.Module):
     def regress(self, x: Tensor, y: Tensor) -> Tensor | None:
         """The linear map of the places around that comes nearest to ``y``: ``(out_channels, C * k + 1)``.
 
-        Least squares with a little ridge; C the channels of the input, k places (9, or 1 at a size of (1, 1)),
-        the constant last. None where there are fewer than ten examples for each of its numbers.
+        Least squares with a little ridge; C the channels of the input, k places (9, or 1 at a size of
+        (1, 1)), the constant last. None where there are fewer than ten examples for each of its numbers.
 
         Args:
             x: numbers ``(batch, in_channels * H * W)``.
@@ -137,7 +137,8 @@ class DenseNet(nn.Module):
     def predict(self, x: Tensor, weight: Tensor) -> Tensor:
         """What a map of `regress` makes of ``x``: float64 ``(batch, out_channels * H * W)``."""
         found: Tensor = self._around(x) @ weight.T
-        return found.unflatten(0, (len(x), -1)).transpose(1, 2).flatten(1)
+        rows: Tensor = found.unflatten(0, (len(x), -1)).transpose(1, 2).flatten(1)
+        return rows
 
     @torch.no_grad()
     def lead(self, weight: Tensor, factor: Tensor) -> None:
