@@ -533,7 +533,7 @@ def test_tables_lie_beside_the_weights(tmp_path: Path):
     law = tiny_flow()
     made = hf.coding_tables(tmp_path, law)
     file = tmp_path / "coding.safetensors"
-    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [file.name, "manifest.json"]
     expected = frozen_tables(law)
     assert all(torch.equal(expected.pop(name), value) for name, value in made.items())
     assert not expected
@@ -543,12 +543,16 @@ def test_tables_lie_beside_the_weights(tmp_path: Path):
     stored[first] += 1
     meta = {"law": fingerprint(law, {}, "float64").hex()}
     save_file(stored, file, meta)
+    with pytest.raises(InputError, match=r"coding\.safetensors: damaged or changed since it was saved"):
+        hf.coding_tables(tmp_path, law)
+    (tmp_path / "manifest.json").unlink()
     assert torch.equal(hf.coding_tables(tmp_path, law)[first], made[first] + 1)
     # Another model was trained into the folder.
     other = tiny_flow(num_flows=1)
     again, expected = hf.coding_tables(tmp_path, other), frozen_tables(other)
     assert all(torch.equal(expected[name], value) for name, value in again.items())
     assert not torch.equal(again[first], made[first])
+    (tmp_path / "manifest.json").unlink()
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(InputError, match=r"coding\.safetensors: truncated or damaged"):
         hf.coding_tables(tmp_path, law)
