@@ -53,7 +53,7 @@ class Bounded(TorchDispatchMode):
         self.spent += max(num_bytes, _LEAST)
         if self.spent > self.limit:
             raise TooLarge(
-                f"its settings ask for more than {self.limit >> 20:,} MiB, {_TIMES} times its weights"
+                f"its settings ask for more than the {self.limit >> 20:,} MiB that its weights allow for"
             )
 
 
