@@ -43,6 +43,7 @@ from dflow.core import Context, Distribution
 from dflow.dequantize import Bound, Dequantized, Elbo, Iwbo, Renyi, TruncatedNormal
 from dflow.distributions import Categorical, Gaussian, SequenceCategorical, Spectra, Walk
 from dflow.distributions.logistic import Logistics
+from dflow.distributions.window import ConditionalWindow
 from dflow.elementwise import ModAffine, ModRank, ModShift
 from dflow.elementwise.discrete import Discrete
 from dflow.flows import Flow, Split
@@ -397,12 +398,12 @@ class ExactObjective(nn.Module):
 
 @torch.no_grad()
 def initialize_integers(law: Distribution, x: Tensor, context: Context = None) -> None:
-    """Start the logistic laws of an integer flow from data: where they lie, and how wide, entry by entry."""
+    """Start the laws of an integer flow from data: where they lie, and how wide, entry by entry."""
     if isinstance(law, Split):
         (kept, own), (rest, given) = law.parts(x, context)
         initialize_integers(law.conditional, rest, given)
         initialize_integers(law.base, kept, own)
     elif isinstance(law, Flow):
         initialize_integers(law.base, law.transform(x, context)[0], context)
-    elif isinstance(law, Logistics):
+    elif isinstance(law, (Logistics, ConditionalWindow)):
         law.initialize(x, context)

@@ -12,6 +12,7 @@ from dflow.distributions.normal import (
 )
 from dflow.distributions.sequence import SequenceCategorical
 from dflow.distributions.spectra import Spectra
+from dflow.distributions.window import ConditionalWindow
 
 __all__ = [
     "AnyOrder",
@@ -19,6 +20,7 @@ __all__ = [
     "ConditionalCategorical",
     "ConditionalLogistic",
     "ConditionalNormal",
+    "ConditionalWindow",
     "Confident",
     "CovarianceNormal",
     "Gaussian",

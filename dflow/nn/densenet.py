@@ -32,12 +32,13 @@ class DenseNet(nn.Module):
         levels: values 0..levels-1 of the input are spread over -1..1; None leaves it as it is.
         zero_head: start with an output of zeros (the identity, for the parameters of a bijector).
         activation: "silu", or "relu": then it needs nothing but products, sums and maxima.
+        head_kernel: places that the last layer sees, 3 x 3 or 1 x 1: wide heads are dear.
         norm: before each activation: "none", or "group", over groups of 16 channels or more where there
             are so many, at all places.
 
     Raises:
         ValueError: a size below 1, fewer hidden channels than layers, fewer than 2 levels, an unknown
-            activation or norm, a norm of a single number.
+            activation, norm or kernel, a norm of a single number.
     """
 
     def __init__(
@@ -54,11 +55,14 @@ class DenseNet(nn.Module):
         zero_head: bool = True,
         activation: Literal["silu", "relu"] = "silu",
         norm: Literal["none", "group"] = "none",
+        head_kernel: int = 3,
     ) -> None:
         """See the class."""
         super().__init__()
         if activation not in ("silu", "relu") or norm not in ("none", "group"):
             raise ValueError(f"activation {activation!r} is silu or relu, and norm {norm!r} none or group")
+        if head_kernel not in (1, 3):
+            raise ValueError(f"head_kernel must be 1 or 3, found {head_kernel}")
         height, width = size
         check_sizes(in_channels=in_channels, out_channels=out_channels, height=height, width=width)
         check_sizes(num_params=num_params, depth=depth)
@@ -82,7 +86,7 @@ class DenseNet(nn.Module):
             )
             channels += growth
         self.layers = nn.ModuleList(layers)
-        self.head = self._product(channels, num_params * out_channels, 3)
+        self.head = self._product(channels, num_params * out_channels, head_kernel)
         if zero_head:
             zero_(self.head)
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from dflow.bijectors import Chain, Coupling, Inverse, Permute, squeeze
 from dflow.config import InputError
 from dflow.core import Bijector, Distribution
-from dflow.distributions import ConditionalLogistic, LogisticMixture
+from dflow.distributions import ConditionalLogistic, ConditionalWindow, LogisticMixture
+from dflow.distributions.window import MOST
 from dflow.elementwise import IntegerShift
 from dflow.flows import Flow, Split
 from dflow.nn.densenet import DenseNet
@@ -49,6 +50,11 @@ class IntegerConfig(ValuesConfig):
     prior_groups: int = setting(
         1, "groups of the channels that are factored out, each modelled given those before it"
     )
+    prior: Literal["logistic", "categorical"] = setting(
+        "logistic",
+        "laws of what is factored out: mixtures of logistic laws; categorical, a probability of each value "
+        "(num_flows 0)",
+    )
     prior_components: int = setting(1, "logistic laws in the mixture of each entry that is factored out")
     split: Literal["quarter", "half"] = setting(
         "quarter", "channels that a coupling moves: quarter (it knows three quarters), half"
@@ -63,7 +69,7 @@ class IntegerConfig(ValuesConfig):
     num_hidden_layers: int = setting(4, "layers of a network")
     start: Literal["linear", "marginals"] = setting(
         "linear",
-        "of the laws of what is factored out: about the best linear prediction from the places around; "
+        "of the logistic laws of what is factored out: about the best linear prediction from the places around; "
         "marginals, where the data lie",
     )
     components: int = setting(5, "logistic laws in the mixture of each entry of the last level")
@@ -73,6 +79,12 @@ class IntegerConfig(ValuesConfig):
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, found {getattr(self, name)}")
+        if self.prior == "categorical" and self.num_flows:
+            raise InputError(
+                f"num_flows={self.num_flows} needs prior logistic: a categorical law gives a coupling no gradient"
+            )
+        if self.prior == "categorical" and self.prior_components > 1:
+            raise InputError(f"prior_components={self.prior_components} is of prior logistic, not categorical")
         super().__post_init__()
         if None in self.levels:
             raise InputError(
@@ -85,6 +97,8 @@ class IntegerConfig(ValuesConfig):
                 f"value {max(ends)} is larger than {_LARGEST}, from where float32 mistakes integers: "
                 "subtract a constant from the data, or divide them"
             )
+        if self.prior == "categorical" and max((h - l + 1 for l, h in filter(None, self.ranges)), default=0) > MOST:
+            raise InputError(f"prior categorical takes up to {MOST} values of an entry: use prior logistic")
         if self.shape and self.dim == 1:
             raise InputError("a coupling needs two entries or more, found 1")
 
@@ -207,12 +221,17 @@ def _spread(height: int, width: int) -> Tensor:
 
 def _prior(
     config: IntegerConfig, shape: Shape, known: int, out: int, grid: _Grid, places: int
-) -> ConditionalLogistic:
+) -> ConditionalLogistic | ConditionalWindow:
     """Law of the channels from ``known`` to ``out`` given those before."""
-    M = config.prior_components
-    net = _net(config, shape, out - known, 2 if M == 1 else 3 * M, True)
     seen, own = grid.at(slice(known * places)), grid.at(slice(known * places, out * places))
     ones = torch.ones(len(own.scale))
+    if config.prior == "categorical":
+        K = 2 * int(own.scale.max())
+        net = _net(config, shape, out - known, K + 2, True, 1)
+        wired = Rescaled(net, seen.offset, seen.scale, ones, False)
+        return ConditionalWindow(wired, (own.offset - own.scale).long(), K)
+    M = config.prior_components
+    net = _net(config, shape, out - known, 2 if M == 1 else 3 * M, True)
     wired = Rescaled(net, seen.offset, seen.scale, ones, False, config.start == "linear")
     return ConditionalLogistic(wired, len(own.scale), M, own.offset, own.scale / 3)
 
@@ -230,12 +249,14 @@ def _coupling(config: IntegerConfig, shape: Shape, grid: _Grid) -> Coupling:
     return Coupling(IntegerShift(), wired, torch.arange(prod(shape)) < cut)
 
 
-def _net(config: IntegerConfig, shape: Shape, out: int, num_params: int, zero_head: bool) -> DenseNet:
+def _net(
+    config: IntegerConfig, shape: Shape, out: int, num_params: int, zero_head: bool, head_kernel: int = 3
+) -> DenseNet:
     with asked("hidden_size"):
         return DenseNet(
             shape[0], out, shape[1:], num_params, hidden_size=config.hidden_size,
             depth=config.num_hidden_layers, zero_head=zero_head, activation=config.activation,
-            norm=config.norm,
+            norm=config.norm, head_kernel=head_kernel,
         )  # fmt: skip
 
 

@@ -1,0 +1,133 @@
+"""A categorical law of the integers of a window, with tails: any shape, spikes included."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from dflow.core import Context, Distribution
+
+#: Most integers that a window holds.
+MOST = 1024
+
+
+class ConditionalWindow(Distribution):
+    """Entries independent given the context, each a categorical law of the integers of a window.
+
+    With ``p = softmax(start + net(context))`` over K + 2 symbols, ``P(x_i) = p_i[x_i - low_i + 1]`` in the
+    window ``low_i .. low_i + K - 1``. The first and the last symbol are the tails: the jth integer beyond an
+    end, from 0 on, has a share of ``2^-(2 q + 1)``, ``q = floor(log2(j + 1))``. P sums to 1 over all integers.
+    No gradient goes to x.
+
+    The net is called with the context, or with the items of a tuple; it returns ``(batch, dim, K + 2)``.
+    Inside a `Split` the first item is the kept entries.
+
+    Source: van den Oord et al. 2016, arXiv 1601.06759 (a soft-max over the values of a pixel); Elias 1975 (the
+    gamma code, whose lengths the tails have).
+
+    Args:
+        net: see above.
+        low: first integer of the window of each entry, int64 ``(dim,)``.
+        K: integers of a window, 2..1024.
+
+    Raises:
+        ValueError: a low of another dtype or shape, a K outside its range; no context, or a net that answers
+            in another shape.
+    """
+
+    low: Tensor
+    start: Tensor
+
+    def __init__(self, net: nn.Module, low: Tensor, K: int) -> None:
+        super().__init__()
+        if low.ndim != 1 or not len(low) or low.dtype != torch.int64:
+            raise ValueError(f"low must be int64 (dim,), found {low.dtype} {tuple(low.shape)}")
+        if not 2 <= K <= MOST:
+            raise ValueError(f"a window holds 2..{MOST} integers, found K = {K}")
+        self.net, self.dim, self.K = net, len(low), K
+        self.register_buffer("low", low.clone())
+        self.register_buffer("start", torch.zeros(K + 2))
+
+    def extra_repr(self) -> str:
+        """For ``repr``."""
+        return f"dim={self.dim}, K={self.K}"
+
+    def logits(self, context: Context) -> Tensor:
+        """Logits of the symbols, ``(batch, dim, K + 2)``, at least float32."""
+        if context is None:
+            raise ValueError("a conditional law needs a context")
+        found: Tensor = self.net(*context) if isinstance(context, tuple) else self.net(context)
+        expected = (self.dim, self.K + 2)
+        if found.ndim != 3 or found.shape[1:] != expected:
+            raise ValueError(
+                f"the net gave logits of shape {tuple(found.shape)}, expected (batch, *{expected})"
+            )
+        return found.to(torch.promote_types(found.dtype, torch.float32)) + self.start
+
+    def symbols(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Symbols 0..K + 1 of integers ``x``, and how far beyond the window they lie, 0 at the nearest."""
+        offset = x - self.low
+        far = torch.where(offset < 0, -1 - offset, offset - self.K).clamp_min(0)
+        return offset.clamp(-1, self.K) + 1, far
+
+    def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
+        """Exact log-likelihood in nats, ``(batch,)``, summed in float64.
+
+        Args:
+            x: int64 ``(batch, dim)``, or floats that hold integers.
+            context: what the net is called with.
+
+        Returns:
+            In the dtype of ``x`` if that is floating, else in that of the logits.
+
+        Raises:
+            ValueError: an ``x`` that is neither, or of another shape, or a context of another batch.
+        """
+        if x.ndim != 2 or x.shape[1] != self.dim or not (x.is_floating_point() or x.dtype == torch.int64):
+            raise ValueError(
+                f"expected int64 or floating (batch, {self.dim}), found {x.dtype} {tuple(x.shape)}"
+            )
+        logits = self.logits(context)
+        if len(logits) != len(x):
+            raise ValueError(f"x has {len(x)} rows, the context {len(logits)}")
+        symbol, far = self.symbols(x.long())
+        # One sum over symbols a row, and one number: a table of all logs would be as large as the logits.
+        terms = logits.gather(-1, symbol[..., None]).squeeze(-1) - logits.logsumexp(-1)
+        beyond = (symbol == 0) | (symbol == self.K + 1)
+        # The exponent of a float64 is exact for integers below 2^53.
+        q = torch.frexp((far + 1).double()).exponent - 1
+        tails = torch.where(beyond, -math.log(2) * (2 * q + 1), 0)
+        found = (terms.double() + tails).sum(-1)
+        return found.to(x.dtype if x.is_floating_point() else logits.dtype)
+
+    @torch.no_grad()
+    def sample(self, n: int, context: Context = None, generator: torch.Generator | None = None) -> Tensor:
+        """``n`` exact draws, int64 ``(n, dim)``, one a row of the context."""
+        law = torch.softmax(self.logits(context).double(), -1)
+        if len(law) != n:
+            raise ValueError(f"{n} draws asked of a context of {len(law)} rows")
+        symbol = law.flatten(0, 1).multinomial(1, generator=generator).view(law.shape[:2])
+        u = torch.rand(n, self.dim, 2, dtype=torch.float64, device=law.device, generator=generator)
+        # q is geometric, the rest even; beyond 2^53 there are no draws.
+        q = (-torch.log2(1 - u[..., 0])).floor().clamp(0, 52)
+        far = torch.floor((1 + u[..., 1]) * 2**q).long() - 1
+        offset = symbol - 1
+        offset = torch.where(symbol == 0, -1 - far, torch.where(symbol == self.K + 1, self.K + far, offset))
+        return self.low + offset
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, context: Context = None) -> None:
+        """Start from data ``(n, dim)``: from how often each symbol is seen, at all entries together.
+
+        Counts are smoothed by 1/2 (Krichevsky and Trofimov 1981).
+        """
+        symbol, _ = self.symbols(x.long())
+        counts = torch.bincount(symbol.flatten(), minlength=self.K + 2).double() + 0.5
+        self.start.copy_((counts / counts.sum()).log())
+
+    @property
+    def num_calls(self) -> int:
+        """One."""
+        return 1
