@@ -68,8 +68,11 @@ VARIANTS = [
 ]
 # A level whose parts are modelled one after another, by mixtures.
 GROUPED = {"kept": "quarter", "prior_groups": 3, "prior_components": 2}
+VALUES = {"kept": "quarter", "prior_groups": 3, "num_flows": 0, "prior": "categorical"}
 VARIANTS += [
     GROUPED,
+    VALUES,
+    {"num_flows": 0, "prior": "categorical", "activation": "silu", "norm": "group"},
     GROUPED | PLUS,
     GROUPED | {"num_flows": 0},
     {"prior_groups": 2},
@@ -149,6 +152,7 @@ def test_draws_follow_the_law() -> None:
         {"num_levels": 1},
         {"levels": [256]},
         GROUPED,
+        VALUES,
         {"groups": 3},
     ],
     ids=str,
@@ -319,6 +323,9 @@ def test_permutations_and_channels() -> None:
         ({"prior_groups": 3}, "2 channels are factored out of a level, fewer than 3 prior_groups"),
         ({"shape": [2, 1, 1], "num_levels": 1, "norm": "group", "hidden_size": 2}, "use norm 'none'"),
         ({"split": "third"}, "half"),
+        (VALUES | {"num_flows": 2}, "num_flows=2 needs prior logistic"),
+        (VALUES | {"prior_components": 2}, "prior_components=2 is of prior logistic"),
+        (VALUES | {"levels": [1025]}, "up to 1024 values"),
         ({"dequantizer": "uniform"}, "unknown key 'dequantizer'"),
         ({"levels": []}, "shape and levels are missing"),
     ],

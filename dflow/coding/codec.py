@@ -17,7 +17,7 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
-from dflow.coding.codes import Code, Intervals, Logistic, Mixture, Rows, Shared, Stack, join
+from dflow.coding.codes import Code, Intervals, Logistic, Mixture, Rows, Shared, Stack, Window, join
 from dflow.coding.frozen import Cells, FrozenMixture
 from dflow.coding.tables import Tables, logistic_tables, logit_counts
 from dflow.core import Context, Distribution
@@ -26,6 +26,7 @@ from dflow.distributions.any_order import Walk
 from dflow.distributions.logistic import Logistics
 from dflow.distributions.sequence import SequenceCategorical
 from dflow.distributions.spectra import Spectra
+from dflow.distributions.window import ConditionalWindow
 from dflow.flows import Flow, Split
 from dflow.ops.lengths import present
 
@@ -34,6 +35,9 @@ Steps = Generator[tuple[Tensor, Code], Tensor, None]
 
 #: Mixtures of logistic laws are coded together as long as they are no more than this.
 _MIXTURES = 1 << 16
+
+#: Laws of windows are coded together as long as their counts are no more than this.
+_COUNTS = 1 << 22
 
 
 @singledispatch
@@ -208,6 +212,21 @@ def _(distribution: SequenceCategorical, n: int, context: Context) -> tuple[int,
 def _(distribution: Logistics, n: int, context: Context) -> tuple[int, Steps]:
     """All at once: entries are independent."""
     return logistic_steps(n, *distribution.params(context))
+
+
+@steps.register
+def _(distribution: ConditionalWindow, n: int, context: Context) -> tuple[int, Steps]:
+    """All at once: entries are independent."""
+
+    def chain() -> Steps:
+        logits = distribution.logits(context)
+        _check_rows(n, len(logits))
+        rows = logits.flatten(0, 1)
+        for part in torch.arange(len(rows)).split(max(1, _COUNTS // rows.shape[1])):
+            counts = logit_counts(rows[part[0] : part[-1] + 1].detach().cpu())
+            yield part.to(rows.device), Window(counts, distribution.low[part % distribution.dim])
+
+    return distribution.dim, chain()
 
 
 @steps.register

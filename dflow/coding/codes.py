@@ -169,6 +169,32 @@ class Golomb:
         return (((1 << q) - 1) << self.orders) + Bits(q + self.orders).pop(stack)
 
 
+class Window:
+    """Integers of a window, each with a law of its own, and those beyond it by Golomb codes of order 0.
+
+    Args:
+        counts: of the tail below, of each integer of the window, of the tail above: `integer_counts`,
+            ``(n, K + 2)``.
+        low: the first integer of each window, int64 ``(n,)``.
+    """
+
+    def __init__(self, counts: Tensor, low: Tensor) -> None:
+        self._cells, self.low, self.window = Rows(counts), low.cpu(), counts.shape[1] - 2
+
+    def intervals(self, x: Tensor) -> Intervals:
+        """See `Code`; ValueError for a magnitude beyond 2^40."""
+        check_numbers(x, len(self.low))
+        offset = x - self.low
+        beyond, tails = _tails(offset, self.window)
+        cells = self._cells.intervals(offset.clamp(-1, self.window) + 1)
+        return join([cells, Golomb(torch.zeros_like(self.low[beyond])).intervals(tails)])
+
+    def pop(self, stack: Stack) -> Tensor:
+        """See `Code`."""
+        offset = self._cells.pop(stack) - 1
+        return self.low + _pop_tails(offset, self.window, torch.zeros_like(self.low), stack)
+
+
 class Binned:
     """Integers in cells of tables: `LogisticTables`, `NormalTables`.
 

@@ -35,7 +35,12 @@ from dflow.bijectors import Autoregressive, Chain, Coupling, Inverse, Permute, R
 from dflow.coding.frozen import Freezable, FrozenLogistic, FrozenMixture, freeze, frozen
 from dflow.coding.tables import logistic_tables
 from dflow.core import Context, Distribution
-from dflow.distributions import ConditionalCategorical, ConditionalLogistic, LogisticMixture
+from dflow.distributions import (
+    ConditionalCategorical,
+    ConditionalLogistic,
+    ConditionalWindow,
+    LogisticMixture,
+)
 from dflow.distributions.any_order import Walk
 from dflow.distributions.sequence import SequenceCategorical
 from dflow.distributions.spectra import Spectra
@@ -50,7 +55,7 @@ MODES = ("float64", "fixed", "float32")
 #: What is exact in integers and powers of two, or is a single operation of IEEE an entry.
 _EXACT = (
     Flow, Split, Chain, Inverse, Permute, Reverse, Coupling, IntegerShift, LogisticMixture,
-    ConditionalLogistic, Rescaled, DenseNet, nn.ModuleList,
+    ConditionalLogistic, ConditionalWindow, Rescaled, DenseNet, nn.ModuleList,
 )  # fmt: skip
 
 #: Of which a network in float64 may be made that gives the same bits for every batch (convolutions do).
@@ -265,9 +270,11 @@ def _parts(law: Distribution) -> Iterator[tuple[str, Freezable]]:
             yield name, module
 
 
-def _owners(law: Distribution) -> list[Coupling | ConditionalCategorical | ConditionalLogistic | Spectra]:
+def _owners(
+    law: Distribution,
+) -> list[Coupling | ConditionalCategorical | ConditionalLogistic | ConditionalWindow | Spectra]:
     """Whoever calls a network with rows and keeps nothing of it."""
-    kinds = (Coupling, ConditionalCategorical, ConditionalLogistic, Spectra)
+    kinds = (Coupling, ConditionalCategorical, ConditionalLogistic, ConditionalWindow, Spectra)
     return [module for module in law.modules() if isinstance(module, kinds)]
 
 

@@ -73,9 +73,9 @@ def logit_counts(logits: Tensor) -> Tensor:
     r"""Counts ``(..., K)``, int32, as of `integer_counts`, for the probabilities ``softmax(logits)``.
 
     Logits are taken in steps of 1/128 below the largest, which costs 4e-6 bit, and their exponentials from a
-    table of rounded decimals; all else is arithmetic of integers. So logits that differ by 1e-15, as those of
-    one net in float64 do on two machines, give another count with probability 1e-13; without the steps it
-    would be up to 2e-8.
+    table of rounded decimals; all else is arithmetic of integers, but for a quotient and a product, which
+    IEEE 754 gives to the bit. So logits that differ by 1e-15, as those of one net in float64 do on two
+    machines, give another count with probability 1e-13; without the steps it would be up to 2e-8.
 
     Args:
         logits: floating ``(..., K)``, up to a constant; computed with in float64.
@@ -90,32 +90,42 @@ def logit_counts(logits: Tensor) -> Tensor:
     least = 2 if K == 2 else 1
     if K not in range(2, 1 + (1 << PRECISION) // 64):
         raise ValueError(f"{K} symbols do not fit into counts of {PRECISION} bits")
-    below = logits.double().amax(-1, keepdim=True) - logits.double()
-    if bool(below.isnan().any()):
-        raise ValueError("logits must be finite, or minus infinity where another is finite")
-    weights = _exponentials()
-    place = (below * _GRID).round_().clamp_(max=len(weights) - 1).long()
-    mass = weights[place]
-    total = 1 << PRECISION
-    # Below 2^62: a weight has 2^37 at most.
-    counts = (mass * (total - least * K)).div_(mass.sum(-1, keepdim=True), rounding_mode="floor").add_(least)
-    counts.scatter_add_(-1, counts.argmax(-1, keepdim=True), total - counts.sum(-1, keepdim=True))
-    return counts.int()
+    rows = logits.reshape(-1, K)
+    counts = torch.empty(rows.shape, dtype=torch.int32)
+    weights, total = _exponentials(), 1 << PRECISION
+    # A piece at a time: what is between stays near the processor.
+    pieces = max(1, _PIECE // K)
+    for part, out in zip(rows.split(pieces), counts.split(pieces), strict=True):
+        place = part.double().amax(-1, keepdim=True) - part
+        if bool(place.isnan().any()):
+            raise ValueError("logits must be finite, or minus infinity where another is finite")
+        mass = weights.take(place.mul_(_GRID).round_().clamp_(max=len(weights) - 1).long())
+        # Sums of integers below 2^53 are exact, whatever their order; of more than 2^16 masses they are not.
+        whole = mass.sum(-1, keepdim=True) if K <= 1 << 16 else mass.long().sum(-1, keepdim=True).double()
+        share = (total - least * K) / whole
+        torch.floor(mass.mul_(share), out=mass)
+        out.copy_(mass.add_(least))
+        out.scatter_add_(
+            -1, out.argmax(-1, keepdim=True), total - out.sum(-1, keepdim=True, dtype=torch.int32)
+        )
+    return counts.view(logits.shape)
 
 
+#: Numbers of a piece: 256 KiB of float64.
+_PIECE = 1 << 15
 #: Steps of logits a nat.
 _GRID = 128
 
 
 @functools.cache
 def _exponentials() -> Tensor:
-    """``2^37 exp(-i / 128)``, rounded, int64, up to the first that is 0."""
+    """``2^37 exp(-i / 128)``, rounded, float64, up to the first that is 0."""
     with localcontext() as context:
         context.prec = 40
         found: list[int] = []
         while not found or found[-1]:
             found.append(int((Decimal(1 << 37) * (-Decimal(len(found)) / _GRID).exp()).to_integral_value()))
-    return torch.tensor(found)
+    return torch.tensor(found, dtype=torch.float64)
 
 
 class Tables(nn.Module):

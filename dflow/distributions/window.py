@@ -17,15 +17,15 @@ class ConditionalWindow(Distribution):
     """Entries independent given the context, each a categorical law of the integers of a window.
 
     With ``p = softmax(start + net(context))`` over K + 2 symbols, ``P(x_i) = p_i[x_i - low_i + 1]`` in the
-    window ``low_i .. low_i + K - 1``. The first and the last symbol are the tails: the jth integer beyond an
-    end, from 0 on, has a share of ``2^-(2 q + 1)``, ``q = floor(log2(j + 1))``. P sums to 1 over all integers.
-    No gradient goes to x.
+    window ``low_i .. low_i + K - 1``. The first and the last symbol are the tails: of these the jth integer
+    beyond an end, from 0 on, has a share of ``2^-(2 q + 1)``, ``q = floor(log2(j + 1))``. P sums to 1 over
+    all integers. No gradient goes to x.
 
     The net is called with the context, or with the items of a tuple; it returns ``(batch, dim, K + 2)``.
     Inside a `Split` the first item is the kept entries.
 
-    Source: van den Oord et al. 2016, arXiv 1601.06759 (a soft-max over the values of a pixel); Elias 1975 (the
-    gamma code, whose lengths the tails have).
+    Source: van den Oord et al. 2016, arXiv 1601.06759 (a soft-max over the values of a pixel); Elias 1975
+    (the gamma code, whose lengths the tails have).
 
     Args:
         net: see above.
@@ -98,7 +98,7 @@ class ConditionalWindow(Distribution):
         beyond = (symbol == 0) | (symbol == self.K + 1)
         # The exponent of a float64 is exact for integers below 2^53.
         q = torch.frexp((far + 1).double()).exponent - 1
-        tails = torch.where(beyond, -math.log(2) * (2 * q + 1), 0)
+        tails = torch.where(beyond, -math.log(2) * (2 * q + 1).double(), 0)
         found = (terms.double() + tails).sum(-1)
         return found.to(x.dtype if x.is_floating_point() else logits.dtype)
 

@@ -69,8 +69,8 @@ class IntegerConfig(ValuesConfig):
     num_hidden_layers: int = setting(4, "layers of a network")
     start: Literal["linear", "marginals"] = setting(
         "linear",
-        "of the logistic laws of what is factored out: about the best linear prediction from the places around; "
-        "marginals, where the data lie",
+        "of the logistic laws of what is factored out: about the best linear prediction from the places "
+        "around; marginals, where the data lie",
     )
     components: int = setting(5, "logistic laws in the mixture of each entry of the last level")
     groups: int = setting(1, "groups of the entries of the last level, each modelled given those before it")
@@ -79,12 +79,13 @@ class IntegerConfig(ValuesConfig):
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, found {getattr(self, name)}")
-        if self.prior == "categorical" and self.num_flows:
+        values = self.prior == "categorical"
+        if values and self.num_flows:
             raise InputError(
-                f"num_flows={self.num_flows} needs prior logistic: a categorical law gives a coupling no gradient"
+                f"num_flows={self.num_flows} needs prior logistic: a categorical law gives couplings no gradient"
             )
-        if self.prior == "categorical" and self.prior_components > 1:
-            raise InputError(f"prior_components={self.prior_components} is of prior logistic, not categorical")
+        if values and self.prior_components > 1:
+            raise InputError(f"prior_components={self.prior_components} is of prior logistic")
         super().__post_init__()
         if None in self.levels:
             raise InputError(
@@ -97,7 +98,10 @@ class IntegerConfig(ValuesConfig):
                 f"value {max(ends)} is larger than {_LARGEST}, from where float32 mistakes integers: "
                 "subtract a constant from the data, or divide them"
             )
-        if self.prior == "categorical" and max((h - l + 1 for l, h in filter(None, self.ranges)), default=0) > MOST:
+        spans = (
+            [high - low + 1 for low, high in filter(None, self.ranges)] if self.shape and self.levels else []
+        )
+        if values and max(spans, default=0) > MOST:
             raise InputError(f"prior categorical takes up to {MOST} values of an entry: use prior logistic")
         if self.shape and self.dim == 1:
             raise InputError("a coupling needs two entries or more, found 1")

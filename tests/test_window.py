@@ -1,0 +1,138 @@
+"""Categorical laws of a window: sums, draws, starts, and the code of them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dflow.coding import Coder, codec
+from dflow.distributions import ConditionalWindow
+
+K = 5
+LOW = torch.tensor([-2, 7])
+
+
+class Net(nn.Module):
+    """Logits of two entries from two numbers."""
+
+    def __init__(self, symbols: int = K + 2) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2 * symbols)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.linear(x.to(self.linear.weight.dtype))
+        return found.unflatten(1, (2, -1))
+
+
+def build() -> ConditionalWindow:
+    law = ConditionalWindow(Net(), LOW, K).double()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in law.parameters():
+            p.copy_(torch.randn(p.shape, dtype=p.dtype, generator=generator))
+        law.start.copy_(torch.randn(K + 2, generator=generator))
+    return law.eval()
+
+
+def context(n: int) -> Tensor:
+    return torch.tensor([[1.0, -0.5]]).double().expand(n, 2)
+
+
+def by_hand(law: ConditionalWindow, entry: int, x: int) -> float:
+    p = torch.softmax(law.logits(context(1))[0, entry], -1).tolist()
+    offset = x - int(LOW[entry])
+    if 0 <= offset < K:
+        return p[offset + 1]
+    far = -1 - offset if offset < 0 else offset - K
+    q = (far + 1).bit_length() - 1
+    return p[0 if offset < 0 else -1] * 2.0 ** -(q + 1) / 2**q
+
+
+def test_masses_are_those_of_the_formula_and_sum_to_one() -> None:
+    law = build()
+    x = torch.cartesian_prod(torch.arange(-40, 41), torch.arange(-40, 41))
+    expected = [
+        math.log(a * b)
+        for a in [by_hand(law, 0, i) for i in range(-40, 41)]
+        for b in [by_hand(law, 1, i) for i in range(-40, 41)]
+    ]
+    torch.testing.assert_close(law.log_prob(x, context(len(x))).detach(), torch.tensor(expected).double())
+    # All octaves of the tails have half of what is left.
+    far = 2**12 - 1
+    line = torch.arange(-2 - far, 3 + far)
+    rows = torch.stack([line, torch.full_like(line, 8)], 1)
+    found = (law.log_prob(rows, context(len(rows))).exp() / by_hand(law, 1, 8)).sum()
+    p = torch.softmax(law.logits(context(1))[0, 0], -1).tolist()
+    assert float(found.detach()) == pytest.approx(1 - (p[0] + p[-1]) * 2.0**-12, abs=1e-12)
+
+
+def test_modes_agree_and_gradients_reach_the_net() -> None:
+    law, x = build(), torch.tensor([[0, 9], [-90, 7], [2, 4000]])
+    value = law.log_prob(x, context(3))
+    assert torch.equal(law.log_prob(x.double(), context(3)), value)
+    value.sum().backward()
+    for p in law.parameters():
+        assert p.grad is not None
+        assert p.grad.isfinite().all()
+        assert p.grad.abs().sum() > 0
+    single = build().float()
+    assert single.log_prob(x, context(3).float()).dtype == torch.float32
+    torch.testing.assert_close(single.log_prob(x, context(3).float()).double(), value, rtol=1e-5, atol=1e-5)
+
+
+def test_draws_are_those_of_the_law() -> None:
+    law, n = build(), 40_000
+    x = law.sample(n, context(n), torch.Generator().manual_seed(2))
+    assert x.dtype == torch.int64
+    assert torch.equal(x, law.sample(n, context(n), torch.Generator().manual_seed(2)))
+    for entry in range(2):
+        expected = torch.tensor([by_hand(law, entry, i) for i in range(-300, 301)])
+        found = torch.bincount(x[:, entry].clamp(-300, 300) + 300, minlength=601) / n
+        # Total variation of an empirical law: about sqrt(2 / (pi n)) sum sqrt(p) / 2.
+        limit = 2 * (2 / (math.pi * n)) ** 0.5 * float(expected.sqrt().sum()) / 2
+        assert float((found - expected).abs().sum()) / 2 < limit + 0.005
+    with pytest.raises(ValueError, match="3 draws asked of a context of 2"):
+        law.sample(3, context(2))
+
+
+def test_it_starts_from_how_often_values_are_seen() -> None:
+    law = build()
+    nn.init.zeros_(law.net.linear.weight)  # type: ignore[union-attr, arg-type]
+    nn.init.zeros_(law.net.linear.bias)  # type: ignore[union-attr, arg-type]
+    x = torch.stack([torch.tensor([-2, -2, 0, 90]), torch.tensor([7, 7, 9, 7])], 1)
+    law.initialize(x)
+    counts = torch.tensor([0, 5, 0, 2, 0, 0, 1]) + 0.5
+    torch.testing.assert_close(law.start.exp().float(), counts / counts.sum())
+    torch.testing.assert_close(law.logits(context(1))[0, 1].exp().float(), counts / counts.sum())
+
+
+def test_a_stream_costs_what_the_law_says_and_takes_any_integer() -> None:
+    law, n = build(), 400
+    x = law.sample(n, context(n), torch.Generator().manual_seed(3))
+    x[::97, 0], x[5, 1], x[6, 1] = 10**9, -(10**6), 12
+    assert bool((x > 10).any())
+    coder = Coder()
+    codec.push(law, x, coder, context(n))
+    bits = -float(law.log_prob(x, context(n)).detach().sum()) / math.log(2)
+    assert coder.num_bits == pytest.approx(bits, abs=0.002 * x.numel() + 64)
+    again = Coder(coder.to_bytes())
+    assert torch.equal(codec.pop(law, n, again, context(n)), x)
+    again.finish()
+
+
+def test_wrong_arguments_are_named() -> None:
+    law = build()
+    for call, message in [
+        (lambda: ConditionalWindow(Net(), LOW.double(), K), "low must be int64"),
+        (lambda: ConditionalWindow(Net(), LOW, 1), "K = 1"),
+        (lambda: ConditionalWindow(Net(), LOW, 1025), "K = 1025"),
+        (lambda: law.log_prob(torch.zeros(3, 2)), "needs a context"),
+        (lambda: law.log_prob(torch.zeros(3, 3), context(3)), "expected int64 or floating"),
+        (lambda: law.log_prob(torch.zeros(3, 2), context(2)), "3 rows, the context 2"),
+        (lambda: ConditionalWindow(Net(9), LOW, K).logits(context(1)), "the net gave logits"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
