@@ -82,7 +82,7 @@ class IntegerConfig(ValuesConfig):
         values = self.prior == "categorical"
         if values and self.num_flows:
             raise InputError(
-                f"num_flows={self.num_flows} needs prior logistic: categorical laws give couplings no gradient"
+                f"num_flows={self.num_flows} needs prior logistic: categorical laws pass no gradient"
             )
         if values and self.prior_components > 1:
             raise InputError(f"prior_components={self.prior_components} is of prior logistic")
