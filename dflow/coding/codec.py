@@ -216,15 +216,23 @@ def _(distribution: Logistics, n: int, context: Context) -> tuple[int, Steps]:
 
 @steps.register
 def _(distribution: ConditionalWindow, n: int, context: Context) -> tuple[int, Steps]:
-    """All at once: entries are independent."""
+    """Some rows at a time: entries are independent, and have many logits each."""
 
     def chain() -> Steps:
-        logits = distribution.logits(context)
-        _check_rows(n, len(logits))
-        rows = logits.flatten(0, 1)
-        for part in torch.arange(len(rows)).split(max(1, _COUNTS // rows.shape[1])):
-            counts = logit_counts(rows[part[0] : part[-1] + 1].detach().cpu())
-            yield part.to(rows.device), Window(counts, distribution.low[part % distribution.dim])
+        dim, low = distribution.dim, distribution.low
+        size = max(1, _COUNTS // (dim * (distribution.K + 2)))
+        for start in range(0, n, size):
+            given = context
+            if context is not None:
+                items = context if isinstance(context, tuple) else (context,)
+                for item in items:
+                    _check_rows(n, len(item))
+                some = tuple(item[start : start + size] for item in items)
+                given = some if isinstance(context, tuple) else some[0]
+            logits = distribution.logits(given)
+            places = start * dim + torch.arange(len(logits) * dim, device=low.device)
+            counts = logit_counts(logits.flatten(0, 1).detach().cpu())
+            yield places, Window(counts, low.repeat(len(logits)))
 
     return distribution.dim, chain()
 
