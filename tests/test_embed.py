@@ -28,6 +28,28 @@ def test_features_are_the_sum_of_the_rows():
     torch.testing.assert_close(embed(symbols, extra), embed.weight[rows].sum(-2))
 
 
+@torch.no_grad()
+def test_n_grams_are_left_out_in_training_alone():
+    torch.manual_seed(0)
+    embed = Neighbours(3, 4, 2, [[0, 1], [0, 1]], 50, extra=3, ngram_dropout=0.25).double()
+    embed.weight.normal_()
+    symbols = torch.tensor([[1, 2]]).expand(20_000, 2)
+    extra = torch.tensor([embed.extra_row])
+    rows = torch.cat([embed.rows(symbols[0]), extra])
+    parts = embed.weight[rows]
+    seen = embed(symbols, extra.expand(len(symbols), 1)).unique(dim=0, return_counts=True)
+    expected = {
+        (a, b): parts[[0, 1, 4]].sum(0) + (a * parts[2] + b * parts[3]) / 0.75 for a in (0, 1) for b in (0, 1)
+    }
+    assert len(seen[0]) == 4
+    for (a, b), value in expected.items():
+        place = (seen[0] - value).abs().sum(1).argmin()
+        torch.testing.assert_close(seen[0][place], value)
+        share = (0.75 if a else 0.25) * (0.75 if b else 0.25)
+        assert abs(float(seen[1][place]) / 20_000 - share) < 0.02
+    torch.testing.assert_close(embed.eval()(symbols[:1], extra[None]), parts.sum(0)[None])
+
+
 def test_gradient_of_rows_is_that_of_the_linear_features():
     K, n = 4, 3
     embed = Neighbours(K, 5, 2, std=1.0).double()

@@ -24,6 +24,8 @@ class Neighbours(nn.Module):
         ngram_rows: vectors in each of these tables; 0 for none.
         extra: further vectors, whose rows in `weight` begin at `extra_row`.
         std: of the random start; n-grams start at zero.
+        ngram_dropout: in training each n-gram of an entry is left out with this probability, and the others
+            count the more: long n-grams are otherwise learned by heart.
     """
 
     hash: Tensor
@@ -38,10 +40,12 @@ class Neighbours(nn.Module):
         ngram_rows: int = 0,
         extra: int = 0,
         std: float = 0.02,
+        ngram_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         ngrams = ngrams if ngram_rows else ()
         self.K, self.size, self.columns, self.ngram_rows = K, size, columns, ngram_rows
+        self.ngram_dropout = ngram_dropout
         # A linear hash: a table's factors are zero at the columns that it does not join.
         generator = torch.Generator().manual_seed(0)
         factors = torch.randint(1 << 20, 1 << 40, (columns, len(ngrams)), generator=generator)
@@ -74,7 +78,13 @@ class Neighbours(nn.Module):
         rows = self.rows(symbols)
         if extra is not None:
             rows = torch.cat([rows, extra.expand(*rows.shape[:-1], -1)], -1)
-        h: Tensor = F.embedding_bag(rows.flatten(0, -2), self.weight, mode="sum")
+        weights = None
+        if self.training and self.ngram_dropout and self.hash.shape[1]:
+            weights = torch.ones(rows.shape, dtype=self.weight.dtype, device=rows.device)
+            some = weights[..., self.columns : self.columns + self.hash.shape[1]]
+            some.bernoulli_(1 - self.ngram_dropout).div_(1 - self.ngram_dropout)
+            weights = weights.flatten(0, -2)
+        h: Tensor = F.embedding_bag(rows.flatten(0, -2), self.weight, mode="sum", per_sample_weights=weights)
         return h.view(*rows.shape[:-1], self.size)
 
     def gradient_of(self, x: Tensor, sources: Tensor) -> Tensor:

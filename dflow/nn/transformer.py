@@ -239,6 +239,7 @@ class GroupCausalTransformer(nn.Module):
             ``window`` if the order has several lanes, else 0.
         ngram_rows: rows of each table of hashed n-grams, see `dflow.nn.embed`; 0 for none.
         ngram_size: longest n-gram with a table, to either side and across the entry.
+        ngram_dropout: share of the n-grams left out in training, see there.
         zero_head: start with an output of zeros (the identity, for the parameters of a bijector).
     """
 
@@ -261,6 +262,7 @@ class GroupCausalTransformer(nn.Module):
         ahead: int | None = None,
         ngram_rows: int = 0,
         ngram_size: int = 4,
+        ngram_dropout: float = 0.0,
         dropout: float = 0.0,
         zero_head: bool = False,
     ) -> None:
@@ -288,6 +290,7 @@ class GroupCausalTransformer(nn.Module):
             [[reach.index(o) for o in pattern] for pattern in ngrams(window, ahead, ngram_size)],
             ngram_rows,
             extra=2 * _GAPS if self.gaps else 0,
+            ngram_dropout=ngram_dropout,
         )
         intermediate_size = intermediate_size or 4 * hidden_size
         self.blocks = nn.ModuleList(
@@ -566,6 +569,7 @@ class InfillTransformer(nn.Module):
         window: known symbols read on each side.
         ngram_rows: rows of each table of hashed n-grams of these, see `dflow.nn.embed`; 0 for none.
         ngram_size: longest n-gram with a table.
+        ngram_dropout: share of the n-grams left out in training, see there.
         zero_head: start with an output of zeros (the identity, for the parameters of a bijector).
     """
 
@@ -587,6 +591,7 @@ class InfillTransformer(nn.Module):
         window: int = 8,
         ngram_rows: int = 0,
         ngram_size: int = 4,
+        ngram_dropout: float = 0.0,
         dropout: float = 0.0,
         zero_head: bool = False,
     ) -> None:
@@ -609,7 +614,15 @@ class InfillTransformer(nn.Module):
             [-o - 1 if o < 0 else window + o - 1 for o in pattern]
             for pattern in ngrams(window, window, ngram_size)
         ]
-        self.embed = Neighbours(K, hidden_size, 2 * window, columns, ngram_rows, std=(2 * window) ** -0.5)
+        self.embed = Neighbours(
+            K,
+            hidden_size,
+            2 * window,
+            columns,
+            ngram_rows,
+            std=(2 * window) ** -0.5,
+            ngram_dropout=ngram_dropout,
+        )
         self.mix = nn.Linear(hidden_size, hidden_size)
         self.blocks = nn.ModuleList(
             Block(hidden_size, num_heads, intermediate_size or 4 * hidden_size, dropout)
@@ -668,7 +681,7 @@ class MaskedTransformer(nn.Module):
         dim: longest sequence.
         hidden_size, num_layers, num_heads, intermediate_size, dropout: the usual.
         window: symbols read on each side.
-        ngram_rows, ngram_size: tables of hashed n-grams as in `GroupCausalTransformer`.
+        ngram_rows, ngram_size, ngram_dropout: tables of hashed n-grams as in `GroupCausalTransformer`.
     """
 
     def __init__(
@@ -684,6 +697,7 @@ class MaskedTransformer(nn.Module):
         window: int = 4,
         ngram_rows: int = 0,
         ngram_size: int = 4,
+        ngram_dropout: float = 0.0,
         dropout: float = 0.0,
     ) -> None:
         """See the class."""
@@ -704,6 +718,7 @@ class MaskedTransformer(nn.Module):
             [[window + offset for offset in pattern] for pattern in patterns],
             ngram_rows,
             extra=2 * _GAPS,
+            ngram_dropout=ngram_dropout,
         )
         self.blocks = nn.ModuleList(
             Block(hidden_size, num_heads, intermediate_size or 4 * hidden_size, dropout)

@@ -66,6 +66,7 @@ class AttentionConfig(ModelConfig):
     window: int = setting(8, "neighbouring symbols that the first layer reads directly, on each side")
     ngram_rows: int = setting(0, "rows of each table of hashed n-grams, n = 2 .. ngram_size; 0 for none")
     ngram_size: int = setting(4, "longest n-gram with a table")
+    ngram_dropout: float = setting(0.0, "share of the n-grams left out in training")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,6 +77,8 @@ class AttentionConfig(ModelConfig):
             )
         if self.window < 1:
             raise InputError(f"window must be at least 1, found {self.window}")
+        if not 0 <= self.ngram_dropout < 1:
+            raise InputError(f"ngram_dropout must lie in [0, 1), found {self.ngram_dropout}")
         if self.ngram_rows < 0 or self.ngram_size < 2:
             raise InputError(
                 f"ngram_rows must be at least 0 and ngram_size at least 2, found {self.ngram_rows} and "
@@ -92,6 +95,7 @@ class AttentionConfig(ModelConfig):
             "window": self.window,
             "ngram_rows": self.ngram_rows,
             "ngram_size": self.ngram_size,
+            "ngram_dropout": self.ngram_dropout,
             "dropout": self.dropout,
         }
 
