@@ -36,8 +36,8 @@ Steps = Generator[tuple[Tensor, Code], Tensor, None]
 #: Mixtures of logistic laws are coded together as long as they are no more than this.
 _MIXTURES = 1 << 16
 
-#: Laws of windows are coded together as long as their counts are no more than this.
-_COUNTS = 1 << 22
+#: Laws of windows are coded together as long as their logits are no more than this.
+_LOGITS = 1 << 20
 
 
 @singledispatch
@@ -220,7 +220,7 @@ def _(distribution: ConditionalWindow, n: int, context: Context) -> tuple[int, S
 
     def chain() -> Steps:
         dim, low = distribution.dim, distribution.low
-        size = max(1, _COUNTS // (dim * (distribution.K + 2)))
+        size = max(1, _LOGITS // (dim * (distribution.K + 2)))
         for start in range(0, n, size):
             given = context
             if context is not None:
@@ -229,10 +229,9 @@ def _(distribution: ConditionalWindow, n: int, context: Context) -> tuple[int, S
                     _check_rows(n, len(item))
                 some = tuple(item[start : start + size] for item in items)
                 given = some if isinstance(context, tuple) else some[0]
-            logits = distribution.logits(given)
+            logits = distribution.raw(given)
             places = start * dim + torch.arange(len(logits) * dim, device=low.device)
-            counts = logit_counts(logits.flatten(0, 1).detach().cpu())
-            yield places, Window(counts, low.repeat(len(logits)))
+            yield places, Window(logits, distribution.start, low)
 
     return distribution.dim, chain()
 

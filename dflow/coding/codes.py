@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dflow.coding.tables import LIMIT, PRECISION, LogisticTables, Tables, integer_counts
+from dflow.coding.tables import LIMIT, PRECISION, LogisticTables, Tables, integer_counts, logit_counts, masses
 
 #: Mixtures are coded in digits of this many bits.
 _DIGIT = 2
@@ -21,6 +21,9 @@ _CELLS = 1 << _DIGIT
 
 #: Raw bits are coded in pieces of this many.
 _PIECE = 16
+
+#: Logits that are looked at together: 1 MiB of float64.
+_BLOCK = 1 << 17
 
 #: Standard scales on each side of a mixture that its cells cover.
 _REACH = 12.0
@@ -172,27 +175,61 @@ class Golomb:
 class Window:
     """Integers of a window, each with a law of its own, and those beyond it by Golomb codes of order 0.
 
+    First comes whether a number is the one that data have most often. Where that is most of them, as in
+    pictures on a plain ground, whole laws are made for few.
+
     Args:
-        counts: of the tail below, of each integer of the window, of the tail above: `integer_counts`,
-            ``(n, K + 2)``.
-        low: the first integer of each window, int64 ``(n,)``.
+        logits: of the tail below, each integer of the window, the tail above: ``(rows, entries, K + 2)``;
+            fastest where entries lie side by side in memory.
+        start: to be added to them, ``(K + 2,)``: logs of how often each is in data.
+        low: the first integer of the window of each entry, int64 ``(entries,)``.
     """
 
-    def __init__(self, counts: Tensor, low: Tensor) -> None:
-        self._cells, self.low, self.window = Rows(counts), low.cpu(), counts.shape[1] - 2
+    def __init__(self, logits: Tensor, start: Tensor, low: Tensor) -> None:
+        self._logits, self._start, self._common = logits.detach().cpu(), start.cpu(), int(start.argmax())
+        self._low, self._window = low.cpu().repeat(len(logits)), len(start) - 2
+        # Some rows at a time, that stay near the processor.
+        size = max(1, _BLOCK // self._logits[:1].numel())
+        share = torch.cat([self._share(part.transpose(1, 2)) for part in self._logits.split(size)])
+        total = 1 << PRECISION
+        count = share.flatten().mul_(total).int().clamp_(2, total - 2)
+        self._first = Rows(torch.stack([total - count, count], 1))
+
+    def _share(self, logits: Tensor) -> Tensor:
+        """That of the common symbol, of ``(rows, symbols, entries)``; sums of whole numbers are exact."""
+        values = logits.float().add_(self._start.float()[:, None])
+        mass = masses(values, values.amax(1, keepdim=True), 1)
+        return mass[:, self._common] / mass.sum(1)
+
+    def _others(self, index: Tensor) -> Code:
+        """The code of symbols that are not the common one."""
+        entries = self._logits.shape[1]
+        rows = self._logits[index // entries, index % entries].add_(self._start)
+        rows[:, self._common] = -math.inf
+        return Rows(logit_counts(rows))
 
     def intervals(self, x: Tensor) -> Intervals:
         """See `Code`; ValueError for a magnitude beyond 2^40."""
-        check_numbers(x, len(self.low))
-        offset = x - self.low
-        beyond, tails = _tails(offset, self.window)
-        cells = self._cells.intervals(offset.clamp(-1, self.window) + 1)
-        return join([cells, Golomb(torch.zeros_like(self.low[beyond])).intervals(tails)])
+        check_numbers(x, len(self._low))
+        offset = x - self._low
+        symbol = offset.clamp(-1, self._window) + 1
+        is_common = symbol == self._common
+        others = (~is_common).nonzero().flatten()
+        _, tails = _tails(offset, self._window)
+        return join(
+            [
+                self._first.intervals(is_common.long()),
+                self._others(others).intervals(symbol[others]),
+                Golomb(torch.zeros_like(tails)).intervals(tails),
+            ]
+        )
 
     def pop(self, stack: Stack) -> Tensor:
         """See `Code`."""
-        offset = self._cells.pop(stack) - 1
-        return self.low + _pop_tails(offset, self.window, torch.zeros_like(self.low), stack)
+        others = (self._first.pop(stack) == 0).nonzero().flatten()
+        symbol = torch.full_like(self._low, self._common)
+        symbol.index_copy_(0, others, self._others(others).pop(stack))
+        return self._low + _pop_tails(symbol - 1, self._window, torch.zeros_like(symbol), stack)
 
 
 class Binned:

@@ -92,23 +92,36 @@ def logit_counts(logits: Tensor) -> Tensor:
         raise ValueError(f"{K} symbols do not fit into counts of {PRECISION} bits")
     rows = logits.reshape(-1, K)
     counts = torch.empty(rows.shape, dtype=torch.int32)
-    weights, total = _exponentials(), 1 << PRECISION
+    total, pieces = 1 << PRECISION, max(1, _PIECE // K)
     # A piece at a time: what is between stays near the processor.
-    pieces = max(1, _PIECE // K)
     for part, out in zip(rows.split(pieces), counts.split(pieces), strict=True):
-        place = part.double().amax(-1, keepdim=True) - part
-        if bool(place.isnan().any()):
-            raise ValueError("logits must be finite, or minus infinity where another is finite")
-        mass = weights.take(place.mul_(_GRID).round_().clamp_(max=len(weights) - 1).long())
+        part = part.double()
+        mass = masses(part, part.amax(-1, keepdim=True), -1)
         # Sums of integers below 2^53 are exact, whatever their order; of more than 2^16 masses they are not.
         whole = mass.sum(-1, keepdim=True) if K <= 1 << 16 else mass.long().sum(-1, keepdim=True).double()
         share = (total - least * K) / whole
         torch.floor(mass.mul_(share), out=mass)
         out.copy_(mass.add_(least))
-        out.scatter_add_(
-            -1, out.argmax(-1, keepdim=True), total - out.sum(-1, keepdim=True, dtype=torch.int32)
-        )
+        rest = total - out.sum(-1, keepdim=True, dtype=torch.int32)
+        out.scatter_add_(-1, out.argmax(-1, keepdim=True), rest)
     return counts.view(logits.shape)
+
+
+def masses(logits: Tensor, top: Tensor, dim: int) -> Tensor:
+    """Whole numbers in proportion to the soft-max along ``dim``, float64; the largest is 2^37.
+
+    Computed in the precision of the logits, whose largest are ``top``.
+
+    Raises:
+        ValueError: logits that are not finite or minus infinity, or only the latter.
+    """
+    # Whatever is no number comes up here, and so does an infinity.
+    if not bool(top.isfinite().all()):
+        raise ValueError("logits must be finite, or minus infinity where another is finite")
+    weights = _exponentials()
+    # The whole part of half a step more is the nearest step.
+    place = torch.sub(top.mul(_GRID).add_(0.5), logits, alpha=_GRID).clamp_(max=len(weights) - 1)
+    return weights.index_select(0, place.int().flatten()).view(place.shape)
 
 
 #: Numbers of a piece: 256 KiB of float64.

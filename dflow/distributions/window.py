@@ -56,6 +56,10 @@ class ConditionalWindow(Distribution):
 
     def logits(self, context: Context) -> Tensor:
         """Logits of the symbols, ``(batch, dim, K + 2)``, at least float32."""
+        return self.raw(context) + self.start
+
+    def raw(self, context: Context) -> Tensor:
+        """The logits less ``start``."""
         if context is None:
             raise ValueError("a conditional law needs a context")
         found: Tensor = self.net(*context) if isinstance(context, tuple) else self.net(context)
@@ -64,7 +68,7 @@ class ConditionalWindow(Distribution):
             raise ValueError(
                 f"the net gave logits of shape {tuple(found.shape)}, expected (batch, *{expected})"
             )
-        return found.to(torch.promote_types(found.dtype, torch.float32)) + self.start
+        return found.to(torch.promote_types(found.dtype, torch.float32))
 
     def symbols(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Symbols 0..K + 1 of integers ``x``, and how far beyond the window they lie, 0 at the nearest."""
