@@ -233,3 +233,16 @@ def picture_codecs() -> tuple[Codec[Array], ...]:
         # No effort is best on all: 10 is far ahead on drawings, 7 on the least photographs.
         *map(_jxl, (7, 9, 10)),
     )
+
+
+def find(name: str, settings: str) -> Codec[Any]:
+    """The codec of that name and settings, among those of texts, of pictures, and of values as they are.
+
+    Raises:
+        ValueError: none.
+    """
+    known: tuple[Codec[Any], ...] = (*text_codecs(), *picture_codecs(), *raw_codecs())
+    for codec in known:
+        if (codec.name, codec.settings) == (name, settings):
+            return codec
+    raise ValueError(f"no codec {name} ({settings})")
