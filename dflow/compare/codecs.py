@@ -25,6 +25,7 @@ from dflow.compare.peers import (
     Array,
     Codec,
     Unavailable,
+    every,
     find,
     picture_codecs,
     raw_codecs,
@@ -369,9 +370,9 @@ def _opened(make: Callable[[], Any], items: list[Any]) -> _Opened:
 
 
 def _at_work(codec: Codec[T], how: str, items: list[Any]) -> _Runner:
-    names = {(c.name, c.settings) for c in (*picture_codecs(), *raw_codecs(), *text_codecs())}
     name = codec.name, codec.settings
-    again = partial(find, *name) if name in names else None
+    known = any((c.name, c.settings) == name for c in every())
+    again = partial(find, *name) if known else None
     return _Runner(_row(codec, how), _jobs(codec, items), (again, items))
 
 

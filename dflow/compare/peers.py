@@ -235,14 +235,18 @@ def picture_codecs() -> tuple[Codec[Array], ...]:
     )
 
 
+def every() -> tuple[Codec[Any], ...]:
+    """Those of texts, of pictures, and of values as they are."""
+    return (*text_codecs(), *picture_codecs(), *raw_codecs())
+
+
 def find(name: str, settings: str) -> Codec[Any]:
-    """The codec of that name and settings, among those of texts, of pictures, and of values as they are.
+    """The codec of that name and settings.
 
     Raises:
         ValueError: none.
     """
-    known: tuple[Codec[Any], ...] = (*text_codecs(), *picture_codecs(), *raw_codecs())
-    for codec in known:
+    for codec in every():
         if (codec.name, codec.settings) == (name, settings):
             return codec
     raise ValueError(f"no codec {name} ({settings})")
