@@ -40,7 +40,15 @@ if TYPE_CHECKING:
         SequenceCategorical,
         Spectra,
     )
-    from dflow.elementwise import Affine, IntegerShift, ModAffine, ModRank, ModShift, Spline
+    from dflow.elementwise import (
+        Affine,
+        IntegerShift,
+        MixtureLogistic,
+        ModAffine,
+        ModRank,
+        ModShift,
+        Spline,
+    )
     from dflow.flows import Flow, Split
     from dflow.hf import (
         DflowClassifier,
@@ -89,6 +97,7 @@ __all__ = [
     "Logistic",
     "LogisticMixture",
     "Mixture",
+    "MixtureLogistic",
     "ModAffine",
     "ModRank",
     "ModShift",
@@ -117,6 +126,7 @@ _HOMES = {
     "elementwise": (
         "Affine",
         "IntegerShift",
+        "MixtureLogistic",
         "ModAffine",
         "ModRank",
         "ModShift",

@@ -229,6 +229,7 @@ class Compare(Source, Machine):
     )
     each: bool = flag("with --codec: a file for each item (default: this and --together)", False)
     together: bool = flag("with --codec: all in one file", False)
+    memory: bool = flag("with --codec: peak memory too, each direction in a process of its own", False)
     length: int | None = flag("symbols of a drawn sample (default: the longest that all can draw)", None)
     batch_size: int = flag("samples drawn together where characters a second are measured", 100)
     rounds: int | None = flag("rounds of measuring (default: 10, of codecs 3)", None)
@@ -744,7 +745,7 @@ def compare(flags: Compare) -> int:
 
     if flags.codec:
         return compare_codecs(flags)
-    for name in ("model", "mode", "each", "together"):
+    for name in ("model", "mode", "each", "together", "memory"):
         if getattr(flags, name):
             raise InputError(f"--{name} goes with --codec; models are named without it")
     if not flags.models:
@@ -1050,6 +1051,7 @@ def compare_codecs(flags: Compare) -> int:
         each=flags.each or both,
         together=flags.together or both,
         rounds=3 if flags.rounds is None else flags.rounds,
+        memory=flags.memory,
         progress=True,
     )
     print(codecs.markdown(result))

@@ -29,7 +29,7 @@ from dflow.distributions import (
     SequenceCategorical,
     Spectra,
 )
-from dflow.elementwise import Affine, IntegerShift, ModAffine, ModRank, ModShift, Spline
+from dflow.elementwise import Affine, IntegerShift, MixtureLogistic, ModAffine, ModRank, ModShift, Spline
 from dflow.flows import Flow, Split
 from dflow.nn.densenet import DenseNet
 from dflow.nn.lstm import LSTM
@@ -348,6 +348,7 @@ def squeezed(shape: Shape) -> Chain:
 CONTINUOUS: dict[str, Callable[[Shape], Bijector]] = {
     "coupling affine": lambda shape: image_coupling(Affine(), shape),
     "coupling spline": lambda shape: image_coupling(Spline(5, 3.0), shape),
+    "coupling mixture": lambda shape: image_coupling(MixtureLogistic(3), shape),
     "coupling second half": lambda shape: image_coupling(Affine(), shape, first=False),
     "coupling every second": lambda shape: vector_coupling(Spline(4), shape),
     "coupling affine context": lambda shape: image_coupling(Affine(1.0), shape, CONTEXT_CHANNELS),
@@ -356,6 +357,7 @@ CONTINUOUS: dict[str, Callable[[Shape], Bijector]] = {
     ),
     "autoregressive affine": lambda shape: masked(Affine(1.0), shape),
     "autoregressive spline": lambda shape: masked(Spline(4), shape),
+    "autoregressive mixture": lambda shape: masked(MixtureLogistic(2, 3.0), shape),
     "autoregressive affine context": lambda shape: masked(Affine(1.0), shape, CONTEXT_CHANNELS),
     "actnorm": ActNorm,
     "conv 1x1": lambda shape: Conv1x1(shape, torch.Generator().manual_seed(0)),

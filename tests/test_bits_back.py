@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dflow import zoo
+from dflow import objectives, zoo
 from dflow.bijectors import (
     ActNorm,
     Autoregressive,
@@ -25,7 +25,7 @@ from dflow.coding.bits_back import BitsBack, Stream, middles, pop, push, ready, 
 from dflow.coding.black_box import BlackBox
 from dflow.coding.local import Frame, Settings, density, layers
 from dflow.coding.normals import Normal, logit_normal, logits, normal_tables
-from dflow.core import Bijector, Distribution
+from dflow.core import Bijector, Distribution, Elementwise
 from dflow.dequantize import (
     Dequantized,
     FlowDequantizer,
@@ -37,7 +37,7 @@ from dflow.dequantize import (
 )
 from dflow.distributions import ConditionalNormal, CovarianceNormal, StandardNormal
 from dflow.distributions import Normal as NormalLaw
-from dflow.elementwise import Affine, Spline
+from dflow.elementwise import Affine, MixtureLogistic, Spline
 from dflow.flows import Flow, Split
 from dflow.nn.densenet import DenseNet
 from dflow.nn.masked_conv import MaskedConv
@@ -69,16 +69,18 @@ def coupling(family: nn.Module, context: int = 0, swap: bool = False) -> Couplin
     return Coupling(family, net(family, context), ~mask if swap else mask)
 
 
-def autoregressive(context: int = 0) -> Autoregressive:
-    conv = MaskedConv(SHAPE, 2, hidden_size=12, depth=1, context_channels=context)
-    return Autoregressive(Affine(1.0), conv, DIM)
+def autoregressive(context: int = 0, family: Elementwise | None = None) -> Autoregressive:
+    torch.manual_seed(4)
+    family = family or Affine(1.0)
+    conv = MaskedConv(SHAPE, family.num_params, hidden_size=12, depth=1, context_channels=context)
+    return Autoregressive(family, conv, DIM)
 
 
-def glow(num: int = 2) -> Chain:
+def glow(num: int = 2, family: Elementwise | None = None) -> Chain:
     torch.manual_seed(2)
     parts: list[Bijector] = []
     for i in range(num):
-        parts += [ActNorm(SHAPE), Conv1x1(SHAPE), coupling(Spline(4) if i % 2 else Affine())]
+        parts += [ActNorm(SHAPE), Conv1x1(SHAPE), coupling(family or (Spline(4) if i % 2 else Affine()))]
     return Chain([*parts, ActNorm(SHAPE)])
 
 
@@ -101,11 +103,13 @@ BIJECTORS = {
     "conv of a vector": lambda: Conv1x1((DIM, 1, 1), torch.Generator().manual_seed(0)),
     "affine": lambda: coupling(Affine()),
     "spline": lambda: coupling(Spline(4)),
+    "mixture": lambda: coupling(MixtureLogistic(3)),
     "hidden first": lambda: coupling(Spline(4), swap=True),
     "permute": mixed,
     "reverse": Reverse,
     "squeeze": lambda: squeeze((1, 6, 4))[0],
     "autoregressive": autoregressive,
+    "autoregressive mixture": lambda: autoregressive(0, MixtureLogistic(2, 3.0)),
     "chain": glow,
     "mixed up": lambda: Chain([tall(0.2), mixed(), Conv1x1(SHAPE), mixed(), coupling(Affine())]),
 }
@@ -206,14 +210,15 @@ DEQUANTIZERS = {
         Scaled(1, True),
     ),
     "spline": lambda: FlowDequantizer(Hypercube(), coupling(Spline(3), 4), Scaled(1, True)),
+    "mixture": lambda: FlowDequantizer(Hypercube(), coupling(MixtureLogistic(3), 4), Scaled(1, True)),
     "autoregressive": lambda: FlowDequantizer(
         Hypercube(), Chain([autoregressive(4), mixed(), autoregressive(4)]), Scaled(1, True)
     ),
 }
 
 
-def model(name: str = "uniform") -> Dequantized:
-    flow = glow()
+def model(name: str = "uniform", family: Elementwise | None = None) -> Dequantized:
+    flow = glow(2, family)
     with torch.no_grad():
         flow[0].loc.fill_(8.0)
         flow[0].log_scale.fill_(math.log(3.0))
@@ -251,9 +256,13 @@ def bound(law: Dequantized, code: BitsBack, x: Tensor, stack: Coder) -> float:
     return -float(found.sum()) / math.log(2)
 
 
-@pytest.mark.parametrize("name", DEQUANTIZERS)
-def test_a_model_costs_its_bound_and_gives_everything_back(name):
-    law = model(name)
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [(name, None) for name in DEQUANTIZERS] + [(name, MixtureLogistic(3)) for name in ("uniform", "mixture")],
+    ids=str,
+)
+def test_a_model_costs_its_bound_and_gives_everything_back(name, family):
+    law = model(name, family)
     code, x = BitsBack(law, DIM), data(law)
     ideal = bound(law, code, x, Coder(LENT))
     coder = Coder(LENT)
@@ -264,9 +273,10 @@ def test_a_model_costs_its_bound_and_gives_everything_back(name):
     assert coder.to_bytes() == LENT
 
 
-def test_black_box_and_layers_agree():
+@pytest.mark.parametrize("family", [None, MixtureLogistic(3)], ids=str)
+def test_black_box_and_layers_agree(family):
     # The one sigma of a black box has to be wide in steps of x, too.
-    law, settings = model(), Settings(16, 8, 12)
+    law, settings = model(family=family), Settings(16, 8, 12)
     code, x = BitsBack(law, DIM, settings), data(law, 24)
     ideal = bound(law, code, x, Coder(LENT))
     whole = BlackBox(law.density, code.frame, settings)
@@ -332,6 +342,25 @@ def test_values_far_off_are_coded_too():
     assert torch.equal(pop(code, 6, found.data)[0], x)
 
 
+@pytest.mark.parametrize("size", [1.0, 3.0])
+def test_mixtures_of_any_shape_come_back(size):
+    """Narrow components far apart: flat between them, beyond what floats can tell, and as steep as may be."""
+    law = model(family=MixtureLogistic(3))
+    generator = torch.Generator().manual_seed(9)
+    for layer in law.density.bijector:
+        if isinstance(layer, Coupling):
+            head = layer.net.head.weight
+            head.copy_(size * torch.randn(head.shape, generator=generator, dtype=head.dtype))
+    code = BitsBack(law, DIM)
+    for reach in (16, 100):
+        x = torch.randint(-reach, reach, (20, DIM), generator=generator)
+        found = push(code, x, LENT[:50])
+        rows, back = pop(code, 20, found.data, 50)
+        assert torch.equal(rows, x)
+        assert back == LENT[:50]
+        assert law.density.bijector.forward(x.double())[1].min() < -10_000
+
+
 def test_what_cannot_be_coded_is_refused():
     density_law = NormalLaw(DIM)
     with pytest.raises(ValueError, match="Orthant"):
@@ -378,17 +407,20 @@ def test_other_grids(settings):
     assert torch.equal(pop(code, 16, found.data)[0], x)
 
 
+@pytest.mark.parametrize("elementwise", ["spline", "mixture"])
 @pytest.mark.parametrize("dequantizer", ["uniform", "normal", "bipartite", "autoregressive"])
-def test_models_of_the_zoo(dequantizer):
+def test_models_of_the_zoo(dequantizer, elementwise):
     values = {
+        "elementwise": elementwise, "dequantizer_elementwise": elementwise,
         "shape": [1, 4, 4], "levels": [256], "num_levels": 2, "num_flows": 2, "hidden_size": 8,
         "num_hidden_layers": 2, "dequantizer": dequantizer, "dequantizer_flows": 2, "context_size": 2,
         "dequantizer_hidden_size": 12, "dequantizer_hidden_layers": 1,
     }  # fmt: skip
     law = zoo.build_image("dequantized", zoo.settings("dequantized", values))
     assert isinstance(law, Dequantized)
-    code = BitsBack(ready(shaken(law, 0.05)), 16)
     x = torch.randint(256, (20, 16), generator=torch.Generator().manual_seed(0))
+    objectives.initialize(law, x, torch.Generator().manual_seed(0))
+    code = BitsBack(ready(shaken(law, 0.05)), 16)
     found = push(code, x, LENT[:99])
     rows, back = pop(code, 20, found.data, 99)
     assert torch.equal(rows, x)

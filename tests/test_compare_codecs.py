@@ -431,6 +431,7 @@ def test_the_command_refuses(
 def test_flags_of_codecs_go_with_it(capsys: pytest.CaptureFixture[str]) -> None:
     for argv, named in (
         (["m", "--each"], "--each"),
+        (["m", "--memory"], "--memory"),
         (["m", "--model", "n"], "--model"),
         ([], "name at least one"),
     ):

@@ -109,6 +109,9 @@ def test_every_combination_is_a_law(partition: str, density: str, dequantizer: s
         {"shape": [3, 4, 4], "levels": [256], "num_levels": 3, "elementwise": "affine"},
         {"shape": [1, 8, 8], "levels": [32], "num_levels": 3, "dequantizer": "autoregressive"},
         {"shape": [3, 4, 4], "levels": [256], "num_levels": 2, "mixing": "permute"},
+        {"shape": [3, 4, 4], "levels": [256], "num_levels": 2, "elementwise": "mixture"},
+        {"dequantizer": "bipartite", "dequantizer_elementwise": "mixture"},
+        {"dequantizer": "autoregressive", "dequantizer_elementwise": "mixture", "mixture_components": 1},
         {"dequantizer": "bipartite", "dequantizer_elementwise": "spline"},
         {"dequantizer": "autoregressive", "dequantizer_elementwise": "spline"},
         {"shape": [3, 3, 5], "levels": [8], "dequantizer": "bipartite"},
@@ -238,7 +241,7 @@ def test_permutations_between_couplings_let_every_entry_hang_on_every_other(dim:
     assert sorted(e[0].tolist()) == list(range(dim))
 
 
-@pytest.mark.parametrize("elementwise", ["affine", "spline"])
+@pytest.mark.parametrize("elementwise", ["affine", "spline", "mixture"])
 @torch.no_grad()
 def test_a_flow_of_two_entries_integrates_to_one(elementwise: str) -> None:
     law = build(shape=[2, 1, 1], elementwise=elementwise, conditioner="perceptron")
@@ -247,7 +250,9 @@ def test_a_flow_of_two_entries_integrates_to_one(elementwise: str) -> None:
     assert float(p.sum() * (line[1] - line[0]) ** 2) == pytest.approx(1, abs=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{"num_levels": 3}, {"elementwise": "affine"}, MIXED], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"num_levels": 3}, {"elementwise": "affine"}, {"elementwise": "mixture"}, MIXED], ids=str
+)
 def test_draws_of_a_flow_are_its_inverse(settings: dict[str, Any]) -> None:
     density = build(**settings).density
     v = density.sample(200, None, torch.Generator().manual_seed(0))

@@ -153,8 +153,9 @@ def carry(
 
 def _local(values: Tensor, width: float, old: Frame, new: Frame, f: Map, narrow: bool) -> Normal:
     mean, log_slope = f(values)
-    # The narrower of both laws has the width, the other one that by the slope in steps.
-    slope = (log_slope.exp() * (old.step / new.step)).clamp(min=1)
+    # The narrower of both laws has the width, the other one that by the slope in steps; which is beyond all
+    # floats where a mixture is flat.
+    slope = (log_slope.exp() * (old.step / new.step)).clamp(1, 2.0**60)
     return Normal(new.units(mean).flatten(), (width * slope).flatten(), narrow)
 
 
@@ -545,7 +546,8 @@ def _(law: NormalLaw, frame: Frame, settings: Settings) -> Law:
 def _(law: ConditionalNormal, frame: Frame, settings: Settings) -> Law:
     def params(context: Context) -> tuple[Tensor, Tensor]:
         loc, log_scale = law.params(context)
-        return loc.double(), log_scale.double().exp()
+        # Beyond any grid all the same.
+        return loc.double(), log_scale.double().clamp(max=100).exp()
 
     return Independent(params, frame)
 

@@ -18,12 +18,15 @@ import torch
 from tqdm import tqdm
 
 import dflow
+from dflow.compare import memory as memories
 from dflow.compare import results
 from dflow.compare.models import environment
 from dflow.compare.peers import (
     Array,
     Codec,
     Unavailable,
+    every,
+    find,
     picture_codecs,
     raw_codecs,
     text_codecs,
@@ -64,6 +67,7 @@ class ModelCodec(Generic[T]):
         encode: pictures or texts to one file.
         decode: the file to what was in it.
         clock: to which both add.
+        again: makes it in another process, so picklable; None where it cannot be.
     """
 
     name: str
@@ -72,6 +76,7 @@ class ModelCodec(Generic[T]):
     encode: Callable[[Sequence[T]], bytes]
     decode: Callable[[bytes], Sequence[T]]
     clock: Clock = field(default_factory=Clock)
+    again: Callable[[], ModelCodec[T]] | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,8 @@ class Row:
         seconds: of a model: network and coder, encoding and decoding, in a round.
         size: of a model: bytes of its weights.
         auxiliary: of a model by bits back: bytes of all files that are random bits it was lent.
+        memory: bytes by which a process that encodes, and one that decodes, raises the peak of its resident
+            memory: libraries and weights are in it, what is compressed and dflow itself are not.
         break_even: of a model: raw bytes of such material from which on weights and file are smaller than
             what the best classical codec makes of it; None where they never are.
         error: why there are no figures.
@@ -129,6 +136,7 @@ class Row:
     seconds: dict[str, float] | None = None
     size: int | None = None
     auxiliary: int | None = None
+    memory: dict[str, int] | None = None
     break_even: int | None = None
     error: str | None = None
 
@@ -182,10 +190,12 @@ class _Runner:
 
     Attributes:
         jobs: of each file, how to make it, and whether bytes give back what is in it.
+        source: what makes the codec in another process, and the items of the files.
     """
 
     row: Row
     jobs: list[tuple[Callable[[], bytes], Callable[[bytes], bool]]]
+    source: tuple[Callable[[], Any] | None, list[Any]] = (None, [])
     clock: Clock | None = None
     encode: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
@@ -230,6 +240,7 @@ def compare_codecs(
     together: bool = True,
     rounds: int = 3,
     codecs: Sequence[Codec[T]] | None = None,
+    memory: bool = False,
     progress: bool = False,
 ) -> CodecComparison:
     """Compress and decompress by every codec, by turns, after one file of each to warm up.
@@ -247,10 +258,12 @@ def compare_codecs(
         together: all in one.
         rounds: of measuring.
         codecs: the classical ones; default all of `dflow.compare.peers`.
+        memory: measure that too, by two more processes a row; other codecs than the default ones have none.
         progress: show a bar on stderr.
 
     Raises:
         InputError: neither each nor together, or rounds below 1.
+        RuntimeError: a process whose memory is measured fails.
     """
     if rounds < 1:
         raise InputError(f"rounds {rounds} must be at least 1")
@@ -268,7 +281,7 @@ def compare_codecs(
         makers += [partial(_model, material, model, False) for model in models]
     runners: list[_Runner] = []
     with tqdm(
-        total=len(makers) * (rounds + 1),
+        total=len(makers) * (rounds + 1 + memory),
         unit="round",
         desc="codecs",
         delay=1,
@@ -284,6 +297,11 @@ def compare_codecs(
                 if one.row.error is None and sum(one.encode + one.decode) <= PATIENCE:
                     _attempt(one)
                 bar.update()
+        for one in runners if memory else ():
+            if one.row.error is None and one.source[0] is not None:
+                taken = memories.measure(_opened, *one.source)
+                one.row = replace(one.row, memory=taken)
+            bar.update()
     rows = [_finish(runner, material) for runner in runners]
     return CodecComparison(
         environment(torch.device("cpu")),
@@ -317,8 +335,45 @@ def _row(codec: Codec[T], how: str) -> Row:
     return Row(codec.name, codec.settings, found, how)
 
 
-def _job(codec: Codec[T], item: T) -> tuple[Callable[[], bytes], Callable[[bytes], bool]]:
-    return lambda: codec.encode(item), lambda data: _same(codec.decode(data, item[:0]), item)
+def _jobs(codec: Any, items: Sequence[Any]) -> list[tuple[Callable[[], bytes], Callable[[bytes], bool]]]:
+    """A file each of items, of a model of tuples of items."""
+
+    def job(item: Any) -> tuple[Callable[[], bytes], Callable[[bytes], bool]]:
+        if not isinstance(codec, ModelCodec):
+            return lambda: codec.encode(item), lambda data: _same(codec.decode(data, item[:0]), item)
+
+        def check(data: bytes) -> bool:
+            found = codec.decode(data)
+            return len(found) == len(item) and all(map(_same, found, item))
+
+        return lambda: codec.encode(item), check
+
+    return [job(item) for item in items]
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """See `dflow.compare.memory.Opened`."""
+
+    jobs: list[tuple[Callable[[], bytes], Callable[[bytes], bool]]]
+
+    def encode(self) -> list[bytes]:
+        return [make() for make, _ in self.jobs]
+
+    def decode(self, files: Sequence[bytes]) -> None:
+        if not all([check(data) for (_, check), data in zip(self.jobs, files, strict=True)]):
+            raise Unavailable("ROUND TRIP FAILED")
+
+
+def _opened(make: Callable[[], Any], items: list[Any]) -> _Opened:
+    return _Opened(_jobs(make(), items))
+
+
+def _at_work(codec: Codec[T], how: str, items: list[Any]) -> _Runner:
+    name = codec.name, codec.settings
+    known = any((c.name, c.settings) == name for c in every())
+    again = partial(find, *name) if known else None
+    return _Runner(_row(codec, how), _jobs(codec, items), (again, items))
 
 
 def _same(found: Any, item: Any) -> bool:
@@ -328,14 +383,14 @@ def _same(found: Any, item: Any) -> bool:
 
 
 def _each(material: Material[T], codec: Codec[T]) -> _Runner:
-    return _Runner(_row(codec, "each"), [_job(codec, item) for item in material.items])
+    return _at_work(codec, "each", list(material.items))
 
 
 def _together(material: Material[T], codec: Codec[T]) -> _Runner:
     """All in one file, for each shape of pictures, in the arrangement of which less is made."""
     if isinstance(material.items[0], bytes):
         whole: Any = b"".join(material.items)
-        return _Runner(_row(codec, "together"), [_job(codec, whole)])
+        return _at_work(codec, "together", [whole])
     groups: dict[Any, list[Array]] = {}
     for item in material.items:
         groups.setdefault((item.shape, item.dtype.str), []).append(item)
@@ -354,7 +409,7 @@ def _together(material: Material[T], codec: Codec[T]) -> _Runner:
                 best = size, how, sheets
     if best is None:
         return _Runner(replace(_row(codec, "together"), error=error), [])
-    return _Runner(_row(codec, best[1]), [_job(codec, sheet) for sheet in best[2]])
+    return _at_work(codec, best[1], best[2])
 
 
 def _sheet(stack: Array) -> Array:
@@ -379,16 +434,9 @@ _ARRANGEMENTS: dict[str, Callable[[Array], Array]] = {
 
 
 def _model(material: Material[T], model: ModelCodec[T], each: bool) -> _Runner:
-    def job(items: tuple[T, ...]) -> tuple[Callable[[], bytes], Callable[[bytes], bool]]:
-        def check(data: bytes) -> bool:
-            found = model.decode(data)
-            return len(found) == len(items) and all(map(_same, found, items))
-
-        return lambda: model.encode(items), check
-
-    groups = [(item,) for item in material.items] if each else [material.items]
+    groups: list[Any] = [(item,) for item in material.items] if each else [material.items]
     row = Row(model.name, model.settings, dflow.__version__, "each" if each else "together", size=model.size)
-    return _Runner(row, [job(group) for group in groups], model.clock)
+    return _Runner(row, _jobs(model, groups), (model.again, groups), model.clock)
 
 
 def _finish(runner: _Runner, material: Material[T]) -> Row:
@@ -424,11 +472,13 @@ def markdown(comparison: CodecComparison) -> str:
     """The table in Markdown, with what is needed to read it."""
     c = comparison
     head = ["codec", "settings", "files", "bytes", f"bits/{c.unit}", "ratio", "encode MB/s", "decode MB/s"]
-    lines = [head, ["---"] * 3 + ["---:"] * 5]
+    measured = any(row.memory for row in c.rows)
+    head += ["memory MiB"] * measured
+    lines = [head, ["---"] * 3 + ["---:"] * (5 + measured)]
     for row in c.rows:
         start = [row.name, " ".join(filter(None, (row.settings, f"({row.version})"))), row.how]
         if row.error is not None:
-            lines.append([*(s.replace("|", "\\|") for s in (*start, row.error)), *4 * ["-"]])
+            lines.append([*(s.replace("|", "\\|") for s in (*start, row.error)), *(4 + measured) * ["-"]])
             continue
         figures = (
             f"{row.bytes:,}",
@@ -436,6 +486,7 @@ def markdown(comparison: CodecComparison) -> str:
             f"{row.ratio:.3f}",
             _rate(row.encode),
             _rate(row.decode),
+            *[" / ".join(f"{v / 2**20:,.0f}" for v in row.memory.values()) if row.memory else "-"] * measured,
         )
         lines.append([*(s.replace("|", "\\|") for s in start), *figures])
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
@@ -446,6 +497,12 @@ def markdown(comparison: CodecComparison) -> str:
         f"Speed: raw bytes, median of {most} rounds by turns (of one where a round takes {PATIENCE:.0f} s). "
         "Every file was decoded and compared.",
     ]
+    if measured:
+        notes.append(
+            "Memory: what encoding / decoding adds to the peak of the resident memory of a process that has "
+            "imported dflow and holds what is compressed. Libraries of the codec, weights and tables are in "
+            "it."
+        )
     for row in (row for row in c.rows if row.seconds is not None):
         shares = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in (row.seconds or {}).items())
         pays = "never" if row.break_even is None else f"from {row.break_even:,} raw bytes on"

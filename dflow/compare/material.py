@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +109,8 @@ def image_model(folder: str, mode: str) -> ModelCodec[Array]:
         clock.add(timed)
         return [_flat(values) for picture in found for values in picture.values]
 
-    return ModelCodec(folder.rstrip("/"), mode, _size(folder), encode, decode, clock)
+    again = partial(image_model, folder, mode)
+    return ModelCodec(folder.rstrip("/"), mode, _size(folder), encode, decode, clock, again)
 
 
 def text_model(folder: str) -> ModelCodec[bytes]:
@@ -130,7 +132,8 @@ def text_model(folder: str) -> ModelCodec[bytes]:
         clock.add(timed)
         return list(found.values())
 
-    return ModelCodec(folder.rstrip("/"), "float64", _size(folder), encode, decode, clock)
+    again = partial(text_model, folder)
+    return ModelCodec(folder.rstrip("/"), "float64", _size(folder), encode, decode, clock, again)
 
 
 def _files(items: Sequence[Array], place: Path) -> list[Path]:

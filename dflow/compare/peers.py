@@ -233,3 +233,20 @@ def picture_codecs() -> tuple[Codec[Array], ...]:
         # No effort is best on all: 10 is far ahead on drawings, 7 on the least photographs.
         *map(_jxl, (7, 9, 10)),
     )
+
+
+def every() -> tuple[Codec[Any], ...]:
+    """Those of texts, of pictures, and of values as they are."""
+    return (*text_codecs(), *picture_codecs(), *raw_codecs())
+
+
+def find(name: str, settings: str) -> Codec[Any]:
+    """The codec of that name and settings.
+
+    Raises:
+        ValueError: none.
+    """
+    for codec in every():
+        if (codec.name, codec.settings) == (name, settings):
+            return codec
+    raise ValueError(f"no codec {name} ({settings})")

@@ -29,7 +29,7 @@ from dflow.dequantize import (
     Uniform,
 )
 from dflow.distributions import ConditionalNormal, CovarianceNormal, Gaussian, Normal, StandardNormal
-from dflow.elementwise import Affine, Spline
+from dflow.elementwise import Affine, MixtureLogistic, Spline
 from dflow.flows import Flow, Split
 from dflow.nn.densenet import DenseNet
 from dflow.nn.masked_conv import MaskedConv
@@ -60,8 +60,11 @@ class DequantizedConfig(ValuesConfig):
     )
     num_levels: int = setting(1, "levels of a flow; half of the entries are factored out between two")
     num_flows: int = setting(8, "couplings of a level")
-    elementwise: Literal["affine", "spline"] = setting("spline", "family of a coupling: affine, spline")
+    elementwise: Literal["affine", "spline", "mixture"] = setting(
+        "spline", "family of a coupling: affine, spline, mixture (of logistic laws)"
+    )
     spline_bins: int = setting(8, "bins of a spline")
+    mixture_components: int = setting(4, "components of a mixture")
     mixing: Literal["rotate", "permute"] = setting(
         "rotate",
         "between couplings: rotate (1x1 convolutions); permute, which keeps edges of cells along the axes",
@@ -75,16 +78,17 @@ class DequantizedConfig(ValuesConfig):
     dequantizer_flows: int = setting(
         4, "couplings, or autoregressive layers, of a dequantizer that is a flow"
     )
-    dequantizer_elementwise: Literal["affine", "spline"] = setting(
-        "affine", "family of these: affine, spline"
+    dequantizer_elementwise: Literal["affine", "spline", "mixture"] = setting(
+        "affine", "family of these: affine, spline, mixture"
     )
     dequantizer_hidden_size: int = setting(64, "width of a dequantizer's networks")
     dequantizer_hidden_layers: int = setting(2, "layers of a dequantizer's networks")
 
     def __post_init__(self) -> None:
         for name in (
-            "num_levels", "num_flows", "spline_bins", "hidden_size", "num_hidden_layers", "context_size",
-            "dequantizer_flows", "dequantizer_hidden_size", "dequantizer_hidden_layers",
+            "num_levels", "num_flows", "spline_bins", "mixture_components", "hidden_size",
+            "num_hidden_layers", "context_size", "dequantizer_flows", "dequantizer_hidden_size",
+            "dequantizer_hidden_layers",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, found {getattr(self, name)}")
@@ -194,8 +198,10 @@ def _coupling(
     )
 
 
-def _family(config: DequantizedConfig, name: str) -> Elementwise:
-    return Affine() if name == "affine" else Spline(config.spline_bins)
+def _family(config: DequantizedConfig, name: str, bound: float = 2.0) -> Elementwise:
+    if name == "affine":
+        return Affine(bound)
+    return Spline(config.spline_bins) if name == "spline" else MixtureLogistic(config.mixture_components)
 
 
 def _shape(config: DequantizedConfig) -> Shape:
@@ -305,7 +311,7 @@ def _dequantizer(config: DequantizedConfig, partition: Partition, density: Distr
             layers = [*layers, Inverse(Permute(permutation.permutation))]
     else:
         # Noise to z in one pass: each entry given the noise before it. The papers' layer is tanh-bounded.
-        family = Affine(1.0) if config.dequantizer_elementwise == "affine" else Spline(config.spline_bins)
+        family = _family(config, config.dequantizer_elementwise, 1.0)
         for i in range(config.dequantizer_flows):
             layers += [Permute(torch.arange(discrete - 1, -1, -1))] * (i > 0)
             with asked("dequantizer_hidden_size"):
