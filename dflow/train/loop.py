@@ -15,6 +15,7 @@ import math
 import shutil
 import signal
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
@@ -124,7 +125,7 @@ class _Run:
         elif config.ema:
             self.shown = copy.deepcopy(self.model).to(device)
         #: Its weights: those that are trained, or their moving averages.
-        self.averages = list(self.model.parameters())
+        self.averages: list[Tensor] = list(self.model.parameters())
         if config.ema:
             of = self.model if self.sharded else self.shown
             self.averages = [p.detach().clone() if self.sharded else p for p in of.parameters()]
@@ -147,6 +148,8 @@ class _Run:
         self.interrupted: int | None = None
         self.stop = self.saved = False
         self.wrapped: Any
+        if config.compile:
+            _compile(objective, device)
         if self.learned:
             # Whatever is in pieces exchanges its gradients by itself.
             self.wrapped = self.accelerator.prepare_model(objective, evaluation_mode=self.sharded)
@@ -590,6 +593,20 @@ _OTHERS = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGA
 
 #: By which people and schedulers ask a training to stop; not every system has the last.
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
+def _compile(objective: torch.nn.Module, device: torch.device) -> None:
+    """Compile a module in place: its names of weights, and what is drawn in it, stay as they are."""
+    try:
+        torch.compile(torch.cos)(torch.zeros(8, device=device))
+    except (RuntimeError, ImportError, OSError) as error:
+        raise InputError(
+            f"train.compile: no compiler that works ({str(error).splitlines()[0]}); install one (g++; for a "
+            "GPU Triton as well), or leave out train.compile"
+        ) from error
+    # Rotary positions are complex numbers, for which it says that it calls what is there.
+    warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")
+    objective.compile(options={"fallback_random": True})
 
 
 class _Damaged(Exception):

@@ -64,6 +64,9 @@ class TrainConfig:
     shard: bool = setting(
         False, "each process keeps a piece of weights, gradients, moments and averages (FSDP), not all (DDP)"
     )
+    compile: bool = setting(
+        False, "compile the steps (torch.compile; needs a compiler, and a minute at the beginning)"
+    )
     rule: Literal[
         "auto",
         "likelihood",
@@ -133,6 +136,8 @@ class TrainConfig:
                 raise InputError(f"{name} must lie in [0, 1), found {getattr(self, name)}")
         if self.shard and self.mixed_precision == "fp16":
             raise InputError("shard goes with mixed_precision bf16 or no, not with fp16; choose bf16")
+        if self.shard and self.compile:
+            raise InputError("compile goes with whole models, not with shard; leave one of them out")
         if self.learning_rate <= 0:
             raise InputError(f"learning_rate must be positive, found {self.learning_rate}")
 
