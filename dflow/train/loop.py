@@ -604,8 +604,9 @@ def _compile(objective: torch.nn.Module, device: torch.device) -> None:
             f"train.compile: no compiler that works ({str(error).splitlines()[0]}); install one (g++; for a "
             "GPU Triton as well), or leave out train.compile"
         ) from error
-    # Rotary positions are complex numbers, for which it says that it calls what is there.
-    warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")
+    # That complex numbers (rotary positions) are left to what there is, and that it looks at all of a tensor.
+    for said in ("Torchinductor does not support code generation for complex", "The .grad attribute of a"):
+        warnings.filterwarnings("ignore", said)
     objective.compile(options={"fallback_random": True})
 
 
