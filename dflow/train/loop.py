@@ -239,6 +239,9 @@ class _Run:
                 self.save_state()
                 said = f"stopped at step {self.step}; add --resume to go on"
                 raise KeyboardInterrupt(said) if self.interrupted == signal.SIGINT else Preempted(said)
+        if self.accelerator.is_main_process:
+            # Killed before it removed the last one, a run that is resumed has no step left to do it after.
+            self._prune()
         self.say(f"done: {self.step:,} steps, best validation {self.best:.4f} {self.task.unit}")
 
     def _evaluate(self, loss: float, done: bool) -> None:
@@ -462,6 +465,11 @@ class _Run:
             safetensors.torch.save_file(tensors, folder / STATE, {"dflow": json.dumps(about)})
             if self.config.keep > 1:
                 shutil.copyfile(folder / STATE, folder / name)
+        self._prune()
+
+    def _prune(self) -> None:
+        """Remove states that are older than those to be kept."""
+        out = self.recipe.output
         hf.remove(out, [p.name for p in _states(out) if p.name != STATE][max(0, self.config.keep - 1) :])
 
     def _tensors(self) -> dict[str, Tensor]:
