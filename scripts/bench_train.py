@@ -7,12 +7,14 @@
   schedules, averages, checks, bars or saves; `dflow`: `dflow.train.train`. Each is run for a few steps and
   for more, in a process of its own, by turns; the difference is what the steps cost, starting and the
   evaluation at the end are not in it. Peak memory is that of the whole process.
-- `compiled`: the plain loop with `torch.compile`, from its second step on.
+- `compiled`: the plain loop with `torch.compile`, from its second step on; `dflow compiled`: dflow with
+  `train.compile`.
 - `two`: dflow on two processes of one thread (gloo), each with half of the batch, against one process of one
-  thread with all of it: the efficiency is half the ratio of their times.
+  thread with all of it: the efficiency is half the ratio of their times. `pieces`: the same, each with half
+  of the model as well (`train.shard`).
 - `batch`: making a batch, as a share of a step.
 
-Medians of --rounds. The last line is one JSON object.
+Medians of --rounds; --only some of these. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from dflow.train.tasks import task_of
 
 def settings(given: argparse.Namespace, steps: int, output: str) -> list[str]:
     budget = [f"train.steps={steps}", "train.minutes=null", "train.trackers=[]", "train.samples=0"]
+    budget += [f"train.{name}=true" for name in ("compile", "shard") if given.worker == f"dflow-{name}"]
     return [*budget, f"train.eval_every={steps}", "train.eval_chunks=1", f"output={output}", *given.set]
 
 
@@ -73,7 +76,7 @@ def work(given: argparse.Namespace) -> None:
             for step in range(given.steps):
                 task.batch(step)
             seconds = time.perf_counter() - began
-        elif given.worker == "dflow":
+        elif given.worker.startswith("dflow"):
             began = time.perf_counter()
             train(load_recipe(given.recipe, settings(given, given.steps, output)))
             seconds = time.perf_counter() - began
@@ -118,7 +121,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--set", nargs="+", action="extend", default=[], help="settings of the recipe")
-    parser.add_argument("--worker", choices=("dflow", "plain", "compiled", "batch"), help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="+", help="of the kinds: plain, dflow, compiled, ...")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--output", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
@@ -128,9 +132,12 @@ def main() -> None:
         "plain": ("plain", given.threads, 1),
         "dflow": ("dflow", given.threads, 1),
         "compiled": ("compiled", given.threads, 1),
+        "dflow compiled": ("dflow-compile", given.threads, 1),
         "one": ("dflow", 1, 1),
         "two": ("dflow", 1, 2),
+        "pieces": ("dflow-shard", 1, 2),
     }
+    kinds = {name: kind for name, kind in kinds.items() if not given.only or name in given.only}
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     peaks: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(given.rounds):
@@ -145,13 +152,18 @@ def main() -> None:
     for name, (_, threads, world) in kinds.items():
         of = f"{world} x {threads}" if world > 1 else str(threads)
         print(f"| {name} | {of} | {1e3 * middle[name]:.1f} | {peak[name]:.0f} |")
-    ratios = {
-        "throughput over plain": middle["plain"] / middle["dflow"],
-        "compiled over plain": middle["plain"] / middle["compiled"],
-        "efficiency of two processes": middle["one"] / (2 * middle["two"]),
-        "batch over step": batch / middle["dflow"],
-        "memory over plain": peak["dflow"] / peak["plain"],
+    told = {
+        "throughput over plain": (middle, "plain", "dflow", 1),
+        "compiled over plain": (middle, "plain", "compiled", 1),
+        "dflow compiled over dflow": (middle, "dflow", "dflow compiled", 1),
+        "efficiency of two processes": (middle, "one", "two", 2),
+        "efficiency of two with a piece each": (middle, "one", "pieces", 2),
+        "memory over plain": (peak, "dflow", "plain", 1),
+        "memory of a piece over the whole": (peak, "pieces", "two", 1),
     }
+    ratios = {n: of[a] / (by * of[b]) for n, (of, a, b, by) in told.items() if a in kinds and b in kinds}
+    if "dflow" in kinds:
+        ratios["batch over step"] = batch / middle["dflow"]
     print("\n" + "\n".join(f"- {name}: {value:.3f}" for name, value in ratios.items()))
     about = {"recipe": given.recipe, "torch": torch.__version__, "machine": platform.processor()}
     print(json.dumps(about | {"seconds": seconds, "peak_mib": peaks, "ratios": ratios}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import hostile
@@ -13,6 +14,7 @@ from folders import SMALL, write_model, write_pictures, write_text
 from forks import FORKS
 
 from dflow import hf
+from dflow.compress import BitsBackCoder, ImageCoder, TextCoder, compress_images, compress_text
 from dflow.config import InputError
 from dflow.train import load_recipe, train
 
@@ -38,6 +40,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         path = folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(values))
         found[name] = train(load_recipe(path))
+    # What they make of files: text, pictures, and pictures by bits back.
+    data = {"grouped": compress_text({"a.txt": text.read_bytes()[:200]}, TextCoder.load(found["grouped"]))[0]}
+    files = sorted(pictures.iterdir())[:6]
+    data["integer"] = compress_images(files, ImageCoder.load(found["integer"], batch=8), tiles=2)[0]
+    coder = ImageCoder.load(found["dequantized"], batch=8)
+    assert isinstance(coder, BitsBackCoder)
+    lending = replace(coder, lend=("lent.bin", bytes(range(200))), larger=True)
+    data["dequantized"] = compress_images(files, lending)[0]
+    for name, written in data.items():
+        for file in ("a.dfl", "whole.dfl"):
+            (found[name] / file).write_bytes(written)
     return found
 
 
@@ -56,12 +69,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("integer", "recipe", 200),
         ("grouped", "vocabulary", 100),
         ("integer", "manifest", 100),
+        ("grouped", "dfl", 100),
+        ("integer", "dfl", 100),
+        ("dequantized", "dfl", 100),
     ],
 )
 def test_changed_files_are_read_or_refused(
     name: str, kind: str, n: int, folders: dict[str, Path], forks: None, tmp_path: Path
 ) -> None:
-    """1,700 of them; `test_compress.py` and its like have 700 files of the project's own formats."""
+    """2,000 of them; `test_compress.py` and its like have further ones of the project's own formats."""
     report, folder = tmp_path / "report.json", tmp_path / "model"
     shutil.copytree(folders[name], folder)
     process = FORKS.Process(target=hostile.work, args=(folder, kind, n, len(name), report))

@@ -234,6 +234,50 @@ def stop_after(recipe, step):
         _Run._one_step = once
 
 
+def test_compiled_steps_are_the_same_and_go_on_uncompiled(text, tmp_path, monkeypatch):
+    """Traced by torch.compile as ever, but run by torch: that needs no compiler and little time."""
+    once, compiled = torch.compile, []
+
+    def quick(function, **_):
+        compiled.append(function)
+        return once(function, backend="aot_eager")
+
+    path = recipe_file(tmp_path, text, "grouped", steps=12, eval_every=4, ema=0.9)
+    whole = run(path, f"output={tmp_path / 'whole'}")
+    assert not compiled
+    monkeypatch.setattr(torch, "compile", quick)
+    torch._dynamo.reset()
+    out = tmp_path / "out"
+    stop_after(load_recipe(path, [f"output={out}", "train.compile=true"]), 7)
+    assert [getattr(f, "__name__", "") for f in compiled] == ["cos", "_call_impl"]
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 1
+    run(path, f"output={out}", resume=True)
+    assert len(compiled) == 2
+    torch._dynamo.reset()
+    for a, b in zip(metrics(whole), metrics(out), strict=True):
+        assert a["train_loss_bits"] == pytest.approx(b["train_loss_bits"], abs=1e-4)
+        assert a["valid_bits"] == pytest.approx(b["valid_bits"], abs=1e-4)
+    ends = [state(folder)[0] for folder in (whole, out)]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.allclose(ends[0][k], ends[1][k], atol=1e-4) for k in ends[0])
+
+
+def test_without_a_compiler_it_is_said(text, tmp_path, monkeypatch):
+    def none(function, **_):
+        def call(*_):
+            raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", none)
+    path = recipe_file(tmp_path, text)
+    with pytest.raises(InputError, match=r"train.compile: no compiler that works \(InvalidCxx.*leave out"):
+        run(path, "train.compile=true")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="compile goes with whole models"):
+        run(path, "train.compile=true", "train.shard=true")
+
+
 def environment():
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 

@@ -41,9 +41,11 @@ class SequenceCategorical(Distribution):
         super().__init__()
         self.net: Any = net
         self.dim, self.block = dim, block
-        self.register_buffer("order", order.clone())
+        # Written anew: a matrix of one column may keep odd strides, by which torch takes the broadcast of it
+        # to other processes for a write over itself.
+        self.register_buffer("order", order.clone(memory_format=torch.contiguous_format))
         for i, other in enumerate(others):
-            self.register_buffer(f"order_{i}", other.clone())
+            self.register_buffer(f"order_{i}", other.clone(memory_format=torch.contiguous_format))
         self._names = {self._calls(order): "order"}
         for i, other in enumerate(others):
             check_order(other, dim)

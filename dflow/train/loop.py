@@ -15,6 +15,7 @@ import math
 import shutil
 import signal
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
@@ -34,6 +35,7 @@ from tqdm import tqdm
 from dflow import hf, objectives
 from dflow.config import InputError
 from dflow.data import files
+from dflow.train import shards
 from dflow.train.recipe import METRICS, RECIPE, STATE, Recipe
 from dflow.train.tasks import Batch, Task, mix, task_of
 
@@ -99,10 +101,10 @@ class _Run:
             )
         except ValueError as error:
             raise InputError(f"train: {error}") from None
-        if (kind := self.accelerator.distributed_type) in _SHARDED:
+        if (kind := self.accelerator.distributed_type) in _OTHERS:
             raise InputError(
                 f"accelerate is configured for {kind.value}, which cuts the model into pieces that the saved "
-                "state does not know; launch without it (replicated models, DDP)"
+                "state does not know; launch without it, and set train.shard=true for pieces that it knows"
             )
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         pieces = self.world * config.accumulation
@@ -110,23 +112,35 @@ class _Run:
             raise InputError(
                 f"train.batch_size {config.batch_size} is no multiple of {pieces}, processes x accumulation"
             )
-        objective = task.objective
+        objective, device = task.objective, self.accelerator.device
         self.base = task.closed_form(self.model)
+        # What is all in closed form has nothing to optimise.
+        self.learned = any(True for _ in objective.parameters())
+        self.sharded = config.shard and self.world > 1 and self.learned
+        #: The model that is evaluated and saved; in pieces it has its weights only then.
+        self.shown: Any = self.model
+        if self.sharded:
+            self.shown = shards.shell(self.model).to(device)
+            shards.shard(objective, device, self.world)
+        elif config.ema:
+            self.shown = copy.deepcopy(self.model).to(device)
+        #: Its weights: those that are trained, or their moving averages.
+        self.averages: list[Tensor] = list(self.model.parameters())
+        if config.ema:
+            of = self.model if self.sharded else self.shown
+            self.averages = [p.detach().clone() if self.sharded else p for p in of.parameters()]
         matrices = [p for p in objective.parameters() if p.ndim >= 2]
         others = [p for p in objective.parameters() if p.ndim < 2]
         groups = [
             {"params": matrices, "weight_decay": config.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
-        # What is all in closed form has nothing to optimise.
-        self.learned = bool(matrices or others)
         self.optimizer = torch.optim.AdamW(
             groups if self.learned else [torch.zeros(())],
             lr=config.learning_rate,
             betas=(0.9, 0.99),
             fused=True,
         )
-        self.averaged = copy.deepcopy(self.model) if config.ema else None
         self.step, self.elapsed, self.best = 0, 0.0, math.inf
         self.next_eval = self.next_save = 0.0
         # Steps left out, one after another up to now; the loss at which an evaluation was broken off.
@@ -134,12 +148,14 @@ class _Run:
         self.interrupted: int | None = None
         self.stop = self.saved = False
         self.wrapped: Any
+        if config.compile:
+            _compile(objective, device)
         if self.learned:
-            self.wrapped, self.optimizer = self.accelerator.prepare(objective, self.optimizer)
+            # Whatever is in pieces exchanges its gradients by itself.
+            self.wrapped = self.accelerator.prepare_model(objective, evaluation_mode=self.sharded)
+            self.optimizer = self.accelerator.prepare(self.optimizer)
         else:
-            self.wrapped = objective.to(self.accelerator.device)
-        if self.averaged is not None:
-            self.averaged.to(self.accelerator.device)
+            self.wrapped = objective.to(device)
 
     # -- batches ---------------------------------------------------------------------------------------------
 
@@ -159,11 +175,12 @@ class _Run:
     def begin(self, resumed: bool) -> None:
         """Open the output and say what will happen."""
         out = self.recipe.output
-        if self.accelerator.is_main_process and not resumed:
-            with hf.replacing(out) as folder:
-                recipe = yaml.safe_dump(self.recipe.as_dict(), sort_keys=False)
-                (folder / RECIPE).write_text(recipe, encoding="utf-8")
-                self.task.save(folder)
+        if not resumed:
+            if self.accelerator.is_main_process:
+                with hf.replacing(out) as folder:
+                    recipe = yaml.safe_dump(self.recipe.as_dict(), sort_keys=False)
+                    (folder / RECIPE).write_text(recipe, encoding="utf-8")
+                    self.task.save(folder)
             # Whenever it is killed from here on, it can be resumed.
             self.save_state()
         self.accelerator.wait_for_everyone()
@@ -171,6 +188,7 @@ class _Run:
         self.say(
             f"{self.task.describe()}\n"
             f"{self.world} process{'es' * (self.world > 1)} on {self.accelerator.device.type}, "
+            f"{'each with a piece of the model, ' * self.sharded}"
             f"precision {self.config.mixed_precision}, {torch.get_num_threads()} threads each; output {out}"
         )
 
@@ -221,6 +239,9 @@ class _Run:
                 self.save_state()
                 said = f"stopped at step {self.step}; add --resume to go on"
                 raise KeyboardInterrupt(said) if self.interrupted == signal.SIGINT else Preempted(said)
+        if self.accelerator.is_main_process:
+            # Killed before it removed the last one, a run that is resumed has no step left to do it after.
+            self._prune()
         self.say(f"done: {self.step:,} steps, best validation {self.best:.4f} {self.task.unit}")
 
     def _evaluate(self, loss: float, done: bool) -> None:
@@ -263,6 +284,7 @@ class _Run:
         if self.learned:
             # Without a limit nothing is clipped, and the norm tells whether the gradient is finite.
             norm = accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip or math.inf)
+            norm = None if norm is None else shards.whole(norm)
         total_nats, size = self._agree(nats, norm, time.monotonic() - started)
         count = self.task.count(batch)
         value = objectives.bits(total_nats, count)
@@ -277,13 +299,11 @@ class _Run:
         if self.base is not None and counts is not None:
             momentum = self.task.momentum(self.step, self.fraction())
             self.base.update(accelerator.reduce(counts) if self.world > 1 else counts, momentum)
-        if self.averaged is not None and self.learned:
+        if config.ema and self.learned:
             # A young average would be mostly the random start.
             decay = min(config.ema, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
-                torch._foreach_lerp_(
-                    list(self.averaged.parameters()), list(self.model.parameters()), 1 - decay
-                )
+                torch._foreach_lerp_(self.averages, list(self.model.parameters()), 1 - decay)
         return value, count
 
     def _schedules(self) -> None:
@@ -351,13 +371,14 @@ class _Run:
 
         False if it was broken off to stop the training: it is done again when that is resumed.
         """
-        task = self.task
-        model = self.averaged if self.averaged is not None else self.model
+        task, model = self.task, self.shown
         model.train(False)
-        if self.averaged is not None:
+        if model is not self.model:
             # What is counted, not learned, has its own memory.
-            for old, new in zip(self.averaged.buffers(), self.model.buffers(), strict=True):
+            for old, new in zip(model.buffers(), self.model.buffers(), strict=True):
                 old.copy_(new)
+        if self.sharded:
+            shards.fill(model, self.averages)
         kept = task.settle(
             model, (self._on_device(self.batch(self.step + i)) for i in range(self.config.refit_batches))
         )
@@ -366,6 +387,8 @@ class _Run:
         if not self.stop:
             self._keep(model, loss, found)
         task.unsettle(model, kept)
+        if self.sharded:
+            shards.empty(model)
         self.accelerator.wait_for_everyone()
         return not self.stop
 
@@ -415,13 +438,15 @@ class _Run:
 
     def save_state(self) -> None:
         """All that resuming needs, in one file that is replaced whole."""
+        tensors = {}
+        for name, tensor in self._tensors().items():
+            # One after the other, so that only what is saved is ever there whole; all processes take part.
+            tensor = shards.whole(tensor.detach())
+            if self.accelerator.is_main_process:
+                # Tied weights share memory, which the format refuses: each name gets its own copy.
+                tensors[name] = tensor.cpu().clone().contiguous()
         if not self.accelerator.is_main_process:
             return
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        if self.averaged is not None:
-            tensors |= {f"averaged.{k}": v for k, v in self.averaged.state_dict().items()}
-        for i, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
         about = {
             "step": self.step,
             "elapsed": self.elapsed,
@@ -437,15 +462,36 @@ class _Run:
         self.saved |= self.step > 0
         name = f"state-{self.step:09d}.safetensors"
         with hf.replacing(out) as folder:
-            # Tied weights share memory, which the format refuses: each name gets its own copy.
-            safetensors.torch.save_file(
-                {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()},
-                folder / STATE,
-                {"dflow": json.dumps(about)},
-            )
+            safetensors.torch.save_file(tensors, folder / STATE, {"dflow": json.dumps(about)})
             if self.config.keep > 1:
                 shutil.copyfile(folder / STATE, folder / name)
+        self._prune()
+
+    def _prune(self) -> None:
+        """Remove states that are older than those to be kept."""
+        out = self.recipe.output
         hf.remove(out, [p.name for p in _states(out) if p.name != STATE][max(0, self.config.keep - 1) :])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What a state holds, by name; in pieces where the model is."""
+        model = self.model.state_dict(keep_vars=True)
+        tensors = {f"model.{k}": v for k, v in model.items()}
+        if self.config.ema:
+            average = {id(p): a for p, a in zip(self.model.parameters(), self.averages, strict=True)}
+            counted = self.shown.state_dict()
+            tensors |= {f"averaged.{k}": average.get(id(v), counted[k]) for k, v in model.items()}
+        for i, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
+        return tensors
+
+    def _pieces(self) -> dict[str, Any]:
+        """What the tensors of a state that are in pieces here are cut like, by name."""
+        if not self.sharded:
+            return {}
+        model = {k: v for k, v in self.model.state_dict(keep_vars=True).items() if shards.is_piece(v)}
+        learned = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = {f"optimizer.{i}.{k}": p for i, p in enumerate(learned) for k in ("exp_avg", "exp_avg_sq")}
+        return {f"{of}.{k}": v for of in ("model", "averaged") for k, v in model.items()} | moments
 
     def restore(self, states: list[Path]) -> None:
         """Go back to the last saved state, or the last one before it that is whole."""
@@ -465,7 +511,6 @@ class _Run:
             hf.verify(path.parent, [path.name])
             with safetensors.safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {})["dflow"])
-                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a dict
         except (InputError, SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise _Damaged(str(error) if isinstance(error, InputError) else f"{path}: {error}") from None
         if about.get("recipe") != _fingerprint(self.recipe):
@@ -474,9 +519,19 @@ class _Run:
                 f"with its own {RECIPE} (only the budget, evaluation and output may differ)"
             )
         try:
+            with safetensors.safe_open(path, "pt") as file:
+                like = self._pieces()
+                tensors = {
+                    k: shards.piece(file, k, like[k]) if k in like else file.get_tensor(k)
+                    for k in file.keys()  # noqa: SIM118 - not a dict
+                }
             self.model.load_state_dict(_part(tensors, "model."))
-            if self.averaged is not None:
-                self.averaged.load_state_dict(_part(tensors, "averaged."))
+            if self.config.ema:
+                own = self._tensors()
+                for name in like:
+                    if name.startswith("averaged."):
+                        own[name].copy_(tensors.pop(name))
+                self.shown.load_state_dict(_part(tensors, "averaged."), strict=not like)
             state: dict[int, dict[str, Tensor]] = {}
             for name, tensor in _part(tensors, "optimizer.").items():
                 index, _, key = name.partition(".")
@@ -491,7 +546,7 @@ class _Run:
             self.skipped, self.pending = int(about["skipped"]), float(about["pending"])
             if self.accelerator.scaler and about["scaler"]:
                 self.accelerator.scaler.load_state_dict(about["scaler"])
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise _Damaged(f"{path}: not a state of this run ({error})") from None
         metrics = self.recipe.output / METRICS
         if self.accelerator.is_main_process and metrics.is_file():
@@ -542,10 +597,25 @@ class _Run:
 
 
 #: Ways of accelerate to distribute a model of which no process has the whole.
-_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+_OTHERS = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 #: By which people and schedulers ask a training to stop; not every system has the last.
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
+def _compile(objective: torch.nn.Module, device: torch.device) -> None:
+    """Compile a module in place: its names of weights, and what is drawn in it, stay as they are."""
+    try:
+        torch.compile(torch.cos)(torch.zeros(8, device=device))
+    except (RuntimeError, ImportError, OSError) as error:
+        raise InputError(
+            f"train.compile: no compiler that works ({str(error).splitlines()[0]}); install one (g++; for a "
+            "GPU Triton as well), or leave out train.compile"
+        ) from error
+    # That complex numbers (rotary positions) are left to what there is, and that it looks at all of a tensor.
+    for said in ("Torchinductor does not support code generation for complex", "The .grad attribute of a"):
+        warnings.filterwarnings("ignore", said)
+    objective.compile(options={"fallback_random": True})
 
 
 class _Damaged(Exception):
@@ -589,7 +659,7 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _fingerprint(recipe: Recipe) -> str:
     """What has to be the same for a run to go on: everything but the budget, evaluation and output."""
     values = recipe.as_dict()
-    free = {"steps", "minutes", "accumulation", "samples", "trackers"}
+    free = {"steps", "minutes", "accumulation", "samples", "trackers", "shard", "compile"}
     free |= {"eval_every", "eval_minutes", "eval_chunks", "eval_draws", "save_every", "keep", "skip"}
     values["train"] = {k: v for k, v in values["train"].items() if k not in free}
     values["data"] = {k: v for k, v in values["data"].items() if k not in ("folder", "store")}

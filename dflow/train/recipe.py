@@ -61,6 +61,12 @@ class TrainConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = setting(
         "no", "precision of the networks: no, bf16, fp16"
     )
+    shard: bool = setting(
+        False, "each process keeps a piece of weights, gradients, moments and averages (FSDP), not all (DDP)"
+    )
+    compile: bool = setting(
+        False, "compile the steps (torch.compile; needs a compiler, and a minute at the beginning)"
+    )
     rule: Literal[
         "auto",
         "likelihood",
@@ -128,6 +134,10 @@ class TrainConfig:
         for name in ("ema", "base_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} must lie in [0, 1), found {getattr(self, name)}")
+        if self.shard and self.mixed_precision == "fp16":
+            raise InputError("shard goes with mixed_precision bf16 or no, not with fp16; choose bf16")
+        if self.shard and self.compile:
+            raise InputError("compile goes with whole models, not with shard; leave one of them out")
         if self.learning_rate <= 0:
             raise InputError(f"learning_rate must be positive, found {self.learning_rate}")
 
