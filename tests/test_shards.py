@@ -81,7 +81,7 @@ def compare(rank: int, world: int, port: int, report: Path) -> None:
             optimizer.step()
             held = [p for p in objective.parameters()]
             held += [m for state in optimizer.state.values() for m in state.values() if m.ndim]
-            sizes.append(sum(shards.own(t).numel() for t in held))
+            sizes.append(sum((t.to_local() if shards.is_piece(t) else t).numel() for t in held))
         whole, parts = gradients
         assert list(whole) == list(parts)
         # Rounding of sums in another order, on the scale of each gradient.

@@ -102,11 +102,6 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_piece(tensor) else tensor
 
 
-def own(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor."""
-    return tensor.to_local() if is_piece(tensor) else tensor
-
-
 def is_piece(tensor: Tensor) -> TypeIs[DTensor]:
     """Whether a tensor is in pieces."""
     return fully_shard is not None and isinstance(tensor, DTensor)
