@@ -346,6 +346,8 @@ def test_texts_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
     other = tmp_path / "other.bin"
     other.write_bytes(bytes(range(256)))
     folder = write_model(tmp_path / "m", "grouped", text)
+    # Where a model was trained there is a state too, which no decoder needs.
+    (folder / "state.safetensors").write_bytes(bytes(5000))
     output = tmp_path / "out"
     code, out, _ = run(
         capsys, str(text), str(other), "--model", str(folder), "--rounds", "1", "--output", str(output)

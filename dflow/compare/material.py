@@ -158,7 +158,8 @@ def _flat(values: Array) -> Array:
 def _size(folder: str) -> int:
     """Bytes of what decodes beside the program: weights, and tables where there are."""
     path = hf.split_calls(folder)[0]
-    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    # A state of training, which is there where the model was trained, decodes nothing.
+    return sum(f.stat().st_size for f in path.glob("*.safetensors") if not f.name.startswith("state"))
 
 
 def _check_limit(limit: int | None) -> None:
