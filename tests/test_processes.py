@@ -125,9 +125,10 @@ def test_two_processes_of_which_one_dies_come_back(dead: int, tmp_path: Path) ->
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
 
 
-def test_a_signal_to_one_stops_all(tmp_path: Path) -> None:
+def stop_one(tmp_path: Path, *words: str) -> None:
+    """SIGTERM to one of two processes that train: both save and end well."""
     recipe, out = recipe_file(tmp_path, steps=100_000, eval_every=100_000), tmp_path / "out"
-    found = start(train(recipe, out), tmp_path / "log")
+    found = start(train(recipe, out, *words), tmp_path / "log")
     while not (out / "state.safetensors").is_file():
         assert all(p.exitcode is None for p in found)
         time.sleep(0.01)
@@ -138,6 +139,10 @@ def test_a_signal_to_one_stops_all(tmp_path: Path) -> None:
         process.join(60)
         assert process.exitcode == 0
     assert 0 < state_step(out) < 100_000
+
+
+def test_a_signal_to_one_stops_all(tmp_path: Path) -> None:
+    stop_one(tmp_path)
 
 
 def test_it_is_resumed_on_another_number_of_processes(tmp_path: Path) -> None:

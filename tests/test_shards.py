@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import socket
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ from folders import LENGTH, SETTINGS, SMALL, make_model
 from forks import FORKS
 from safetensors.torch import load_file
 from test_hostile import INTEGER
-from test_processes import agree, metrics, recipe_file, run, start, state_step, train
+from test_processes import agree, metrics, recipe_file, run, start, stop_one, train
 from torch import nn
 
 from dflow import hf, objectives, zoo
@@ -156,23 +153,8 @@ def test_pieces_learn_what_the_whole_learns_and_go_on_on_any_number_of_processes
 
 
 def test_pieces_stop_together_by_a_signal_or_without_a_finite_loss(tmp_path: Path) -> None:
-    recipe, out, log = (
-        recipe_file(tmp_path, steps=10**6, eval_every=10**6),
-        tmp_path / "out",
-        tmp_path / "log",
-    )
-    found = start(train(recipe, out, *SHARD), log)
-    while not (out / "state.safetensors").is_file():
-        assert all(p.exitcode is None for p in found)
-        time.sleep(0.01)
-    time.sleep(0.5)
-    assert found[1].pid is not None
-    os.kill(found[1].pid, signal.SIGTERM)
-    for process in found:
-        process.join(60)
-        assert process.exitcode == 0
-    assert 0 < state_step(out) < 10**6
-
+    stop_one(tmp_path, *SHARD)
+    recipe, log = recipe_file(tmp_path, steps=10**6, eval_every=10**6), tmp_path / "log"
     out = tmp_path / "lost"
     settings = ["--set", "train.learning_rate=1e30", "--set", "train.skip=3", "--set", "train.warmup=0"]
     for rank, process in enumerate(start(train(recipe, out, *SHARD, *settings), log)):

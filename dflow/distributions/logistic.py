@@ -34,6 +34,12 @@ def log_mass(x: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
     return F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(-rate))
 
 
+def check_numbers(x: Tensor, dim: int) -> None:
+    """ValueError unless ``x`` is int64 or floating ``(batch, dim)``."""
+    if x.ndim != 2 or x.shape[1] != dim or not (x.is_floating_point() or x.dtype == torch.int64):
+        raise ValueError(f"expected int64 or floating (batch, {dim}), found {x.dtype} {tuple(x.shape)}")
+
+
 class Logistics(Distribution):
     """What the laws here have in common: independent entries, each a discretized logistic law or a mixture.
 
@@ -124,10 +130,7 @@ class Logistics(Distribution):
         Raises:
             ValueError: an ``x`` that is neither, or of another shape, or a context of another batch.
         """
-        if x.ndim != 2 or x.shape[1] != self.dim or not (x.is_floating_point() or x.dtype == torch.int64):
-            raise ValueError(
-                f"expected int64 or floating (batch, {self.dim}), found {x.dtype} {tuple(x.shape)}"
-            )
+        check_numbers(x, self.dim)
         loc, log_scale, *log_weights = self.params(context)
         if len(loc) not in (1, len(x)):
             raise ValueError(f"x has {len(x)} rows, the context {len(loc)}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dflow.core import Context, Distribution
+from dflow.distributions.logistic import check_numbers
 
 #: Most integers that a window holds.
 MOST = 1024
@@ -89,10 +90,7 @@ class ConditionalWindow(Distribution):
         Raises:
             ValueError: an ``x`` that is neither, or of another shape, or a context of another batch.
         """
-        if x.ndim != 2 or x.shape[1] != self.dim or not (x.is_floating_point() or x.dtype == torch.int64):
-            raise ValueError(
-                f"expected int64 or floating (batch, {self.dim}), found {x.dtype} {tuple(x.shape)}"
-            )
+        check_numbers(x, self.dim)
         logits = self.logits(context)
         if len(logits) != len(x):
             raise ValueError(f"x has {len(x)} rows, the context {len(logits)}")
