@@ -21,7 +21,7 @@ try:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
-except ImportError:  # pragma: no cover - before torch 2.6, or without torch.distributed
+except ImportError:  # before torch 2.6, or without torch.distributed
     fully_shard = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
