@@ -337,6 +337,14 @@ class PlotProgressive:
 
 
 @dataclass(kw_only=True)
+class PlotTraining:
+    """What the validation data cost while models were trained, by steps and by minutes."""
+
+    runs: list[str] = field(metadata={"help": "folders of the models", "positional": True})
+    output: str = flag("PNG file to write, whole or not at all", "training.png", short="-o")
+
+
+@dataclass(kw_only=True)
 class DataList:
     """The texts and images known by name, and which are there."""
 
@@ -982,6 +990,19 @@ def check(flags: Check) -> int:
     return 0
 
 
+def plot_training(flags: PlotTraining) -> int:
+    """`dflow plot training`."""
+    from dflow import plot
+    from dflow.generate import check_output, write_whole
+    from dflow.train import history
+
+    output = Path(flags.output)
+    check_output(output)
+    write_whole(output, plot.training({folder: history(folder) for folder in flags.runs}))
+    print(output)
+    return 0
+
+
 def plot_progressive(flags: PlotProgressive) -> int:
     """`dflow plot progressive`."""
     from dflow import plot
@@ -1113,6 +1134,12 @@ VERBS: tuple[tuple[str, type[Any], Callable[[Any], int], str], ...] = (
         plot_progressive,
         "dflow plot progressive pictures.dfl --model runs/images/idf -o levels.png",
     ),
+    (
+        "plot training",
+        PlotTraining,
+        plot_training,
+        "dflow plot training runs/ptb/grouped16 runs/ptb/transformer -o curves.png",
+    ),
     ("data list", DataList, data_list, "dflow data list --folder texts"),
     ("data prepare", DataPrepare, data_prepare, "dflow data prepare text8 --folder texts"),
     ("data check", DataCheck, data_check, "dflow data check ptb --folder texts"),
@@ -1122,7 +1149,7 @@ VERBS: tuple[tuple[str, type[Any], Callable[[Any], int], str], ...] = (
 #: What the verbs of two words are about.
 GROUPS = {
     "data": "texts and images: list, prepare, check",
-    "plot": "pictures of a model: density, coverage, progressive",
+    "plot": "pictures of a model: density, coverage, progressive, training",
 }
 
 

@@ -125,6 +125,31 @@ def coverage(curve: Sequence[tuple[float, float]], levels: Mapping[str, float]) 
     return buffer.getvalue()
 
 
+def training(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes:
+    """What the validation data cost at each evaluation, by steps and by minutes; a PNG.
+
+    Args:
+        runs: by name, evaluations as `dflow.train.history` reads them.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for name, rows in runs.items():
+        bits = [row["valid_bits"] for row in rows]
+        panels[0].plot([row["step"] for row in rows], bits, marker=".", label=name)
+        panels[1].plot([row["seconds"] / 60 for row in rows], bits, marker=".", label=name)
+    panels[0].set(xlabel="steps", ylabel="validation, bits")
+    panels[1].set(xlabel="minutes")
+    found = [row["valid_bits"] for rows in runs.values() for row in rows]
+    if min(found) > 0 and max(found) > 4 * min(found):
+        panels[0].set_yscale("log")
+    panels[1].legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
 def _square(values: Tensor, cells: int) -> np.ndarray:
     return values.view(cells, cells).double().cpu().numpy()
 

@@ -20,6 +20,7 @@ from dflow.nn.binary import (
     StochasticBatchNorm,
     StochasticMaxPool2d,
     StochasticSign,
+    SymbolPerceptron,
     larger,
     reestimate,
 )
@@ -349,3 +350,49 @@ def test_pixels():
 def test_refuses(make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+@pytest.mark.parametrize("weights", ["sign", "tanh", "float"])
+@pytest.mark.parametrize("K", [2, 3])
+def test_perceptrons_of_symbols_take_symbols_and_rows(weights, K):
+    net = SymbolPerceptron(K, K, 5, 4, hidden_size=7, weights=weights)
+    x = torch.randint(K, (40, 5))
+    for _ in range(60):
+        net(x)
+    net.eval()
+    rows = F.one_hot(x, K).to(torch.float64)
+    out = net(x)
+    assert out.shape == (40, 4, K)
+    assert torch.equal(out, net(rows))
+    # Each input counts, by its place and its value.
+    for i in range(5):
+        other = x.clone()
+        other[:, i] = (other[:, i] + 1) % K
+        assert not torch.equal(net(other), out)
+    with pytest.raises(ValueError, match="lengths"):
+        net(x, torch.full((40,), 5))
+
+
+def test_perceptrons_of_signs_compute_alike_in_batches_of_any_size():
+    torch.set_default_dtype(torch.float32)
+    net = SymbolPerceptron(2, 2, 300, 50, hidden_size=128)
+    x = torch.randint(2, (64, 300))
+    for _ in range(60):
+        net(x)
+    net.eval()
+    whole = net(x)
+    for n in (1, 3, 17):
+        assert torch.equal(torch.cat([net(part) for part in x.split(n)]), whole)
+
+
+@pytest.mark.parametrize("how", ["sample", "moments"])
+def test_convolutions_pools_and_signs_keep_channels_last(how):
+    """What follows a convolution is several times as fast in the format that it gives."""
+    net = nn.Sequential(
+        BinaryConv2d(1, 4), StochasticMaxPool2d(2, how), StochasticBatchNorm(4), StochasticSign("sample")
+    )
+    h, formats = torch.randn(3, 1, 8, 8), []
+    for module in net:
+        h = module(h)
+        formats.append((h.mean if isinstance(h, (Moments, Signs)) else h).stride())
+    assert formats == [(256, 1, 32, 4)] + [(64, 1, 16, 4)] * 3

@@ -19,7 +19,7 @@ from dflow import cli, hf
 from dflow.config import InputError
 from dflow.data import DataConfig, load
 from dflow.evaluate import evaluate
-from dflow.train import Schedule, load_recipe, recipe_of, train
+from dflow.train import Schedule, history, load_recipe, recipe_of, train
 
 ROOT = Path(__file__).parent.parent
 # Recipes of synthetic laws are trained on these, in test_synthetic.py.
@@ -118,7 +118,7 @@ def test_every_recipe_of_images_trains_for_two_steps(path, tmp_path):
     assert (
         recipe.paper
         or path.stem in ("idf_mnist", "idf_cifar10_small")
-        or path.stem.startswith(("multiscale", "bits_back"))
+        or path.stem.startswith(("multiscale", "bits_back", "modular"))
     )
     for paper in recipe.paper:
         found = load_recipe(path, [*paper.set, *overrides])
@@ -470,3 +470,30 @@ def test_scripts_are_the_same_command(text, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_curves_are_plotted_and_what_is_none_is_refused(text, tmp_path, capsys):
+    out = run(recipe_file(tmp_path, text, steps=4, eval_every=2))
+    assert [row["step"] for row in history(out)] == [2, 4]
+    png = tmp_path / "curves.png"
+    assert cli.main(["plot", "training", str(out), str(out), "-o", str(png)]) == 0
+    assert png.read_bytes().startswith(b"\x89PNG")
+    told = tmp_path / "told"
+    told.mkdir()
+    capsys.readouterr()
+    argv = ["plot", "training", str(out), str(told), "-o", str(tmp_path / "other.png")]
+    lines = (out / "metrics.jsonl").read_text()
+    for content, message in [
+        (None, "No such file or directory; name a folder that dflow train wrote"),
+        ("", "no evaluation yet"),
+        (lines + "{", "line 3: no evaluation"),
+        (lines + "[1]\n", "line 3: no evaluation"),
+        (lines + '{"step": 5}\n', "line 3: no evaluation"),
+    ]:
+        if content is not None:
+            (told / "metrics.jsonl").write_text(content)
+        assert cli.main(argv) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert str(told / "metrics.jsonl") in error
+        assert not (tmp_path / "other.png").exists()

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Literal, NamedTuple, get_args
 
@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dflow.core import Context
 from dflow.nn.flat import check_sizes
+from dflow.ops.modular import one_hot
 from dflow.ops.normal import LOG_SQRT_2PI, ndtr_logit
 from dflow.ops.straight_through import binary_concrete, sign_
 
@@ -185,6 +187,10 @@ class BinaryConv2d(BinaryLayer):
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """See `BinaryLayer`."""
+        if x.shape[1] == 1:
+            # Of one channel every tensor is contiguous in both formats; strides tell the one that is meant.
+            x = torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
+        weight = weight.contiguous(memory_format=torch.channels_last)
         return F.conv2d(x, weight, stride=self.stride, padding=self.kernel // 2)
 
     def total(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -292,7 +298,9 @@ def _batch_moments(mean: Tensor, var: Tensor | None) -> tuple[Tensor, Tensor]:
     count = mean.numel() // mean.shape[1]
     if count < 2:
         raise ValueError(f"the variance of {count} numbers a channel; train on two or more")
-    v, m = torch.var_mean(mean, dims, correction=1)
+    m = mean.mean(dims)
+    # In two passes, as accurate as torch.var_mean and five times as fast.
+    v = (mean - m.view(1, -1, *[1] * (mean.ndim - 2))).square().sum(dims) / (count - 1)
     return m, v if var is None else v + _mean(var) * (count / (count - 1))
 
 
@@ -330,14 +338,31 @@ class StochasticMaxPool2d(nn.Module):
             windows = [part.unfold(2, n, n).unfold(3, n, n).flatten(4).unbind(4) for part in (mean, var)]
             return reduce(larger, map(Moments, *windows))
         with torch.no_grad():
-            drawn = torch.addcmul(mean, var.sqrt(), torch.randn_like(mean))
-            index = F.max_pool2d(drawn, self.size, return_indices=True)[1]
-        flat = index.flatten(2)
+            drawn = torch.addcmul(mean, var.sqrt(), _draw(torch.randn, mean))
+            index = _last(F.max_pool2d(drawn, self.size, return_indices=True)[1])
+        flat = index.flatten(1, 2)
 
         def pick(part: Tensor) -> Tensor:
-            return part.expand_as(mean).flatten(2).gather(2, flat).view_as(index)
+            found = _last(part.expand_as(mean)).flatten(1, 2).gather(1, flat)
+            return found.view_as(index).permute(0, 3, 1, 2)
 
         return Moments(pick(mean), pick(var))
+
+
+def _last(images: Tensor) -> Tensor:
+    """``(batch, H, W, C)`` of ``(batch, C, H, W)``, as convolutions lay it out."""
+    return images.permute(0, 2, 3, 1)
+
+
+def _draw(law: Callable[..., Tensor], like: Tensor) -> Tensor:
+    """Draws in the shape, dtype, device and memory format of ``like``.
+
+    ``randn_like`` and ``rand_like`` draw one number at a time where channels come last: eight times slower.
+    """
+    images = like.ndim == 4
+    shape = _last(like).shape if images else like.shape
+    drawn = law(shape, dtype=like.dtype, device=like.device)
+    return drawn.permute(0, 3, 1, 2) if images else drawn
 
 
 def larger(a: Moments, b: Moments) -> Moments:
@@ -389,7 +414,7 @@ class StochasticSign(nn.Module):
         t = standardized(x)
         if self.mode == "propagate" or not self.training:
             return Signs(torch.erf(t * 0.5**0.5), False)
-        noise = torch.logit(torch.rand_like(t), 1e-7)
+        noise = torch.logit(_draw(torch.rand, t), 1e-7)
         return Signs(binary_concrete(ndtr_logit(t), noise, self.temperature), True)
 
 
@@ -453,6 +478,68 @@ class Pixels(nn.Module):
         dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
         values = 2 * x.to(dtype).view(-1, *self.shape) - (self.levels - 1)
         return values / (self.levels - 1) if self.unit else values
+
+
+class SymbolPerceptron(nn.Module):
+    """Parameters of hidden entries given known symbols, by a perceptron of signs, random signs or floats.
+
+    A conditioner: symbols come as numbers on {-1, +1} (one each of two symbols, else one-hot rows), each
+    layer's sums are normalised, and between layers stand signs, or ReLU in a network of floats. Sums of signs
+    are integers: in evaluation a network of signs gives the same numbers in batches of any size.
+
+    Args:
+        K: size of the alphabet.
+        num_params: numbers for each hidden entry.
+        n_known, n_hidden: entries given and asked for.
+        hidden_size: units of a hidden layer.
+        num_layers: hidden layers.
+        weights: see `Weights`; signs of random weights are drawn in training and propagated in evaluation.
+
+    Raises:
+        ValueError: a size below 1, unknown weights.
+    """
+
+    def __init__(
+        self,
+        K: int,
+        num_params: int,
+        n_known: int,
+        n_hidden: int,
+        *,
+        hidden_size: int = 512,
+        num_layers: int = 2,
+        weights: Weights = "sign",
+    ) -> None:
+        super().__init__()
+        check_sizes(num_params=num_params, n_known=n_known, n_hidden=n_hidden, num_layers=num_layers)
+        self.K, self.num_params = K, num_params
+        size = n_known * (1 if K == 2 else K)
+        modules: list[nn.Module] = []
+        for _ in range(num_layers):
+            modules += [BinaryLinear(size, hidden_size, weights), StochasticBatchNorm(hidden_size)]
+            modules.append(nn.ReLU() if weights == "float" else StochasticSign("sample"))
+            size = hidden_size
+        outputs = n_hidden * num_params
+        modules += [BinaryLinear(size, outputs, weights), StochasticBatchNorm(outputs)]
+        self.net = nn.Sequential(*modules)
+
+    def forward(self, x: Tensor, context: Context = None) -> Tensor:
+        """Parameters ``(batch, n_hidden, num_params)``.
+
+        Args:
+            x: int64 ``(batch, n_known)`` or one-hot rows ``(batch, n_known, K)``.
+            context: nothing; all entries have to be there.
+
+        Raises:
+            ValueError: a context.
+        """
+        if context is not None:
+            raise ValueError("a perceptron of symbols takes whole rows; leave the lengths out")
+        rows = x if x.is_floating_point() else one_hot(x, self.K, next(self.parameters()).dtype)
+        values = rows[..., 1] - rows[..., 0] if self.K == 2 else 2 * rows.flatten(1) - 1
+        out = self.net(values)
+        mean: Tensor = out.mean if isinstance(out, Moments) else out
+        return mean.view(len(x), -1, self.num_params)
 
 
 @torch.no_grad()

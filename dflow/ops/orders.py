@@ -81,6 +81,22 @@ def islands(dim: int, num_groups: int) -> Tensor:
     return order[:, kept]
 
 
+def spread(height: int, width: int) -> Tensor:
+    """Places of a grid, int64 ``(height * width,)``, each far from those before it: a Bayer matrix's order.
+
+    Halves, quarters, ... of them are grids themselves.
+
+    >>> spread(2, 2)
+    tensor([0, 3, 1, 2])
+    """
+    row, column = torch.arange(height)[:, None], torch.arange(width)
+    rank = torch.zeros(height, width, dtype=torch.int64)
+    for bit in range(max(height, width).bit_length()):
+        i, j = row >> bit & 1, column >> bit & 1
+        rank = rank * 4 + 2 * (i ^ j) + j
+    return rank.flatten().argsort(stable=True)
+
+
 #: Orders by name; add one here and every grouped model can use it.
 ORDERS: dict[str, Callable[[int, int], Tensor]] = {
     "lockstep": lockstep,

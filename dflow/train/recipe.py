@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -264,7 +265,9 @@ def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
     if family in zoo.IMAGES:
         images = parse(ImageConfig, sections.data, f"{where}: data")
         found = zoo.settings(family, model, f"{where}: model")
-        rules = EXACT_RULES if found.exact else IMAGE_RULES
+        rules: tuple[str, ...] = EXACT_RULES if found.exact else IMAGE_RULES
+        if isinstance(found, zoo.ModularConfig):
+            rules = MODULAR_RULES
         if train.rule not in ("auto", *rules):
             raise InputError(
                 f"{where}: train.rule {train.rule!r} trains no model of family {family!r}; "
@@ -286,8 +289,37 @@ def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
     return Recipe(data, family, config, train, output, paper)
 
 
+def history(folder: str | Path) -> list[dict[str, float]]:
+    """The evaluations of the training in ``folder``: step, seconds, train_loss_bits, valid_bits of each.
+
+    Raises:
+        InputError: no file of them, an empty one, or a line that is none.
+    """
+    path = Path(folder) / METRICS
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path}: {getattr(error, 'strerror', None) or 'not text'}; name a folder that dflow train wrote"
+        ) from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            rows.append(
+                {name: float(row[name]) for name in ("step", "seconds", "train_loss_bits", "valid_bits")}
+            )
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise InputError(f"{path}, line {number}: no evaluation; restore the file") from None
+    if not rows:
+        raise InputError(f"{path}: no evaluation yet; wait for the first")
+    return rows
+
+
 #: Rules for models of images and tables: with bounds, or with an exact likelihood.
 IMAGE_RULES, EXACT_RULES = ("elbo", "iwbo", "renyi"), ("likelihood",)
+#: Rules for couplings on Z/K, whether of text or of images.
+MODULAR_RULES = ("layerwise", "gumbel", "straight_through", "expected")
 
 
 def recipe_of(folder: str | Path) -> Recipe:

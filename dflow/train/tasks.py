@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from dflow import hf, objectives, zoo
 from dflow.config import InputError
+from dflow.core import Distribution
 from dflow.data import Corpus, ImageConfig, ImageSet, Tokenizer, files, load, load_images, pictures
 from dflow.dequantize import Iwbo, TruncatedNormal
 from dflow.distributions import Categorical, Gaussian, Mixture
@@ -104,12 +105,67 @@ def task_of(recipe: Recipe, resume: bool) -> Task:
     if isinstance(recipe.data, ImageConfig) and recipe.family in zoo.CLASSIFIERS:
         return _Labels(recipe, load_images(recipe.data), resume)
     if isinstance(recipe.data, ImageConfig):
-        task = _Exact if recipe.model.exact else _Bounded
+        task: type[_Images] = _Exact if recipe.model.exact else _Bounded
+        if isinstance(recipe.model, zoo.ModularConfig):
+            task = _Modular
         return task(recipe, load_images(recipe.data))
     return _Text(recipe, load(recipe.data, Tokenizer.load(recipe.output) if resume else None))
 
 
-class _Text(Task):
+_Maps = hf.DflowModel | hf.DflowImageModel
+
+
+class _Discrete(Task):
+    """A law of symbols of Z/K, whose maps, orders and base move with the training."""
+
+    model: Any
+
+    def prepare(self, distribution: Distribution) -> None:
+        """Set rule and objective, and find what has a schedule."""
+        asked = self.recipe.train.rule
+        self.rule = objectives.default_rule(distribution) if asked == "auto" else asked
+        self.objective = objectives.Objective(distribution, cast(objectives.Rule, self.rule))
+        self.estimators = objectives.estimators(distribution)
+        self.laws = objectives.elastic(distribution)
+
+    def closed_form(self, model: _Maps) -> Categorical | None:
+        return objectives.closed_form(model.distribution)
+
+    def schedule(self, step: int, fraction: float) -> None:
+        config = self.recipe.train
+        noise = config.noise or (Schedule(1.0, 0.0) if self.rule == "gumbel" else Schedule(0.0, 0.0))
+        for estimator in self.estimators:
+            estimator.temperature = config.temperature.at(fraction)
+            estimator.noise = noise.at(fraction)
+        for law in self.laws:
+            # From the seed and the step, so that all processes and resumed runs take the same.
+            law.choose(law.budgets[mix(config.seed + 2, step) % len(law.budgets)])
+        base = self.closed_form(self.model)
+        if base is not None:
+            base.peak = config.peak.at(fraction) if config.peak and fraction < config.peak.until else 0.0
+
+    def settle(self, model: _Maps, batches: Iterator[Batch]) -> Any:
+        for law in objectives.elastic(model.distribution):
+            law.choose(None)
+        base, training = self.closed_form(model), self.closed_form(self.model)
+        if base is None or training is None:
+            return None
+        kept = base.peak, training.counts.clone()
+        base.peak = 0.0
+        # The exact optimum for the weights at hand, where training had a running average of old ones.
+        objectives.refit(model.distribution, batches)
+        return kept
+
+    def unsettle(self, model: _Maps, kept: Any) -> None:
+        base, training = self.closed_form(model), self.closed_form(self.model)
+        if base is None or training is None:
+            return
+        base.peak, counts = kept
+        if model is self.model:
+            training.counts.copy_(counts)
+
+
+class _Text(_Discrete):
     """Sequences of symbols, scored exactly."""
 
     unit, short, things, kind = "bits a character", "bits/char", "chars", "exact"
@@ -135,10 +191,7 @@ class _Text(Task):
             law.initialize(corpus.train.marginals(corpus.tokenizer.size))
         if explicit:
             self.model.set_length_counts(corpus.train.length_counts(self.length).float())
-        rule = objectives.default_rule(distribution) if config.rule == "auto" else config.rule
-        self.rule, self.objective = rule, objectives.Objective(distribution, cast(objectives.Rule, rule))
-        self.estimators = objectives.estimators(distribution)
-        self.laws = objectives.elastic(distribution)
+        self.prepare(distribution)
 
     def batch(self, seed: int) -> Batch:
         generator = torch.Generator().manual_seed(seed)
@@ -188,42 +241,6 @@ class _Text(Task):
         generator = torch.Generator(device).manual_seed(config.seed)
         for row in model.generate(config.samples, generator=generator):
             yield "  | " + self.corpus.tokenizer.decode(row.cpu()).replace("\n", "\n  | ")
-
-    def closed_form(self, model: hf.DflowModel) -> Categorical | None:
-        return objectives.closed_form(model.distribution)
-
-    def schedule(self, step: int, fraction: float) -> None:
-        config = self.recipe.train
-        noise = config.noise or (Schedule(1.0, 0.0) if self.rule == "gumbel" else Schedule(0.0, 0.0))
-        for estimator in self.estimators:
-            estimator.temperature = config.temperature.at(fraction)
-            estimator.noise = noise.at(fraction)
-        for law in self.laws:
-            # From the seed and the step, so that all processes and resumed runs take the same.
-            law.choose(law.budgets[mix(config.seed + 2, step) % len(law.budgets)])
-        base = self.closed_form(self.model)
-        if base is not None:
-            base.peak = config.peak.at(fraction) if config.peak and fraction < config.peak.until else 0.0
-
-    def settle(self, model: hf.DflowModel, batches: Iterator[Batch]) -> Any:
-        for law in objectives.elastic(model.distribution):
-            law.choose(None)
-        base, training = self.closed_form(model), self.closed_form(self.model)
-        if base is None or training is None:
-            return None
-        kept = base.peak, training.counts.clone()
-        base.peak = 0.0
-        # The exact optimum for the weights at hand, where training had a running average of old ones.
-        objectives.refit(model.distribution, batches)
-        return kept
-
-    def unsettle(self, model: hf.DflowModel, kept: Any) -> None:
-        base, training = self.closed_form(model), self.closed_form(self.model)
-        if base is None or training is None:
-            return
-        base.peak, counts = kept
-        if model is self.model:
-            training.counts.copy_(counts)
 
 
 class _Values(Task):
@@ -394,6 +411,28 @@ class _Exact(_Images):
     def about(self) -> str:
         model = cast(zoo.IntegerConfig, self.settings)
         return f"integer flow of {model.num_levels} levels of {model.num_flows} couplings"
+
+    def nats(self, model: hf.DflowImageModel, batch: Batch) -> Tensor:
+        return -model.log_prob(batch[0]).double().sum()
+
+
+class _Modular(_Discrete, _Images):
+    """Pixels as symbols under couplings on Z/K: the likelihood itself."""
+
+    kind = "exact"
+    model: hf.DflowImageModel
+
+    def __init__(self, recipe: Recipe, images: ImageSet) -> None:
+        super().__init__(recipe, images)
+        law = self.model.distribution
+        self.prepare(law)
+        law.eval()  # No batch is to be averaged into the normalisations before the first step.
+        objectives.refit(law, [(self.first(_INITIAL_FLOW), None)])
+        law.train()
+
+    def about(self) -> str:
+        model = cast(zoo.ModularConfig, self.settings)
+        return f"flow of {model.num_flows} couplings ({model.elementwise}) by networks of kind {model.kind}"
 
     def nats(self, model: hf.DflowImageModel, batch: Batch) -> Tensor:
         return -model.log_prob(batch[0]).double().sum()

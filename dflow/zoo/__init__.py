@@ -2,7 +2,7 @@
 
 This is the only floor that reads settings of a model; what lies below takes named arguments. Families of
 symbols (text) are in `dflow.zoo.text`, those of images and tables in `dflow.zoo.images` (dequantized) and
-`dflow.zoo.integer` (exact), classifiers in `dflow.zoo.binary`.
+`dflow.zoo.integer` and `dflow.zoo.modular` (exact), classifiers in `dflow.zoo.binary`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from torch import nn
 from dflow.config import InputError, nearest, parse
 from dflow.core import Distribution
 from dflow.dequantize import Dequantized
-from dflow.zoo import binary, images, integer, text
+from dflow.zoo import binary, images, integer, modular, text
 from dflow.zoo.binary import UNIFORM, PBNetConfig, Rule, to_deterministic, transfer
 from dflow.zoo.images import DequantizedConfig
 from dflow.zoo.integer import IntegerConfig
+from dflow.zoo.modular import ModularConfig
 from dflow.zoo.settings import setting
 from dflow.zoo.text import (
     MASKS,
@@ -40,6 +41,7 @@ FAMILIES = text.FAMILIES
 IMAGES: dict[str, tuple[type[ValuesConfig], Callable[[Any], Dequantized | Distribution]]] = {
     **images.FAMILIES,
     **integer.FAMILIES,
+    **modular.FAMILIES,
 }
 #: Families of classifiers.
 CLASSIFIERS = binary.FAMILIES
@@ -58,6 +60,7 @@ __all__ = [
     "GroupedConfig",
     "IntegerConfig",
     "ModelConfig",
+    "ModularConfig",
     "PBNetConfig",
     "Rule",
     "Settings",

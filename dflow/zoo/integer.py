@@ -23,6 +23,7 @@ from dflow.elementwise import IntegerShift
 from dflow.flows import Flow, Split
 from dflow.nn.densenet import DenseNet
 from dflow.nn.rescaled import Rescaled
+from dflow.ops.orders import spread
 from dflow.zoo.settings import setting
 from dflow.zoo.values import MISSING, Shape, ValuesConfig, asked
 
@@ -194,7 +195,7 @@ def _last(config: IntegerConfig, shape: Shape, grid: _Grid) -> Distribution:
     count, G = prod(shape), config.groups
     if count < G:
         raise InputError(f"the last level has {count} entries, fewer than {G} groups")
-    order = (torch.arange(shape[0])[:, None] * shape[1] * shape[2] + _spread(*shape[1:])).flatten()
+    order = (torch.arange(shape[0])[:, None] * shape[1] * shape[2] + spread(*shape[1:])).flatten()
     # What nothing is known of is dear: the sizes grow evenly, each group at least one entry.
     cuts = [max(g, round(count * g * g / G**2)) for g in range(1, G + 1)]
     first = order[: cuts[0]].sort().values
@@ -211,16 +212,6 @@ def _last(config: IntegerConfig, shape: Shape, grid: _Grid) -> Distribution:
         wired = Rescaled(net, seen.offset, seen.scale, torch.ones(end - known), False, linear)
         law = Split(mask, ConditionalLogistic(wired, end - known, M, own.offset, own.scale / 3), law)
     return law
-
-
-def _spread(height: int, width: int) -> Tensor:
-    """Places of a grid, each far from those before it: in the order of a Bayer matrix."""
-    row, column = torch.arange(height)[:, None], torch.arange(width)
-    rank = torch.zeros(height, width, dtype=torch.int64)
-    for bit in range(max(height, width).bit_length()):
-        i, j = row >> bit & 1, column >> bit & 1
-        rank = rank * 4 + 2 * (i ^ j) + j
-    return rank.flatten().argsort(stable=True)
 
 
 def _prior(
