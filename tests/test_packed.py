@@ -80,6 +80,12 @@ def test_bit_for_bit(rule, changes, monkeypatch):
         ).numpy()
     assert np.allclose(scores, logits, atol=1e-4, rtol=1e-4)
     assert np.array_equal(program.steps(x.numpy()[7:8])[-1], found[-1][7:8])
+    by_bytes = PackedNetwork(program.header, program.arrays, "bytes")
+    for own, other in zip(by_bytes.steps(x.numpy()), expected, strict=True):
+        assert np.array_equal(own, other)
+    assert np.array_equal(by_bytes(x.numpy()), program(x.numpy()))
+    for n in (0, 1):
+        assert np.array_equal(by_bytes(x.numpy()[:n]), program(x.numpy()[:n]))
     # Without numpy 2.
     monkeypatch.setattr(packed, "_popcount", packed._by_table)
     assert np.array_equal(program.steps(x.numpy())[-1], found[-1])
@@ -123,6 +129,9 @@ def test_every_flipped_bit_is_refused(tmp_path):
 def test_other_files_are_refused(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         PackedNetwork.load(tmp_path / "none")
+    known = pack(fixed_of())
+    with pytest.raises(InputError, match="products 'byte' must be one of bits, bytes"):
+        PackedNetwork(known.header, known.arrays, "byte")
     path = tmp_path / "net.bin"
     for content in (b"", b"PNG", pack(fixed_of()).to_bytes()[:-5]):
         path.write_bytes(content)

@@ -5,7 +5,8 @@ ternary weights a second plane that tells which are not 0) and for each output a
 turned round; of the last layer a scale and a shift for each class. Header and SHA-256 are in its metadata.
 
 The first layer takes pixels: its sums are products of matrices of integers held by floats, exact since none
-exceeds 2^24 (float32) or 2^53. All others count bits.
+exceeds 2^24 (float32) or 2^53. All others count bits, or multiply bytes: the same integers, in eight times
+the memory, and faster where the processor has products of bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -40,6 +41,8 @@ from dflow.nn.binary import (
 )
 
 Array = NDArray[Any]
+#: How sums of signs are made; see `PackedNetwork`.
+Products = Literal["bits", "bytes"]
 
 VERSION = 1
 #: Pairs of words that are counted at a time: what fits the cache of a core.
@@ -124,13 +127,16 @@ class PackedNetwork:
     Args:
         header: what the arrays are.
         arrays: by name, as in the file.
+        products: "bits", XOR and popcount on packed words; "bytes", products of int8 summed in int32.
 
     Raises:
-        InputError: arrays that are missing, too many, or of another shape.
+        InputError: arrays that are missing, too many, or of another shape; unknown products.
     """
 
-    def __init__(self, header: Header, arrays: dict[str, Array]) -> None:
+    def __init__(self, header: Header, arrays: dict[str, Array], products: Products = "bits") -> None:
         self.header, self.arrays = header, arrays
+        if products not in get_args(Products):
+            raise InputError(f"products {products!r} must be one of {', '.join(get_args(Products))}")
         expected: dict[str, tuple[str, tuple[int, ...]]] = {}
         for i, layer in enumerate(header.layers):
             size = (int(np.prod(layer.weight)) + 7) // 8
@@ -144,12 +150,13 @@ class PackedNetwork:
         found = {name: (str(array.dtype), array.shape) for name, array in arrays.items()}
         if found != expected:
             raise InputError(f"expected the arrays {expected}, found {found}")
-        self.layers: list[_Real | _Bits] = []
+        self.layers: list[_Real | _Bits | _Bytes] = []
+        kind = _Bits if products == "bits" else _Bytes
         for i, layer in enumerate(header.layers):
             weight = _unpack(arrays[f"{i}.signs"], layer.weight) * 2 - 1
             if layer.ternary:
                 weight *= _unpack(arrays[f"{i}.kept"], layer.weight)
-            self.layers.append(_Bits(layer, weight) if i else _Real(layer, weight, header.levels))
+            self.layers.append(kind(layer, weight) if i else _Real(layer, weight, header.levels))
         self.thresholds = [
             (
                 arrays[f"{i}.threshold"].astype(layer.dtype),
@@ -207,8 +214,8 @@ class PackedNetwork:
         return save(self.arrays, {"dflow": json.dumps(about, sort_keys=True)})
 
     @classmethod
-    def load(cls, path: str | Path) -> PackedNetwork:
-        """Read a file of `to_bytes`.
+    def load(cls, path: str | Path, products: Products = "bits") -> PackedNetwork:
+        """Read a file of `to_bytes`; ``products`` as of the class.
 
         Raises:
             InputError: not there, truncated, damaged, changed, or of another kind.
@@ -226,7 +233,7 @@ class PackedNetwork:
             header = parse(Header, told["header"], "header")
             if told["sha256"] != _digest(header, arrays):
                 raise InputError("its checksum fails")
-            return cls(header, arrays)
+            return cls(header, arrays, products)
         except (KeyError, ValueError, TypeError) as error:
             raise InputError(f"{path}: damaged or no exported network ({error}); export it again") from None
 
@@ -364,6 +371,23 @@ class _Real(_Layer):
         values = x.astype(self.float) * 2 - (self.levels - 1)
         sums: Array = (self.patches(values) @ self.matrix).astype(self.dtype)
         return sums
+
+
+class _Bytes(_Layer):
+    """Of bits: products of matrices of -1, 0 and 1 in int8, summed in int32."""
+
+    def __init__(self, header: LayerHeader, weight: Array) -> None:
+        super().__init__(header, weight, 1)
+        rows = self.weight.reshape(header.outputs, -1).astype(np.int8)
+        self.matrix = torch.from_numpy(np.ascontiguousarray(rows.T))
+
+    def __call__(self, x: Array) -> Array:
+        patches = self.patches(x.view(np.int8) * np.int8(2) - np.int8(1))
+        rows = patches.reshape(int(np.prod(patches.shape[:3])), patches.shape[3])
+        # Patches of one place each are a view that is not to be written, of which torch warns.
+        given = torch.from_numpy(np.require(rows, requirements="CW"))
+        sums: Array = torch._int_mm(given, self.matrix).numpy()
+        return sums.reshape(*patches.shape[:3], self.header.outputs)
 
 
 class _Bits(_Layer):
