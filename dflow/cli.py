@@ -1157,9 +1157,12 @@ GROUPS = {
 
 
 def set_threads(threads: int | None) -> None:
-    """Set the threads of torch, where the flag is given."""
+    """Set the threads of torch, where the flag is given; and keep memory between steps."""
     import torch
 
+    from dflow.memory import keep_memory
+
+    keep_memory()
     if threads is not None:
         if threads < 1:
             raise InputError(f"--threads {threads} must be at least 1")

@@ -9,6 +9,7 @@
   evaluation at the end are not in it. Peak memory is that of the whole process.
 - `compiled`: the plain loop with `torch.compile`, from its second step on; `dflow compiled`: dflow with
   `train.compile`.
+- `returned`: dflow without `keep_memory`, as the C library has it; the plain loop keeps memory as dflow does.
 - `two`: dflow on two processes of one thread (gloo), each with half of the batch, against one process of one
   thread with all of it: the efficiency is half the ratio of their times. `pieces`: the same, each with half
   of the model as well (`train.shard`).
@@ -33,6 +34,7 @@ from pathlib import Path
 
 import torch
 
+from dflow.memory import keep_memory
 from dflow.train import load_recipe, train
 from dflow.train.tasks import task_of
 
@@ -67,6 +69,7 @@ def plain(given: argparse.Namespace, steps: int, output: str, compiled: bool) ->
 def work(given: argparse.Namespace) -> None:
     """One run, in a process of its own."""
     torch.set_num_threads(given.threads)
+    keep_memory()
     with tempfile.TemporaryDirectory() as folder:
         output = given.output or str(Path(folder) / "out")
         if given.worker == "batch":
@@ -98,6 +101,8 @@ def run(given: argparse.Namespace, worker: str, steps: int, threads: int, world:
         if world > 1:
             words += ["--output", str(Path(folder) / "out")]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        if worker == "dflow-returned":
+            environment["GLIBC_TUNABLES"] = ""
         done = subprocess.run(
             [sys.executable, *words], capture_output=True, text=True, check=False, env=environment
         )
@@ -133,6 +138,7 @@ def main() -> None:
         "dflow": ("dflow", given.threads, 1),
         "compiled": ("compiled", given.threads, 1),
         "dflow compiled": ("dflow-compile", given.threads, 1),
+        "returned": ("dflow-returned", given.threads, 1),
         "one": ("dflow", 1, 1),
         "two": ("dflow", 1, 2),
         "pieces": ("dflow-shard", 1, 2),
@@ -160,6 +166,7 @@ def main() -> None:
         "throughput over plain": (middle, "plain", "dflow", 1),
         "compiled over plain": (middle, "plain", "compiled", 1),
         "dflow compiled over dflow": (middle, "dflow", "dflow compiled", 1),
+        "throughput over returned": (middle, "returned", "dflow", 1),
         "efficiency of two processes": (middle, "one", "two", 2),
         "efficiency of two with a piece each": (middle, "one", "pieces", 2),
         "memory over plain": (peak, "dflow", "plain", 1),

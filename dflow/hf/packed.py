@@ -385,7 +385,7 @@ class _Bytes(_Layer):
         patches = self.patches(x.view(np.int8) * np.int8(2) - np.int8(1))
         rows = patches.reshape(int(np.prod(patches.shape[:3])), patches.shape[3])
         # Patches of one place each are a view that is not to be written, of which torch warns.
-        given = torch.from_numpy(np.require(rows, requirements="CW"))
+        given = torch.from_numpy(np.require(rows, requirements=("C", "W")))
         sums: Array = torch._int_mm(given, self.matrix).numpy()
         return sums.reshape(*patches.shape[:3], self.header.outputs)
 

@@ -35,6 +35,7 @@ from tqdm import tqdm
 from dflow import hf, objectives
 from dflow.config import InputError
 from dflow.data import files
+from dflow.memory import keep_memory
 from dflow.train import shards
 from dflow.train.recipe import METRICS, RECIPE, STATE, Recipe
 from dflow.train.tasks import Batch, Task, mix, task_of
@@ -58,6 +59,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         InputError: the output exists (and not ``resume``), nothing to resume, unusable settings or data; too
             many steps in a row without a finite loss.
     """
+    keep_memory()
     output = recipe.output
     if not resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output}: exists already; add --resume to go on, or choose another output")
