@@ -134,6 +134,19 @@ def test_training_learns_and_shows_it(trained: Path, capsys: pytest.CaptureFixtu
     assert metrics[-1]["valid_bits"] < metrics[0]["valid_bits"]
 
 
+def test_the_folder_holds_the_model_of_fewest_errors_once_binarized(trained: Path) -> None:
+    images, model = load_images(recipe_of(trained).data), load(trained)
+    rows = images.train.subset(2560).rows(slice(None))
+    labels = images.valid.labels
+    wrong = (model.binarized(rows)(images.valid.rows(slice(None))).argmax(1) != labels).double().mean()
+    metrics = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    errors = [row["valid_error binarized"] for row in metrics]
+    assert len(errors) > 2
+    assert max(errors) > min(errors)
+    assert float(wrong) == pytest.approx(min(errors))
+    assert {"valid_error as trained", "valid_error binarized"} < set(metrics[0])
+
+
 def test_a_resumed_run_ends_where_a_whole_one_does(tmp_path: Path) -> None:
     floats = run("mnist_float", tmp_path / "float", "train.steps=1")
     settings = [f"model.init={floats}", "train.steps=5", "train.eval_every=2"]

@@ -244,7 +244,7 @@ class _Run:
         if self.accelerator.is_main_process:
             # Killed before it removed the last one, a run that is resumed has no step left to do it after.
             self._prune()
-        self.say(f"done: {self.step:,} steps, best validation {self.best:.4f} {self.task.unit}")
+        self.say(f"done: {self.step:,} steps, best validation {self.best:.4f} {self.task.rank_unit}")
 
     def _evaluate(self, loss: float, done: bool) -> None:
         """Evaluate, and save unless saves have times of their own."""
@@ -387,16 +387,16 @@ class _Run:
         found = self._bits(model)
         self.pending = loss if self.stop else math.nan
         if not self.stop:
-            self._keep(model, loss, found)
+            self._keep(model, loss, found, task.rank(model, found, self.accelerator.device))
         task.unsettle(model, kept)
         if self.sharded:
             shards.empty(model)
         self.accelerator.wait_for_everyone()
         return not self.stop
 
-    def _keep(self, model: Any, loss: float, found: float) -> None:
+    def _keep(self, model: Any, loss: float, found: float, rank: float) -> None:
         """The model, if it is the best; what was found, in numbers and samples."""
-        task, improved = self.task, found < self.best
+        task, improved = self.task, rank < self.best
         if self.accelerator.is_main_process:
             if improved:
                 hf.save(model, self.recipe.output)
@@ -407,7 +407,7 @@ class _Run:
                 "train_loss_bits": round(loss, 5),
                 "valid_bits": round(found, 5),
                 "learning_rate": self.optimizer.param_groups[0]["lr"],
-            }
+            } | dict(task.shares)
             with (self.recipe.output / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
             note = "best" if improved else f"best {self.best:.4f}"
@@ -415,7 +415,7 @@ class _Run:
             if self.config.samples:
                 for line in task.show(model, self.step, self.accelerator.device):
                     self.say(line)
-        self.best = min(self.best, found)
+        self.best = min(self.best, rank)
         self.accelerator.log({"loss_bits": loss, "valid_bits": found}, step=self.step)
 
     @torch.no_grad()
