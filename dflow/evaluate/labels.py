@@ -124,7 +124,7 @@ def evaluate_labels(
         named += [(f"ensemble of {n}", many[:n].mean(0)) for n in ensembles]
     return LabelEvaluation(
         scores=[score(name, found, labels) for name, found in named],
-        coverage=_tenths(*coverage(many, labels)) if many is not None and len(many) > 1 else None,
+        coverage=_points(*coverage(many, labels)) if many is not None and len(many) > 1 else None,
         num_rows=len(x),
         num_estimated=0 if kind == "float" else len(own),
     )
@@ -169,7 +169,9 @@ def coverage(members: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return count / len(labels), wrong.cumsum(0) / count
 
 
-def _tenths(shares: Tensor, errors: Tensor) -> list[tuple[float, float]]:
+def _points(shares: Tensor, errors: Tensor) -> list[tuple[float, float]]:
+    """Every twentieth of the data, and every two hundredth of the last tenth, where a good model errs."""
     n = len(shares)
-    places = sorted({max(1, round(n * i / 20)) - 1 for i in range(1, 21)})
+    steps = [10 * i for i in range(1, 18)] + list(range(180, 201))
+    places = sorted({max(1, round(n * i / 200)) - 1 for i in steps})
     return [(float(shares[i]), float(errors[i])) for i in places]
