@@ -96,7 +96,7 @@ class DflowImageModel(PreTrainedModel):
 
     @property
     def exact(self) -> bool:
-        """Whether the likelihood is exact (family integer), or there are bounds of it (dequantized)."""
+        """Whether the likelihood is exact (integer, modular), or there are bounds of it (dequantized)."""
         return self.config.settings().exact
 
     @property
@@ -151,7 +151,7 @@ class DflowImageModel(PreTrainedModel):
     def log_prob(self, pixel_values: Tensor) -> Tensor:
         """Exact log-likelihood in nats ``(batch,)``, of a model that has one; values as in `elbo`.
 
-        It sums to 1 over all integers, not over the levels of the data.
+        Of family integer it sums to 1 over all integers, not over the levels of the data.
 
         Raises:
             InputError: a dequantized model; weights that are not finite; values as in `elbo`.
@@ -200,7 +200,7 @@ class DflowImageModel(PreTrainedModel):
 
     @torch.no_grad()
     def round_trip(self, pixel_values: Tensor) -> bool:
-        """Whether an integer flow gives back every value from the latents of all its levels.
+        """Whether a flow of integers gives back every value from the latents of all its levels.
 
         Raises:
             InputError: a dequantized model; values as in `elbo`.
