@@ -335,8 +335,9 @@ class StochasticMaxPool2d(nn.Module):
         mean, var = x
         if self.how == "moments":
             n = self.size
-            windows = [part.unfold(2, n, n).unfold(3, n, n).flatten(4).unbind(4) for part in (mean, var)]
-            return reduce(larger, map(Moments, *windows))
+            height, width = (size // n * n for size in mean.shape[2:])
+            places = [(..., slice(i, height, n), slice(j, width, n)) for i in range(n) for j in range(n)]
+            return reduce(larger, (Moments(mean[place], var[place]) for place in places))
         with torch.no_grad():
             drawn = torch.addcmul(mean, var.sqrt(), _draw(torch.randn, mean))
             index = _last(F.max_pool2d(drawn, self.size, return_indices=True)[1])

@@ -87,7 +87,7 @@ def spread(height: int, width: int) -> Tensor:
     Halves, quarters, ... of them are grids themselves.
 
     >>> spread(2, 2)
-    tensor([0, 3, 1, 2])
+    tensor([0, 3, 2, 1])
     """
     row, column = torch.arange(height)[:, None], torch.arange(width)
     rank = torch.zeros(height, width, dtype=torch.int64)
