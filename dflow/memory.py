@@ -17,9 +17,10 @@ _OWN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 def keep_memory() -> bool:
     """Ask the C library to keep what is freed; whether it does.
 
-    glibc gives blocks of 32 MB and more, and the free end of its heap, back to the system at once, which
-    clears them page by page when the next step asks for them again: up to a third of the time of a step on
-    the CPU. Nothing happens with another C library, or where the environment has settings of its own.
+    glibc gives large blocks, and the free end of its heap, back to the system at once, which clears them
+    page by page when the next step asks for them again: up to half of the time of a step on the CPU
+    (docs/RESULTS.md). Nothing happens with another C library, or where the environment has settings of its
+    own.
     """
     if not sys.platform.startswith("linux") or any(name in os.environ for name in _OWN):
         return False

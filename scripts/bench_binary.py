@@ -35,11 +35,6 @@ def settings(kind: str, program: PackedNetwork | None) -> dict:
     return values
 
 
-def again(program: PackedNetwork) -> PackedNetwork:
-    """The same program by products of bytes."""
-    return PackedNetwork(program.header, program.arrays, "bytes")
-
-
 def build(kind: str, program: PackedNetwork | None = None) -> torch.nn.Sequential:
     return zoo.build_classifier("pbnet", zoo.settings("pbnet", settings(kind, program)))
 
@@ -58,7 +53,7 @@ def main() -> None:
     if program is None:
         x = torch.randint(256, (256, 784))
         program = pack(zoo.to_deterministic(build("probabilistic"), [x]))
-    by_bytes = again(program)
+    by_bytes = PackedNetwork(program.header, program.arrays, "bytes")
     print(
         f"{platform.machine()}, torch {torch.__version__}, numpy {np.__version__}, {given.threads} thread(s)"
     )
