@@ -24,14 +24,14 @@ from dflow.ops.orders import check_order
 class Attention(nn.Module):
     """Multi-head attention with rotary positions; queries and keys may stand at different positions."""
 
-    def __init__(self, hidden_size: int, num_heads: int, dropout: float = 0.0) -> None:
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
         """``hidden_size`` must be a multiple of ``2 * num_heads``."""
         super().__init__()
         if num_heads < 1 or hidden_size % (2 * num_heads):
             raise ValueError(
                 f"hidden_size {hidden_size} must be a multiple of twice the number of heads {num_heads}"
             )
-        self.num_heads, self.dropout = num_heads, dropout
+        self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         self.out = nn.Linear(hidden_size, hidden_size, bias=False)
 
@@ -49,9 +49,8 @@ class Attention(nn.Module):
         pairs = torch.view_as_complex(qk.to(real).unflatten(-1, (-1, 2)))
         qk = torch.view_as_real(pairs * rotation).flatten(-2).to(qkv.dtype)
         q, k, v = (t.transpose(1, 2) for t in (qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2]))
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, dropout_p=self.dropout if self.training else 0.0
-        )
+        # No dropout of the weights: it would take the fused kernel away, six times the time on a CPU.
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return F.linear(out.transpose(1, 2).flatten(2), self.out.weight)
 
 
@@ -61,10 +60,10 @@ class Block(nn.Module):
     def __init__(
         self, hidden_size: int, num_heads: int, intermediate_size: int, dropout: float = 0.0
     ) -> None:
-        """Sizes as in `Attention`; ``intermediate_size`` is the width of the perceptron."""
+        """Sizes as in `Attention`; ``intermediate_size``: the perceptron's; ``dropout``: of what both add."""
         super().__init__()
         self.norm_attention = nn.LayerNorm(hidden_size, bias=False)
-        self.attention = Attention(hidden_size, num_heads, dropout)
+        self.attention = Attention(hidden_size, num_heads)
         self.norm_mlp = nn.LayerNorm(hidden_size, bias=False)
         self.up = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
