@@ -75,6 +75,13 @@ class Machine:
         from accelerate import Accelerator
 
         set_threads(self.threads)
+        if self.device not in ("auto", "cpu", "cuda") or (
+            self.device == "cuda" and not torch.cuda.is_available()
+        ):
+            raise InputError(
+                f"--device {self.device}: under a launcher each process takes a device of its own; give cpu, "
+                "cuda where there is one, or nothing"
+            )
         accelerator = Accelerator(cpu=self.device == "cpu" or not torch.cuda.is_available())
         return accelerator.device, accelerator
 
@@ -1255,6 +1262,8 @@ def read_flags(cls: type[Any], values: dict[str, Any]) -> Any:
     for name, value in values.items():
         shown = name if fields[name].metadata.get("positional") else "--" + name.replace("_", "-")
         converted[name] = convert(hints[name], value, shown)
+        if name == "seed" and converted[name] is not None and not 0 <= converted[name] < 1 << 63:
+            raise InputError(f"seed {value} must be from 0 to {(1 << 63) - 1}")
     return cls(**converted)
 
 

@@ -10,6 +10,8 @@ import sys
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 #: Bytes of one block, or free at the end of the heap, up to which nothing goes back to the system.
 _LARGEST = 1 << 30
+#: Bytes of one block at most, before glibc 2.35.
+_LARGEST_OLD = 1 << 25
 #: What the user may have said of it.
 _OWN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
@@ -28,4 +30,7 @@ def keep_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    return all([mallopt(name, _LARGEST) == 1 for name in (_TRIM_THRESHOLD, _MMAP_THRESHOLD)])
+    # Setting the one ends the other's growing by itself: either both, or none. Older ones take no more than
+    # 32 MiB as the first.
+    kept = any(mallopt(_MMAP_THRESHOLD, size) == 1 for size in (_LARGEST, _LARGEST_OLD))
+    return kept and mallopt(_TRIM_THRESHOLD, _LARGEST) == 1

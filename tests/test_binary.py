@@ -180,6 +180,15 @@ def test_normalised_numbers_are_those_of_torch():
     assert torch.allclose(ours.running_var, theirs.running_var)
 
 
+def test_halves_of_the_numbers_are_normalised_by_full_averages():
+    norm, x = StochasticBatchNorm(3), torch.randn(6, 3, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = norm(x.bfloat16())
+        norm(Moments(x.bfloat16(), x.square().bfloat16()))
+    assert torch.allclose(out.to(x.dtype), StochasticBatchNorm(3)(x), atol=0.05)
+    assert norm.running_mean.dtype == norm.running_var.dtype == x.dtype
+
+
 def test_thresholds_say_what_the_line_says():
     norm = StochasticBatchNorm(6).eval()
     with torch.no_grad():

@@ -170,6 +170,8 @@ def test_start_from_floats(tmp_path: Path) -> None:
         assert torch.allclose(layer.theta, expected, atol=1e-4)
     with pytest.raises(InputError, match="no such folder"):
         run("mnist_pbnet_s", tmp_path / "none", "train.steps=1", "model.init=nowhere")
+    with pytest.raises(InputError, match="kind probabilistic, whose weights are no measure"):
+        run("mnist_pbnet_s", tmp_path / "none", "train.steps=1", f"model.init={tmp_path / 'out'}")
 
 
 def test_rules_and_families() -> None:
@@ -303,3 +305,19 @@ def test_plot_coverage(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     argv = ["plot", "coverage", "--model", str(trained), "-o", str(path), "--members", "3"]
     assert cli.main(argv) == 0
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_images_come_in_the_precision_of_the_weights(dtype: torch.dtype, trained: Path) -> None:
+    model = load(trained).eval()
+    x = torch.from_numpy(fake().test[:5]).long().flatten(1)
+
+    def labels(pixels: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)  # of pooling, which draws
+        return model.log_prob(pixels)
+
+    expected = labels(x)
+    assert torch.equal(labels(x.double()), expected)
+    model.to(dtype)
+    assert labels(x).dtype == dtype
+    assert torch.equal(labels(x).argmax(1), expected.argmax(1))

@@ -434,3 +434,19 @@ def test_python_dash_m_is_the_same_command() -> None:
     )
     assert done.stdout.startswith("dflow 0")
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:1"])
+def test_under_a_launcher_devices_are_not_to_be_chosen(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    model = write_model(tmp_path, "lstm", write_text(tmp_path))
+    assert cli.main(["evaluate", "--model", str(model), "--device", device]) == 2
+    assert f"--device {device}: under a launcher" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", ["-1", str(10**20)])
+def test_seeds_are_numbers_of_63_bits(seed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["export", "--model", "none", "--output", "net", "--seed", seed]) == 2
+    assert f"seed {seed} must be from 0 to 9223372036854775807" in capsys.readouterr().err

@@ -271,13 +271,14 @@ def test_without_a_whole_state_it_goes_on_from_the_one_before(
     path = recipe_file(tmp_path, text, steps=12, save_every=3, eval_every=6, keep=3)
     out = train(load_recipe(path))
     kept = [p.name for p in sorted(out.glob("state-*"))]
-    assert kept == ["state-000000009.safetensors", "state-000000012.safetensors"]
+    # The two before the last, and a copy of the last.
+    assert kept == [f"state-{step:09}.safetensors" for step in (6, 9, 12)]
     before = weights(out)
-    for name in ("state.safetensors", kept[1]):
+    for name in ("state.safetensors", kept[2]):
         data = bytearray((out / name).read_bytes())
         data[len(data) // 2] ^= 1
         (out / name).write_bytes(data)
-    assert [f.name for f in hf.check(out) if f.status == "damaged"] == [kept[1], "state.safetensors"]
+    assert [f.name for f in hf.check(out) if f.status == "damaged"] == [kept[2], "state.safetensors"]
     train(load_recipe(path), resume=True)
     assert "damaged or changed since it was saved" in capsys.readouterr().out
     assert same(weights(out), before)

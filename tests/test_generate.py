@@ -60,6 +60,30 @@ def test_the_prompt_begins_every_sample() -> None:
     assert len(x[:, 3:].unique(dim=0)) > 1
 
 
+@pytest.mark.parametrize("family", ["transformer", "lstm"])
+def test_a_prompt_is_never_longer_than_what_it_begins(family: str) -> None:
+    model, prompt = make_model(family, 2, length=4, explicit_length=True), torch.tensor([1, 0, 1])
+    model.set_length_counts(torch.tensor([0.0, 50.0, 50.0, 20.0, 10.0]))
+    x = model.generate(4000, prompt=prompt, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(x[:, :3], prompt.expand(4000, -1))
+    # Given the prompt: from left to right a prefix costs the same whatever the length.
+    texts = [[1, 0, 1], [1, 0, 1, 0], [1, 0, 1, 1]]
+    law = torch.stack([model.log_prob(torch.tensor([t])).detach().double().exp()[0] for t in texts])
+    found = torch.tensor([(x[:, 3] == end).double().mean() for end in (-1, 0, 1)])
+    assert torch.allclose(found, law / law.sum(), atol=0.03)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("explicit", [False, True])
+def test_the_loss_counts_the_end_where_it_has_a_law(explicit: bool) -> None:
+    model = make_model("transformer", 2, length=4, explicit_length=explicit)
+    x = torch.randint(2, (3, 4))
+    lengths = torch.full((3,), 4) if explicit else None
+    assert model(x).loss == model(x, lengths).loss
+    total = -model.log_prob(x).sum() / (3 * (4 + explicit))
+    assert float(model(x).loss) == pytest.approx(float(total))
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [

@@ -227,3 +227,11 @@ def test_an_any_order_model_of_another_budget_is_saved_as_such(tmp_path):
     assert again.num_calls == 4
     torch.testing.assert_close(again.log_prob(x), model.log_prob(x))
     assert not torch.allclose(hf.load(tmp_path / "model").log_prob(x), model.log_prob(x))
+
+
+def test_another_number_of_calls_goes_where_the_model_is():
+    model = make_model("any_order", 3, length=8)
+    model.choose(4)
+    assert not any(part.training for part in model.modules())
+    model.to("meta").choose(2)
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}

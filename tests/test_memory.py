@@ -51,6 +51,24 @@ def test_settings_of_the_environment_are_left(name: str, monkeypatch: pytest.Mon
     assert faults("keep", monkeypatch, **{name: value})[0] == "False"
 
 
+def test_older_versions_are_asked_for_less_and_never_for_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in memory._OWN:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    for most, asked in ((1 << 25, 3), (1 << 20, 2)):
+        calls: list[tuple[int, int]] = []
+
+        def mallopt(name: int, size: int, most: int = most, calls: list[tuple[int, int]] = calls) -> int:
+            calls.append((name, size))
+            return int(name == memory._TRIM_THRESHOLD or size <= most)
+
+        library = type("Library", (), {"mallopt": staticmethod(mallopt)})
+        monkeypatch.setattr(ctypes, "CDLL", lambda _, library=library: library)
+        assert memory.keep_memory() == (asked == 3)
+        assert len(calls) == asked
+        assert [name for name, _ in calls[:2]] == [memory._MMAP_THRESHOLD] * 2
+
+
 def test_other_libraries_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in memory._OWN:
         monkeypatch.delenv(name, raising=False)

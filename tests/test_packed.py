@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save
 from test_zoo_binary import data, network
 
 from dflow import zoo
@@ -136,6 +140,16 @@ def test_other_files_are_refused(tmp_path):
     for content in (b"", b"PNG", pack(fixed_of()).to_bytes()[:-5]):
         path.write_bytes(content)
         with pytest.raises(InputError, match=r"net.bin"):
+            PackedNetwork.load(path)
+
+
+def test_sizes_without_end_are_refused_before_anything_is_made(tmp_path):
+    path = tmp_path / "net.bin"
+    told = json.dumps({"header": asdict(pack(fixed_of()).header), "sha256": ""})
+    for about in (told.replace('"inputs": [1, 8, 8]', '"inputs": [1, 60000, 60000]', 1), "[" * 200_000):
+        assert about != told
+        path.write_bytes(save({"x": np.zeros(3)}, {"dflow": about}))
+        with pytest.raises(InputError, match=r"net.bin: damaged"):
             PackedNetwork.load(path)
 
 

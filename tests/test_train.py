@@ -19,7 +19,7 @@ from dflow import cli, hf
 from dflow.config import InputError
 from dflow.data import DataConfig, load
 from dflow.evaluate import evaluate
-from dflow.train import Schedule, history, load_recipe, recipe_of, train
+from dflow.train import Schedule, history, load_recipe, loop, recipe_of, train
 
 ROOT = Path(__file__).parent.parent
 # Recipes of synthetic laws are trained on these, in test_synthetic.py.
@@ -457,9 +457,67 @@ def test_outputs_that_exist_are_kept(text, tmp_path):
         run(path, resume=True)
 
 
+def test_what_a_run_has_not_made_is_not_removed(text, tmp_path, monkeypatch):
+    path = recipe_file(tmp_path, text, steps=2)
+    other, own = tmp_path / "precious", tmp_path / "own"
+    other.mkdir()
+    (other / "thesis.txt").write_text("years")
+    with pytest.raises(InputError, match="not the beginning of a training"):
+        run(path, f"output={other}", resume=True)
+    # Of a run that was killed before its first state the recipe is there, of one's own recipe too.
+    own.mkdir()
+    for name in ("recipe.yaml", "notes.txt"):
+        (own / name).write_text("mine")
+    with pytest.raises(InputError, match="batch_size 8 is no multiple"):
+        run(path, f"output={own}", "train.accumulation=3", resume=True)
+
+    def full(self):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loop._Run, "save_state", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(path, f"output={own}", resume=True)
+    assert (own / "notes.txt").read_text() == "mine"
+    assert (other / "thesis.txt").read_text() == "years"
+
+
+def test_evaluations_are_due_by_the_settings_of_today(text, tmp_path):
+    path = recipe_file(tmp_path, text, steps=3, eval_every=1000)
+    out = run(path)
+    run(path, "train.eval_every=1", "train.steps=6", resume=True)
+    assert [row["step"] for row in metrics(out)] == [3, 4, 5, 6]
+    # By the clock, in a budget of steps too; and back again.
+    run(path, "train.eval_every=null", "train.eval_minutes=60", "train.steps=8", resume=True)
+    assert [row["step"] for row in metrics(out)] == [3, 4, 5, 6, 8]
+    run(path, "train.eval_every=1", "train.steps=10", resume=True)
+    assert [row["step"] for row in metrics(out)] == [3, 4, 5, 6, 8, 9, 10]
+
+
 def test_schedules():
     falling = Schedule(1.0, 0.0, "linear", until=0.5)
     assert [falling.at(f) for f in (0, 0.25, 0.5, 1)] == [1, 0.5, 0, 0]
+    with pytest.raises(InputError, match="an exponential schedule needs positive ends, found 0"):
+        Schedule(1.0, 0.0, "exponential")
+    with pytest.raises(InputError, match="must be finite"):
+        Schedule(float("inf"), 0.0)
+    Schedule(1.0, 0.5, "exponential")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.temperature={start: 1.0, end: 0.0}", "temperature must be positive"),
+        ("train.noise={start: 1.0, end: -0.5}", "noise must not be negative"),
+        ("train.minutes=.inf", "minutes must be positive and finite"),
+        ("train.learning_rate=.inf", "learning_rate must be positive and finite"),
+        ("train.final_learning_rate=-1", r"final_learning_rate must lie in \[0, 1\]"),
+        ("train.seed=100000000000000000000", "seed must be a number of 64 bits"),
+    ],
+)
+def test_settings_that_would_fail_later_are_refused_at_once(setting, message, text, tmp_path):
+    with pytest.raises(InputError, match=message):
+        run(recipe_file(tmp_path, text), setting)
+    assert not (tmp_path / "out").exists()
 
 
 def test_scripts_are_the_same_command(text, tmp_path):

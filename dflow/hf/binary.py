@@ -92,7 +92,7 @@ class DflowClassifier(PreTrainedModel):
         Raises:
             InputError: another shape, or values outside the model's levels.
         """
-        logits = self.net(self.check(pixel_values))
+        logits = self.net(self._given(pixel_values))
         head = self.net[-1]
         if labels is None or not isinstance(head, Head):
             return ImageClassifierOutput(logits=logits)
@@ -100,7 +100,7 @@ class DflowClassifier(PreTrainedModel):
 
     def log_prob(self, pixel_values: Tensor) -> Tensor:
         """Log-probabilities in nats ``(batch, classes)``; values as in `forward`."""
-        logits: Tensor = self.net(self.check(pixel_values))
+        logits: Tensor = self.net(self._given(pixel_values))
         return logits.log_softmax(1)
 
     def binarized(
@@ -111,7 +111,11 @@ class DflowClassifier(PreTrainedModel):
         Raises:
             InputError: a network of floats; values as in `forward`.
         """
-        return zoo.to_deterministic(self.net, self.check(images).split(_BATCH), rule, generator)
+        return zoo.to_deterministic(self.net, self._given(images).split(_BATCH), rule, generator)
+
+    def _given(self, x: Tensor) -> Tensor:
+        """`check`, in the precision of the weights."""
+        return self.check(x).to(self.dtype)
 
     def check(self, x: Tensor) -> Tensor:
         """``x`` flat, ``(batch, dim)``, or an `InputError`."""

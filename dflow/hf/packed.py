@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
@@ -47,6 +48,8 @@ Products = Literal["bits", "bytes"]
 VERSION = 1
 #: Pairs of words that are counted at a time: what fits the cache of a core.
 _TILE = 1 << 15
+#: Numbers that a layer takes of one image.
+_MOST = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,9 @@ class LayerHeader:
 
     def __post_init__(self) -> None:
         sizes = [*self.inputs, self.outputs, self.stride, self.pool]
-        if len(self.inputs) != 3 or min(sizes) < 1 or (self.kernel and self.kernel % 2 == 0):
+        known = len(self.inputs) == 3 and min(sizes) >= 1 and (not self.kernel or self.kernel % 2 == 1)
+        # Before anything is made of that size.
+        if not known or math.prod(self.inputs) > _MOST:
             raise InputError(f"{self} is no layer")
 
     @property
@@ -234,7 +239,7 @@ class PackedNetwork:
             if told["sha256"] != _digest(header, arrays):
                 raise InputError("its checksum fails")
             return cls(header, arrays, products)
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{path}: damaged or no exported network ({error}); export it again") from None
 
 

@@ -101,7 +101,8 @@ class DflowModel(PreTrainedModel):
         """
         law, settings = self.distribution, self.config.settings()
         if isinstance(law, Walk) and isinstance(settings, zoo.AnyOrderConfig):
-            self.distribution = zoo.walk(replace(settings, num_calls=calls), law.model)
+            walk = zoo.walk(replace(settings, num_calls=calls), law.model)
+            self.distribution = walk.to(self.device).train(self.training)
             # The order is saved with the model: the config has to tell of the same.
             self.config.num_calls = calls
             return
@@ -116,7 +117,9 @@ class DflowModel(PreTrainedModel):
     def forward(self, input_ids: Tensor, lengths: Tensor | None = None, **kwargs: Any) -> DflowOutput:
         """Loss and exact log-likelihood; arguments as in `log_prob`."""
         log_prob = self.log_prob(input_ids, lengths)
-        count = input_ids.numel() if lengths is None else int(lengths.sum()) + len(lengths)
+        count = input_ids.numel() if lengths is None else int(lengths.sum())
+        # A length that has a law of its own counts as a symbol, the end of the sequence.
+        count += len(input_ids) * self.config.explicit_length
         return DflowOutput(loss=-log_prob.sum() / count, log_prob=log_prob)
 
     def log_prob(self, input_ids: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -172,6 +175,8 @@ class DflowModel(PreTrainedModel):
         if self.config.explicit_length:
             if length is None:
                 law = self._length_log_prob().exp()
+                # From left to right this is the law of the length given the prompt.
+                law[: 0 if prompt is None else len(prompt)] = 0
                 context = torch.multinomial(law, num_return_sequences, True, generator=generator)
             else:
                 context = torch.full((num_return_sequences,), length, device=self.device)

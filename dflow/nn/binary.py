@@ -17,7 +17,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -213,6 +213,10 @@ class StochasticBatchNorm(nn.Module):
         channels: C.
         eps: added to v.
         momentum: share of a batch in the running averages.
+
+    Attributes:
+        shared: in training take the moments over the batches of all processes (torch.distributed), each of
+            which has to call it; else, as at first, over those of this process.
     """
 
     running_mean: Tensor
@@ -221,7 +225,7 @@ class StochasticBatchNorm(nn.Module):
     def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__()
         check_sizes(channels=channels)
-        self.eps, self.momentum = eps, momentum
+        self.eps, self.momentum, self.shared = eps, momentum, False
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
@@ -235,10 +239,10 @@ class StochasticBatchNorm(nn.Module):
         """
         mean, var = x if isinstance(x, Moments) else (x, None)
         if self.training:
-            m, v = _batch_moments(mean, var)
+            m, v = _batch_moments(mean, var, self.shared)
             with torch.no_grad():
-                self.running_mean.lerp_(m, self.momentum)
-                self.running_var.lerp_(v, self.momentum)
+                self.running_mean.lerp_(m.to(self.running_mean.dtype), self.momentum)
+                self.running_var.lerp_(v.to(self.running_var.dtype), self.momentum)
         else:
             m, v = self.running_mean, self.running_var
         scale = self.weight * torch.rsqrt(v + self.eps)
@@ -293,15 +297,38 @@ class StochasticBatchNorm(nn.Module):
         return low, flip
 
 
-def _batch_moments(mean: Tensor, var: Tensor | None) -> tuple[Tensor, Tensor]:
+class _Sum(torch.autograd.Function):
+    """The sum over all processes, whose gradient is that of the sum of their losses."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        torch.distributed.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> Tensor:
+        out: Tensor = _Sum.apply(grad[0])  # type: ignore[no-untyped-call]
+        return out
+
+
+def _batch_moments(mean: Tensor, var: Tensor | None, shared: bool = False) -> tuple[Tensor, Tensor]:
     dims = [d for d in range(mean.ndim) if d != 1]
-    count = mean.numel() // mean.shape[1]
+    own = mean.numel() // mean.shape[1]
+    count = own * torch.distributed.get_world_size() if shared else own
     if count < 2:
         raise ValueError(f"the variance of {count} numbers a channel; train on two or more")
-    m = mean.mean(dims)
+
+    def total(x: Tensor) -> Tensor:
+        found: Tensor = _Sum.apply(x) if shared else x  # type: ignore[no-untyped-call]
+        return found
+
+    mean = mean.to(torch.promote_types(mean.dtype, torch.float32))
+    m = total(mean.sum(dims)) / count
     # In two passes, as accurate as torch.var_mean and five times as fast.
-    v = (mean - m.view(1, -1, *[1] * (mean.ndim - 2))).square().sum(dims) / (count - 1)
-    return m, v if var is None else v + _mean(var) * (count / (count - 1))
+    squares = (mean - m.view(1, -1, *[1] * (mean.ndim - 2))).square().sum(dims)
+    # Variances stand for many numbers where a size is 1.
+    return m, total(squares if var is None else squares + _mean(var) * own) / (count - 1)
 
 
 def _mean(var: Tensor) -> Tensor:

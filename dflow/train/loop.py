@@ -32,10 +32,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from dflow import hf, objectives
+from dflow import hf, objectives, zoo
 from dflow.config import InputError
 from dflow.data import files
 from dflow.memory import keep_memory
+from dflow.nn.binary import StochasticBatchNorm
 from dflow.train import shards
 from dflow.train.recipe import METRICS, RECIPE, STATE, Recipe
 from dflow.train.tasks import Batch, Task, mix, task_of
@@ -66,6 +67,8 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     states = _states(output)
     if resume and not states and (output / "config.json").exists():
         raise InputError(f"{output}: a model, but nothing to resume (no {STATE}); choose another output")
+    if resume and not states and not _begun(output):
+        raise InputError(f"{output}: nothing to resume, and not the beginning of a training; choose another")
     run = _Run(task_of(recipe, bool(states)))
     try:
         run.clean(resume)
@@ -116,6 +119,14 @@ class _Run:
             )
         objective, device = task.objective, self.accelerator.device
         self.base = task.closed_form(self.model)
+        norms = [m for m in objective.modules() if isinstance(m, StochasticBatchNorm)]
+        if norms and config.batch_size < 2 * config.accumulation:
+            raise InputError(
+                f"train.batch_size {config.batch_size} in {config.accumulation} pieces: normalisation takes "
+                "pieces of two or more; raise batch_size or lower accumulation"
+            )
+        for norm in norms:
+            norm.shared = self.world > 1
         # What is all in closed form has nothing to optimise.
         self.learned = any(True for _ in objective.parameters())
         self.sharded = config.shard and self.world > 1 and self.learned
@@ -148,7 +159,9 @@ class _Run:
         # Steps left out, one after another up to now; the loss at which an evaluation was broken off.
         self.skipped, self.pending = 0, math.nan
         self.interrupted: int | None = None
-        self.stop = self.saved = False
+        self.stop = False
+        # A folder with anything in it is not this run's to remove.
+        self.saved = recipe.output.is_dir() and any(recipe.output.iterdir())
         self.wrapped: Any
         if config.compile:
             _compile(objective, device)
@@ -317,18 +330,25 @@ class _Run:
             group["lr"] = rate
         self.task.schedule(self.step, fraction)
 
+    def _interval(self, every: int | None) -> tuple[str, float]:
+        """Between two evaluations or saves, in steps or in seconds."""
+        config = self.config
+        if every is not None:
+            return "steps", every
+        if config.eval_minutes is None and config.minutes is None:
+            return "steps", math.ceil((config.steps or 10) / 10)
+        return "seconds", 60 * (config.eval_minutes or (config.minutes or 0) / 10)
+
+    def _intervals(self) -> list[Any]:
+        return [list(self._interval(self.config.eval_every)), self.config.save_every]
+
     def _next(self, every: int | None) -> float:
         """The next evaluation or save: a step, or a time in seconds."""
-        if every is not None:
-            return float(self.step + every)
-        config = self.config
-        if config.minutes is None:
-            return self.step + math.ceil((config.steps or 10) / 10)
-        return self.elapsed + 60 * (config.eval_minutes or config.minutes / 10)
+        unit, size = self._interval(every)
+        return size + (self.step if unit == "steps" else self.elapsed)
 
     def _due(self, when: float, every: int | None) -> bool:
-        in_steps = every is not None or self.config.minutes is None
-        return (self.step if in_steps else self.elapsed) >= when
+        return (self.step if self._interval(every)[0] == "steps" else self.elapsed) >= when
 
     def _agree(self, nats: Tensor, norm: Tensor | float | None, elapsed: float) -> tuple[float, float]:
         """Add up the loss of all processes; set the time spent and whether to stop, alike on all of them.
@@ -363,7 +383,7 @@ class _Run:
         self.save_state()
         raise InputError(
             f"{what}, and of the {self.config.skip} steps before it: stopped with the last good weights; "
-            f"start again from them with {way}, or add --resume to try the next steps"
+            f"add --resume to try the next steps, or start anew with {way}"
         )
 
     # -- evaluation ------------------------------------------------------------------------------------------
@@ -410,7 +430,8 @@ class _Run:
             } | dict(task.shares)
             with (self.recipe.output / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-            note = "best" if improved else f"best {self.best:.4f}"
+            of = f" {task.rank_unit}" if task.rank_unit != task.unit else ""
+            note = f"best{of and ' by' + of}" if improved else f"best {self.best:.4f}{of}"
             self.say(f"step {self.step:,}: valid {found:.4f} {task.unit} ({task.kind}, {note})")
             if self.config.samples:
                 for line in task.show(model, self.step, self.accelerator.device):
@@ -455,6 +476,7 @@ class _Run:
             "best": self.best,
             "next_eval": self.next_eval,
             "next_save": self.next_save,
+            "intervals": self._intervals(),
             "skipped": self.skipped,
             "pending": self.pending,
             "recipe": _fingerprint(self.recipe),
@@ -472,7 +494,9 @@ class _Run:
     def _prune(self) -> None:
         """Remove states that are older than those to be kept."""
         out = self.recipe.output
-        hf.remove(out, [p.name for p in _states(out) if p.name != STATE][max(0, self.config.keep - 1) :])
+        # The newest of these is a copy of the last state, which may be the one that is damaged.
+        kept = self.config.keep if self.config.keep > 1 else 0
+        hf.remove(out, [p.name for p in _states(out) if p.name != STATE][kept:])
 
     def _tensors(self) -> dict[str, Tensor]:
         """What a state holds, by name; in pieces where the model is."""
@@ -497,7 +521,6 @@ class _Run:
 
     def restore(self, states: list[Path]) -> None:
         """Go back to the last saved state, or the last one before it that is whole."""
-        self.saved = True
         for path in states:
             try:
                 return self._restore(path)
@@ -545,6 +568,10 @@ class _Run:
                 float(about["best"]),
             )
             self.next_eval, self.next_save = float(about["next_eval"]), float(about["next_save"])
+            if about.get("intervals", self._intervals()) != self._intervals():
+                # What was due by other settings no longer is; nor may steps be taken for seconds.
+                self.next_eval = self._next(self.config.eval_every)
+                self.next_save = self._next(self.config.save_every)
             self.skipped, self.pending = int(about["skipped"]), float(about["pending"])
             if self.accelerator.scaler and about["scaler"]:
                 self.accelerator.scaler.load_state_dict(about["scaler"])
@@ -646,6 +673,14 @@ def _states(output: Path) -> list[Path]:
     return [path for path in (output / STATE, *older) if path.is_file()]
 
 
+def _begun(output: Path) -> bool:
+    """Whether a folder holds nothing but what a run leaves that was killed before its first state."""
+    if not output.exists():
+        return True
+    names = {path.name for path in output.iterdir() if not path.name.startswith(".")}
+    return not names or RECIPE in names
+
+
 def _until(metrics: Path, step: int) -> Iterator[str]:
     """Lines up to a step; one that a machine broke off in the middle is none."""
     for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -663,6 +698,8 @@ def _fingerprint(recipe: Recipe) -> str:
     values = recipe.as_dict()
     free = {"steps", "minutes", "accumulation", "samples", "trackers", "shard", "compile"}
     free |= {"eval_every", "eval_minutes", "eval_chunks", "eval_draws", "save_every", "keep", "skip"}
+    if recipe.family in zoo.CLASSIFIERS or isinstance(recipe.model, zoo.ModularConfig):
+        free.remove("accumulation")  # pieces are normalised by themselves
     values["train"] = {k: v for k, v in values["train"].items() if k not in free}
     values["data"] = {k: v for k, v in values["data"].items() if k not in ("folder", "store")}
     kept = {k: values[k] for k in ("data", "model", "train")}

@@ -37,6 +37,11 @@ class Schedule:
             raise InputError(f"unknown schedule {self.schedule!r}; {nearest(self.schedule, list(SCHEDULES))}")
         if not 0 < self.until <= 1:
             raise InputError(f"until must lie in (0, 1], found {self.until}")
+        least = min(self.start, self.end)
+        if not (math.isfinite(self.start) and math.isfinite(self.end)):
+            raise InputError(f"start and end must be finite, found {self.start} and {self.end}")
+        if self.schedule == "exponential" and least <= 0:
+            raise InputError(f"an exponential schedule needs positive ends, found {least}; or use cosine")
 
     def at(self, fraction: float) -> float:
         """The value after ``fraction`` of the training."""
@@ -124,8 +129,8 @@ class TrainConfig:
             raise InputError("give a budget: steps or minutes")
         for name in ("steps", "minutes", "eval_every", "eval_minutes", "save_every"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise InputError(f"{name} must be positive, found {value}")
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"{name} must be positive and finite, found {value}")
         for name in ("batch_size", "accumulation", "refit_batches", "draws", "eval_draws", "keep"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, found {getattr(self, name)}")
@@ -139,8 +144,16 @@ class TrainConfig:
             raise InputError("shard goes with mixed_precision bf16 or no, not with fp16; choose bf16")
         if self.shard and self.compile:
             raise InputError("compile goes with whole models, not with shard; leave one of them out")
-        if self.learning_rate <= 0:
-            raise InputError(f"learning_rate must be positive, found {self.learning_rate}")
+        if not 0 < self.learning_rate < math.inf:
+            raise InputError(f"learning_rate must be positive and finite, found {self.learning_rate}")
+        if not 0 <= self.final_learning_rate <= 1:
+            raise InputError(f"final_learning_rate must lie in [0, 1], found {self.final_learning_rate}")
+        if not -(1 << 63) <= self.seed < 1 << 63:
+            raise InputError(f"seed must be a number of 64 bits, found {self.seed}")
+        if min(self.temperature.start, self.temperature.end) <= 0:
+            raise InputError(f"temperature must be positive from start to end, found {self.temperature}")
+        if self.noise and min(self.noise.start, self.noise.end) < 0:
+            raise InputError(f"noise must not be negative, found {self.noise}")
 
 
 @dataclass

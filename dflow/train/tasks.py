@@ -469,7 +469,13 @@ class _Labels(_Values):
         super().__init__(recipe, images, classes=images.classes)
         init = self.network.init
         if init != zoo.UNIFORM and not resume:
-            zoo.transfer(self.model.net, hf.load(init, kind=hf.DflowClassifier).net)
+            start = hf.load(init, kind=hf.DflowClassifier)
+            if start.config.kind != "float":
+                raise InputError(
+                    f"model.init {init}: kind {start.config.kind}, whose weights are no measure of "
+                    "their certainty; give a network of kind float, or uniform"
+                )
+            zoo.transfer(self.model.net, start.net)
         self.objective = objectives.LabelObjective(self.model.net)
         self.rule = self.network.head
 
