@@ -9,6 +9,7 @@ import argparse
 import collections
 import dataclasses
 import errno
+import io
 import json
 import os
 import sys
@@ -17,10 +18,10 @@ import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union
 
 import dflow
-from dflow.config import InputError, convert
+from dflow.config import InputError, convert, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +60,7 @@ class Machine:
             name = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             device = torch.device(name)
-            torch.empty(0, device=device)
+            torch.empty(1, device=device).tolist()
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(
@@ -120,6 +121,8 @@ class Source:
             kept = None if trained is None else trained.folder
             trained = DataConfig(name=str(self.data), folder=kept)
         protocol: Literal["stream", "sentence"] = "sentence" if model.config.explicit_length else "stream"
+        if self.data is not None:  # whatever it is by now
+            trained = dataclasses.replace(trained, checksum=None)
         return dataclasses.replace(trained, protocol=protocol, folder=self.folder or trained.folder)
 
     def images(self, folder: str) -> ImageConfig:
@@ -135,6 +138,8 @@ class Source:
             trained = found
         if self.data not in (None, trained.name):
             trained = trained.of(str(self.data))
+        if self.data is not None:
+            trained = dataclasses.replace(trained, checksum=None)
         return dataclasses.replace(trained, folder=self.folder or trained.folder)
 
 
@@ -149,7 +154,7 @@ class Train:
             "help": "settings that replace those of the recipe: train.minutes=3 model.num_calls=16 ..."
         },
     )
-    output: str | None = flag("folder of the model (default: that of the recipe)", None)
+    output: str | None = flag("folder of the model (default: that of the recipe)", None, short="-o")
     resume: bool = flag("go on with the training in the output folder", False)
     threads: int | None = flag("threads of torch on the CPU (default: as many as torch takes)", None)
 
@@ -208,7 +213,9 @@ class Generate(Machine):
         None,
     )
     output: str | None = flag(
-        "file to write, whole or not at all (default: standard output; of images samples.FORMAT)", None
+        "file to write, whole or not at all (default: standard output; of images samples.FORMAT)",
+        None,
+        short="-o",
     )
 
 
@@ -241,7 +248,9 @@ class Compare(Source, Machine):
     batch_size: int = flag("samples drawn together where characters a second are measured", 100)
     rounds: int | None = flag("rounds of measuring (default: 10, of codecs 3)", None)
     output: str | None = flag(
-        "folder for compare.md, compare.json and compare.png; of codecs codecs.md and codecs.json", None
+        "folder for compare.md, compare.json and compare.png; of codecs codecs.md and codecs.json",
+        None,
+        short="-o",
     )
 
 
@@ -250,7 +259,7 @@ class PlotDensity(Machine):
     """Density p(v) and dequantized data q(v) of a model of two dimensions, as pictures side by side."""
 
     model: str = flag("folder of the model")
-    output: str = flag("PNG file to write, whole or not at all", "density.png")
+    output: str = flag("PNG file to write, whole or not at all", "density.png", short="-o")
     cells: int = flag("points of the plot a side", 400)
 
 
@@ -531,16 +540,26 @@ def export(flags: Export) -> int:
 _COMPARED = 256
 
 
+def plot_output(name: str) -> Path:
+    """Where a plot goes, if nothing is there."""
+    from dflow.generate import check_output
+
+    output = Path(name)
+    if output.suffix.lower() != ".png":
+        raise InputError(f"--output {name}: plots are PNG files; let the name end with .png")
+    check_output(output)
+    return output
+
+
 def plot_coverage(flags: PlotCoverage) -> int:
     """`dflow plot coverage`."""
     from dflow import plot
     from dflow.data import load_images
     from dflow.evaluate import evaluate_labels
-    from dflow.generate import check_output, write_whole
+    from dflow.generate import write_whole
     from dflow.hf import DflowClassifier, load
 
-    output = Path(flags.output)
-    check_output(output)
+    output = plot_output(flags.output)
     if flags.members < 2:
         raise InputError(f"--members {flags.members} must be at least 2")
     model = load(flags.model, flags.settle(), DflowClassifier)
@@ -665,8 +684,10 @@ def generate(flags: Generate) -> int:
     """`dflow generate`; under ``accelerate launch`` the batches are spread over the processes."""
     from dflow.generate import check_output, write
     from dflow.generate import generate as run
-    from dflow.hf import DflowImageModel, kind_of
+    from dflow.hf import DflowClassifier, DflowImageModel, kind_of
 
+    if kind_of(flags.model) is DflowClassifier:
+        raise InputError(f"{flags.model}: a model of labels, which draws nothing; give one of text or images")
     if kind_of(flags.model) is DflowImageModel:
         return generate_pictures(flags)
     if flags.format not in (None, "text", "jsonl"):
@@ -701,6 +722,22 @@ def generate(flags: Generate) -> int:
     return 0
 
 
+def _format_of(
+    output: str | None, asked: Literal["png", "npy", "csv"] | None
+) -> Literal["png", "npy", "csv"] | None:
+    """The format that is asked for, or that the name of a file tells of."""
+    if output is None:
+        return asked
+    known: dict[str, Literal["png", "npy", "csv"]] = {".png": "png", ".npy": "npy", ".csv": "csv"}
+    told = known.get(Path(output).suffix.lower())
+    if (told is None and asked is None) or (told and asked and told != asked):
+        raise InputError(
+            f"--output {output}: no name of a file of format {asked or 'png, npy or csv'}; let it end with "
+            f".{asked or 'png, .npy or .csv, or give --format'}"
+        )
+    return asked or told
+
+
 def generate_pictures(flags: Generate) -> int:
     """`dflow generate` of a model of images or a table."""
     from dflow import generate as drawing
@@ -714,7 +751,7 @@ def generate_pictures(flags: Generate) -> int:
     device, accelerator = flags.processes()
     model = load(flags.model, device, DflowImageModel)
     pictures = drawing.is_picture(model.config.shape)
-    kind = flags.format or ("png" if pictures else "csv")
+    kind = _format_of(flags.output, flags.format) or ("png" if pictures else "csv")
     if kind == "png" and not pictures:
         raise InputError(f"--format png: {flags.model} draws no pictures; use csv or npy")
     output = Path(flags.output or f"samples.{kind}")
@@ -741,11 +778,10 @@ def plot_density(flags: PlotDensity) -> int:
     """`dflow plot density`."""
     from dflow import plot
     from dflow.data import load_images
-    from dflow.generate import check_output, write_whole
+    from dflow.generate import write_whole
     from dflow.hf import DflowImageModel, load
 
-    output = Path(flags.output)
-    check_output(output)
+    output = plot_output(flags.output)
     model = load(flags.model, flags.settle(), DflowImageModel)
     data = load_images(Source().images(flags.model)).train
     write_whole(output, plot.density(model, data, flags.cells))
@@ -796,10 +832,12 @@ def compress(flags: Compress) -> int:
     """`dflow compress`."""
     from dflow.compress import LIMIT, BitsBackCoder, ImageCoder, compress_images
     from dflow.generate import check_output, write_whole
-    from dflow.hf import DflowImageModel, kind_of
+    from dflow.hf import DflowClassifier, DflowImageModel, kind_of
 
     set_threads(flags.threads)
     files, output = [Path(name) for name in flags.files], Path(flags.output)
+    if kind_of(flags.model) is DflowClassifier:
+        raise InputError(f"{flags.model}: a model of labels, which codes nothing; give one of text or images")
     is_text = kind_of(flags.model) is not DflowImageModel
     jobs = [(output, files)]
     if flags.separate:
@@ -1000,11 +1038,10 @@ def check(flags: Check) -> int:
 def plot_training(flags: PlotTraining) -> int:
     """`dflow plot training`."""
     from dflow import plot
-    from dflow.generate import check_output, write_whole
+    from dflow.generate import write_whole
     from dflow.train import history
 
-    output = Path(flags.output)
-    check_output(output)
+    output = plot_output(flags.output)
     write_whole(output, plot.training({folder: history(folder) for folder in flags.runs}))
     print(output)
     return 0
@@ -1014,11 +1051,10 @@ def plot_progressive(flags: PlotProgressive) -> int:
     """`dflow plot progressive`."""
     from dflow import plot
     from dflow.compress import stages
-    from dflow.generate import check_output, write_whole
+    from dflow.generate import write_whole
 
     set_threads(flags.threads)
-    output = Path(flags.output)
-    check_output(output)
+    output = plot_output(flags.output)
     if flags.rows < 1:
         raise InputError(f"--rows {flags.rows} must be at least 1")
     found = stages(Path(flags.file).read_bytes(), flags.model, name=flags.file, progress=True)
@@ -1267,9 +1303,20 @@ def read_flags(cls: type[Any], values: dict[str, Any]) -> Any:
     return cls(**converted)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says which flags may have taken what is missing."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2."""
+        greedy = [a.option_strings[-1] for a in self._actions if a.option_strings and a.nargs == "+"]
+        if "required" in message and greedy:
+            message += f"; all words after {' or '.join(greedy)} belong to it, so give these before"
+        super().error(message)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="dflow",
         description="Normalizing flows of discrete data: text in few network calls, dequantized images.",
         epilog="example: dflow train recipes/grouped.yaml",
@@ -1287,13 +1334,37 @@ def build_parser() -> argparse.ArgumentParser:
             name, help=doc.partition(". ")[0].rstrip("."), description=doc, epilog=f"example: {example}"
         )
         add_flags(sub, cls)
-        sub.set_defaults(_cls=cls, _function=function)
+        sub.set_defaults(_cls=cls, _function=function, _parser=sub)
     return parser
+
+
+def hint(word: str, cls: type[Any]) -> str:
+    """What may have been meant by a flag that a verb does not have."""
+    if not word.startswith("-"):
+        return ""
+    name = word.lstrip("-").partition("=")[0].replace("-", "_")
+    if cls is Train:
+        from dflow.train import TrainConfig
+
+        if name in {f.name for f in dataclasses.fields(TrainConfig)}:
+            return f"; settings of the recipe are given by --set train.{name}=VALUE"
+    flags = [
+        "--" + f.name.replace("_", "-") for f in dataclasses.fields(cls) if "positional" not in f.metadata
+    ]
+    return f"; {nearest(word.partition('=')[0], flags)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; exit code 0, 1 (a check failed), 2 (what was given cannot be used) or 130 (Ctrl-C)."""
-    values = vars(build_parser().parse_args(argv))
+    # What a terminal or a log cannot show must not end a training of hours.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    found, unknown = build_parser().parse_known_args(argv)
+    values = vars(found)
+    parser = values.pop("_parser")
+    if unknown:
+        parser.error(f"unknown: {' '.join(unknown)}{hint(unknown[0], values['_cls'])}")
     cls, function = values.pop("_cls"), values.pop("_function")
     try:
         code = function(read_flags(cls, values))

@@ -155,7 +155,10 @@ def encode_images(x: Tensor, kind: ImageFormat, levels: int | None) -> bytes:
         np.save(buffer, x.numpy(), allow_pickle=False)
         return buffer.getvalue()
     if kind == "csv":
-        return "".join(",".join(map(str, row)) + "\n" for row in x.flatten(1).tolist()).encode()
+        rows = x.flatten(1).tolist()
+        # A table has a header, or dflow itself would not read it.
+        header = [f"x{i}" for i in range(1, x[0].numel() + 1)]
+        return "".join(",".join(map(str, row)) + "\n" for row in (header, *rows)).encode()
     if levels is None or not is_picture(x.shape[1:]):
         raise InputError("these data are no pictures; use --format csv or npy")
     shape = (x.shape[1], x.shape[2], x.shape[3])

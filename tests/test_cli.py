@@ -73,6 +73,7 @@ def test_every_example_parses(verb: str, cls: type[Any], function: Any, example:
     values = vars(build_parser().parse_args(example.split()[1:]))
     assert values.pop("_cls") is cls
     assert values.pop("_function") is function
+    assert values.pop("_parser").prog == f"dflow {verb}"
     assert isinstance(read_flags(cls, values), cls)
 
 
@@ -450,3 +451,28 @@ def test_under_a_launcher_devices_are_not_to_be_chosen(
 def test_seeds_are_numbers_of_63_bits(seed: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["export", "--model", "none", "--output", "net", "--seed", seed]) == 2
     assert f"seed {seed} must be from 0 to 9223372036854775807" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["train", "recipe.yaml", "--minutes", "3"], "are given by --set train.minutes=VALUE"),
+        (["generate", "--model", "m", "--outputt", "x"], "did you mean '--output'?"),
+        (["train", "--set", "train.steps=3", "recipe.yaml"], "all words after --set belong to it"),
+    ],
+)
+def test_mistaken_flags_show_the_usage_of_their_verb(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.startswith(f"usage: dflow {words[0]}")
+
+
+def test_plots_are_png_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plot", "training", str(tmp_path), "-o", str(tmp_path / "curve.jpg")]) == 2
+    assert "plots are PNG files" in capsys.readouterr().err
+    assert main(["evaluate", "--model", "none", "--device", "meta"]) == 2

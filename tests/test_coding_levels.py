@@ -10,7 +10,7 @@ from dflow import zoo
 from dflow.bijectors import Chain
 from dflow.coding import Coder, codec, levels
 from dflow.core import Distribution
-from dflow.distributions import Categorical
+from dflow.distributions import Categorical, ConditionalWindow
 from dflow.flows import Flow, Split
 
 
@@ -81,6 +81,33 @@ def test_what_does_not_end_where_a_level_ends_is_refused():
         levels.pop(law, 3, [*found, b""])
     with pytest.raises(ValueError, match=r"ends elsewhere|bits are left"):
         levels.pop(law, 3, [*found[:2], found[2] + bytes(4)])
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_missing_levels_of_windows_are_filled_by_their_means(n, monkeypatch):
+    torch.manual_seed(0)
+    settings = {"shape": [1, 8, 8], "levels": [64], "num_levels": 2, "num_flows": 0, "kept": "quarter"}
+    settings |= {"prior_groups": 3, "prior": "categorical", "hidden_size": 8, "num_hidden_layers": 1}
+    law = zoo.build_image("integer", zoo.settings("integer", settings)).double().eval()
+    with torch.no_grad():
+        for p in law.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    x = torch.randint(0, 64, (n, 64))
+    found = levels.push(law, x)
+    assert torch.equal(levels.pop(law, n, found), x)
+    coarse = levels.pop(law, n, found[:1])
+    assert torch.equal(coarse.view(n, 8, 8)[:, ::2, ::2], x.view(n, 8, 8)[:, ::2, ::2])
+    assert int(coarse.min()) >= 0
+    assert int(coarse.max()) < 64
+    # A row at a time is the same; and it is the mean of what is drawn.
+    monkeypatch.setattr("dflow.distributions.window._LOGITS", 1)
+    assert torch.equal(levels.pop(law, n, found[:1]), coarse)
+    *_, window = (m for m in law.modules() if isinstance(m, ConditionalWindow))
+    context = torch.randint(0, 64, (1, 16)).double()
+    draws = window.sample(20_000, context.expand(20_000, -1)).double()
+    inside = (draws >= 0) & (draws < 64)
+    mean = torch.where(inside, draws, 0).sum(0) / inside.sum(0)
+    assert (window.mean(context)[0] - mean).abs().max() < 1.2
 
 
 def test_what_has_no_mean_is_drawn_only():

@@ -218,7 +218,18 @@ def test_a_trained_models_tokenizer_is_used(tmp_path: Path) -> None:
     assert load(DataConfig(other), Bytes()).train.ids[0] == ord("a")
     foreign = make(tmp_path, "a tale that goes on.\n" * 20 + "Ω", "foreign.txt")
     with pytest.raises(InputError, match=r"foreign\.txt \(test\): symbol 'Ω' .* is not in the vocabulary"):
-        load(DataConfig(foreign), tokenizer)
+        load(DataConfig(foreign), tokenizer).split("test")
+    # What is not asked for may hold what it will.
+    assert load(DataConfig(foreign), tokenizer).valid.num_symbols > 0
+
+
+def test_another_text_of_the_same_name_is_told_from_it(tmp_path: Path) -> None:
+    name = make(tmp_path)
+    checksum = load(DataConfig(name)).checksum
+    assert load(DataConfig(name, checksum=checksum)).checksum == checksum
+    (tmp_path / Path(name).name).write_text("another tale.\n" * 40)
+    with pytest.raises(InputError, match="the data have changed, their checksum is sha256"):
+        load(DataConfig(name, checksum=checksum))
 
 
 @pytest.mark.parametrize(

@@ -235,3 +235,12 @@ def test_another_number_of_calls_goes_where_the_model_is():
     assert not any(part.training for part in model.modules())
     model.to("meta").choose(2)
     assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
+
+
+def test_what_are_no_symbols_is_told():
+    model = make_model("transformer", 5)
+    for x in (torch.tensor([1, 2]), torch.tensor([[1, 2]], dtype=torch.int32)):
+        with pytest.raises(InputError, match=r"expected symbols int64 \(batch, n\)"):
+            model.log_prob(x)
+    with pytest.raises(InputError, match="symbols to begin with are given as prompt="):
+        model.generate(torch.tensor([[1, 2]]))

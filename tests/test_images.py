@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModel
 
 from dflow import cli, hf
 from dflow.config import InputError
-from dflow.data import DataConfig, ImageConfig, load, load_images
+from dflow.data import DataConfig, ImageConfig, load, load_images, tables
 from dflow.dequantize import Hypercube
 from dflow.evaluate import ImageEvaluation, evaluate_images
 from dflow.generate import encode_images, generate_images
@@ -713,20 +713,22 @@ def test_generate(pictures: Path, table: Path, tmp_path: Path, monkeypatch: pyte
         assert image.mode == "L"
         assert set(np.unique(np.asarray(image))) <= {0, 128, 255}
     for kind in ("npy", "csv"):
-        assert cli.main([*draw, str(pictures), "--format", kind, "--output", f"out.{kind}"]) == 0
+        assert cli.main([*draw, str(pictures), "--output", f"out.{kind}"]) == 0
     array = np.load("out.npy")
     expected = generate_images(load_image(pictures), 5, seed=3)
     assert array.dtype == np.int64
     assert np.array_equal(array, expected.numpy())
-    assert np.array_equal(np.loadtxt("out.csv", delimiter=",", dtype=int), array.reshape(5, 16))
+    assert np.array_equal(np.loadtxt("out.csv", delimiter=",", dtype=int, skiprows=1), array.reshape(5, 16))
     assert encode_images(expected, "png", 2) == Path("samples.png").read_bytes()
     # A table has no picture: its draws are lines of numbers.
     assert cli.main([*draw, str(table)]) == 0
-    rows = np.loadtxt("samples.csv", delimiter=",")
+    rows = np.loadtxt("samples.csv", delimiter=",", skiprows=1)
     assert rows.shape == (5, 3)
     assert (rows[:, [0, 2]] == np.floor(rows[:, [0, 2]])).all()
     assert (rows[:, 1] != np.floor(rows[:, 1])).all()
     assert np.array_equal(rows, generate_images(load_image(table), 5, seed=3).flatten(1))
+    # Which dflow reads itself.
+    assert tables.read(Path("samples.csv")).columns == ("x1", "x2", "x3")
 
 
 def test_draws_hang_on_seed_and_batch_size(pictures: Path) -> None:
@@ -746,6 +748,8 @@ def test_draws_hang_on_seed_and_batch_size(pictures: Path) -> None:
         (["--seed", "-1"], "seed -1"),
         (["--format", "xml"], "--format: 'xml'"),
         (["--output", "no/such/folder/out.png"], "no/such/folder"),
+        (["--output", "out.jpg"], "--output out.jpg: no name of a file of format png, npy or csv"),
+        (["--output", "out.png", "--format", "csv"], "--output out.png: no name of a file of format csv"),
     ],
 )
 def test_generate_refuses(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from dflow.config import InputError
 from dflow.data import DataConfig, load
 from dflow.evaluate import evaluate
 from dflow.train import Schedule, history, load_recipe, loop, recipe_of, train
+from dflow.train.tasks import task_of
 
 ROOT = Path(__file__).parent.parent
 # Recipes of synthetic laws are trained on these, in test_synthetic.py.
@@ -491,6 +493,116 @@ def test_evaluations_are_due_by_the_settings_of_today(text, tmp_path):
     assert [row["step"] for row in metrics(out)] == [3, 4, 5, 6, 8]
     run(path, "train.eval_every=1", "train.steps=10", resume=True)
     assert [row["step"] for row in metrics(out)] == [3, 4, 5, 6, 8, 9, 10]
+
+
+def test_validation_is_measured_as_before(text, tmp_path):
+    path = recipe_file(tmp_path, text, steps=2)
+    out = run(path)
+    with pytest.raises(InputError, match=r"other settings \(train.eval_chunks: None then, 1 now\)"):
+        run(path, "train.eval_chunks=1", resume=True)
+    with pytest.raises(
+        InputError, match=r"model.hidden_size: 8 then, 16 now; train.seed: 0 then, 5 now"
+    ) as told:
+        run(path, "train.seed=5", "model.hidden_size=16", resume=True)
+    assert f"dflow train {out / 'recipe.yaml'} --output {out} --resume" in str(told.value)
+    train(load_recipe(out / "recipe.yaml", ["train.steps=3"]), resume=True)
+    assert metrics(out)[-1]["step"] == 3
+
+
+def test_data_that_have_changed_are_noticed(text, tmp_path, capsys):
+    own = tmp_path / "own.txt"
+    own.write_text(text.read_text())
+    path = recipe_file(tmp_path, own, steps=2)
+    out = run(path)
+    assert cli.main(["evaluate", "--model", str(out)]) == 0
+    own.write_text(own.read_text()[200:])
+    for again in (lambda: run(path, "train.steps=4", resume=True), lambda: load(recipe_of(out).data)):
+        with pytest.raises(InputError, match="the data have changed"):
+            again()
+    assert cli.main(["evaluate", "--model", str(out)]) == 2
+    assert "score what they are now with --data" in capsys.readouterr().err
+    assert cli.main(["evaluate", "--model", str(out), "--data", str(own)]) == 0
+
+
+def test_a_training_ends_with_a_model_or_an_error(text, tmp_path):
+    path = recipe_file(tmp_path, text, steps=2)
+    with pytest.raises(InputError, match="no finite evaluation: there is no model"):
+        run(path, "train.learning_rate=1e30", f"output={tmp_path / 'wild'}")
+    with pytest.raises(InputError, match="no model yet, the training was stopped before"):
+        hf.load(tmp_path / "wild")
+    # Stopped before its first evaluation, and then told to end where it is.
+    out = tmp_path / "out"
+    stop_after(load_recipe(path, ["train.steps=50"]), 5)
+    assert not (out / "model.safetensors").exists()
+    run(path, "train.steps=5", resume=True)
+    assert [row["step"] for row in metrics(out)] == [5]
+    assert isinstance(metrics(out)[0]["train_loss_bits"], float)
+    assert hf.load(out).config.length == 16
+    run(path, "train.steps=5", resume=True)
+    assert len(metrics(out)) == 1
+
+
+def test_a_best_model_that_is_damaged_is_made_anew(text, tmp_path, capsys):
+    path = recipe_file(tmp_path, text, steps=3)
+    out = run(path)
+    whole = load_file(out / "model.safetensors")
+    for spoil in (lambda file: file.write_bytes(file.read_bytes()[:-9]), lambda file: file.unlink()):
+        spoil(out / "model.safetensors")
+        run(path, resume=True)
+        assert "the best model is damaged or gone" in capsys.readouterr().out
+        assert same(load_file(out / "model.safetensors"), whole)
+        hf.load(out)
+
+
+def test_two_do_not_train_into_one_folder(text, tmp_path):
+    path = recipe_file(tmp_path, text, steps=2)
+    out = run(path)
+    number = os.open(out, os.O_RDONLY)
+    fcntl.flock(number, fcntl.LOCK_EX)
+    before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    with pytest.raises(InputError, match="another process is training into this folder"):
+        run(path, "train.steps=4", resume=True)
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
+    os.close(number)
+    run(path, "train.steps=4", resume=True)
+    assert metrics(out)[-1]["step"] == 4
+
+
+def test_files_are_as_readable_as_the_others(text, tmp_path):
+    out = run(recipe_file(tmp_path, text, steps=2))
+    (tmp_path / "usual").touch()
+    usual = (tmp_path / "usual").stat().st_mode
+    assert {p.stat().st_mode for p in out.iterdir() if p.is_file()} == {usual}
+
+
+def test_the_bar_is_that_of_the_budget_that_ends_first(text, tmp_path):
+    path = recipe_file(tmp_path, text, steps=40, minutes=60)
+    one = loop._Run(task_of(load_recipe(path), False))
+    assert one._budget() == ("s", 0.0, 3600)
+    one.step, one.elapsed = 10, 4.0
+    assert one._budget() == ("step", 10, 40)
+    one.elapsed = 1000.0
+    assert one._budget() == ("s", 1000.0, 3600)
+    bar = one._bar()
+    one.step = 20
+    one._show(bar)
+    assert (bar.unit, bar.n, bar.total) == ("step", 20, 40)
+    bar.close()
+    one.close()
+
+
+def test_samples_that_a_log_cannot_show_end_nothing(tmp_path):
+    (tmp_path / "greek.txt").write_text("ἐν ἀρχῇ ἦν ὁ λόγος\n" * 60, encoding="utf-8")
+    path = recipe_file(tmp_path, tmp_path / "greek.txt", steps=2)
+    done = subprocess.run(
+        [sys.executable, "-m", "dflow", "train", str(path)],
+        env=environment() | {"PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert b"?" in done.stdout
 
 
 def test_schedules():

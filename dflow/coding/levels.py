@@ -18,6 +18,7 @@ from dflow.coding import codec
 from dflow.coding.coder import Coder
 from dflow.core import Context, Distribution
 from dflow.distributions.logistic import Logistics
+from dflow.distributions.window import ConditionalWindow
 from dflow.flows import Flow, Split
 
 _WORD = 4
@@ -116,8 +117,10 @@ def _mean(law: Distribution, context: Context) -> Tensor:
     if isinstance(law, Split):
         x_a = _mean(law.base, law.contexts(None, context)[0])
         return law.join(x_a, _mean(law.conditional, law.contexts(x_a, context)[1]))
+    if isinstance(law, ConditionalWindow):
+        return law.mean(context)
     if not isinstance(law, Logistics):
-        raise ValueError(f"the mean of {type(law).__name__} is not known: ask for draws, or for all levels")
+        raise ValueError(f"the mean of {type(law).__name__} is not known: ask for all levels")
     loc, _, *log_weights = law.params(context)
     if log_weights:
         loc = (loc * log_weights[0].exp()).sum(-1)

@@ -33,7 +33,9 @@ def of_files(paths: Sequence[Path], limit: int | None = None) -> Material[Array]
         OSError: no such file.
     """
     if not paths:
-        raise InputError("name files to compress, or a data set with --data")
+        raise InputError(
+            "name files to compress (before --model, to which all words after it belong), or a set by --data"
+        )
     _check_limit(limit)
     kinds = {path.suffix.lower() in _PICTURES for path in paths}
     if len(kinds) > 1:

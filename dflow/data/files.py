@@ -96,6 +96,15 @@ def verify(data: bytes, size: int, expected: str, source: str) -> bytes:
     )
 
 
+def check_same(name: str, found: str, expected: str | None) -> None:
+    """Raise `InputError` unless the checksum of data is the one expected, if one is."""
+    if expected not in (None, found):
+        raise InputError(
+            f"{name}: the data have changed, their checksum is {found} and not {expected}, and what was "
+            "trained on may be in another split now; restore them, or score what they are now with --data"
+        )
+
+
 def write(path: Path, data: bytes) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -77,6 +77,9 @@ class ImageConfig:
             "help": "columns of a table that are real numbers (default: where any value is no integer)"
         },
     )
+    checksum: str | None = field(
+        default=None, metadata={"help": "of all values: another one is refused (a model's recipe has it)"}
+    )
 
     def __post_init__(self) -> None:
         """Check the shares and sizes."""
@@ -98,7 +101,7 @@ class ImageConfig:
 
     def of(self, name: str) -> ImageConfig:
         """The same kind of data under another name: how they are read is kept, the shares are not."""
-        kept = replace(self, name=name, valid=None, test=None)
+        kept = replace(self, name=name, valid=None, test=None, checksum=None)
         if name == CHECKERBOARD:
             return ImageConfig(name)
         if name in image_sets.KNOWN:
@@ -241,8 +244,14 @@ def load_images(config: ImageConfig) -> ImageSet:
 
     Raises:
         InputError: Nothing of that name, damaged files, images of unequal sizes, more than 8 bits a value,
-            settings that do not go together, missing values in a table.
+            settings that do not go together, missing values in a table, another checksum than the config's.
     """
+    found = _load(config)
+    files.check_same(config.name, found.checksum, config.checksum)
+    return found
+
+
+def _load(config: ImageConfig) -> ImageSet:
     if config.name == CHECKERBOARD:
         config.refuse(
             "drawn", "folder", "bits", "patch", "crop", "tiles", "grey", "flip", "valid", "test", "continuous"

@@ -259,7 +259,10 @@ def _make(
 ) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    # One made in the usual way: the temporary one is its owner's alone.
+    made_in = temporary / "store"
     try:
+        made_in.mkdir()
         total, made = _survey(source, kind, vocab_size)
         used = tokenizer or made
         valid, test = (int(total * share) for share in shares)
@@ -269,13 +272,13 @@ def _make(
                 "give more text"
             )
         characters = dict(zip(SPLITS, (total - valid - test, valid, test), strict=True))
-        symbols, checksum = _spell(temporary, source, used, characters)
-        used.save(temporary)
+        symbols, checksum = _spell(made_in, source, used, characters)
+        used.save(made_in)
         about = About(stamp, characters, symbols, checksum)
-        files.write(temporary / ABOUT, json.dumps(about.__dict__, indent=1).encode())
+        files.write(made_in / ABOUT, json.dumps(about.__dict__, indent=1).encode())
         with suppress(OSError):
             folder.rmdir()
-        temporary.replace(folder)
+        made_in.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -43,6 +43,8 @@ def read(path: Path, continuous: Sequence[str] | None = None) -> Table:
         numbered = [(lines.line_num, row) for row in lines if row]
     except csv.Error as error:
         raise InputError(f"{path}, line {lines.line_num}: {error}; correct the file") from None
+    if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
+        raise InputError(f"{path}: the first line has no comma, found {header[0][:80]!r}; separate by commas")
     if not header or not all(header) or all(_number(name) is not None for name in header):
         raise InputError(
             f"{path}: the first line must name the columns, found {','.join(header)[:80]!r}; add a header row"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -64,6 +66,9 @@ class DataConfig:
     test: float = field(default=0.05, metadata={"help": "share for the test, of your own text or of pydoc"})
     parameters: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "parameters of a synthetic law"}
+    )
+    checksum: str | None = field(
+        default=None, metadata={"help": "of the whole text: another one is refused (a model's recipe has it)"}
     )
 
     def __post_init__(self) -> None:
@@ -267,7 +272,7 @@ NUM_DRAWS = 1 << 14
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """A text in three splits, with the tokenizer that spells it.
+    """A text in three splits, each spelled by the tokenizer when it is first asked for.
 
     ``checksum`` is that of the whole text (all splits, UTF-8) and ``num_characters`` its length, so that a
     result can say on what it was measured where the text has no fixed version. ``law`` is the synthetic law
@@ -277,9 +282,7 @@ class Corpus:
     name: str
     protocol: Literal["stream", "sentence"]
     tokenizer: Tokenizer
-    train: Text
-    valid: Text
-    test: Text
+    parts: Mapping[str, Callable[[], Text]]
     num_characters: int
     checksum: str
     note: str = ""
@@ -289,8 +292,22 @@ class Corpus:
         """The split called ``name``: train, valid or test."""
         if name not in ("train", "valid", "test"):
             raise InputError(f"no split {name!r}; {nearest(name, ['train', 'valid', 'test'])}")
-        text: Text = getattr(self, name)
-        return text
+        return self.parts[name]()
+
+    @property
+    def train(self) -> Text:
+        """What to train on."""
+        return self.split("train")
+
+    @property
+    def valid(self) -> Text:
+        """What to choose by."""
+        return self.split("valid")
+
+    @property
+    def test(self) -> Text:
+        """What to tell results on."""
+        return self.split("test")
 
 
 def load(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
@@ -302,8 +319,15 @@ def load(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
 
     Raises:
         InputError: Nothing of that name, damaged or undecodable files, too little text, settings that do not
-            go together, a character outside the vocabulary, parameters that a law does not take.
+            go together, parameters that a law does not take, another checksum than the config's; and when a
+            split is asked for, a character outside the vocabulary.
     """
+    corpus = _load(config, tokenizer)
+    files.check_same(config.name, corpus.checksum, config.checksum)
+    return corpus
+
+
+def _load(config: DataConfig, tokenizer: Tokenizer | None) -> Corpus:
     law = config.law()
     if law is not None:
         return _drawn(law, config, tokenizer)
@@ -326,22 +350,30 @@ def load(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
         note, alphabet = (sets.PYDOC_NOTE if config.name == sets.PYDOC else ""), ""
         parts = _shares(text.lower() if config.lowercase else text, config, protocol)
     whole = "".join(parts)
+    made = tokenizer is None
     if tokenizer is None:
         tokenizer = _tokenizer(config, parts[0], alphabet or "".join(sorted(set(whole))), protocol)
     encode = _sentences if protocol == "sentence" else _stream
-    texts = {}
-    for split, part in zip(("train", "valid", "test"), parts, strict=True):
+
+    @functools.cache
+    def spelled(split: str) -> Text:
         try:
-            texts[split] = encode(split, part, tokenizer)
+            text = encode(split, texts[split], tokenizer)
         except InputError as error:
             raise InputError(f"{config.name} ({split}): {error}") from None
+        del texts[split]  # the symbols are there
+        return text
+
+    texts = dict(zip(stores.SPLITS, parts, strict=True))
+    if made:
+        # Whoever trains hears of it before anything is built.
+        for split in stores.SPLITS:
+            spelled(split)
     return Corpus(
         name=config.name,
         protocol=protocol,
         tokenizer=tokenizer,
-        train=texts["train"],
-        valid=texts["valid"],
-        test=texts["test"],
+        parts={split: functools.partial(spelled, split) for split in stores.SPLITS},
         num_characters=len(whole),
         checksum=files.digest(whole.encode("utf-8")),
         note=note,
@@ -350,7 +382,9 @@ def load(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
 
 def _drawn(law: Law, config: DataConfig, tokenizer: Tokenizer | None) -> Corpus:
     """A law as a corpus."""
-    plain = DataConfig(config.name, folder=config.folder, parameters=config.parameters)
+    plain = DataConfig(
+        config.name, folder=config.folder, parameters=config.parameters, checksum=config.checksum
+    )
     if replace(config, protocol=None) != plain or config.protocol == "sentence":
         raise InputError(
             f"{config.name} is drawn: leave out protocol, tokenizer, vocab_size, lowercase, valid and test"
@@ -360,15 +394,13 @@ def _drawn(law: Law, config: DataConfig, tokenizer: Tokenizer | None) -> Corpus:
             f"{config.name} has {law.K} symbols, spelled as numbers; the model has {tokenizer.size}, spelled "
             f"as {tokenizer.kind}; name data like those that it was trained on"
         )
-    train, valid, test = (Draws.of(law, split) for split in ("train", "valid", "test"))
+    texts = {split: Draws.of(law, split) for split in stores.SPLITS}
     return Corpus(
         name=config.name,
         protocol="stream",
         tokenizer=Numbers(law.K),
-        train=train,
-        valid=valid,
-        test=test,
-        num_characters=train.num_characters + valid.num_characters + test.num_characters,
+        parts={split: functools.partial(texts.__getitem__, split) for split in texts},
+        num_characters=sum(text.num_characters for text in texts.values()),
         checksum=files.digest(repr(law).encode()),
         note=law.note,
         law=law,
@@ -391,14 +423,12 @@ def _stored(config: DataConfig, tokenizer: Tokenizer | None) -> Corpus:
         tokenizer,
     )
     about = stored.about
-    train, valid, test = (Text(s, stored.ids[s], None, about.characters[s]) for s in stores.SPLITS)
+    texts = {s: Text(s, stored.ids[s], None, about.characters[s]) for s in stores.SPLITS}
     return Corpus(
         name=config.name,
         protocol="stream",
         tokenizer=stored.tokenizer,
-        train=train,
-        valid=valid,
-        test=test,
+        parts={split: functools.partial(texts.__getitem__, split) for split in texts},
         num_characters=sum(about.characters.values()),
         checksum=about.checksum,
     )

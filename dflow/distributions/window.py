@@ -13,6 +13,9 @@ from dflow.distributions.logistic import check_numbers
 #: Most integers that a window holds.
 MOST = 1024
 
+#: Logits that `ConditionalWindow.mean` looks at together.
+_LOGITS = 1 << 20
+
 
 class ConditionalWindow(Distribution):
     """Entries independent given the context, each a categorical law of the integers of a window.
@@ -118,6 +121,23 @@ class ConditionalWindow(Distribution):
         offset = symbol - 1
         offset = torch.where(symbol == 0, -1 - far, torch.where(symbol == self.K + 1, self.K + far, offset))
         return self.low + offset
+
+    @torch.no_grad()
+    def mean(self, context: Context) -> Tensor:
+        """The means of what lies in the window, rounded, int64 ``(batch, dim)``.
+
+        Some rows of the context are looked at at a time, since they have many logits each.
+        """
+        if context is None:
+            raise ValueError("a conditional law needs a context")
+        items = context if isinstance(context, tuple) else (context,)
+        size = max(1, _LOGITS // (self.dim * (self.K + 2)))
+        values = torch.arange(self.K, dtype=torch.float64, device=self.low.device)
+        found = []
+        for parts in zip(*(item.split(size) for item in items), strict=True):
+            law = self.logits(parts)[..., 1:-1].double().softmax(-1)
+            found.append(self.low + (law @ values).round().long())
+        return torch.cat(found)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Context = None) -> None:

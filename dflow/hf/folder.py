@@ -68,13 +68,19 @@ def kind_of(folder: str | os.PathLike[str]) -> Kind:
     """
     path, _ = split_calls(folder)
     if not path.is_dir():
-        raise InputError(f"{path}: no such folder; --model takes the output folder of `dflow train`")
+        what = "a file, not the folder of a model" if path.exists() else "no such folder"
+        raise InputError(f"{path}: {what}; give the output folder of `dflow train`")
     file = path / "config.json"
     try:
         if file.stat().st_size > _CONFIG:
             raise ValueError(f"{file.stat().st_size:,} bytes, more than {_CONFIG:,}")
         kind = json.loads(file.read_bytes()).get("model_type")
     except FileNotFoundError:
+        if (path / "recipe.yaml").is_file():
+            raise InputError(
+                f"{path}: no model yet, the training was stopped before its first evaluation; go on with "
+                f"`dflow train {path / 'recipe.yaml'} --output {path} --resume`"
+            ) from None
         raise InputError(
             f"{path}: not a model (no config.json); give the output folder of `dflow train`"
         ) from None

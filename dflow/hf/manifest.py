@@ -60,7 +60,10 @@ def replacing(folder: Path) -> Iterator[Path]:
         # The config last: a folder without one is no model yet, one with a config is complete. The rest by
         # name: of copies of a state the one from which a run goes on is the last.
         paths = sorted(temporary.iterdir(), key=lambda p: (p.name == "config.json", p.name))
+        mode = _mode(temporary)
         for path in paths:
+            # Whoever may read the config may read the weights: safetensors writes them for the owner alone.
+            path.chmod(mode)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         before = read(folder)
@@ -156,6 +159,15 @@ def clean(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
+
+
+def _mode(folder: Path) -> int:
+    """That of the files that this process makes."""
+    path = folder / ".mode"
+    path.touch()
+    found = path.stat().st_mode & 0o777
+    path.unlink()
+    return found
 
 
 def _admitted(folder: Path, name: str, before: Mapping[str, list[str]]) -> list[str]:

@@ -167,6 +167,11 @@ class DflowModel(PreTrainedModel):
             InputError: what cannot be drawn.
         """
         longest = self.config.length
+        if not isinstance(num_return_sequences, int):
+            raise InputError(
+                f"num_return_sequences is a number, found {type(num_return_sequences).__name__}; symbols to "
+                "begin with are given as prompt="
+            )
         if num_return_sequences < 1:
             raise InputError(f"cannot draw {num_return_sequences} samples; ask for 1 or more")
         if length is not None and not 1 <= length <= longest:
@@ -230,6 +235,11 @@ class DflowModel(PreTrainedModel):
         return (counts / counts.sum()).log().to(torch.float64)
 
     def _check(self, input_ids: Tensor, lengths: Tensor | None, complete: bool = True) -> None:
+        if input_ids.ndim != 2 or input_ids.dtype != torch.int64:
+            raise InputError(
+                f"expected symbols int64 (batch, n), found {input_ids.dtype} {tuple(input_ids.shape)}; "
+                "one sequence is a batch of one, x[None]"
+            )
         n, longest, K = input_ids.shape[1], self.config.length, self.config.vocab_size
         if n > longest:
             raise InputError(f"sequence of {n} symbols; this model takes at most {longest}")

@@ -12,11 +12,13 @@ import gc
 import hashlib
 import json
 import math
+import os
 import shutil
 import signal
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -38,8 +40,13 @@ from dflow.data import files
 from dflow.memory import keep_memory
 from dflow.nn.binary import StochasticBatchNorm
 from dflow.train import shards
-from dflow.train.recipe import METRICS, RECIPE, STATE, Recipe
+from dflow.train.recipe import METRICS, RECIPE, STATE, Recipe, load_recipe
 from dflow.train.tasks import Batch, Task, mix, task_of
+
+try:
+    import fcntl
+except ImportError:  # of systems other than Unix
+    fcntl = None  # type: ignore[assignment]
 
 
 class Preempted(KeyboardInterrupt):
@@ -154,7 +161,10 @@ class _Run:
             betas=(0.9, 0.99),
             fused=True,
         )
+        self.lock: int | None = None
         self.step, self.elapsed, self.best = 0, 0.0, math.inf
+        # The step of the last evaluation, and the loss of the last step.
+        self.evaluated, self.loss = -1, math.nan
         self.next_eval = self.next_save = 0.0
         # Steps left out, one after another up to now; the loss at which an evaluation was broken off.
         self.skipped, self.pending = 0, math.nan
@@ -193,9 +203,13 @@ class _Run:
         if not resumed:
             if self.accelerator.is_main_process:
                 with hf.replacing(out) as folder:
-                    recipe = yaml.safe_dump(self.recipe.as_dict(), sort_keys=False)
+                    # With it, whoever evaluates the model hears if the data have changed since.
+                    data = replace(self.recipe.data, checksum=self.task.checksum)
+                    own = replace(self.recipe, data=data)
+                    recipe = yaml.safe_dump(own.as_dict(), sort_keys=False)
                     (folder / RECIPE).write_text(recipe, encoding="utf-8")
                     self.task.save(folder)
+                self._lock()
             # Whenever it is killed from here on, it can be resumed.
             self.save_state()
         self.accelerator.wait_for_everyone()
@@ -210,17 +224,7 @@ class _Run:
     def loop(self) -> None:
         """Steps until the budget is spent."""
         config = self.config
-        in_steps = config.minutes is None
-        total = int(config.steps or 0) if in_steps else round(60 * (config.minutes or 0))
-        bar = tqdm(
-            total=total,
-            initial=self.step if in_steps else round(self.elapsed),
-            unit="step" if in_steps else "s",
-            disable=not self.accelerator.is_main_process,
-            dynamic_ncols=True,
-            mininterval=1.0,
-            smoothing=0.05,
-        )
+        bar = self._bar()
         started = time.monotonic() - self.elapsed
         shown, counted, since = 0.0, 0.0, time.monotonic()
         with self._signals(), bar:
@@ -228,8 +232,12 @@ class _Run:
                 self.next_eval, self.next_save = self._next(config.eval_every), self._next(config.save_every)
             if not math.isnan(self.pending):
                 self._evaluate(self.pending, self.fraction() >= 1)
+            elif self.fraction() >= 1 and self.evaluated != self.step:
+                # Stopped at its last step, or its budget was lowered since.
+                self._evaluate(self.loss, True)
             while self.fraction() < 1 and not self.stop:
                 loss, count = self._one_step(started)
+                self.loss = loss
                 self.step += 1
                 if self.world == 1:
                     self.stop = bool(self.interrupted)  # at once, where nobody else has to know
@@ -242,8 +250,7 @@ class _Run:
                     task = self.task
                     bar.set_postfix_str(f"{shown:.3f} {task.short}, {rate:,.0f} {task.things}/s")
                     counted, since = 0.0, now
-                bar.n = min(total, self.step if in_steps else round(self.elapsed))
-                bar.update(0)
+                self._show(bar)
                 done = self.fraction() >= 1
                 if done or (self._due(self.next_eval, config.eval_every) and not self.stop):
                     self._evaluate(loss, done)
@@ -257,7 +264,46 @@ class _Run:
         if self.accelerator.is_main_process:
             # Killed before it removed the last one, a run that is resumed has no step left to do it after.
             self._prune()
+        if self.best == math.inf:
+            raise InputError(
+                f"{self.step:,} steps and no finite evaluation: there is no model; lower train.learning_rate"
+            )
         self.say(f"done: {self.step:,} steps, best validation {self.best:.4f} {self.task.rank_unit}")
+
+    def _budget(self) -> tuple[str, float, int]:
+        """What is spent of the budget that is nearer to its end, and all of it: of steps or of seconds."""
+        steps, minutes = self.config.steps, self.config.minutes
+        if minutes is None or (steps and self.step * 60 * minutes > self.elapsed * steps):
+            return "step", self.step, int(steps or 0)
+        return "s", self.elapsed, round(60 * minutes)
+
+    def _bar(self) -> tqdm[Any]:
+        unit, spent, total = self._budget()
+        bar = tqdm(
+            total=total,
+            initial=min(round(spent), total),
+            disable=not self.accelerator.is_main_process,
+            dynamic_ncols=True,
+            mininterval=1.0,
+            smoothing=0.05,
+        )
+        self._label(bar, unit)
+        return bar
+
+    def _label(self, bar: tqdm[Any], unit: str) -> None:
+        bar.unit = unit
+        # Seconds a second tell nothing.
+        bar.bar_format = _SECONDS if unit == "s" else None
+
+    def _show(self, bar: tqdm[Any]) -> None:
+        """Move the bar; it is that of the other budget from where this is nearer to its end."""
+        unit, spent, total = self._budget()
+        if unit != bar.unit:
+            bar.reset(total)
+            bar.initial = bar.n = bar.last_print_n = min(round(spent), total)
+            self._label(bar, unit)
+        bar.n = min(round(spent), total)
+        bar.update(0)
 
     def _evaluate(self, loss: float, done: bool) -> None:
         """Evaluate, and save unless saves have times of their own."""
@@ -407,6 +453,7 @@ class _Run:
         found = self._bits(model)
         self.pending = loss if self.stop else math.nan
         if not self.stop:
+            self.evaluated = self.step
             self._keep(model, loss, found, task.rank(model, found, self.accelerator.device))
         task.unsettle(model, kept)
         if self.sharded:
@@ -480,6 +527,9 @@ class _Run:
             "skipped": self.skipped,
             "pending": self.pending,
             "recipe": _fingerprint(self.recipe),
+            "data": self.task.checksum,
+            "evaluated": self.evaluated,
+            "loss": self.loss,
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         }
         out = self.recipe.output
@@ -523,13 +573,26 @@ class _Run:
         """Go back to the last saved state, or the last one before it that is whole."""
         for path in states:
             try:
-                return self._restore(path)
+                self._restore(path)
+                return self._check_best()
             except _Damaged as error:
                 self.say(str(error))
         raise InputError(
             f"{states[0]}: truncated or foreign; the model folder itself may be whole, but this run cannot "
             "be resumed"
         )
+
+    def _check_best(self) -> None:
+        """Begin anew with the best model where it is damaged or gone."""
+        out = self.recipe.output
+        try:
+            hf.verify(out, ["config.json", "model.safetensors"])
+            whole = (out / "model.safetensors").is_file()
+        except InputError:
+            whole = False
+        if self.best < math.inf and not whole:
+            self.say(f"{out}: the best model is damaged or gone; the next evaluation is the best anew")
+            self.best, self.evaluated = math.inf, -1
 
     def _restore(self, path: Path) -> None:
         try:
@@ -540,9 +603,11 @@ class _Run:
             raise _Damaged(str(error) if isinstance(error, InputError) else f"{path}: {error}") from None
         if about.get("recipe") != _fingerprint(self.recipe):
             raise InputError(
-                f"{self.recipe.output}: was trained with other settings of data, model or train; resume "
-                f"with its own {RECIPE} (only the budget, evaluation and output may differ)"
+                f"{self.recipe.output}: was trained with other settings ({_differences(self.recipe)}); only "
+                "the budget, the times of evaluation and the output may differ. With its own: dflow train "
+                f"{self.recipe.output / RECIPE} --output {self.recipe.output} --resume"
             )
+        files.check_same(self.recipe.data.name, self.task.checksum, about.get("data"))
         try:
             with safetensors.safe_open(path, "pt") as file:
                 like = self._pieces()
@@ -573,6 +638,8 @@ class _Run:
                 self.next_eval = self._next(self.config.eval_every)
                 self.next_save = self._next(self.config.save_every)
             self.skipped, self.pending = int(about["skipped"]), float(about["pending"])
+            # States of before these were kept were mostly written by an evaluation.
+            self.evaluated, self.loss = about.get("evaluated", self.step), about.get("loss", math.nan)
             if self.accelerator.scaler and about["scaler"]:
                 self.accelerator.scaler.load_state_dict(about["scaler"])
         except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -584,8 +651,24 @@ class _Run:
     def clean(self, resume: bool) -> None:
         """Remove what a killed process left behind; a beginning without a state is begun again."""
         if resume and self.accelerator.is_main_process and self.recipe.output.is_dir():
+            self._lock()
             hf.clean(self.recipe.output)
         self.accelerator.wait_for_everyone()
+
+    def _lock(self) -> None:
+        """Keep others from training into the same folder, where the system can."""
+        if fcntl is None or self.lock is not None:
+            return
+        self.lock = os.open(self.recipe.output, os.O_RDONLY)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{self.recipe.output}: another process is training into this folder; wait for it, or choose "
+                "another output"
+            ) from None
+        except OSError:
+            return  # a file system without locks
 
     # -- the rest --------------------------------------------------------------------------------------------
 
@@ -620,10 +703,15 @@ class _Run:
         self.accelerator.free_memory()
         gc.collect()
         self.accelerator.end_training()
+        if self.lock is not None:
+            os.close(self.lock)
         out = self.recipe.output
         if self.accelerator.is_main_process and out.is_dir() and not self.saved:
             shutil.rmtree(out, ignore_errors=True)
 
+
+#: Of a bar that counts seconds.
+_SECONDS = "{l_bar}{bar}| {n_fmt}/{total_fmt} s [{elapsed}<{remaining}{postfix}]"
 
 #: Ways of accelerate to distribute a model of which no process has the whole.
 _OTHERS = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
@@ -693,14 +781,32 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _fingerprint(recipe: Recipe) -> str:
+def _fixed(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """What has to be the same for a run to go on: everything but the budget, evaluation and output."""
     values = recipe.as_dict()
     free = {"steps", "minutes", "accumulation", "samples", "trackers", "shard", "compile"}
-    free |= {"eval_every", "eval_minutes", "eval_chunks", "eval_draws", "save_every", "keep", "skip"}
+    free |= {"eval_every", "eval_minutes", "save_every", "keep", "skip"}
     if recipe.family in zoo.CLASSIFIERS or isinstance(recipe.model, zoo.ModularConfig):
         free.remove("accumulation")  # pieces are normalised by themselves
     values["train"] = {k: v for k, v in values["train"].items() if k not in free}
-    values["data"] = {k: v for k, v in values["data"].items() if k not in ("folder", "store")}
-    kept = {k: values[k] for k in ("data", "model", "train")}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    values["data"] = {k: v for k, v in values["data"].items() if k not in ("folder", "store", "checksum")}
+    return {k: values[k] for k in ("data", "model", "train")}
+
+
+def _fingerprint(recipe: Recipe) -> str:
+    return hashlib.sha256(json.dumps(_fixed(recipe), sort_keys=True).encode()).hexdigest()
+
+
+def _differences(recipe: Recipe) -> str:
+    """What is not as it was when the run in the output was begun, in words."""
+    try:
+        before = _fixed(load_recipe(recipe.output / RECIPE))
+    except InputError:
+        return "its own recipe.yaml cannot be read"
+    now, found = _fixed(recipe), []
+    for part in now:
+        for name in sorted(before[part].keys() | now[part].keys()):
+            old, new = (values[part].get(name) for values in (before, now))
+            if old != new:
+                found.append(f"{part}.{name}: {old} then, {new} now")
+    return "; ".join(found[:4]) or "settings that this version of dflow knows otherwise"

@@ -33,6 +33,7 @@ class Task(ABC):
         model: with fresh weights, but for what is set in closed form from the data.
         objective: loss in nats summed over a batch, and statistics for what has a closed form (or None).
         rule: the training rule.
+        checksum: of the data.
         unit: of what is told, "bits a character".
         short: the same, short.
         things: what a rate counts.
@@ -44,6 +45,7 @@ class Task(ABC):
     model: PreTrainedModel
     objective: nn.Module
     rule: str
+    checksum: str
     unit: str
     short: str
     things: str
@@ -186,6 +188,7 @@ class _Text(_Discrete):
     def __init__(self, recipe: Recipe, corpus: Corpus) -> None:
         config = recipe.train
         self.recipe, self.corpus, self.length = recipe, corpus, recipe.model.length
+        self.checksum = corpus.checksum
         explicit = corpus.protocol == "sentence"
         for text in (corpus.train, corpus.valid):
             text.crops(1, self.length, torch.Generator().manual_seed(0))
@@ -271,6 +274,7 @@ class _Values(Task):
         # What the data decide is kept in the recipe, so that it tells the whole.
         self.settings: zoo.ValuesConfig = replace(recipe.model, **of_data)
         self.recipe, self.images = replace(recipe, model=self.settings), images
+        self.checksum = images.checksum
         torch.manual_seed(config.seed)
         self.model = self.fresh()
         chunks = _EVAL_ROWS if config.eval_chunks is None else config.eval_chunks
@@ -469,6 +473,11 @@ class _Labels(_Values):
         super().__init__(recipe, images, classes=images.classes)
         init = self.network.init
         if init != zoo.UNIFORM and not resume:
+            if not Path(init).is_dir():
+                raise InputError(
+                    f"model.init {init}: no such folder; train recipes/binary/mnist_float.yaml first, or "
+                    "give the folder of a trained network of floats, or uniform"
+                )
             start = hf.load(init, kind=hf.DflowClassifier)
             if start.config.kind != "float":
                 raise InputError(
