@@ -406,7 +406,7 @@ def test_data_sets_by_name(
         (["{text}", "--limit", "0"], "limit 0"),
         (["{text}", "--mode", "fixed"], "--mode fixed"),
         (["{picture}", "--model", "{model}"], "a model of text"),
-        (["{text}", "--model", "{text}"], "no such folder"),
+        (["{text}", "--model", "{text}"], "a file, not the folder of a model"),
         (["--data", "checkerboard", "--split", "tset"], "tset"),
         (["--data", "synthetic/potts"], "law"),
         (["{text}x"], "No such file"),

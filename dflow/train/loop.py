@@ -279,29 +279,26 @@ class _Run:
 
     def _bar(self) -> tqdm[Any]:
         unit, spent, total = self._budget()
-        bar = tqdm(
+        return tqdm(
             total=total,
             initial=min(round(spent), total),
             disable=not self.accelerator.is_main_process,
             dynamic_ncols=True,
             mininterval=1.0,
             smoothing=0.05,
+            unit=unit,
+            bar_format=_FORMATS[unit],
         )
-        self._label(bar, unit)
-        return bar
-
-    def _label(self, bar: tqdm[Any], unit: str) -> None:
-        bar.unit = unit
-        # Seconds a second tell nothing.
-        bar.bar_format = _SECONDS if unit == "s" else None
 
     def _show(self, bar: tqdm[Any]) -> None:
         """Move the bar; it is that of the other budget from where this is nearer to its end."""
+        if bar.disable:
+            return
         unit, spent, total = self._budget()
         if unit != bar.unit:
             bar.reset(total)
             bar.initial = bar.n = bar.last_print_n = min(round(spent), total)
-            self._label(bar, unit)
+            bar.unit, bar.bar_format = unit, _FORMATS[unit]
         bar.n = min(round(spent), total)
         bar.update(0)
 
@@ -710,8 +707,8 @@ class _Run:
             shutil.rmtree(out, ignore_errors=True)
 
 
-#: Of a bar that counts seconds.
-_SECONDS = "{l_bar}{bar}| {n_fmt}/{total_fmt} s [{elapsed}<{remaining}{postfix}]"
+#: Bars by what they count; seconds a second tell nothing.
+_FORMATS = {"step": None, "s": "{l_bar}{bar}| {n_fmt}/{total_fmt} s [{elapsed}<{remaining}{postfix}]"}
 
 #: Ways of accelerate to distribute a model of which no process has the whole.
 _OTHERS = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
