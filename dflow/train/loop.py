@@ -64,8 +64,9 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         resume: go on from the last whole state; from the beginning where a run was killed before its first.
 
     Raises:
-        InputError: the output exists (and not ``resume``), nothing to resume, unusable settings or data; too
-            many steps in a row without a finite loss.
+        InputError: the output exists (and not ``resume``), nothing to resume, another process that trains
+            into it, other settings or data than it was begun with, unusable ones; too many steps in a row
+            without a finite loss, or no finite evaluation.
     """
     keep_memory()
     output = recipe.output
@@ -779,7 +780,7 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _fixed(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """What has to be the same for a run to go on: everything but the budget, evaluation and output."""
+    """What has to be the same for a run to go on: all that the result hangs on but the budget."""
     values = recipe.as_dict()
     free = {"steps", "minutes", "accumulation", "samples", "trackers", "shard", "compile"}
     free |= {"eval_every", "eval_minutes", "save_every", "keep", "skip"}
