@@ -25,7 +25,7 @@ from dflow.coding import (
     push,
 )
 from dflow.coding.codec import logistic_steps
-from dflow.coding.codes import Bits, Code, Golomb, Logistic, Mixture, Rows, Shared
+from dflow.coding.codes import Bits, Code, Edges, Golomb, Logistic, Mixture, Rows, Shared
 from dflow.coding.reference import ReferenceCoder
 from dflow.core import Distribution, Elementwise
 from dflow.distributions import Categorical, ConditionalCategorical, StandardNormal
@@ -255,6 +255,35 @@ def test_rows_and_tables_are_coded_as_the_reference_does(K):
         assert len(round_trip(code, likely)) <= 8
         round_trip(code, (K - 1) - likely)
         assert cost(code, (K - 1) - likely) >= 1000 * 23
+
+
+@pytest.mark.parametrize("K", [2, 3, 6, 18, 259])
+def test_edges_are_cut_into_counts_that_sum_up(K):
+    p = random(300, K) ** 6
+    p[0], p[1], p[2] = 0, 0, torch.eye(K, dtype=torch.float64)[0]
+    p[1, K - 1] = 1
+    # Masses of any size, about any place.
+    scale = 10.0 ** (40 * random(300, seed=3) - 20)
+    below = torch.nn.functional.pad(p.cumsum(1), (1, 0)).T * scale
+    below += scale * random(300, seed=4)
+    code = Edges(below)
+    start, size = code.intervals(torch.zeros(300, dtype=torch.int64))
+    total = 0 * start
+    for k in range(K):
+        start, size = code.intervals(torch.full((300,), k))
+        assert torch.equal(start.long(), total.long())
+        assert int(size.min()) >= (2 if K == 2 else 1)
+        total = total + size
+    assert bool((total == TOTAL).all())
+    law = torch.where(p.sum(1, keepdim=True) > 0, p / p.sum(1, keepdim=True), 1 / K)
+    x = law.multinomial(1, generator=torch.Generator().manual_seed(5)).squeeze(1)
+    x[:6] = torch.tensor([0, 0, K - 1, K - 1, 0, 1])
+    round_trip(code, x)
+    ideal = -float(law.gather(1, x[:, None])[4:].log2().sum())
+    assert abs(float((24 - code.intervals(x)[1].double().log2())[4:].sum()) - ideal) < 300 * K * 2e-5
+    for wrong in (torch.full((300,), K), torch.full((300,), -1)):
+        with pytest.raises(ValueError, match="symbols must lie in"):
+            code.intervals(wrong)
 
 
 @pytest.mark.parametrize("index", [torch.zeros(0, dtype=torch.int64), torch.tensor([1, 0, 1, 0, 0, 1])])

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dflow.coding import Coder, codec
+from dflow.coding import Coder, codec, codes
+from dflow.coding.reference import ReferenceCoder
 from dflow.distributions import ConditionalWindow
 
 K = 5
@@ -125,6 +126,47 @@ def test_a_stream_costs_what_the_law_says_and_takes_any_integer(
     again = Coder(coder.to_bytes())
     assert torch.equal(codec.pop(law, n, again, context(n)), x)
     again.finish()
+
+
+@pytest.mark.parametrize("block", [1, 5000, 1 << 19])
+@pytest.mark.parametrize("symbols", [4, 9, 258])
+def test_laws_that_are_nearly_sure_cost_what_they_say(
+    symbols: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The common symbol far over all others, and far under them; one symbol over all others."""
+    monkeypatch.setattr(codes, "_BLOCK", block)
+    rows, entries = 40, 3
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(rows, entries, symbols, generator=generator, dtype=torch.float64)
+    start = torch.linspace(0, 1, symbols)
+    common = symbols - 1
+    logits[0:10, :, common] += 30
+    logits[10:20, :, common] -= 30
+    logits[20:30, :, 1] += 25
+    low = torch.tensor([0, -4, 1000])
+    law = torch.softmax(logits + start, -1).flatten(0, 1)
+    symbol = law.multinomial(1, generator=generator).squeeze(1)
+    # A law that is nearly sure tells the others apart still.
+    symbol[0], symbol[1], symbol[2] = 0, 1, 2
+    # Tails are another test's.
+    x = (symbol.clamp(1, symbols - 2) - 1).view(rows, entries) + low
+    symbol = symbol.clamp(1, symbols - 2)
+    code = codes.Window(logits.mT.contiguous().mT, start, low)
+    coder, reference = Coder(), ReferenceCoder()
+    for stack in (coder, reference):
+        stack.push(*code.intervals(x.flatten()))
+    assert coder.to_bytes() == reference.to_bytes()
+    for stack in (Coder(coder.to_bytes()), ReferenceCoder(coder.to_bytes())):
+        assert torch.equal(code.pop(stack), x.flatten())
+        stack.finish()
+    # Those of the first rows have to leave the common symbol first: 22 or 23 bits, then what they are worth.
+    bits = -law.gather(1, symbol[:, None]).squeeze(1).log2()
+    others = torch.softmax((logits + start).index_fill(2, torch.tensor(common), -math.inf), -1).flatten(0, 1)
+    sure = law[:, common] > 1 - 2.0**-22
+    bits[sure] = 23 - others.gather(1, symbol[:, None]).squeeze(1).log2()[sure]
+    assert coder.num_bits == pytest.approx(float(bits.sum()), abs=0.02 * x.numel() + 64)
+    with pytest.raises(ValueError, match="finite"):
+        codes.Window(logits.index_fill(0, torch.tensor(3), math.nan), start, low)
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -211,7 +211,7 @@ def _(distribution: SequenceCategorical, n: int, context: Context) -> tuple[int,
 @steps.register
 def _(distribution: Logistics, n: int, context: Context) -> tuple[int, Steps]:
     """All at once: entries are independent."""
-    return logistic_steps(n, *distribution.params(context))
+    return logistic_steps(n, *distribution.unnormalised(context))
 
 
 @steps.register
@@ -271,7 +271,7 @@ def logistic_steps(
         n: number of draws.
         loc: means ``(n, dim)``, of a mixture ``(n, dim, M)``; or with 1 in the place of n, the same for all.
         log_scale: logs of the scales, alike.
-        log_weights: logs of the weights, alike; None for a single component.
+        log_weights: logs of the weights up to a constant, alike; None for a single component.
 
     >>> from dflow.coding.coder import Coder
     >>> def code():

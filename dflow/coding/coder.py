@@ -85,7 +85,7 @@ class Coder:
         Raises:
             ValueError: an interval outside 0..2^24, empty, or longer than 2^24 - 2.
         """
-        first, count = (v.detach().cpu().long().numpy() for v in (start, size))
+        first, count = (v.detach().cpu().numpy() for v in (start, size))
         if first.ndim != 1 or first.shape != count.shape:
             raise ValueError(f"expected (n,) twice, found {first.shape} and {count.shape}")
         if not len(first):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import math
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dflow.coding.tables import LIMIT, PRECISION, LogisticTables, Tables, integer_counts, logit_counts, masses
+from dflow.coding.tables import EXPONENT, LIMIT, PRECISION, LogisticTables, Tables, integer_counts, masses
 
 #: Mixtures are coded in digits of this many bits.
 _DIGIT = 2
@@ -22,11 +23,12 @@ _CELLS = 1 << _DIGIT
 #: Raw bits are coded in pieces of this many.
 _PIECE = 16
 
-#: Logits that are looked at together: 1 MiB of float64.
-_BLOCK = 1 << 17
+#: Logits that are looked at together: 4 MiB of float64.
+_BLOCK = 1 << 19
 
-#: Standard scales on each side of a mixture that its cells cover.
-_REACH = 12.0
+#: Standard scales on each side of a mixture that its cells cover. Beyond are 7e-4 of the numbers at most:
+#: Golomb codes cost each of these a tenth of a bit over its law.
+_REACH = 8.0
 
 Intervals = tuple[Tensor, Tensor]
 
@@ -112,6 +114,43 @@ class Rows:
         return stack.pop_rows(self.counts)
 
 
+class Edges:
+    """Symbols that have a law each, told by the mass below the edges between them.
+
+    Symbol k lies between edges k and k + 1, and has the counts from ``c_k`` to ``c_{k + 1}``, with
+    ``c_k = l k + floor((b_k - b_0) (2^24 - l K) / (b_K - b_0) + 1/2)`` and l = 1, or 2 if K = 2: each step a
+    single operation of IEEE 754, no sum. Where all edges are the same, symbols are alike.
+
+    Args:
+        below: masses up to a constant, float64 ``(K + 1, n)``, that never fall along the edges.
+    """
+
+    def __init__(self, below: Tensor) -> None:
+        self.K, total = len(below) - 1, below[-1] - below[0]
+        if below.numel() and not bool((total > 0).all()):
+            alike = torch.arange(self.K + 1, dtype=below.dtype)[:, None].expand_as(below)
+            below = torch.where(total > 0, below, alike)
+            total = below[-1] - below[0]
+        self._below, self._total = below, total
+
+    def _counts(self, edge: Tensor, below: Tensor) -> Tensor:
+        least = 2 if self.K == 2 else 1
+        share = ((1 << PRECISION) - least * self.K) / self._total
+        return (below - self._below[0]).mul_(share).add_(0.5).int().add_(edge, alpha=least)
+
+    def intervals(self, x: Tensor) -> Intervals:
+        """See `Code`; ValueError for a symbol that is not in 0..K-1."""
+        _check_symbols(x, self._below.shape[1], self.K)
+        edges = torch.stack([x, x + 1])
+        start, stop = self._counts(edges, self._below.gather(0, edges))
+        return start, stop - start
+
+    def pop(self, stack: Stack) -> Tensor:
+        """See `Code`."""
+        edges = torch.arange(self.K + 1)[:, None]
+        return stack.pop_rows(self._counts(edges, self._below).diff(dim=0).T)
+
+
 class Bits:
     """Numbers below ``2^widths`` as they are; widths int64 ``(n,)``, 0 for no bits at all."""
 
@@ -176,7 +215,11 @@ class Window:
     """Integers of a window, each with a law of its own, and those beyond it by Golomb codes of order 0.
 
     First comes whether a number is the one that data have most often. Where that is most of them, as in
-    pictures on a plain ground, whole laws are made for few.
+    pictures on a plain ground, whole laws are made for few: which of some groups of symbols, then which one
+    of the group.
+
+    Masses are whole numbers in proportion to probabilities (`masses`), those of the other symbols to the
+    largest of these; sums of them are exact, whatever their order.
 
     Args:
         logits: of the tail below, each integer of the window, the tail above: ``(rows, entries, K + 2)``;
@@ -186,27 +229,58 @@ class Window:
     """
 
     def __init__(self, logits: Tensor, start: Tensor, low: Tensor) -> None:
-        self._logits, self._start, self._common = logits.detach().cpu(), start.cpu(), int(start.argmax())
-        self._low, self._window = low.cpu().repeat(len(logits)), len(start) - 2
+        rows, self._entries, symbols = logits.shape
+        self._start, self._common = start.cpu().float()[:, None], int(start.argmax())
+        self._low, self._window = low.cpu().repeat(rows), symbols - 2
+        # About as many groups as symbols of a group: 17 of 16 for 258.
+        self._size = math.isqrt(symbols)
+        self._groups = -(-symbols // self._size)
         # Some rows at a time, that stay near the processor.
-        size = max(1, _BLOCK // self._logits[:1].numel())
-        share = torch.cat([self._share(part.transpose(1, 2)) for part in self._logits.split(size)])
-        total = 1 << PRECISION
-        count = share.flatten().mul_(total).int().clamp_(2, total - 2)
-        self._first = Rows(torch.stack([total - count, count], 1))
+        self._rows = max(1, _BLOCK // (self._entries * symbols))
+        found = [self._look(part.mT) for part in logits.detach().cpu().split(self._rows)]
+        self._masses, self._sums = [mass for mass, _, _ in found], [sums for _, sums, _ in found]
+        share = torch.cat([part.flatten() for _, _, part in found])
+        zero = torch.zeros_like(share)
+        self._first = Edges(torch.stack([zero, 1 - share, zero + 1]))
 
-    def _share(self, logits: Tensor) -> Tensor:
-        """That of the common symbol, of ``(rows, symbols, entries)``; sums of whole numbers are exact."""
-        values = logits.float().add_(self._start.float()[:, None])
-        mass = masses(values, values.amax(1, keepdim=True), 1)
-        return mass[:, self._common] / mass.sum(1)
+    def _look(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of logits ``(rows, symbols, entries)``: masses, that of the common one 0; of groups; its share."""
+        rows, symbols, entries = logits.shape
+        values = torch.empty(rows, self._groups * self._size, entries)
+        values[:, :symbols] = logits
+        values[:, :symbols] += self._start
+        values[:, symbols:] = -math.inf
+        one = values[:, self._common].clone()
+        values[:, self._common] = -math.inf
+        top = values.amax(1)
+        mass = masses(values, top[:, None], 1)
+        sums = mass.unflatten(1, (self._groups, self._size)).sum(2)
+        both = torch.stack([one, top])
+        common, largest = masses(both, both.amax(0), 0)
+        # The others together are as many times the largest of them as their masses say.
+        others = sums.sum(1).mul_(2.0**-EXPONENT).mul_(largest)
+        return mass, sums, common / others.add_(common)
 
-    def _others(self, index: Tensor) -> Code:
-        """The code of symbols that are not the common one."""
-        entries = self._logits.shape[1]
-        rows = self._logits[index // entries, index % entries].add_(self._start)
-        rows[:, self._common] = -math.inf
-        return Rows(logit_counts(rows))
+    def _pick(self, tables: list[Tensor], index: Tensor, first: Tensor, amount: int) -> Edges:
+        """The law of so many symbols, or groups, from ``first`` on of tables ``(rows, symbols, entries)``."""
+        size, height = self._rows * self._entries, tables[0].shape[1]
+        cuts = torch.searchsorted(index, torch.arange(1, len(tables)) * size).tolist()
+        steps = self._entries * torch.arange(amount)[:, None]
+        below = torch.zeros(amount + 1, len(index), dtype=torch.float64)
+        parts = (v.tensor_split(cuts, -1) for v in (index % size, first, below[1:]))
+        for table, some, start, out in zip(tables, *parts, strict=True):
+            row, entry = some // self._entries, some % self._entries
+            place = steps + ((row * height + start) * self._entries + entry)
+            torch.cumsum(table.flatten().index_select(0, place.flatten()).view(place.shape), 0, out=out)
+        return Edges(below)
+
+    def _group(self, index: Tensor) -> Edges:
+        """Of numbers that are not the common one: which group."""
+        return self._pick(self._sums, index, torch.zeros_like(index), self._groups)
+
+    def _member(self, index: Tensor, group: Tensor) -> Edges:
+        """And which of the group."""
+        return self._pick(self._masses, index, group * self._size, self._size)
 
     def intervals(self, x: Tensor) -> Intervals:
         """See `Code`; ValueError for a magnitude beyond 2^40."""
@@ -215,11 +289,13 @@ class Window:
         symbol = offset.clamp(-1, self._window) + 1
         is_common = symbol == self._common
         others = (~is_common).nonzero().flatten()
+        group, member = symbol[others] // self._size, symbol[others] % self._size
         _, tails = _tails(offset, self._window)
         return join(
             [
                 self._first.intervals(is_common.long()),
-                self._others(others).intervals(symbol[others]),
+                self._group(others).intervals(group),
+                self._member(others, group).intervals(member),
                 Golomb(torch.zeros_like(tails)).intervals(tails),
             ]
         )
@@ -227,8 +303,9 @@ class Window:
     def pop(self, stack: Stack) -> Tensor:
         """See `Code`."""
         others = (self._first.pop(stack) == 0).nonzero().flatten()
-        symbol = torch.full_like(self._low, self._common)
-        symbol.index_copy_(0, others, self._others(others).pop(stack))
+        group = self._group(others).pop(stack)
+        found = self._size * group + self._member(others, group).pop(stack)
+        symbol = torch.full_like(self._low, self._common).index_copy_(0, others, found)
         return self._low + _pop_tails(symbol - 1, self._window, torch.zeros_like(symbol), stack)
 
 
@@ -296,7 +373,7 @@ class Logistic(Binned):
 class Mixture:
     r"""Integers under mixtures of discretized logistic laws, digit by digit in base 4.
 
-    A window holds every component to 12 scales on either side. First comes which of 4 cells of it a number
+    A window holds every component to 8 scales on either side. First comes which of 4 cells of it a number
     lies in, or which tail; a cell of several integers is cut again until one is left. Each digit has its
     exact conditional law, so that mixtures of any kind cost a rounding to 24 bits a digit over the ideal, at
     the price of a short row of probabilities for each number and digit.
@@ -312,29 +389,30 @@ class Mixture:
     """
 
     def __init__(self, loc: Tensor, log_scale: Tensor, log_weights: Tensor, index: Tensor) -> None:
-        given = [v.detach().cpu().double() for v in (loc, log_scale, log_weights)]
-        if loc.ndim != 2 or any(v.shape != loc.shape for v in given):
-            raise ValueError(f"expected (T, M) three times, found {[tuple(v.shape) for v in given]}")
-        if not bool(torch.isfinite(torch.stack(given)).all()):
+        if loc.ndim != 2 or any(v.shape != loc.shape for v in (log_scale, log_weights)):
+            shapes = [tuple(v.shape) for v in (loc, log_scale, log_weights)]
+            raise ValueError(f"expected (T, M) three times, found {shapes}")
+        # Component by component and edge by edge: each operation runs along all numbers.
+        given = [v.detach().cpu().double().T.contiguous() for v in (loc, log_scale, log_weights)]
+        # What is no number comes up at both ends.
+        if loc.numel() and not all(math.isfinite(end) for v in given for end in v.aminmax()):
             raise ValueError("the parameters of a mixture of logistic laws are not finite")
-        loc, scale, self.index = given[0].clamp(-LIMIT, LIMIT), given[1].clamp(-12, 30).exp(), index.cpu()
-        low = (loc - _REACH * scale).amin(1).floor()
-        high = (loc + _REACH * scale).amax(1).ceil()
-        span = float((high - low).max()) / _CELLS if len(loc) else 1.0
+        loc, scale, self.index = given[0].clamp(-LIMIT, LIMIT), given[1].clamp(-12, 30).exp_(), index.cpu()
+        low = torch.sub(loc, scale, alpha=_REACH).amin(0).floor_()
+        high = torch.add(loc, scale, alpha=_REACH).amax(0).ceil_()
+        span = float((high - low).max()) / _CELLS if loc.numel() else 1.0
         # One width for all: cells cost no precision, they are cut again.
         self.shift = max(0, math.ceil(math.log2(max(1.0, span))))
-        base = ((low + high) / 2).floor().long() - ((_CELLS // 2) << self.shift)
-        orders = scale.amax(1).log2().floor().long().clamp(min=0)
-        # Component by component and edge by edge: each operation runs along all numbers.
-        law = tuple(v.T.contiguous() for v in (loc, 1 / scale, given[2].softmax(1)))
+        base = low.add_(high).div_(2).floor_().long() - ((_CELLS // 2) << self.shift)
+        orders = torch.frexp(scale.amax(0)).exponent.long().sub_(1).clamp_(min=0)
+        law: tuple[Tensor, ...] = (loc, 1 / scale, given[2].softmax(0))
         below = _cdf(base + (torch.arange(_CELLS + 1) << self.shift)[:, None], law)
-        counts = integer_counts(_law(below, True))
-        if torch.equal(self.index, torch.arange(len(loc))):
-            self._law, self._base, self._orders, self._below = law, base, orders, below
-        else:
-            self._law, self._base = tuple(v[:, self.index] for v in law), base[self.index]
-            self._orders, self._below, counts = orders[self.index], below[:, self.index], counts[self.index]
-        self._cells = Rows(counts)
+        if not torch.equal(self.index, torch.arange(loc.shape[1])):
+            law, below = tuple(v[:, self.index] for v in law), below[:, self.index]
+            base, orders = base[self.index], orders[self.index]
+        self._law, self._base, self._orders, self._below = law, base, orders, _rising(below)
+        zero = torch.zeros_like(below[:1])
+        self._cells = Edges(torch.cat([zero, self._below, zero + 1]))
 
     def _within(self, within: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """Laws and masses below the edges of some numbers."""
@@ -361,9 +439,9 @@ class Mixture:
         ends = _ends(below, offset >> self.shift)
         for width, digit in self._digits():
             first = x - (offset & ((1 << width) - 1))
-            code, below = _digit(first, ends, width, digit, law)
+            below = _digit(first, ends, width, digit, law)
             part = (x - first) >> (width - digit)
-            parts.append(code.intervals(part))
+            parts.append(Edges(below).intervals(part))
             ends = _ends(below, part)
         return join(parts)
 
@@ -377,8 +455,8 @@ class Mixture:
         law, below = self._within(within)
         ends = _ends(below, cell[within])
         for width, digit in self._digits():
-            code, below = _digit(first, ends, width, digit, law)
-            part = code.pop(stack)
+            below = _digit(first, ends, width, digit, law)
+            part = Edges(below).pop(stack)
             first, ends = first + (part << (width - digit)), _ends(below, part)
         return x.index_copy(0, within, first)
 
@@ -392,24 +470,21 @@ def _cdf(edges: Tensor, law: tuple[Tensor, ...]) -> Tensor:
     return found.clamp_(max=1)
 
 
-def _law(below: Tensor, tails: bool) -> Tensor:
-    """Masses between edges, ``(n, K)``, of those below them, ``(E, n)``; and those of both tails."""
-    cells = below.diff(dim=0).clamp_(min=0)
-    return (torch.cat([below[:1], cells, 1 - below[-1:]]) if tails else cells).T.contiguous()
+def _rising(below: Tensor) -> Tensor:
+    """Masses below edges ``(E, n)``, with the last bits of each no lower than those of the one before."""
+    for before, after in pairwise(below):
+        torch.maximum(before, after, out=after)
+    return below
 
 
-def _digit(
-    first: Tensor, ends: Tensor, width: int, digit: int, law: tuple[Tensor, ...]
-) -> tuple[Rows, Tensor]:
-    """Code of which of ``2^digit`` parts of the ``2^width`` integers from ``first`` on holds a number.
+def _digit(first: Tensor, ends: Tensor, width: int, digit: int, law: tuple[Tensor, ...]) -> Tensor:
+    """Masses below the edges of ``2^digit`` parts of the ``2^width`` integers from ``first`` on.
 
-    And the mass below the edges of the parts; ``ends`` ``(2, n)`` is that below the first and the last.
+    ``ends`` ``(2, n)`` are those below the first and the last edge.
     """
     inner = _cdf(first + (torch.arange(1, 1 << digit) << (width - digit))[:, None], law)
-    below = torch.cat([ends[:1], inner, ends[1:]])
-    cells = _law(below, False)
-    total = cells.sum(1, keepdim=True)
-    return Rows(integer_counts(torch.where(total > 0, cells / total, 0.5**digit))), below
+    # The last is where it was: an edge before it that lies higher by its last bits comes down to it.
+    return torch.cat([ends[:1], _rising(torch.clamp(inner, min=ends[:1], max=ends[1:])), ends[1:]])
 
 
 def _ends(below: Tensor, part: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 =========  ============================================================================================
 3 bytes    ``dfl``
-1 byte     version, 1
+1 byte     version, 2
 1 byte     what the file holds (high half) and the numeric mode of the nets (low half)
 8 bytes    fingerprint of the model
 varint     bytes of meta, and these: whatever the kind of file needs
@@ -26,7 +26,7 @@ import zlib
 from dataclasses import dataclass
 
 MAGIC = b"dfl"
-VERSION = 1
+VERSION = 2
 
 #: What files hold.
 IMAGES, TEXT, BITS_BACK = 1, 2, 3

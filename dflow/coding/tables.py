@@ -108,7 +108,7 @@ def logit_counts(logits: Tensor) -> Tensor:
 
 
 def masses(logits: Tensor, top: Tensor, dim: int) -> Tensor:
-    """Whole numbers in proportion to the soft-max along ``dim``, float64; the largest is 2^37.
+    """Whole numbers in proportion to the soft-max along ``dim``, float64; the largest is ``2^EXPONENT``.
 
     Computed in the precision of the logits, whose largest are ``top``.
 
@@ -128,16 +128,19 @@ def masses(logits: Tensor, top: Tensor, dim: int) -> Tensor:
 _PIECE = 1 << 15
 #: Steps of logits a nat.
 _GRID = 128
+#: The largest of the masses, as a power of 2.
+EXPONENT = 37
 
 
 @functools.cache
 def _exponentials() -> Tensor:
-    """``2^37 exp(-i / 128)``, rounded, float64, up to the first that is 0."""
+    """``2^EXPONENT exp(-i / 128)``, rounded, float64, up to the first that is 0."""
     with localcontext() as context:
         context.prec = 40
         found: list[int] = []
         while not found or found[-1]:
-            found.append(int((Decimal(1 << 37) * (-Decimal(len(found)) / _GRID).exp()).to_integral_value()))
+            weight = Decimal(1 << EXPONENT) * (-Decimal(len(found)) / _GRID).exp()
+            found.append(int(weight.to_integral_value()))
     return torch.tensor(found, dtype=torch.float64)
 
 

@@ -470,8 +470,9 @@ def _encode(
             x, rows = tiles_of(spans)
             content = x[np.concatenate([grids[i].real(start, stop) for i, start, stop in spans])]
             coded, raw = coder.push(rows, not segments), False
-            if not coder.pays(coded, packed := _pack(content, coder.bits), content.size):
-                coded, raw = [packed], True
+            # The highest effort may take ten times as long, and matters for what is kept.
+            if not coder.pays(coded, _pack(content, coder.bits, 6), content.size):
+                coded, raw = [_pack(content, coder.bits, 9)], True
             segments.append(Segment(crc32(_bytes(content)), raw, tuple(coded)))
             bar.update(len(x))
     bits = None
@@ -518,11 +519,11 @@ def _bytes(values: Array) -> bytes:
     return values.astype("<u2" if values.dtype.itemsize > 1 else np.uint8).tobytes()
 
 
-def _pack(values: Array, bits: int) -> bytes:
+def _pack(values: Array, bits: int, effort: int) -> bytes:
     """Values below ``2^bits``, packed; deflated where that is shorter."""
     wide = values.astype(">u2").view(np.uint8).reshape(-1, 2)
     packed = np.packbits(np.unpackbits(wide, axis=1)[:, 16 - bits :]).tobytes()
-    return min(packed, zlib.compress(packed, 9), key=len)
+    return min(packed, zlib.compress(packed, effort), key=len)
 
 
 def _unpack(data: bytes, n: int, bits: int) -> Array:

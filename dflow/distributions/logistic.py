@@ -108,6 +108,11 @@ class Logistics(Distribution):
         ``(loc, log_scale)``, each ``(n, dim)``; of a mixture ``(loc, log_scale, log_weights)``, each
         ``(n, dim, components)``, the weights adding up to 1. n is the batch of the context, or 1.
         """
+        loc, log_scale, *logits = self.unnormalised(context)
+        return (loc, log_scale, *(torch.log_softmax(part, -1) for part in logits))
+
+    def unnormalised(self, context: Context = None) -> tuple[Tensor, ...]:
+        """What `params` gives, the logs of the weights up to a constant."""
         raw = self._raw(context)
         raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
         r, q, *logits = raw.unflatten(-1, (-1, self.components)).unbind(-2)
@@ -115,7 +120,7 @@ class Logistics(Distribution):
         loc, log_scale = self.centre.to(raw.dtype) + unit * r, q + self._log_unit(raw.dtype)
         if not logits:
             return loc.squeeze(-1), log_scale.squeeze(-1)
-        return loc, log_scale, torch.log_softmax(logits[0], -1)
+        return loc, log_scale, logits[0]
 
     def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
         """Exact log-likelihood in nats, ``(batch,)``, summed in float64.
