@@ -116,6 +116,12 @@ def test_network_calls_are_chosen_and_told(tmp_path: Path) -> None:
         decompress_text(data, f"{folder}@1")
     with pytest.raises(InputError, match="made by"):
         decompress_text(data, TextCoder.load(f"{folder}@1"))
+    noise = {"noise": random.Random(0).randbytes(500)}
+    for calls in ("", "@1", "@4"):
+        data, report = compress_text(noise, f"{folder}{calls}")
+        assert report.stored
+        for other in ("", "@1", "@4"):
+            assert decompress_text(data, f"{folder}{other}") == noise
 
 
 # Bytes
