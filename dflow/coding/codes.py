@@ -56,7 +56,7 @@ class Code(Protocol):
     """n numbers that are coded together."""
 
     def intervals(self, x: Tensor) -> Intervals:
-        """Start and size of the intervals of ``x``, int64 ``(n,)``, in the order of popping."""
+        """Start and size of the intervals of ``x``, integers ``(n,)``, in the order of popping."""
         ...
 
     def pop(self, stack: Stack) -> Tensor:
