@@ -25,7 +25,7 @@ from dflow.coding import (
     push,
 )
 from dflow.coding.codec import logistic_steps
-from dflow.coding.codes import Bits, Code, Edges, Golomb, Logistic, Mixture, Rows, Shared
+from dflow.coding.codes import Bernoulli, Bits, Code, Edges, Golomb, Logistic, Mixture, Rows, Shared
 from dflow.coding.reference import ReferenceCoder
 from dflow.core import Distribution, Elementwise
 from dflow.distributions import Categorical, ConditionalCategorical, StandardNormal
@@ -284,6 +284,36 @@ def test_edges_are_cut_into_counts_that_sum_up(K):
     for wrong in (torch.full((300,), K), torch.full((300,), -1)):
         with pytest.raises(ValueError, match="symbols must lie in"):
             code.intervals(wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_logit_costs_what_it_says(dtype):
+    logits = torch.cat([torch.linspace(-15, 15, 4001), 0.1 * random(4000) - 0.05]).to(dtype)
+    code, share = Bernoulli(logits), torch.sigmoid(logits.double())
+    sizes = [code.intervals(torch.full(logits.shape, x))[1].double() / TOTAL for x in (0, 1)]
+    # Half a step of 1/128, and half a count.
+    for size, p in zip(sizes, (1 - share, share), strict=True):
+        assert bool(((size / p).log().abs() <= 1 / 256 + 1 / (TOTAL * p) + 1e-6).all())
+    assert torch.equal(sizes[0] + sizes[1], torch.ones(len(logits), dtype=torch.float64))
+    excess = sum(p * (p / size).log2() for size, p in zip(sizes, (1 - share, share), strict=True))
+    assert 0 <= float(excess.mean()) < 4e-6
+    x = torch.bernoulli(share, generator=torch.Generator().manual_seed(1)).long()
+    round_trip(code, x)
+    # The other way round from what is sure: 23 bits, no more.
+    sure = Bernoulli(torch.tensor([1e30, -1e30, 40, -40], dtype=dtype))
+    for x in (torch.tensor([0, 1, 0, 1]), torch.tensor([1, 0, 1, 0])):
+        round_trip(sure, x)
+    assert float(cost(sure, torch.tensor([0, 1, 0, 1]))) == 4 * 23
+    round_trip(Bernoulli(logits[:0]), torch.zeros(0, dtype=torch.int64))
+
+
+def test_what_is_no_logit_or_neither_symbol_is_refused():
+    for wrong in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match="logits must be finite"):
+            Bernoulli(torch.tensor([0.0, wrong]))
+    for symbol in (2, -1):
+        with pytest.raises(ValueError, match="symbols must lie in"):
+            Bernoulli(torch.zeros(1)).intervals(torch.tensor([symbol]))
 
 
 @pytest.mark.parametrize("index", [torch.zeros(0, dtype=torch.int64), torch.tensor([1, 0, 1, 0, 0, 1])])

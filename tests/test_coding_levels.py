@@ -87,7 +87,7 @@ def test_what_does_not_end_where_a_level_ends_is_refused():
 def test_missing_levels_of_windows_are_filled_by_their_means(n, monkeypatch):
     torch.manual_seed(0)
     settings = {"shape": [1, 8, 8], "levels": [64], "num_levels": 2, "num_flows": 0, "kept": "quarter"}
-    settings |= {"prior_groups": 3, "prior": "categorical", "hidden_size": 8, "num_hidden_layers": 1}
+    settings |= {"prior_groups": 3, "prior": "hurdle", "hidden_size": 8, "num_hidden_layers": 1}
     law = zoo.build_image("integer", zoo.settings("integer", settings)).double().eval()
     with torch.no_grad():
         for p in law.parameters():

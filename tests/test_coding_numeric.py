@@ -332,10 +332,10 @@ def test_tables_that_are_not_are_refused():
 # Whole laws
 
 
-CATEGORICAL = {"num_flows": 0, "prior": "categorical", "prior_groups": 2}
+HURDLE = {"num_flows": 0, "prior": "hurdle", "prior_groups": 2}
 
 
-@pytest.mark.parametrize("settings", [{}, CATEGORICAL], ids=["shifts", "categorical"])
+@pytest.mark.parametrize("settings", [{}, HURDLE], ids=["shifts", "hurdle"])
 @pytest.mark.parametrize("mode", MODES)
 def test_streams_come_back_and_cost_what_the_likelihood_says(mode, settings):
     law, x = tiny_flow(**settings), pictures()
@@ -373,7 +373,7 @@ LAWS = {
     "convolutions": {},
     "one place": {"num_levels": 3},
     "silu and norm": {"activation": "silu", "norm": "group"},
-    "categorical": CATEGORICAL,
+    "hurdle": HURDLE,
 }
 
 

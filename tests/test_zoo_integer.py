@@ -68,11 +68,11 @@ VARIANTS = [
 ]
 # A level whose parts are modelled one after another, by mixtures.
 GROUPED = {"kept": "quarter", "prior_groups": 3, "prior_components": 2}
-VALUES = {"kept": "quarter", "prior_groups": 3, "num_flows": 0, "prior": "categorical"}
+VALUES = {"kept": "quarter", "prior_groups": 3, "num_flows": 0, "prior": "hurdle"}
 VARIANTS += [
     GROUPED,
     VALUES,
-    {"num_flows": 0, "prior": "categorical", "activation": "silu", "norm": "group"},
+    {"num_flows": 0, "prior": "hurdle", "activation": "silu", "norm": "group"},
     GROUPED | PLUS,
     GROUPED | {"num_flows": 0},
     {"prior_groups": 2},

@@ -14,7 +14,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dflow.coding.tables import EXPONENT, LIMIT, PRECISION, LogisticTables, Tables, integer_counts, masses
+from dflow.coding.tables import (
+    GRID,
+    LIMIT,
+    PRECISION,
+    LogisticTables,
+    Tables,
+    integer_counts,
+    masses,
+    sigmoid_counts,
+)
 
 #: Mixtures are coded in digits of this many bits.
 _DIGIT = 2
@@ -22,9 +31,6 @@ _CELLS = 1 << _DIGIT
 
 #: Raw bits are coded in pieces of this many.
 _PIECE = 16
-
-#: Logits that are looked at together: 4 MiB of float64.
-_BLOCK = 1 << 19
 
 #: Standard scales on each side of a mixture that its cells cover. Beyond are 7e-4 of the numbers at most:
 #: Golomb codes cost each of these a tenth of a bit over its law.
@@ -151,6 +157,37 @@ class Edges:
         return stack.pop_rows(self._counts(edges, self._below).diff(dim=0).T)
 
 
+class Bernoulli:
+    """0 and 1, 1 with probability ``1 / (1 + exp(-logit))``.
+
+    Logits are taken in steps of 1/128, and counts from a table of rounded decimals: see `logit_counts`.
+
+    Args:
+        logits: floating ``(n,)``.
+
+    Raises:
+        ValueError: a logit that is not finite.
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        counts = sigmoid_counts()
+        middle = len(counts) // 2
+        if not bool(logits.isfinite().all()):
+            raise ValueError("logits must be finite")
+        step = logits.mul(GRID).round_().clamp_(-middle, middle).int().add_(middle)
+        self._zeros = (1 << PRECISION) - counts.index_select(0, step)
+
+    def intervals(self, x: Tensor) -> Intervals:
+        """See `Code`; ValueError for a symbol that is neither."""
+        _check_symbols(x, len(self._zeros), 2)
+        start = x.int() * self._zeros
+        return start, torch.where(x > 0, (1 << PRECISION) - start, self._zeros)
+
+    def pop(self, stack: Stack) -> Tensor:
+        """See `Code`."""
+        return stack.pop_rows(torch.stack([self._zeros, (1 << PRECISION) - self._zeros], 1))
+
+
 class Bits:
     """Numbers below ``2^widths`` as they are; widths int64 ``(n,)``, 0 for no bits at all."""
 
@@ -214,73 +251,42 @@ class Golomb:
 class Window:
     """Integers of a window, each with a law of its own, and those beyond it by Golomb codes of order 0.
 
-    First comes whether a number is the one that data have most often. Where that is most of them, as in
-    pictures on a plain ground, whole laws are made for few: which of some groups of symbols, then which one
-    of the group.
+    First comes whether a number is the commonest one, which hangs on one logit. Only for those that are
+    not the other logits are looked at: which of some groups of symbols, then which one of the group. See
+    `ConditionalWindow`.
 
-    Masses are whole numbers in proportion to probabilities (`masses`), those of the other symbols to the
-    largest of these; sums of them are exact, whatever their order.
+    Masses are whole numbers in proportion to probabilities (`masses`); sums of them are exact, whatever their
+    order.
 
     Args:
-        logits: of the tail below, each integer of the window, the tail above: ``(rows, entries, K + 2)``;
-            fastest where entries lie side by side in memory.
-        start: to be added to them, ``(K + 2,)``: logs of how often each is in data.
+        logits: of the tail below, each integer of the window, the tail above: ``(rows, entries, K + 2)``.
+        start: to be added to them, ``(K + 2,)``; the largest is that of the commonest symbol.
         low: the first integer of the window of each entry, int64 ``(entries,)``.
     """
 
     def __init__(self, logits: Tensor, start: Tensor, low: Tensor) -> None:
-        rows, self._entries, symbols = logits.shape
-        self._start, self._common = start.cpu().float()[:, None], int(start.argmax())
-        self._low, self._window = low.cpu().repeat(rows), symbols - 2
+        rows, self._entries, self._symbols = logits.shape
+        self._logits, self._start = logits.detach().cpu(), start.cpu().to(logits.dtype)
+        self._low, self._window = low.cpu().repeat(rows), self._symbols - 2
+        self._common = int(start.argmax())
         # About as many groups as symbols of a group: 17 of 16 for 258.
-        self._size = math.isqrt(symbols)
-        self._groups = -(-symbols // self._size)
-        # Some rows at a time, that stay near the processor.
-        self._rows = max(1, _BLOCK // (self._entries * symbols))
-        found = [self._look(part.mT) for part in logits.detach().cpu().split(self._rows)]
-        self._masses, self._sums = [mass for mass, _, _ in found], [sums for _, sums, _ in found]
-        share = torch.cat([part.flatten() for _, _, part in found])
-        zero = torch.zeros_like(share)
-        self._first = Edges(torch.stack([zero, 1 - share, zero + 1]))
+        self._size = math.isqrt(self._symbols)
+        self._groups = -(-self._symbols // self._size)
+        self._first = Bernoulli(self._logits[..., self._common].flatten() + self._start[self._common])
 
-    def _look(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of logits ``(rows, symbols, entries)``: masses, that of the common one 0; of groups; its share."""
-        rows, symbols, entries = logits.shape
-        values = torch.empty(rows, self._groups * self._size, entries)
-        values[:, :symbols] = logits
-        values[:, :symbols] += self._start
-        values[:, symbols:] = -math.inf
-        one = values[:, self._common].clone()
+    def _others(self, index: Tensor) -> tuple[Tensor, Edges]:
+        """Masses of numbers that are not the common one, ``(n, groups, symbols of one)``; which group."""
+        values = torch.full((len(index), self._groups * self._size), -math.inf, dtype=self._logits.dtype)
+        found = self._logits[index // self._entries, index % self._entries]
+        torch.add(found, self._start, out=values[:, : self._symbols])
         values[:, self._common] = -math.inf
-        top = values.amax(1)
-        mass = masses(values, top[:, None], 1)
-        sums = mass.unflatten(1, (self._groups, self._size)).sum(2)
-        both = torch.stack([one, top])
-        common, largest = masses(both, both.amax(0), 0)
-        # The others together are as many times the largest of them as their masses say.
-        others = sums.sum(1).mul_(2.0**-EXPONENT).mul_(largest)
-        return mass, sums, common / others.add_(common)
+        mass = masses(values, values.amax(1, keepdim=True), 1).unflatten(1, (self._groups, self._size))
+        return mass, Edges(_below(mass.sum(2)))
 
-    def _pick(self, tables: list[Tensor], index: Tensor, first: Tensor, amount: int) -> Edges:
-        """The law of so many symbols, or groups, from ``first`` on of tables ``(rows, symbols, entries)``."""
-        size, height = self._rows * self._entries, tables[0].shape[1]
-        cuts = torch.searchsorted(index, torch.arange(1, len(tables)) * size).tolist()
-        steps = self._entries * torch.arange(amount)[:, None]
-        below = torch.zeros(amount + 1, len(index), dtype=torch.float64)
-        parts = (v.tensor_split(cuts, -1) for v in (index % size, first, below[1:]))
-        for table, some, start, out in zip(tables, *parts, strict=True):
-            row, entry = some // self._entries, some % self._entries
-            place = steps + ((row * height + start) * self._entries + entry)
-            torch.cumsum(table.flatten().index_select(0, place.flatten()).view(place.shape), 0, out=out)
-        return Edges(below)
-
-    def _group(self, index: Tensor) -> Edges:
-        """Of numbers that are not the common one: which group."""
-        return self._pick(self._sums, index, torch.zeros_like(index), self._groups)
-
-    def _member(self, index: Tensor, group: Tensor) -> Edges:
-        """And which of the group."""
-        return self._pick(self._masses, index, group * self._size, self._size)
+    @staticmethod
+    def _member(mass: Tensor, group: Tensor) -> Edges:
+        """Which symbol of its group."""
+        return Edges(_below(mass[torch.arange(len(group)), group]))
 
     def intervals(self, x: Tensor) -> Intervals:
         """See `Code`; ValueError for a magnitude beyond 2^40."""
@@ -290,12 +296,13 @@ class Window:
         is_common = symbol == self._common
         others = (~is_common).nonzero().flatten()
         group, member = symbol[others] // self._size, symbol[others] % self._size
+        mass, groups = self._others(others)
         _, tails = _tails(offset, self._window)
         return join(
             [
                 self._first.intervals(is_common.long()),
-                self._group(others).intervals(group),
-                self._member(others, group).intervals(member),
+                groups.intervals(group),
+                self._member(mass, group).intervals(member),
                 Golomb(torch.zeros_like(tails)).intervals(tails),
             ]
         )
@@ -303,8 +310,9 @@ class Window:
     def pop(self, stack: Stack) -> Tensor:
         """See `Code`."""
         others = (self._first.pop(stack) == 0).nonzero().flatten()
-        group = self._group(others).pop(stack)
-        found = self._size * group + self._member(others, group).pop(stack)
+        mass, groups = self._others(others)
+        group = groups.pop(stack)
+        found = self._size * group + self._member(mass, group).pop(stack)
         symbol = torch.full_like(self._low, self._common).index_copy_(0, others, found)
         return self._low + _pop_tails(symbol - 1, self._window, torch.zeros_like(symbol), stack)
 
@@ -490,6 +498,11 @@ def _digit(first: Tensor, ends: Tensor, width: int, digit: int, law: tuple[Tenso
 def _ends(below: Tensor, part: Tensor) -> Tensor:
     """The mass below the first and the last edge of a part, ``(2, n)``."""
     return below.gather(0, torch.stack([part, part + 1]))
+
+
+def _below(mass: Tensor) -> Tensor:
+    """Masses below the edges between symbols ``(K + 1, n)``, of their own ``(n, K)``."""
+    return torch.nn.functional.pad(mass.T.cumsum(0), (0, 0, 1, 0))
 
 
 def join(parts: list[Intervals]) -> Intervals:

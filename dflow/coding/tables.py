@@ -120,14 +120,14 @@ def masses(logits: Tensor, top: Tensor, dim: int) -> Tensor:
         raise ValueError("logits must be finite, or minus infinity where another is finite")
     weights = _exponentials()
     # The whole part of half a step more is the nearest step.
-    place = torch.sub(top.mul(_GRID).add_(0.5), logits, alpha=_GRID).clamp_(max=len(weights) - 1)
+    place = torch.sub(top.mul(GRID).add_(0.5), logits, alpha=GRID).clamp_(max=len(weights) - 1)
     return weights.index_select(0, place.int().flatten()).view(place.shape)
 
 
 #: Numbers of a piece: 256 KiB of float64.
 _PIECE = 1 << 15
 #: Steps of logits a nat.
-_GRID = 128
+GRID = 128
 #: The largest of the masses, as a power of 2.
 EXPONENT = 37
 
@@ -139,9 +139,26 @@ def _exponentials() -> Tensor:
         context.prec = 40
         found: list[int] = []
         while not found or found[-1]:
-            weight = Decimal(1 << EXPONENT) * (-Decimal(len(found)) / _GRID).exp()
+            weight = Decimal(1 << EXPONENT) * (-Decimal(len(found)) / GRID).exp()
             found.append(int(weight.to_integral_value()))
     return torch.tensor(found, dtype=torch.float64)
+
+
+@functools.cache
+def sigmoid_counts() -> Tensor:
+    """``2^24 / (1 + exp(-i / 128))`` for i = -m..m, rounded, int32; m the first that comes within 2 of 2^24.
+
+    None is below 2 or over 2^24 - 2: an interval of all but one is beyond what the coder takes.
+    """
+    whole = 1 << PRECISION
+    with localcontext() as context:
+        context.prec = 40
+        upper: list[int] = []
+        while not upper or upper[-1] < whole - 2:
+            count = whole / (1 + (-Decimal(len(upper)) / GRID).exp())
+            upper.append(min(whole - 2, int(count.to_integral_value())))
+    found = torch.tensor(upper, dtype=torch.int32)
+    return torch.cat([whole - found[1:].flip(0), found])
 
 
 class Tables(nn.Module):

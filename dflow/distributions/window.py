@@ -20,16 +20,19 @@ _LOGITS = 1 << 20
 class ConditionalWindow(Distribution):
     """Entries independent given the context, each a categorical law of the integers of a window.
 
-    With ``p = softmax(start + net(context))`` over K + 2 symbols, ``P(x_i) = p_i[x_i - low_i + 1]`` in the
-    window ``low_i .. low_i + K - 1``. The first and the last symbol are the tails: of these the jth integer
-    beyond an end, from 0 on, has a share of ``2^-(2 q + 1)``, ``q = floor(log2(j + 1))``. P sums to 1 over
-    all integers. No gradient goes to x.
+    A hurdle model over K + 2 symbols: with logits ``l = start + net(context)`` and the symbol c that data
+    have most often, ``p[c] = sigmoid(l[c])``, and the others share the rest, ``p[k] = (1 - p[c]) softmax(l
+    without l[c])[k]``. ``P(x_i) = p_i[x_i - low_i + 1]`` in the window ``low_i .. low_i + K - 1``. The first
+    and the last symbol are the tails: of these the jth integer beyond an end, from 0 on, has a share of
+    ``2^-(2 q + 1)``, ``q = floor(log2(j + 1))``. P sums to 1 over all integers. No gradient goes to x.
+
+    So whether x is the commonest value takes one logit, which is all that a coder looks at where it is.
 
     The net is called with the context, or with the items of a tuple; it returns ``(batch, dim, K + 2)``.
     Inside a `Split` the first item is the kept entries.
 
-    Source: van den Oord et al. 2016, arXiv 1601.06759 (a soft-max over the values of a pixel); Elias 1975
-    (the gamma code, whose lengths the tails have).
+    Source: van den Oord et al. 2016, arXiv 1601.06759 (a soft-max over the values of a pixel); Mullahy 1986,
+    Journal of Econometrics 33 (hurdle models); Elias 1975 (the gamma code, whose lengths the tails have).
 
     Args:
         net: see above.
@@ -58,9 +61,22 @@ class ConditionalWindow(Distribution):
         """For ``repr``."""
         return f"dim={self.dim}, K={self.K}"
 
+    @property
+    def common(self) -> int:
+        """The symbol that is told first: that of the largest start, as which the commonest comes out."""
+        return int(self.start.argmax())
+
     def logits(self, context: Context) -> Tensor:
         """Logits of the symbols, ``(batch, dim, K + 2)``, at least float32."""
         return self.raw(context) + self.start
+
+    def law(self, context: Context) -> Tensor:
+        """Probabilities of the symbols, float64 ``(batch, dim, K + 2)``."""
+        logits, c = self.logits(context).double(), self.common
+        common = logits[..., c].sigmoid()
+        rest = _without(logits, c).softmax(-1) * (1 - common)[..., None]
+        rest[..., c] = common
+        return rest
 
     def raw(self, context: Context) -> Tensor:
         """The logits less ``start``."""
@@ -98,8 +114,13 @@ class ConditionalWindow(Distribution):
         if len(logits) != len(x):
             raise ValueError(f"x has {len(x)} rows, the context {len(logits)}")
         symbol, far = self.symbols(x.long())
-        # One sum over symbols a row, and one number: a table of all logs would be as large as the logits.
-        terms = logits.gather(-1, symbol[..., None]).squeeze(-1) - logits.logsumexp(-1)
+        # One sum over symbols a row, and two numbers: no table of all logs.
+        gate, own = logits[..., self.common], logits.gather(-1, symbol[..., None]).squeeze(-1)
+        others = own - _without(logits, self.common).logsumexp(-1)
+        is_common = symbol == self.common
+        terms = nn.functional.logsigmoid(torch.where(is_common, gate, -gate)) + torch.where(
+            is_common, 0, others
+        )
         beyond = (symbol == 0) | (symbol == self.K + 1)
         # The exponent of a float64 is exact for integers below 2^53.
         q = torch.frexp((far + 1).double()).exponent - 1
@@ -110,7 +131,7 @@ class ConditionalWindow(Distribution):
     @torch.no_grad()
     def sample(self, n: int, context: Context = None, generator: torch.Generator | None = None) -> Tensor:
         """``n`` exact draws, int64 ``(n, dim)``, one a row of the context."""
-        law = torch.softmax(self.logits(context).double(), -1)
+        law = self.law(context)
         if len(law) != n:
             raise ValueError(f"{n} draws asked of a context of {len(law)} rows")
         symbol = law.flatten(0, 1).multinomial(1, generator=generator).view(law.shape[:2])
@@ -135,8 +156,10 @@ class ConditionalWindow(Distribution):
         values = torch.arange(self.K, dtype=torch.float64, device=self.low.device)
         found = []
         for parts in zip(*(item.split(size) for item in items), strict=True):
-            law = self.logits(parts)[..., 1:-1].double().softmax(-1)
-            found.append(self.low + (law @ values).round().long())
+            law = self.law(parts)[..., 1:-1]
+            # All of it may lie in the tails.
+            inside = law.sum(-1).clamp_min(torch.finfo(law.dtype).tiny)
+            found.append(self.low + (law @ values / inside).round().long())
         return torch.cat(found)
 
     @torch.no_grad()
@@ -147,9 +170,18 @@ class ConditionalWindow(Distribution):
         """
         symbol, _ = self.symbols(x.long())
         counts = torch.bincount(symbol.flatten(), minlength=self.K + 2).double() + 0.5
-        self.start.copy_((counts / counts.sum()).log())
+        share, c = counts / counts.sum(), int(counts.argmax())
+        start = share.log()
+        # A log of odds, which is at least the log of the share: the largest start still.
+        start[c] = share[c].logit()
+        self.start.copy_(start)
 
     @property
     def num_calls(self) -> int:
         """One."""
         return 1
+
+
+def _without(logits: Tensor, symbol: int) -> Tensor:
+    """Logits with that of one symbol at minus infinity."""
+    return logits.index_fill(-1, torch.tensor(symbol, device=logits.device), -math.inf)

@@ -51,10 +51,10 @@ class IntegerConfig(ValuesConfig):
     prior_groups: int = setting(
         1, "groups of the channels that are factored out, each modelled given those before it"
     )
-    prior: Literal["logistic", "categorical"] = setting(
+    prior: Literal["logistic", "hurdle"] = setting(
         "logistic",
-        "laws of what is factored out: mixtures of logistic laws; categorical, a probability of each value "
-        "(num_flows 0)",
+        "laws of what is factored out: mixtures of logistic laws; hurdle, whether it is the commonest value, "
+        "and a probability of each other one (num_flows 0)",
     )
     prior_components: int = setting(1, "logistic laws in the mixture of each entry that is factored out")
     split: Literal["quarter", "half"] = setting(
@@ -80,11 +80,9 @@ class IntegerConfig(ValuesConfig):
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, found {getattr(self, name)}")
-        values = self.prior == "categorical"
+        values = self.prior == "hurdle"
         if values and self.num_flows:
-            raise InputError(
-                f"num_flows={self.num_flows} needs prior logistic: categorical laws pass no gradient"
-            )
+            raise InputError(f"num_flows={self.num_flows} needs prior logistic: hurdle laws pass no gradient")
         if values and self.prior_components > 1:
             raise InputError(f"prior_components={self.prior_components} is of prior logistic")
         super().__post_init__()
@@ -103,7 +101,7 @@ class IntegerConfig(ValuesConfig):
             [high - low + 1 for low, high in filter(None, self.ranges)] if self.shape and self.levels else []
         )
         if values and max(spans, default=0) > MOST:
-            raise InputError(f"prior categorical takes up to {MOST} values of an entry: use prior logistic")
+            raise InputError(f"prior hurdle takes up to {MOST} values of an entry: use prior logistic")
         if self.shape and self.dim == 1:
             raise InputError("a coupling needs two entries or more, found 1")
 
@@ -220,7 +218,7 @@ def _prior(
     """Law of the channels from ``known`` to ``out`` given those before."""
     seen, own = grid.at(slice(known * places)), grid.at(slice(known * places, out * places))
     ones = torch.ones(len(own.scale))
-    if config.prior == "categorical":
+    if config.prior == "hurdle":
         K = 2 * int(own.scale.max())
         net = _net(config, shape, out - known, K + 2, True, 1)
         wired = Rescaled(net, seen.offset, seen.scale, ones, False)
