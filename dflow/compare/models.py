@@ -341,13 +341,15 @@ def plot(comparison: Comparison) -> bytes:
     left.set_xlabel("network calls (log scale)")
     left.set_ylabel(f"exact bits a character ({comparison.text})")
     right.set_xscale("log")
-    # Plain numbers, and 2 and 5 between the powers of ten: all models may lie between two of those.
     right.xaxis.set_major_formatter("{x:g}")
-    right.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
     right.set_xlabel(f"latency of one sample of {comparison.length:,} symbols (ms, log scale)")
     for axes in (left, right):
         axes.margins(x=0.1, y=0.1)
         axes.grid(alpha=0.3)
+    # All models may lie between two powers of ten: then 2 and 5 are told too, which have no room among many.
+    low, high = right.get_xlim()
+    between = "25" if high < 300 * low else ""
+    right.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in between else "")
     figure.legend(loc="outside right upper")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
