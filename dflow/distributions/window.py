@@ -1,4 +1,4 @@
-"""A categorical law of the integers of a window, with tails: any shape, spikes included."""
+"""A law of the integers of a window, with tails: any shape, spikes included."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LOGITS = 1 << 20
 
 
 class ConditionalWindow(Distribution):
-    """Entries independent given the context, each a categorical law of the integers of a window.
+    """Entries independent given the context, each with a probability for every integer of a window.
 
     A hurdle model over K + 2 symbols: with logits ``l = start + net(context)`` and the symbol c that data
     have most often, ``p[c] = sigmoid(l[c])``, and the others share the rest, ``p[k] = (1 - p[c]) softmax(l
@@ -115,9 +115,10 @@ class ConditionalWindow(Distribution):
             raise ValueError(f"x has {len(x)} rows, the context {len(logits)}")
         symbol, far = self.symbols(x.long())
         # One sum over symbols a row, and two numbers: no table of all logs.
-        gate, own = logits[..., self.common], logits.gather(-1, symbol[..., None]).squeeze(-1)
-        others = own - _without(logits, self.common).logsumexp(-1)
-        is_common = symbol == self.common
+        common = self.common
+        gate, own = logits[..., common], logits.gather(-1, symbol[..., None]).squeeze(-1)
+        others = own - _without(logits, common).logsumexp(-1)
+        is_common = symbol == common
         terms = nn.functional.logsigmoid(torch.where(is_common, gate, -gate)) + torch.where(
             is_common, 0, others
         )
