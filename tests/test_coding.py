@@ -27,6 +27,7 @@ from dflow.coding import (
 from dflow.coding.codec import logistic_steps
 from dflow.coding.codes import Bernoulli, Bits, Code, Edges, Golomb, Logistic, Mixture, Rows, Shared
 from dflow.coding.reference import ReferenceCoder
+from dflow.coding.tables import sigmoid_counts
 from dflow.core import Distribution, Elementwise
 from dflow.distributions import Categorical, ConditionalCategorical, StandardNormal
 from dflow.flows import Flow, Split
@@ -125,6 +126,17 @@ def test_counts_of_logits_are_pinned():
     counts = logit_counts(torch.arange(0, 30, 0.75))
     assert counts[-4:].tolist() == [933015, 1975193, 4181483, 8852211]
     assert int((counts * torch.arange(40)).sum() % 1000003) == 289002
+
+
+def test_counts_of_one_logit_are_pinned():
+    """If this fails, streams of before can no longer be read."""
+    counts = sigmoid_counts()
+    middle = len(counts) // 2
+    law = torch.sigmoid(torch.arange(-middle, middle + 1).double() / 128)
+    assert float((counts - TOTAL * law).abs().max()) <= 1.5
+    assert torch.equal(counts + counts.flip(0), torch.full_like(counts, TOTAL))
+    assert counts[[0, middle, middle + 128, -1]].tolist() == [2, 8388608, 12265128, 16777214]
+    assert int((counts.long() * torch.arange(len(counts))).sum() % 1000003) == 472662
 
 
 @pytest.mark.parametrize("row", [[math.nan, 1.0], [math.inf, 0.0], [-math.inf, -math.inf], [1.0]], ids=str)
