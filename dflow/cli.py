@@ -1042,7 +1042,13 @@ def plot_training(flags: PlotTraining) -> int:
     from dflow.train import history
 
     output = plot_output(flags.output)
-    write_whole(output, plot.training({folder: history(folder) for folder in flags.runs}))
+    runs = {folder: history(folder) for folder in flags.runs}
+    # Trainings of version 0.1.0 did not note their unit: plain "bits".
+    units = {run.unit: folder for folder, run in runs.items() if run.unit != "bits"}
+    if len(units) > 1:
+        raise InputError("; ".join(f"{f} is measured in {u}" for u, f in units.items()) + ": plot them apart")
+    data = plot.training({folder: run.rows for folder, run in runs.items()}, next(iter(units), "bits"))
+    write_whole(output, data)
     print(output)
     return 0
 

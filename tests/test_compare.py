@@ -177,12 +177,24 @@ def test_the_plot_names_every_model_and_joins_the_budgets_of_one(
         assert png.startswith(b"\x89PNG")
         left, right = drawn[-1].axes
         assert left.get_xscale() == right.get_xscale() == "log"
-        [legend] = drawn[-1].legends
-        names = {row.name.split("@")[0].replace("$", r"\$") for row in rows}
-        assert {t.get_text() for t in legend.get_texts()} == names
-        assert not legend.get_window_extent().overlaps(right.get_window_extent())
+        names = {row.name.split("@")[0].rpartition("/")[2].replace("$", r"\$") for row in rows}
+        labels = [t for t in right.texts if not t.get_text().isdigit()]
+        assert {t.get_text() for t in labels} == names
+        assert sorted(int(t.get_text()) for t in right.texts if t.get_text().isdigit()) == sorted(
+            row.num_calls for row in rows
+        )
+        boxes = [t.get_window_extent() for t in labels]
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+        ticks = [t for t in right.xaxis.get_majorticklabels() if t.get_text()]
+        low, high = right.get_xlim()
+        assert len([t for t in ticks if low <= t.get_position()[0] <= high]) >= 2
     # The budgets of one model are one line, from few calls to many.
     assert left.containers[0].lines[0].get_xdata().tolist() == [2, 4, 8]
+    # What was scored on less of the text is hollow.
+    less = replace(comparison.rows[0], evaluation=replace(comparison.rows[0].evaluation, num_symbols=1))
+    plot(replace(comparison, rows=(less, comparison.rows[1])))
+    points = [c for c in drawn[-1].axes[0].collections if len(c.get_facecolor())]
+    assert [c.get_facecolor()[0].tolist() == [1, 1, 1, 1] for c in points].count(True) == 1
 
 
 def test_results_are_written_and_never_over_others(comparison: Comparison, tmp_path: Path) -> None:

@@ -644,7 +644,8 @@ def test_scripts_are_the_same_command(text, tmp_path):
 
 def test_curves_are_plotted_and_what_is_none_is_refused(text, tmp_path, capsys):
     out = run(recipe_file(tmp_path, text, steps=4, eval_every=2))
-    assert [row["step"] for row in history(out)] == [2, 4]
+    assert [row["step"] for row in history(out).rows] == [2, 4]
+    assert history(out).unit == "bits a character"
     png = tmp_path / "curves.png"
     assert cli.main(["plot", "training", str(out), str(out), "-o", str(png)]) == 0
     assert png.read_bytes().startswith(b"\x89PNG")
@@ -656,9 +657,9 @@ def test_curves_are_plotted_and_what_is_none_is_refused(text, tmp_path, capsys):
     for content, message in [
         (None, "No such file or directory; name a folder that dflow train wrote"),
         ("", "no evaluation yet"),
-        (lines + "{", "line 3: no evaluation"),
-        (lines + "[1]\n", "line 3: no evaluation"),
-        (lines + '{"step": 5}\n', "line 3: no evaluation"),
+        (lines + "{", "line 3: not an evaluation"),
+        (lines + "[1]\n", "line 3: not an evaluation"),
+        (lines + '{"step": 5}\n', "line 3: not an evaluation"),
     ]:
         if content is not None:
             (told / "metrics.jsonl").write_text(content)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import platform
 import statistics
@@ -21,6 +20,7 @@ from dflow.config import InputError
 from dflow.data import Text
 from dflow.evaluate import Evaluation, evaluate
 from dflow.hf import DflowModel
+from dflow.plot import Curve, frontier, short_names
 
 FILES = ("compare.json", "compare.md", "compare.png")
 
@@ -317,43 +317,33 @@ def record(comparison: Comparison) -> str:
 
 
 def plot(comparison: Comparison) -> bytes:
-    """Bits against network calls and against latency, as a PNG; a line joins the budgets of one model."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Bits against network calls and against latency, as a PNG; a line joins the budgets of one model.
 
-    curves: dict[str, list[Row]] = {}
+    Hollow points are of models that were scored on a smaller part of the text than others.
+    """
+    models: dict[str, list[Row]] = {}
     for row in sorted(comparison.rows, key=lambda row: row.num_calls):
         name, _, calls = row.name.rpartition("@")
-        curves.setdefault(name if name and calls.isdigit() else row.name, []).append(row)
-    # No pyplot: it has state, and may look for a display.
-    figure = Figure(figsize=(11, max(4.5, 1 + 0.3 * len(curves))), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
-    for i, (name, rows) in enumerate(curves.items()):
-        bits = [row.evaluation.bpc for row in rows]
-        errors = [row.evaluation.standard_error or 0.0 for row in rows]
-        style = {"fmt": "o-" if len(rows) > 1 else "o", "color": f"C{i % 10}", "capsize": 3, "markersize": 5}
-        left.errorbar([row.num_calls for row in rows], bits, errors, **style)
-        label = name.replace("$", r"\$")
-        right.errorbar([row.latency_ms for row in rows], bits, errors, label=label, **style)
-    left.set_xscale("log", base=2)
-    left.xaxis.set_major_formatter("{x:g}")
-    left.set_xlabel("network calls (log scale)")
-    left.set_ylabel(f"exact bits a character ({comparison.text})")
-    right.set_xscale("log")
-    right.xaxis.set_major_formatter("{x:g}")
-    right.set_xlabel(f"latency of one sample of {comparison.length:,} symbols (ms, log scale)")
-    for axes in (left, right):
-        axes.margins(x=0.1, y=0.1)
-        axes.grid(alpha=0.3)
-    # All models may lie between two powers of ten: then 2 and 5 are told too, which have no room among many.
-    low, high = right.get_xlim()
-    between = "25" if high < 300 * low else ""
-    right.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in between else "")
-    figure.legend(loc="outside right upper")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+        models.setdefault(name if name and calls.isdigit() else row.name, []).append(row)
+    # The tails that models of other lengths drop differ by less than a part that was left out on purpose.
+    most = max(_characters(row) for row in comparison.rows)
+    names = short_names(list(models))
+    curves = [
+        Curve(
+            names[name],
+            [row.num_calls for row in rows],
+            [row.evaluation.bpc for row in rows],
+            [row.evaluation.standard_error or 0.0 for row in rows],
+            [row.latency_ms for row in rows],
+            [_characters(row) < 0.95 * most for row in rows],
+        )
+        for name, rows in models.items()
+    ]
+    return frontier(curves, comparison.text, comparison.length)
+
+
+def _characters(row: Row) -> float:
+    return row.evaluation.num_symbols * row.evaluation.characters_per_symbol
 
 
 def check_folder(folder: Path) -> None:

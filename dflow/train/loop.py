@@ -471,6 +471,7 @@ class _Run:
                 "seconds": round(self.elapsed, 1),
                 "train_loss_bits": round(loss, 5),
                 "valid_bits": round(found, 5),
+                "unit": task.unit,
                 "learning_rate": self.optimizer.param_groups[0]["lr"],
             } | dict(task.shares)
             with (self.recipe.output / METRICS).open("a", encoding="utf-8") as file:

@@ -302,8 +302,21 @@ def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
     return Recipe(data, family, config, train, output, paper)
 
 
-def history(folder: str | Path) -> list[dict[str, float]]:
-    """The evaluations of the training in ``folder``: step, seconds, train_loss_bits, valid_bits of each.
+@dataclass(frozen=True)
+class History:
+    """The evaluations of a training: step, seconds, train_loss_bits and valid_bits of each, and their unit.
+
+    Attributes:
+        rows: the evaluations.
+        unit: "bits a character" and the like; "bits" where the training was one of version 0.1.0.
+    """
+
+    rows: list[dict[str, float]]
+    unit: str
+
+
+def history(folder: str | Path) -> History:
+    """The evaluations of the training in ``folder``.
 
     Raises:
         InputError: no file of them, an empty one, or a line that is none.
@@ -315,18 +328,19 @@ def history(folder: str | Path) -> list[dict[str, float]]:
         raise InputError(
             f"{path}: {getattr(error, 'strerror', None) or 'not text'}; name a folder that dflow train wrote"
         ) from None
-    rows = []
+    rows, unit = [], "bits"
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             rows.append(
                 {name: float(row[name]) for name in ("step", "seconds", "train_loss_bits", "valid_bits")}
             )
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise InputError(f"{path}, line {number}: no evaluation; restore the file") from None
+            unit = str(row.get("unit", unit))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise InputError(f"{path}, line {number}: not an evaluation; restore the file") from None
     if not rows:
         raise InputError(f"{path}: no evaluation yet; wait for the first")
-    return rows
+    return History(rows, unit)
 
 
 #: Rules for models of images and tables: with bounds, or with an exact likelihood.
