@@ -309,9 +309,7 @@ def frontier(curves: Sequence[Curve], text: str, length: int) -> bytes:
     panels[1].set_xlabel(f"latency of one sample of {length:,} symbols (ms, log scale)")
     for curve in curves:
         for x, y, calls in zip(curve.milliseconds, curve.bits, curve.calls, strict=True):
-            panels[1].annotate(
-                f"{calls}", (x, y), (0, 5), textcoords="offset points", ha="center", fontsize=7
-            )
+            panels[1].annotate(f"{calls}", (x, y), (4, 4), textcoords="offset points", fontsize=7)
     panels[1].set_title("small numbers: network calls", fontsize=9, loc="right")
     for axes in panels:
         axes.set_xscale("log")

@@ -790,7 +790,7 @@ def test_plot_density(
         assert cli.main([*argv, str(folder), "--output", str(output)]) == 0
         assert str(output) in capsys.readouterr().out
         with Image.open(io.BytesIO(output.read_bytes())) as image:
-            assert image.size == (1080, 528)
+            assert image.size == (1350, 660)
     new = ["--output", str(tmp_path / "new.png")]
     assert "two dimensions; this model has 16" in fails(capsys, *argv, str(pictures), *new)
     assert "cells 1" in fails(capsys, "plot", "density", "--cells", "1", "--model", str(checkers), *new)
