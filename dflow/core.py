@@ -8,14 +8,130 @@ out; floats in, floats out. Both modes agree on every hard input.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-#: What a model is conditioned on. For sequences of varying length: the lengths, int64 ``(batch,)``;
-#: entries at positions at or beyond the length are absent. Inside `Split`, the kept entries.
-Context = Tensor | tuple[Tensor, ...] | None
+from dflow.config import InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Context:
+    """What a law, a layer or a network is conditioned on; None in its place is an empty one.
+
+    Args:
+        lengths: of sequences, int64 ``(batch,)``; entries at positions at or beyond the length are absent.
+        given: tensors with a row for each sequence, which networks read: features, class labels, and inside
+            `Split` the kept entries.
+
+    Raises:
+        InputError: lengths of another dtype or shape, or ``given`` that is no tuple of tensors.
+    """
+
+    lengths: Tensor | None = None
+    given: tuple[Tensor, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check dtypes and shapes; the number of rows is checked by who knows it."""
+        if self.lengths is not None:
+            check_lengths(self.lengths)
+        if not isinstance(self.given, tuple) or not all(isinstance(item, Tensor) for item in self.given):
+            raise InputError(f"given holds a tuple of tensors, found {_shown(self.given)}; {_WAY}")
+
+    def rows(self, start: int, end: int) -> Context:
+        """The context of some of the rows."""
+        lengths = None if self.lengths is None else self.lengths[start:end]
+        return Context(lengths=lengths, given=tuple(item[start:end] for item in self.given))
+
+
+_WAY = "lengths are passed as Context(lengths=n), all that a network reads as Context(given=(features,))"
+
+
+def _shown(value: object) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def check_lengths(lengths: object, batch: int | None = None, name: str = "lengths") -> None:
+    """InputError unless ``lengths`` (or labels, by ``name``) are an int64 tensor ``(batch,)``."""
+    if not (
+        isinstance(lengths, Tensor)
+        and (lengths.dtype, lengths.ndim) == (torch.int64, 1)
+        and batch in (None, len(lengths))
+    ):
+        expected = "batch" if batch is None else batch
+        raise InputError(
+            f"{name} must be int64 ({expected},), one for each row of the batch, found {_shown(lengths)}; "
+            f"{name}.long() has the right dtype"
+        )
+
+
+def lengths_in(context: Context | None, batch: int | None = None) -> Tensor | None:
+    """The lengths, int64 ``(batch,)``, or None when every entry is present.
+
+    Raises:
+        InputError: a context that is no `Context`, or lengths of another number of sequences.
+    """
+    if context is None:
+        return None
+    if not isinstance(context, Context):
+        raise InputError(f"context must be a dflow.core.Context, found {_shown(context)}; {_WAY}")
+    if context.lengths is not None and batch is not None:
+        check_lengths(context.lengths, batch)
+    return context.lengths
+
+
+def only_lengths(context: Context | None, batch: int | None = None) -> Tensor | None:
+    """`lengths_in`, for networks that read nothing else: InputError where there is more."""
+    lengths = lengths_in(context, batch)
+    if context is not None and context.given:
+        raise InputError(
+            f"this network reads no given tensors, found {', '.join(map(_shown, context.given))}; use a "
+            "Perceptron, DenseNet or MaskedConv with room for them, or a network of your own that reads "
+            "context.given"
+        )
+    return lengths
+
+
+def only_given(context: Context | None) -> tuple[Tensor, ...]:
+    """The given tensors, for what knows no lengths: InputError where there are some."""
+    if lengths_in(context) is not None:
+        raise InputError(
+            "lengths are for models of sequences of symbols; this one takes all entries as present"
+        )
+    return () if context is None else context.given
+
+
+def conditioned(net: Callable[..., T], context: Context | None) -> T:
+    """What the net of a conditional law says: ``net(x, rest)``, x the first of the given tensors.
+
+    The rest of the context is left out where it is empty, so that any network of one tensor will do.
+
+    Raises:
+        ValueError: nothing is given.
+    """
+    lengths = lengths_in(context)
+    if context is None or not context.given:
+        raise ValueError("a conditional law needs a context: Context(given=(features,))")
+    x, *others = context.given
+    if lengths is None and not others:
+        return net(x)
+    return net(x, Context(lengths=lengths, given=tuple(others)))
+
+
+def present(context: Context | None, batch: int, dim: int) -> Tensor | None:
+    """Bool ``(batch, dim)``, True where an entry is present; None when all are.
+
+    >>> present(Context(lengths=torch.tensor([2, 0])), 2, 3)
+    tensor([[ True,  True, False],
+            [False, False, False]])
+    """
+    lengths = lengths_in(context, batch)
+    return None if lengths is None else torch.arange(dim, device=lengths.device) < lengths[:, None]
 
 
 class Bijector(nn.Module, ABC):
@@ -26,11 +142,11 @@ class Bijector(nn.Module, ABC):
     """
 
     @abstractmethod
-    def forward(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """Data to latent: ``(z, log_det)``."""
 
     @abstractmethod
-    def inverse(self, z: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """Latent to data: ``(x, log_det)``."""
 
     @property
@@ -65,11 +181,13 @@ class Distribution(nn.Module, ABC):
     """
 
     @abstractmethod
-    def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
+    def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact log-likelihood in nats, shape ``(batch,)``."""
 
     @abstractmethod
-    def sample(self, n: int, context: Context = None, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, n: int, context: Context | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
         """``n`` exact draws, in the inference dtype of the domain."""
 
     @property
@@ -86,11 +204,11 @@ class SequenceNet(Protocol):
     the call and of `start`, made by its ``plan(order)``.
     """
 
-    def __call__(self, x: Tensor, context: Context = None) -> Tensor:
+    def __call__(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Params ``(batch, dim, P)`` by position in both modes; they depend on earlier rows only."""
         ...
 
-    def start(self, batch: int, context: Context = None) -> Any:
+    def start(self, batch: int, context: Context | None = None) -> Any:
         """State before the first call; opaque to the caller."""
         ...
 

@@ -39,7 +39,7 @@ from torch.nn import functional as F
 from dflow import bijectors
 from dflow.bijectors import Autoregressive, Chain, Coupling, Permute, Reverse
 from dflow.config import InputError
-from dflow.core import Context, Distribution
+from dflow.core import Context, Distribution, only_given, present
 from dflow.dequantize import Bound, Dequantized, Elbo, Iwbo, Renyi, TruncatedNormal
 from dflow.distributions import Categorical, Gaussian, SequenceCategorical, Spectra, Walk
 from dflow.distributions.logistic import Logistics
@@ -48,7 +48,6 @@ from dflow.elementwise import ModAffine, ModRank, ModShift
 from dflow.elementwise.discrete import Discrete
 from dflow.flows import Flow, Split
 from dflow.nn.binary import Head
-from dflow.ops.lengths import present
 from dflow.ops.modular import one_hot
 from dflow.ops.straight_through import StraightThrough
 
@@ -163,19 +162,21 @@ class Objective(nn.Module):
         check_rule(rule, distribution)
         self.distribution, self.rule = distribution, rule
 
-    def forward(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Loss in nats summed over the batch, and counts of latents for a base in closed form.
 
         Args:
             x: symbols, int64 ``(batch, dim)``.
-            context: lengths, int64 ``(batch,)``, or None.
+            lengths: int64 ``(batch,)``, or None.
         """
-        loss, z, own = _loss(self.distribution, x, context, self.rule)
+        loss, z, own = _loss(self.distribution, x, Context(lengths=lengths), self.rule)
         base = closed_form(self.distribution)
         return loss, None if base is None else base.statistics(z, own)
 
 
-def _loss(d: Distribution, x: Tensor, context: Context, rule: Rule) -> tuple[Tensor, Tensor, Context]:
+def _loss(
+    d: Distribution, x: Tensor, context: Context | None, rule: Rule
+) -> tuple[Tensor, Tensor, Context | None]:
     """Loss of symbols ``x``; and what reaches the innermost base, with its context."""
     if isinstance(d, Split):
         kept, rest = d.parts(x, context)
@@ -198,7 +199,7 @@ def _rows(d: Distribution, x: Tensor) -> Tensor:
     return one_hot(x, _maps(d)[0].K, next(d.parameters()).dtype)
 
 
-def _spectra(law: Spectra, x: Tensor, context: Context, rule: Rule) -> Tensor:
+def _spectra(law: Spectra, x: Tensor, context: Context | None, rule: Rule) -> Tensor:
     """The map by the rule; weights and spectra always by the exact likelihood of the latents."""
     if rule in ("straight_through", "gumbel"):
         return -law.log_prob(_rows(law, x), context).sum()
@@ -208,7 +209,7 @@ def _spectra(law: Spectra, x: Tensor, context: Context, rule: Rule) -> Tensor:
     else:
         z, _ = law.elementwise.forward(x, params.detach())
         terms = _cross_entropy(params, x) - law.log_latent(z, log_weights)
-    mask = present(context, x.shape[1])
+    mask = present(context, *x.shape)
     return (terms if mask is None else torch.where(mask, terms, 0.0)).sum()
 
 
@@ -217,7 +218,7 @@ def _cross_entropy(params: Tensor, x: Tensor) -> Tensor:
     return F.cross_entropy(params.float().flatten(0, 1), x.flatten(), reduction="none").view(x.shape)
 
 
-def _by_layers(flow: Flow, x: Tensor, context: Context, rule: Rule) -> tuple[Tensor, Tensor]:
+def _by_layers(flow: Flow, x: Tensor, context: Context | None, rule: Rule) -> tuple[Tensor, Tensor]:
     """Sum over layers of what each minimises by itself; and the latent of symbols ``x``."""
     loss = torch.zeros((), device=x.device)
     layers = list(_layers(flow.bijector))
@@ -238,7 +239,7 @@ def _by_layers(flow: Flow, x: Tensor, context: Context, rule: Rule) -> tuple[Ten
         else:
             terms = _cross_entropy(params, old)
         new, _ = layer.elementwise(old, params.detach())
-        mask = present(context, x.shape[1])
+        mask = present(context, *x.shape)
         if mask is not None:
             mask = mask.index_select(1, moved)
             terms, new = torch.where(mask, terms, 0.0), torch.where(mask, new, old)
@@ -247,7 +248,7 @@ def _by_layers(flow: Flow, x: Tensor, context: Context, rule: Rule) -> tuple[Ten
     return loss, x
 
 
-def _places(layers: list[nn.Module], x: Tensor, context: Context) -> list[Tensor]:
+def _places(layers: list[nn.Module], x: Tensor, context: Context | None) -> list[Tensor]:
     """For each layer, the place ``(batch, dim)`` of the latent at which each of its entries ends up."""
     place = torch.arange(x.shape[1], device=x.device).expand(x.shape)
     places = []
@@ -277,14 +278,14 @@ def refit(distribution: Distribution, batches: Iterable[tuple[Tensor, Tensor | N
     if base is None:
         return
     total: Tensor | None = None
-    for x, context in batches:
-        counts = base.statistics(*_latent(distribution, x, context))
+    for x, lengths in batches:
+        counts = base.statistics(*_latent(distribution, x, Context(lengths=lengths)))
         total = counts if total is None else total + counts
     if total is not None:
         base.assign(total)
 
 
-def _latent(d: Distribution, x: Tensor, context: Context) -> tuple[Tensor, Context]:
+def _latent(d: Distribution, x: Tensor, context: Context | None) -> tuple[Tensor, Context | None]:
     """What reaches the innermost base of ``x``, in either mode, with its context."""
     while isinstance(d, (Flow, Split)):
         if isinstance(d, Split):
@@ -330,13 +331,14 @@ class BoundObjective(nn.Module):
         law.check_bound(bound)
         self.law, self.bound = law, bound
 
-    def forward(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, lengths: None = None) -> tuple[Tensor, Tensor | None]:
         """Loss in nats summed over the batch, and the moments of a Gaussian density in closed form.
 
         Args:
             x: integers ``(batch, dim)``.
-            context: None.
+            lengths: None.
         """
+        only_given(Context(lengths=lengths))
         values, statistics = self.law.objective(x, self.bound)
         return -values.sum(), statistics
 
@@ -386,18 +388,19 @@ class ExactObjective(nn.Module):
         super().__init__()
         self.law = law
 
-    def forward(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, lengths: None = None) -> tuple[Tensor, Tensor | None]:
         """Loss in nats summed over the batch, and None: nothing has a closed form.
 
         Args:
             x: integers ``(batch, dim)``.
-            context: None.
+            lengths: None.
         """
+        only_given(Context(lengths=lengths))
         return -self.law.log_prob(x.to(next(self.law.parameters()).dtype)).sum(), None
 
 
 @torch.no_grad()
-def initialize_integers(law: Distribution, x: Tensor, context: Context = None) -> None:
+def initialize_integers(law: Distribution, x: Tensor, context: Context | None = None) -> None:
     """Start the laws of an integer flow from data: where they lie, and how wide, entry by entry."""
     if isinstance(law, Split):
         (kept, own), (rest, given) = law.parts(x, context)

@@ -56,7 +56,7 @@ class Conditioner(nn.Module):
             nn.Linear((len(known) + extra) * K, 16), nn.Tanh(), nn.Linear(16, hidden * num_params)
         )
 
-    def forward(self, x: Tensor, context: Context = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         items = context if isinstance(context, tuple) else () if context is None else (context,)
         counts = [item for item in items if item.ndim == 1]
         parts = [self._rows(x, self.known, counts[-1] if counts else None)]

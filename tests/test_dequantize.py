@@ -60,11 +60,11 @@ class Triangle(Bijector):
     def matrix(self) -> Tensor:
         return torch.eye(len(self.lower)).to(self.lower) + self.lower.tril(-1)
 
-    def forward(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         s = self.log_scale + (0 if self.scale is None else self.scale(context))
         return (x * s.exp()) @ self.matrix().T, s.expand(x.shape).sum(1)
 
-    def inverse(self, z: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         s = self.log_scale + (0 if self.scale is None else self.scale(context))
         return (z @ self.matrix().inverse().T) * (-s).exp(), -s.expand(z.shape).sum(1)
 
@@ -92,7 +92,7 @@ class Causal(nn.Module):
         self.given = nn.Linear(features, 2 * dim)
         self.calls = 0
 
-    def forward(self, x: Tensor, context: Context = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         self.calls += 1
         own = torch.einsum("bj,pij->bip", x, self.own.tril(-1))
         return own + self.given(context).unflatten(1, (-1, 2))
@@ -314,10 +314,10 @@ def test_a_diagonal_law_has_its_exact_posterior(partition: str) -> None:
 
 
 class Identity(Bijector):
-    def forward(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         return x, x.new_zeros(len(x))
 
-    def inverse(self, z: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         return z, z.new_zeros(len(z))
 
 
@@ -927,8 +927,8 @@ def truncated() -> Dequantized:
 class Rough(Distribution):
     """A density that no grid resolves."""
 
-    def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
+    def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         return 5 * torch.sin(1e9 * x.double()).sum(1)
 
-    def sample(self, n: int, context: Context = None, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, n: int, context: Context | None = None, generator: torch.Generator | None = None) -> Tensor:
         raise NotImplementedError

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from dflow.bijectors.conditioner import check_params, full_precision
-from dflow.core import Bijector, Context, Elementwise
-from dflow.ops.lengths import keep_absent, lengths, present
+from dflow.core import Bijector, Context, Elementwise, lengths_in, present
+from dflow.ops.lengths import keep_absent
 
 
 class Autoregressive(Bijector):
@@ -61,7 +61,7 @@ class Autoregressive(Bijector):
         self.inversion = inversion
         self.calls = 0
 
-    def params(self, x: Tensor, context: Context = None) -> Tensor:
+    def params(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Parameters of all entries in one parallel call, ``(batch, dim, num_params)``."""
         if x.shape[1] != self.dim:
             raise ValueError(f"expected {self.dim} entries, found x of shape {tuple(x.shape)}")
@@ -69,13 +69,13 @@ class Autoregressive(Bijector):
             params = self.net(x, context)
         return check_params(params, x.shape[0], self.dim, self.elementwise.num_params)
 
-    def forward(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """Data to latent: z like ``x``, log_det ``(batch,)``."""
         with full_precision(x):
             z, log_det = self.elementwise.forward(x, self.params(x, context))
         return self._present(z, x, log_det, context)
 
-    def inverse(self, z: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """Latent to data: x like ``z``, log_det ``(batch,)``.
 
         Raises:
@@ -87,7 +87,7 @@ class Autoregressive(Bijector):
             with torch.no_grad():
                 return self._inverse_symbols(z, context)
 
-    def _inverse_rows(self, z: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    def _inverse_rows(self, z: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
         x, terms = z, []
         for i in range(self.dim):
             params = self.params(x, context)[:, i : i + 1]
@@ -96,7 +96,7 @@ class Autoregressive(Bijector):
             terms.append(term)
         return self._present(x, z, torch.cat(terms, 1), context)
 
-    def _inverse_symbols(self, z: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    def _inverse_symbols(self, z: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
         x = z if self.inversion == "jacobi" else self._by_steps(z, context)
         for _ in range(self.dim + 1):
             new, log_det = self.elementwise.inverse(z, self.params(x, context))
@@ -110,12 +110,12 @@ class Autoregressive(Bijector):
             "(dropout? call eval() on the model first) or looks ahead"
         )
 
-    def _by_steps(self, z: Tensor, context: Context) -> Tensor:
-        found = lengths(context)
+    def _by_steps(self, z: Tensor, context: Context | None) -> Tensor:
+        found = lengths_in(context, len(z))
         # Entries beyond the longest sequence are absent in every row.
         steps = self.dim if found is None else min(self.dim, max(found.tolist(), default=0))
         net: Any = self.net
-        mask = present(context, self.dim)
+        mask = present(context, len(z), self.dim)
         state, previous, x = net.start(z.shape[0], context), None, z.clone()
         for i in range(steps):
             params = check_params(net.step(previous, state), z.shape[0], 1, self.elementwise.num_params)
@@ -126,8 +126,10 @@ class Autoregressive(Bijector):
         self.calls += steps
         return x
 
-    def _present(self, new: Tensor, old: Tensor, log_det: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        mask = present(context, self.dim)
+    def _present(
+        self, new: Tensor, old: Tensor, log_det: Tensor, context: Context | None
+    ) -> tuple[Tensor, Tensor]:
+        mask = present(context, len(new), self.dim)
         if mask is not None:
             log_det = torch.where(mask, log_det, 0)
         return keep_absent(new, old, mask), log_det.sum(1)

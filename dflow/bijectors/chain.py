@@ -20,7 +20,7 @@ class Chain(Bijector):
         super().__init__()
         self.bijectors = nn.ModuleList(bijectors)
 
-    def forward(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """Data to latent, first bijector first: z like ``x``, log_det ``(batch,)``."""
         total = no_log_det(x)
         for bijector in self:
@@ -28,7 +28,7 @@ class Chain(Bijector):
             total = total + log_det
         return x, total
 
-    def inverse(self, z: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """Latent to data, last bijector first: x like ``z``, log_det ``(batch,)``."""
         total = no_log_det(z)
         for bijector in reversed(list(self)):
@@ -63,11 +63,11 @@ class Inverse(Bijector):
         super().__init__()
         self.bijector = bijector
 
-    def forward(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """The other's `inverse`."""
         return self.bijector.inverse(x, context)
 
-    def inverse(self, z: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """The other's `forward`."""
         return self.bijector.forward(z, context)
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from dflow.bijectors.conditioner import check_params, full_precision
-from dflow.core import Bijector, Context, Elementwise
-from dflow.ops.lengths import keep_absent, present
+from dflow.core import Bijector, Context, Elementwise, present
+from dflow.ops.lengths import keep_absent
 
 
 class Coupling(Bijector):
@@ -76,32 +76,32 @@ class Coupling(Bijector):
             return x.index_copy(1, self.hidden_index, hidden)
         return torch.cat([known, hidden] if self._known_first else [hidden, known], 1)
 
-    def params(self, x: Tensor, context: Context = None) -> Tensor:
+    def params(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Parameters of the hidden entries, ``(batch, n_hidden, num_params)``.
 
         They depend only on the known entries of ``x``, which are the same in data and latent.
         """
         return self._params(self._cut(x)[0], context)
 
-    def _params(self, known: Tensor, context: Context) -> Tensor:
+    def _params(self, known: Tensor, context: Context | None) -> Tensor:
         with full_precision(known):
             params = self.net(known, context)
         return check_params(params, known.shape[0], len(self.hidden_index), self.elementwise.num_params)
 
-    def forward(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """Data to latent: z like ``x``, log_det ``(batch,)``."""
         return self._map(x, context, True)
 
-    def inverse(self, z: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """Latent to data: x like ``z``, log_det ``(batch,)``."""
         return self._map(z, context, False)
 
-    def _map(self, x: Tensor, context: Context, to_latent: bool) -> tuple[Tensor, Tensor]:
+    def _map(self, x: Tensor, context: Context | None, to_latent: bool) -> tuple[Tensor, Tensor]:
         known, old = self._cut(x)
         params = self._params(known, context)
         with full_precision(x):
             new, log_det = (self.elementwise.forward if to_latent else self.elementwise.inverse)(old, params)
-        mask = present(context, self.dim)
+        mask = present(context, len(x), self.dim)
         if mask is not None:
             mask = mask.index_select(1, self.hidden_index)
             new = keep_absent(new, old, mask)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dflow.bijectors.conditioner import full_precision
-from dflow.core import Bijector, Context, Distribution
+from dflow.core import Bijector, Context, Distribution, only_given
 
 #: Smallest standard deviation that `fitting` divides by: a constant channel is shifted, not blown up.
 _FLOOR = 1e-2
@@ -60,13 +60,15 @@ class ActNorm(_Channels):
         self.loc = nn.Parameter(torch.zeros(self.channels))
         self.log_scale = nn.Parameter(torch.zeros(self.channels))
 
-    def forward(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """Data to latent: z like ``x``, log_det ``(batch,)``."""
+        only_given(context)
         z = (self._image(x) - self.loc[:, None]) * torch.exp(-self.log_scale)[:, None]
         return z.flatten(1), self._log_det(-1, x)
 
-    def inverse(self, z: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """Latent to data: x like ``z``, log_det ``(batch,)``."""
+        only_given(context)
         x = self._image(z) * torch.exp(self.log_scale)[:, None] + self.loc[:, None]
         return x.flatten(1), self._log_det(1, z)
 
@@ -119,13 +121,15 @@ class Conv1x1(_Channels):
         upper = self.lu.triu(1) + (self.sign * diagonal.exp()).diag()
         return (lower @ upper).index_select(0, self.permutation)
 
-    def forward(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """Data to latent: z like ``x``, log_det ``(batch,)``."""
+        only_given(context)
         with full_precision(x):
             return self._product(self.weight, x), self._log_det(1, x)
 
-    def inverse(self, z: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """Latent to data: x like ``z``, log_det ``(batch,)``."""
+        only_given(context)
         with full_precision(z):
             # Of the very matrix that `forward` multiplies by, roundings and all.
             weight = torch.linalg.inv(self.weight.double())
@@ -155,7 +159,7 @@ def fitting(module: nn.Module) -> Iterator[set[ActNorm]]:
     reached: set[ActNorm] = set()
 
     def fit(layer: ActNorm, to_latent: bool) -> Callable[..., tuple[Tensor, Tensor]]:
-        def move(x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+        def move(x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
             with torch.no_grad():
                 mean, deviation = layer._moments(x)
                 layer.loc.copy_(mean if to_latent else -mean / deviation)
@@ -176,7 +180,7 @@ def fitting(module: nn.Module) -> Iterator[set[ActNorm]]:
 
 
 @torch.no_grad()
-def initialize(module: Bijector | Distribution, x: Tensor, context: Context = None) -> None:
+def initialize(module: Bijector | Distribution, x: Tensor, context: Context | None = None) -> None:
     """Set every `ActNorm` in a bijector or distribution from the data ``x``, in one pass: see `fitting`.
 
     Raises:

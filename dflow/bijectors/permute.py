@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dflow.core import Bijector, Context
-from dflow.ops.lengths import lengths
+from dflow.core import Bijector, Context, lengths_in
 
 
 class Permute(Bijector):
@@ -33,18 +32,18 @@ class Permute(Bijector):
         self.dim = len(line)
         self.register_buffer("permutation", permutation.clone())
 
-    def forward(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """Data to latent: z like ``x``, log_det zeros ``(batch,)``."""
         return self._map(x, context, self.permutation)
 
-    def inverse(self, z: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """Latent to data: x like ``z``, log_det zeros ``(batch,)``."""
         return self._map(z, context, self.permutation.argsort())
 
-    def _map(self, x: Tensor, context: Context, index: Tensor) -> tuple[Tensor, Tensor]:
+    def _map(self, x: Tensor, context: Context | None, index: Tensor) -> tuple[Tensor, Tensor]:
         if x.shape[1] != self.dim:
             raise ValueError(f"expected {self.dim} entries, found x of shape {tuple(x.shape)}")
-        found = lengths(context)
+        found = lengths_in(context, len(x))
         if found is not None:
             # Entry i lands among the first T exactly when it comes from there.
             line = torch.arange(self.dim, device=x.device)
@@ -58,13 +57,13 @@ class Permute(Bijector):
 class Reverse(Bijector):
     """The entries in reverse order; with lengths T as context the first T of each row.
 
-    >>> Reverse().forward(torch.tensor([[5, 6, 7]]), torch.tensor([2]))[0]
+    >>> Reverse().forward(torch.tensor([[5, 6, 7]]), Context(lengths=torch.tensor([2])))[0]
     tensor([[6, 5, 7]])
     """
 
-    def forward(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """Data to latent: z like ``x``, log_det zeros ``(batch,)``."""
-        found = lengths(context)
+        found = lengths_in(context, len(x))
         if found is None:
             return x.flip(1), no_log_det(x)
         line = torch.arange(x.shape[1], device=x.device)
@@ -74,7 +73,7 @@ class Reverse(Bijector):
             index = index[..., None].expand_as(x)
         return x.gather(1, index), no_log_det(x)
 
-    def inverse(self, z: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """Latent to data: the same map."""
         return self.forward(z, context)
 

@@ -33,6 +33,7 @@ from dflow.coding.codes import Bits, Intervals, Stack, join
 from dflow.coding.local import Frame, Independent, Settings, density, layers
 from dflow.coding.normals import Normal, Place, logit_normal, logits
 from dflow.coding.tables import Tables
+from dflow.core import Context
 from dflow.dequantize import Dequantized, Dequantizer, FlowDequantizer, Hypercube, NormalDequantizer, Uniform
 
 # -- dequantizers ------------------------------------------------------------------------------------------
@@ -152,7 +153,7 @@ class _FlowNoise:
         self.layers, self.frame = layers(dequantizer.bijector, start, settings)
 
     def pop(self, x: Tensor, stack: Stack) -> Tensor:
-        context = self.dequantizer.context(x)
+        context = Context(given=(self.dequantizer.context(x),))
         symbols = self.base.pop(len(x), stack, None)
         for layer in self.layers:
             symbols = layer.there(symbols, stack, context)
@@ -161,7 +162,7 @@ class _FlowNoise:
         return place
 
     def push(self, place: Tensor, x: Tensor, stack: Stack) -> None:
-        context = self.dequantizer.context(x)
+        context = Context(given=(self.dequantizer.context(x),))
         symbols = self._latents(place).pop(stack).view(x.shape)
         stack.push(*self._places(symbols).intervals(place.flatten()))
         for layer in reversed(self.layers):

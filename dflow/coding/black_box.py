@@ -33,7 +33,7 @@ class BlackBox:
         self.new, self.sigma = Frame.plain(dim, settings.step), 0.5**settings.sigma
         self.base: Law = density(law.base, self.new, settings)
 
-    def push(self, symbols: Tensor, stack: Stack, context: Context) -> None:
+    def push(self, symbols: Tensor, stack: Stack, context: Context | None) -> None:
         """Push symbols of x ``(n, dim)``."""
         found = torch.zeros_like(symbols)
         mean, factor = self._linear(symbols, context)
@@ -44,7 +44,7 @@ class BlackBox:
         stack.push(*self._inputs(found, context).intervals(symbols.flatten()))
         self.base.push(found, stack, context)
 
-    def pop(self, n: int, stack: Stack, context: Context) -> Tensor:
+    def pop(self, n: int, stack: Stack, context: Context | None) -> Tensor:
         """Pop symbols of x."""
         symbols = self.base.pop(n, stack, context)
         found = self._inputs(symbols, context).pop(stack).view(symbols.shape)
@@ -56,7 +56,7 @@ class BlackBox:
         stack.push(*join(parts))
         return found
 
-    def _linear(self, symbols: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    def _linear(self, symbols: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
         """f(x) ``(n, dim)`` and L ``(n, dim, dim)`` of ``J J^T = L L^T``."""
         x = self.old.values(symbols)
 
@@ -69,7 +69,7 @@ class BlackBox:
         factor = torch.linalg.qr(jacobian.transpose(1, 2), mode="r").R.transpose(1, 2)
         return self.bijector.forward(x, context)[0].detach(), factor
 
-    def _inputs(self, symbols: Tensor, context: Context) -> Normal:
+    def _inputs(self, symbols: Tensor, context: Context | None) -> Normal:
         x = self.bijector.inverse(self.new.values(symbols), context)[0].detach()
         scale = (self.sigma / self.old.step).expand(x.shape)
         return Normal(self.old.units(x).flatten(), scale.flatten())

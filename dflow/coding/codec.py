@@ -20,7 +20,7 @@ from torch import Tensor
 from dflow.coding.codes import Code, Intervals, Logistic, Mixture, Rows, Shared, Stack, Window, join
 from dflow.coding.frozen import Cells, FrozenMixture
 from dflow.coding.tables import Tables, logistic_tables, logit_counts
-from dflow.core import Context, Distribution
+from dflow.core import Context, Distribution, present
 from dflow.distributions import categorical
 from dflow.distributions.any_order import Walk
 from dflow.distributions.logistic import Logistics
@@ -28,7 +28,6 @@ from dflow.distributions.sequence import SequenceCategorical
 from dflow.distributions.spectra import Spectra
 from dflow.distributions.window import ConditionalWindow
 from dflow.flows import Flow, Split
-from dflow.ops.lengths import present
 
 #: Places in the flat ``(n, dim)`` and the code of what stands there; the numbers are sent back.
 Steps = Generator[tuple[Tensor, Code], Tensor, None]
@@ -41,7 +40,7 @@ _LOGITS = 1 << 20
 
 
 @singledispatch
-def push(distribution: Distribution, x: Tensor, stack: Stack, context: Context = None) -> None:
+def push(distribution: Distribution, x: Tensor, stack: Stack, context: Context | None = None) -> None:
     """Push ``x``, int64 ``(n, dim)``, so that `pop` gives it back.
 
     It costs ``-log2 p`` bits and next to nothing more: the rounding of probabilities to 24 bits. Absent
@@ -66,7 +65,7 @@ def push(distribution: Distribution, x: Tensor, stack: Stack, context: Context =
 
 
 @singledispatch
-def pop(distribution: Distribution, n: int, stack: Stack, context: Context = None) -> Tensor:
+def pop(distribution: Distribution, n: int, stack: Stack, context: Context | None = None) -> Tensor:
     """Pop the ``x`` pushed last, int64 ``(n, dim)``; absent entries are 0.
 
     Raises:
@@ -86,7 +85,7 @@ def pop(distribution: Distribution, n: int, stack: Stack, context: Context = Non
 
 
 @push.register
-def _(distribution: Flow, x: Tensor, stack: Stack, context: Context = None) -> None:
+def _(distribution: Flow, x: Tensor, stack: Stack, context: Context | None = None) -> None:
     _check(distribution)
     _check_data(x, None)
     with torch.no_grad():
@@ -95,7 +94,7 @@ def _(distribution: Flow, x: Tensor, stack: Stack, context: Context = None) -> N
 
 
 @pop.register
-def _(distribution: Flow, n: int, stack: Stack, context: Context = None) -> Tensor:
+def _(distribution: Flow, n: int, stack: Stack, context: Context | None = None) -> Tensor:
     _check(distribution)
     z = pop(distribution.base, n, stack, context)
     with torch.no_grad():
@@ -103,7 +102,7 @@ def _(distribution: Flow, n: int, stack: Stack, context: Context = None) -> Tens
 
 
 @push.register
-def _(distribution: Split, x: Tensor, stack: Stack, context: Context = None) -> None:
+def _(distribution: Split, x: Tensor, stack: Stack, context: Context | None = None) -> None:
     _check(distribution)
     (x_a, own), (x_b, given) = distribution.parts(x, context)
     push(distribution.conditional, x_b, stack, given)
@@ -111,7 +110,7 @@ def _(distribution: Split, x: Tensor, stack: Stack, context: Context = None) -> 
 
 
 @pop.register
-def _(distribution: Split, n: int, stack: Stack, context: Context = None) -> Tensor:
+def _(distribution: Split, n: int, stack: Stack, context: Context | None = None) -> Tensor:
     _check(distribution)
     x_a = pop(distribution.base, n, stack, distribution.contexts(None, context)[0])
     x_b = pop(distribution.conditional, n, stack, distribution.contexts(x_a, context)[1])
@@ -119,7 +118,7 @@ def _(distribution: Split, n: int, stack: Stack, context: Context = None) -> Ten
 
 
 @push.register
-def _(distribution: Spectra, x: Tensor, stack: Stack, context: Context = None) -> None:
+def _(distribution: Spectra, x: Tensor, stack: Stack, context: Context | None = None) -> None:
     _check(distribution)
     with torch.no_grad():
         params, log_weights = distribution.params(context)
@@ -130,7 +129,7 @@ def _(distribution: Spectra, x: Tensor, stack: Stack, context: Context = None) -
 
 
 @pop.register
-def _(distribution: Spectra, n: int, stack: Stack, context: Context = None) -> Tensor:
+def _(distribution: Spectra, n: int, stack: Stack, context: Context | None = None) -> Tensor:
     _check(distribution)
     with torch.no_grad():
         params, log_weights = distribution.params(context)
@@ -138,18 +137,20 @@ def _(distribution: Spectra, n: int, stack: Stack, context: Context = None) -> T
         z = torch.zeros(n, params.shape[1], dtype=torch.int64, device=params.device)
         z.view(-1)[places] = code.pop(stack).to(z.device)
         return categorical.clear_absent(
-            distribution.elementwise.inverse(z, params)[0], present(context, z.shape[1])
+            distribution.elementwise.inverse(z, params)[0], present(context, *z.shape)
         )
 
 
-def _spectra(distribution: Spectra, n: int, log_weights: Tensor, context: Context) -> tuple[Code, Tensor]:
+def _spectra(
+    distribution: Spectra, n: int, log_weights: Tensor, context: Context | None
+) -> tuple[Code, Tensor]:
     _check_rows(n, len(log_weights))
     places = _places(n, log_weights.shape[1], context, log_weights.device)
     return _rows(distribution.log_law(log_weights).flatten(0, 1)[places]), places
 
 
 @singledispatch
-def steps(distribution: Distribution, n: int, context: Context) -> tuple[int, Steps]:
+def steps(distribution: Distribution, n: int, context: Context | None) -> tuple[int, Steps]:
     """Entries of a draw, and the chain that codes n of them. Register a law of numbers here."""
     raise ValueError(
         f"no exact code for {type(distribution).__name__}: only laws on Z/K and on the integers can be coded"
@@ -157,7 +158,7 @@ def steps(distribution: Distribution, n: int, context: Context) -> tuple[int, St
 
 
 @steps.register
-def _(distribution: categorical.Categorical, n: int, context: Context) -> tuple[int, Steps]:
+def _(distribution: categorical.Categorical, n: int, context: Context | None) -> tuple[int, Steps]:
     tables = Tables(logit_counts(distribution.log_law().detach().cpu()))
     places = _places(n, distribution.dim, context, distribution.classes.device)
     index = distribution.classes[places % distribution.dim]
@@ -165,7 +166,7 @@ def _(distribution: categorical.Categorical, n: int, context: Context) -> tuple[
 
 
 @steps.register
-def _(distribution: categorical.ConditionalCategorical, n: int, context: Context) -> tuple[int, Steps]:
+def _(distribution: categorical.ConditionalCategorical, n: int, context: Context | None) -> tuple[int, Steps]:
     logits = distribution.logits(context)
     _check_rows(n, len(logits))
     places = _places(n, logits.shape[1], context, logits.device)
@@ -173,13 +174,13 @@ def _(distribution: categorical.ConditionalCategorical, n: int, context: Context
 
 
 @steps.register
-def _(distribution: categorical.Mixture, n: int, context: Context) -> tuple[int, Steps]:
+def _(distribution: categorical.Mixture, n: int, context: Context | None) -> tuple[int, Steps]:
     """Entry by entry: the components are weighed by how well they told the entries before."""
 
     def chain() -> Steps:
         law = distribution.logits.double().log_softmax(-1)
         weights = distribution.weight_logits.double().log_softmax(-1).expand(n, -1)
-        mask = _mask(n, distribution.dim, context)
+        mask = present(context, n, distribution.dim)
         for i in range(distribution.dim):
             rows = torch.arange(n, device=law.device) if mask is None else mask[:, i].nonzero().flatten()
             joint = torch.logsumexp(weights[rows, :, None] + law[:, i], 1)
@@ -190,12 +191,12 @@ def _(distribution: categorical.Mixture, n: int, context: Context) -> tuple[int,
 
 
 @steps.register
-def _(distribution: SequenceCategorical, n: int, context: Context) -> tuple[int, Steps]:
+def _(distribution: SequenceCategorical, n: int, context: Context | None) -> tuple[int, Steps]:
     """Call by call, as `sample` draws; absent entries are shown to the net as 0."""
 
     def chain() -> Steps:
         rows, state = distribution.start(n, context)
-        mask, previous = _mask(n, distribution.dim, context), None
+        mask, previous = present(context, n, distribution.dim), None
         first = torch.arange(n, device=distribution.order.device)[:, None] * distribution.dim
         for row in rows:
             logits = distribution.net.step(previous, state)
@@ -209,27 +210,22 @@ def _(distribution: SequenceCategorical, n: int, context: Context) -> tuple[int,
 
 
 @steps.register
-def _(distribution: Logistics, n: int, context: Context) -> tuple[int, Steps]:
+def _(distribution: Logistics, n: int, context: Context | None) -> tuple[int, Steps]:
     """All at once: entries are independent."""
     return logistic_steps(n, *distribution.unnormalised(context))
 
 
 @steps.register
-def _(distribution: ConditionalWindow, n: int, context: Context) -> tuple[int, Steps]:
+def _(distribution: ConditionalWindow, n: int, context: Context | None) -> tuple[int, Steps]:
     """Some rows at a time: entries are independent, and have many logits each."""
 
     def chain() -> Steps:
         dim, low = distribution.dim, distribution.low
         size = max(1, _LOGITS // (dim * (distribution.K + 2)))
         for start in range(0, n, size):
-            given = context
-            if context is not None:
-                items = context if isinstance(context, tuple) else (context,)
-                for item in items:
-                    _check_rows(n, len(item))
-                some = tuple(item[start : start + size] for item in items)
-                given = some if isinstance(context, tuple) else some[0]
-            logits = distribution.raw(given)
+            part = context and context.rows(start, min(start + size, n))
+            logits = distribution.raw(part)
+            _check_rows(min(size, n - start), len(logits))
             places = start * dim + torch.arange(len(logits) * dim, device=low.device)
             yield places, Window(logits, distribution.start, low)
 
@@ -237,7 +233,7 @@ def _(distribution: ConditionalWindow, n: int, context: Context) -> tuple[int, S
 
 
 @steps.register
-def _(distribution: FrozenMixture, n: int, context: Context) -> tuple[int, Steps]:
+def _(distribution: FrozenMixture, n: int, context: Context | None) -> tuple[int, Steps]:
     """Under the tables that are kept with it."""
     dim = distribution.law.dim
     places = torch.arange(n * dim)
@@ -245,14 +241,14 @@ def _(distribution: FrozenMixture, n: int, context: Context) -> tuple[int, Steps
 
 
 @steps.register
-def _(distribution: Walk, n: int, context: Context) -> tuple[int, Steps]:
+def _(distribution: Walk, n: int, context: Context | None) -> tuple[int, Steps]:
     """Call by call, as `sample` draws."""
 
     def chain() -> Steps:
         dim, device = distribution.model.dim, distribution.model.costs.device
         x = torch.zeros(n, dim, dtype=torch.int64, device=device)
         known = torch.zeros(n, dim, dtype=torch.bool, device=device)
-        mask = _mask(n, dim, context)
+        mask = present(context, n, dim)
         longest = dim if mask is None else int(mask.sum(1).max())
         for call in range(distribution.needed(longest) if longest else 0):
             drawn, logits = distribution.step(call, x, known, context)
@@ -318,16 +314,9 @@ def _rows(logits: Tensor) -> Code:
     return Rows(logit_counts(logits.detach().cpu()))
 
 
-def _mask(n: int, dim: int, context: Context) -> Tensor | None:
-    mask = present(context, dim)
-    if mask is not None:
-        _check_rows(n, len(mask))
-    return mask
-
-
-def _places(n: int, dim: int, context: Context, device: torch.device) -> Tensor:
+def _places(n: int, dim: int, context: Context | None, device: torch.device) -> Tensor:
     """Places of the entries that are present in the flat ``(n, dim)``."""
-    mask = _mask(n, dim, context)
+    mask = present(context, n, dim)
     if mask is None:
         return torch.arange(n * dim, device=device)
     return mask.flatten().nonzero().flatten()

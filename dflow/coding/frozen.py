@@ -242,11 +242,13 @@ class FrozenMixture(Distribution):
         counts = found.cumulative.diff(dim=1)
         return {"counts": counts, "base": found.base, "widths": found.widths, "orders": found.orders}
 
-    def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
+    def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """That of the mixture."""
         return self.law.log_prob(x, context)
 
-    def sample(self, n: int, context: Context = None, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, n: int, context: Context | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
         """Draws of the mixture."""
         return self.law.sample(n, context, generator)
 

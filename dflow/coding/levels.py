@@ -113,7 +113,7 @@ def pop(
 
 
 @torch.no_grad()
-def _mean(law: Distribution, context: Context) -> Tensor:
+def _mean(law: Distribution, context: Context | None) -> Tensor:
     if isinstance(law, Split):
         x_a = _mean(law.base, law.contexts(None, context)[0])
         return law.join(x_a, _mean(law.conditional, law.contexts(x_a, context)[1]))

@@ -104,11 +104,11 @@ class Frame(NamedTuple):
 class Layer(Protocol):
     """A map on symbols."""
 
-    def there(self, symbols: Tensor, stack: Stack, context: Context) -> Tensor:
+    def there(self, symbols: Tensor, stack: Stack, context: Context | None) -> Tensor:
         """Data to latent, as the encoder does."""
         ...
 
-    def back(self, symbols: Tensor, stack: Stack, context: Context) -> Tensor:
+    def back(self, symbols: Tensor, stack: Stack, context: Context | None) -> Tensor:
         """Latent to data: takes back what `there` did, and what it did to the stack."""
         ...
 
@@ -116,11 +116,11 @@ class Layer(Protocol):
 class Law(Protocol):
     """A density on symbols."""
 
-    def push(self, symbols: Tensor, stack: Stack, context: Context) -> None:
+    def push(self, symbols: Tensor, stack: Stack, context: Context | None) -> None:
         """Push symbols ``(n, dim)``."""
         ...
 
-    def pop(self, n: int, stack: Stack, context: Context) -> Tensor:
+    def pop(self, n: int, stack: Stack, context: Context | None) -> Tensor:
         """Pop as many rows."""
         ...
 
@@ -221,10 +221,10 @@ class _Order:
     def __init__(self, index: Tensor) -> None:
         self.index, self.inverse = index, index.argsort()
 
-    def there(self, symbols: Tensor, stack: Stack, context: Context) -> Tensor:
+    def there(self, symbols: Tensor, stack: Stack, context: Context | None) -> Tensor:
         return symbols[:, self.index]
 
-    def back(self, symbols: Tensor, stack: Stack, context: Context) -> Tensor:
+    def back(self, symbols: Tensor, stack: Stack, context: Context | None) -> Tensor:
         return symbols[:, self.inverse]
 
 
@@ -284,10 +284,10 @@ class _Lift:
         self.frame = Frame(*(v.view(size, -1) for v in frame))
         self.upper, self.inverted = upper, inverted
 
-    def there(self, symbols: Tensor, stack: Stack, context: Context) -> Tensor:
+    def there(self, symbols: Tensor, stack: Stack, context: Context | None) -> Tensor:
         return self._lift(symbols, self.inverted)
 
-    def back(self, symbols: Tensor, stack: Stack, context: Context) -> Tensor:
+    def back(self, symbols: Tensor, stack: Stack, context: Context | None) -> Tensor:
         return self._lift(symbols, not self.inverted)
 
     def _lift(self, symbols: Tensor, solve: bool) -> Tensor:
@@ -310,7 +310,7 @@ class _Flip:
     def __init__(self, factor: Tensor) -> None:
         self.sign = factor.sign().long()
 
-    def there(self, symbols: Tensor, stack: Stack, context: Context) -> Tensor:
+    def there(self, symbols: Tensor, stack: Stack, context: Context | None) -> Tensor:
         return symbols * self.sign
 
     back = there
@@ -341,10 +341,10 @@ class _Settle:
     def __init__(self, bits: Tensor) -> None:
         self.more, self.less = bits.clamp(min=0), (-bits).clamp(min=0)
 
-    def there(self, symbols: Tensor, stack: Stack, context: Context) -> Tensor:
+    def there(self, symbols: Tensor, stack: Stack, context: Context | None) -> Tensor:
         return self._shift(symbols, stack, self.more, self.less)
 
-    def back(self, symbols: Tensor, stack: Stack, context: Context) -> Tensor:
+    def back(self, symbols: Tensor, stack: Stack, context: Context | None) -> Tensor:
         return self._shift(symbols, stack, self.less, self.more)
 
     def _shift(self, symbols: Tensor, stack: Stack, more: Tensor, less: Tensor) -> Tensor:
@@ -371,13 +371,13 @@ class _Coupled:
         self.bijector, self.width, self.inverted = bijector, width, inverted
         self.old, self.new, self.index = old, new, bijector.hidden_index.cpu()
 
-    def there(self, symbols: Tensor, stack: Stack, context: Context) -> Tensor:
+    def there(self, symbols: Tensor, stack: Stack, context: Context | None) -> Tensor:
         return self._to(symbols, stack, context, True)
 
-    def back(self, symbols: Tensor, stack: Stack, context: Context) -> Tensor:
+    def back(self, symbols: Tensor, stack: Stack, context: Context | None) -> Tensor:
         return self._to(symbols, stack, context, False)
 
-    def _to(self, symbols: Tensor, stack: Stack, context: Context, encode: bool) -> Tensor:
+    def _to(self, symbols: Tensor, stack: Stack, context: Context | None, encode: bool) -> Tensor:
         old, new = (self.old, self.new) if encode else (self.new, self.old)
         # What is known has the same frame before and after, so that the net sees the same bits.
         forward, inverse = _maps(self.bijector, self.bijector.params(old.values(symbols), context))
@@ -412,14 +412,14 @@ class _Sequential:
     def __init__(self, bijector: Autoregressive, old: Frame, new: Frame, width: float, encode: bool) -> None:
         self.bijector, self.old, self.new, self.width, self.encode = bijector, old, new, width, encode
 
-    def there(self, symbols: Tensor, stack: Stack, context: Context) -> Tensor:
+    def there(self, symbols: Tensor, stack: Stack, context: Context | None) -> Tensor:
         params = self.bijector.params(self.old.values(symbols), context)
         found = self._latents(symbols, params).pop(stack).view(symbols.shape)
         codes = (self._entry(found, params, i) for i in range(self.bijector.dim))
         stack.push(*join([code.intervals(symbols[:, i]) for i, code in enumerate(codes)]))
         return found
 
-    def back(self, symbols: Tensor, stack: Stack, context: Context) -> Tensor:
+    def back(self, symbols: Tensor, stack: Stack, context: Context | None) -> Tensor:
         found = torch.zeros_like(symbols)
         for i in range(self.bijector.dim):
             # What comes later has no weight in the net's answer here, not even in its last bits.
@@ -471,12 +471,12 @@ class _Flowing:
     def __init__(self, layers: Sequence[Layer], base: Law) -> None:
         self.layers, self.base = layers, base
 
-    def push(self, symbols: Tensor, stack: Stack, context: Context) -> None:
+    def push(self, symbols: Tensor, stack: Stack, context: Context | None) -> None:
         for layer in self.layers:
             symbols = layer.there(symbols, stack, context)
         self.base.push(symbols, stack, context)
 
-    def pop(self, n: int, stack: Stack, context: Context) -> Tensor:
+    def pop(self, n: int, stack: Stack, context: Context | None) -> Tensor:
         symbols = self.base.pop(n, stack, context)
         for layer in reversed(self.layers):
             symbols = layer.back(symbols, stack, context)
@@ -495,13 +495,13 @@ class _Parts:
         self.base = density(law.base, self.frame, settings)
         self.conditional = density(law.conditional, frame.at(self.rest), settings)
 
-    def push(self, symbols: Tensor, stack: Stack, context: Context) -> None:
+    def push(self, symbols: Tensor, stack: Stack, context: Context | None) -> None:
         kept = symbols[:, self.kept]
         own, given = self.law.contexts(self.frame.values(kept), context)
         self.conditional.push(symbols[:, self.rest], stack, given)
         self.base.push(kept, stack, own)
 
-    def pop(self, n: int, stack: Stack, context: Context) -> Tensor:
+    def pop(self, n: int, stack: Stack, context: Context | None) -> Tensor:
         kept = self.base.pop(n, stack, self.law.contexts(None, context)[0])
         given = self.law.contexts(self.frame.values(kept), context)[1]
         return self.law.join(kept, self.conditional.pop(n, stack, given))
@@ -511,19 +511,19 @@ class Independent:
     """Entries that are independent, by means and standard deviations ``(n or 1, dim)`` given the context."""
 
     def __init__(
-        self, params: Callable[[Context], tuple[Tensor, Tensor]], frame: Frame, narrow: bool = False
+        self, params: Callable[[Context | None], tuple[Tensor, Tensor]], frame: Frame, narrow: bool = False
     ) -> None:
         self.params, self.frame, self.narrow = params, frame, narrow
 
-    def push(self, symbols: Tensor, stack: Stack, context: Context) -> None:
+    def push(self, symbols: Tensor, stack: Stack, context: Context | None) -> None:
         """See `Law`."""
         stack.push(*self._code(len(symbols), context).intervals(symbols.flatten()))
 
-    def pop(self, n: int, stack: Stack, context: Context) -> Tensor:
+    def pop(self, n: int, stack: Stack, context: Context | None) -> Tensor:
         """See `Law`."""
         return self._code(n, context).pop(stack).view(n, -1)
 
-    def _code(self, n: int, context: Context) -> Normal:
+    def _code(self, n: int, context: Context | None) -> Normal:
         loc, scale = self.params(context)
         place = self.frame.units(loc), scale / self.frame.step
         loc, scale = (v.expand(n, -1).flatten() for v in place)
@@ -544,7 +544,7 @@ def _(law: NormalLaw, frame: Frame, settings: Settings) -> Law:
 
 @density.register
 def _(law: ConditionalNormal, frame: Frame, settings: Settings) -> Law:
-    def params(context: Context) -> tuple[Tensor, Tensor]:
+    def params(context: Context | None) -> tuple[Tensor, Tensor]:
         loc, log_scale = law.params(context)
         # Beyond any grid all the same.
         return loc.double(), log_scale.double().clamp(max=100).exp()
@@ -565,13 +565,13 @@ class _Covaried:
         self.scale = 1 / L.diagonal()
         self.weight, self.loc, self.frame = (L * self.scale).T.contiguous(), loc, frame
 
-    def push(self, symbols: Tensor, stack: Stack, context: Context) -> None:
+    def push(self, symbols: Tensor, stack: Stack, context: Context | None) -> None:
         centred, parts = self.frame.values(symbols) - self.loc, []
         for i in reversed(range(len(self.loc))):
             parts.append(self._code(centred, i).intervals(symbols[:, i]))
         stack.push(*join(parts))
 
-    def pop(self, n: int, stack: Stack, context: Context) -> Tensor:
+    def pop(self, n: int, stack: Stack, context: Context | None) -> Tensor:
         found = torch.zeros(n, len(self.loc), dtype=torch.int64)
         centred = torch.zeros(found.shape, dtype=torch.float64)
         for i in reversed(range(len(self.loc))):

@@ -187,15 +187,13 @@ class _Pieces(nn.Module):
         super().__init__()
         self.net, self.rows = net, rows
 
-    def forward(self, *given: Context) -> Tensor:
-        """The answer to all rows of all arguments."""
-        n = next(len(tensor) for tensor in _tensors(given))
-        if n <= self.rows:
-            found: Tensor = self.net(*given)
+    def forward(self, x: Tensor, *context: Context | None) -> Tensor:
+        """The answer to all rows."""
+        if len(x) <= self.rows:
+            found: Tensor = self.net(x, *context)
             return found
-        return torch.cat(
-            [self.net(*_rows(given, start, start + self.rows)) for start in range(0, n, self.rows)]
-        )
+        ends = ((start, start + self.rows) for start in range(0, len(x), self.rows))
+        return torch.cat([self.net(x[i:j], *(c and c.rows(i, j) for c in context)) for i, j in ends])
 
 
 class _Row(_Pieces):
@@ -203,21 +201,6 @@ class _Row(_Pieces):
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__(net, 1)
-
-
-def _tensors(given: Any) -> Iterator[Tensor]:
-    for item in given:
-        if isinstance(item, tuple):
-            yield from _tensors(item)
-        elif item is not None:
-            yield item
-
-
-def _rows(given: Any, start: int, end: int) -> Any:
-    """Rows of a tensor, or of all in a tuple."""
-    if isinstance(given, tuple):
-        return tuple(_rows(item, start, end) for item in given)
-    return None if given is None else given[start:end]
 
 
 @dataclass

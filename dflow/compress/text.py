@@ -39,7 +39,7 @@ from dflow.compress.clock import Clock, clock
 from dflow.compress.pixels import check_name
 from dflow.compress.planes import Alphabet, Counts
 from dflow.config import InputError
-from dflow.core import Distribution
+from dflow.core import Context, Distribution
 from dflow.data import Bytes, Characters, Tokenizer
 
 Array = NDArray[Any]
@@ -489,9 +489,10 @@ def _block(x: Tensor, start: int, stop: int, batch: int) -> Tensor:
     return torch.cat([x[start:stop], x.new_zeros(missing, *x.shape[1:])]) if missing else x[start:stop]
 
 
-def _context(lengths: Tensor, coder: TextCoder) -> Tensor | None:
+def _context(lengths: Tensor, coder: TextCoder) -> Context | None:
     """Lengths where some entry is absent, or where the model knows of them."""
-    return lengths if coder.lengths is not None or bool((lengths < coder.length).any()) else None
+    short = coder.lengths is not None or bool((lengths < coder.length).any())
+    return Context(lengths=lengths) if short else None
 
 
 def _length_code(law: Tensor, n: int) -> Code:

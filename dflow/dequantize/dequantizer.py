@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dflow.bijectors.conditioner import check_params, full_precision
-from dflow.core import Bijector
+from dflow.core import Bijector, Context
 from dflow.dequantize.partition import Partition, inside
 from dflow.distributions.normal import standard_energy
 
@@ -149,7 +149,7 @@ class FlowDequantizer(Dequantizer):
 
     Args:
         partition: the cells.
-        bijector: on floats ``(batch, d)``, called with the features of x as context.
+        bijector: on floats ``(batch, d)``, called with a context that gives the features of x.
         net: from x, floating ``(batch, dim)``, to these features, a floating tensor with a row for each x.
     """
 
@@ -166,7 +166,7 @@ class FlowDequantizer(Dequantizer):
     def forward(self, x: Tensor, noise: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``v`` and log q."""
         features = (self.context(x) if context is None else context).to(noise.dtype)
-        z, log_det = self.bijector.forward(noise, features)
+        z, log_det = self.bijector.forward(noise, Context(given=(features,)))
         return self._placed(x, z, noise, log_det.double())
 
 

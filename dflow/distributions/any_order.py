@@ -16,9 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflow.core import Context, Distribution
-from dflow.ops.lengths import lengths as lengths_in
-from dflow.ops.lengths import present
+from dflow.core import Context, Distribution, lengths_in, present
 from dflow.ops.modular import check_alphabet
 from dflow.ops.orders import check_order
 
@@ -59,7 +57,7 @@ class AnyOrder(nn.Module):
         self.register_buffer("costs", math.log(K) * torch.arange(dim, 0, -1) / dim)
         self._sizes: tuple[Tensor, Tensor] | None = None
 
-    def logits(self, x: Tensor, known: Tensor, context: Context = None) -> Tensor:
+    def logits(self, x: Tensor, known: Tensor, context: Context | None = None) -> Tensor:
         """Logits (batch, n, K) of every entry given the known ones, at least float32."""
         found: Tensor = self.net(x, known, context)
         return found.to(torch.promote_types(found.dtype, torch.float32))
@@ -67,7 +65,7 @@ class AnyOrder(nn.Module):
     def elbo(
         self,
         x: Tensor,
-        context: Context = None,
+        context: Context | None = None,
         generator: torch.Generator | None = None,
         sizes: Tensor | None = None,
     ) -> Tensor:
@@ -85,7 +83,7 @@ class AnyOrder(nn.Module):
         batch, n = x.shape[:2]
         if sizes is not None and int(sizes.sum()) < n:
             raise ValueError(f"calls of sizes {sizes.tolist()} do not draw all of {n} entries")
-        mask = present(context, n)
+        mask = present(context, batch, n)
         noise = torch.rand(batch, n, device=x.device, generator=generator)
         # Absent entries come last.
         rank = (noise if mask is None else noise.masked_fill(~mask, 2.0)).argsort(1).argsort(1)
@@ -98,7 +96,7 @@ class AnyOrder(nn.Module):
         t = torch.minimum((place * count).long(), count - 1)
         return self.elbo_given(x, rank < t[:, None], context)
 
-    def elbo_given(self, x: Tensor, known: Tensor, context: Context = None) -> Tensor:
+    def elbo_given(self, x: Tensor, known: Tensor, context: Context | None = None) -> Tensor:
         """The term of `elbo` for the known entries ``known``, bool (batch, n); not all may be known.
 
         In training mode it moves `costs`.
@@ -122,17 +120,20 @@ class AnyOrder(nn.Module):
         total, visits = (F.pad(v, (reach, reach)).unfold(0, 2 * reach + 1, 1).sum(1) for v in (total, visits))
         self.costs.lerp_(total / visits.clamp(min=1), 1 - _MOMENTUM**visits)
 
-    def log_prob_along(self, x: Tensor, calls: Tensor, num_calls: int, context: Context = None) -> Tensor:
+    def log_prob_along(
+        self, x: Tensor, calls: Tensor, num_calls: int, context: Context | None = None
+    ) -> Tensor:
         """Exact nats (batch,) if call ``calls[b, i]`` draws entry i of sequence b.
 
         Args:
             x: symbols ``(batch, n)`` or one-hot rows ``(batch, n, K)``.
             calls: int64 (batch, n) or (n,), in 0..num_calls-1.
             num_calls: network passes that it takes; several sequences' are joined up to a bounded memory.
-            context: lengths or None.
+            context: of lengths, or None.
         """
         batch, n = x.shape[:2]
-        calls, mask, lengths = calls.expand(batch, n), present(context, n), lengths_in(context)
+        calls, mask = calls.expand(batch, n), present(context, batch, n)
+        lengths = lengths_in(context)
         together = max(1, _ENTRIES // max(1, batch * n))
         total = torch.zeros(batch, dtype=torch.float64, device=x.device)
         dtype = torch.float32
@@ -141,7 +142,7 @@ class AnyOrder(nn.Module):
             terms = self._terms(
                 x.expand(times, *x.shape).flatten(0, 1),
                 (calls < call).flatten(0, 1),
-                None if lengths is None else lengths.repeat(times),
+                None if lengths is None else Context(lengths=lengths.repeat(times)),
             ).view(times, batch, n)
             drawn = calls == call if mask is None else (calls == call) & mask
             total = total + torch.where(drawn, terms, 0.0).sum((0, 2), dtype=torch.float64)
@@ -182,16 +183,16 @@ class AnyOrder(nn.Module):
             made = self._sizes = self.costs.clone(), schedule(self.costs, num_calls)
         return made[1]
 
-    def _terms(self, x: Tensor, known: Tensor, context: Context) -> Tensor:
+    def _terms(self, x: Tensor, known: Tensor, context: Context | None) -> Tensor:
         """Log-probability (batch, n) of each entry of ``x`` given the known ones."""
         logits = self.logits(x, known, context)
         if x.is_floating_point():
             return (x * logits.log_softmax(-1)).sum(-1)
         return -F.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="none").view(x.shape)
 
-    def _count(self, x: Tensor, context: Context) -> Tensor:
+    def _count(self, x: Tensor, context: Context | None) -> Tensor:
         """Entries present, (batch,)."""
-        found = lengths_in(context)
+        found = lengths_in(context, len(x))
         return torch.full((len(x),), x.shape[1], device=x.device) if found is None else found
 
 
@@ -215,7 +216,7 @@ class Walk(Distribution):
         return self._num_calls
 
     @abstractmethod
-    def step(self, call: int, x: Tensor, known: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    def step(self, call: int, x: Tensor, known: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
         """Entries that a call draws, bool (batch, n), given the known ones; and their logits (entries, K)."""
 
     def needed(self, length: int) -> int:
@@ -226,7 +227,7 @@ class Walk(Distribution):
     def sample(
         self,
         n: int,
-        context: Context = None,
+        context: Context | None = None,
         generator: torch.Generator | None = None,
         prompt: Tensor | None = None,
         length: int | None = None,
@@ -241,24 +242,23 @@ class Walk(Distribution):
         known = torch.zeros(n, dim, dtype=torch.bool, device=device)
         if prompt is not None:
             x[:, : len(prompt)], known[:, : len(prompt)] = prompt, True
-        lengths = lengths_in(context)
+        lengths, mask = lengths_in(context), present(context, n, dim)
         longest = dim if length is None else length
         if lengths is not None:
-            longest = min(longest, int(lengths.max()))
+            longest = min(longest, max(1, *lengths.tolist()))
         for call in range(self.needed(longest)):
             drawn, logits = self.step(call, x, known, context)
             noise = torch.rand(logits.shape, dtype=logits.dtype, device=device, generator=generator)
             # The arg-max of logits plus Gumbel noise is an exact draw (Gumbel 1954; Maddison et al. 2014).
             x[drawn] = (logits - noise.log_().neg_().log_()).argmax(-1)
             known = known | drawn
-        mask = present(context, dim)
         return x if mask is None else torch.where(mask, x, 0)
 
-    def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
+    def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact nats (batch,) of symbols ``(batch, n)`` or one-hot rows ``(batch, n, K)``."""
         return self.log_prob_by_steps(x, context)
 
-    def log_prob_by_steps(self, x: Tensor, context: Context = None) -> Tensor:
+    def log_prob_by_steps(self, x: Tensor, context: Context | None = None) -> Tensor:
         """`log_prob` computed as `sample` draws."""
         known = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
@@ -311,14 +311,14 @@ class Ordered(Walk):
         """Calls after which the first ``length`` entries are drawn."""
         return int(self.calls()[:length].max()) + 1
 
-    def step(self, call: int, x: Tensor, known: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    def step(self, call: int, x: Tensor, known: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
         """See `Walk.step`."""
         drawn = (self.calls()[: x.shape[1]] == call) & ~known
-        mask = present(context, x.shape[1])
+        mask = present(context, *x.shape[:2])
         drawn = drawn if mask is None else drawn & mask
         return drawn, self.model.logits(x, known, context)[drawn]
 
-    def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
+    def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact nats (batch,) of symbols ``(batch, n)`` or rows ``(batch, n, K)``, calls side by side."""
         calls = self.calls()[: x.shape[1]]
         return self.model.log_prob_along(x, calls, self.needed(x.shape[1]), context)
@@ -346,14 +346,14 @@ class Confident(Walk):
         super().__init__(model, num_calls)
         self.measured = measured
 
-    def step(self, call: int, x: Tensor, known: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    def step(self, call: int, x: Tensor, known: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
         """See `Walk.step`."""
         n, dim = x.shape[1], self.model.dim
         if self.measured:
             done = int(self.model.sizes(self.num_calls)[: call + 1].sum())
         else:
             done = -(-dim * (call + 1) // self.num_calls)
-        mask, lengths = present(context, n), lengths_in(context)
+        mask, lengths = present(context, len(x), n), lengths_in(context)
         count = torch.full((len(x),), n, device=x.device) if lengths is None else lengths
         hidden = ~known if mask is None else ~known & mask
         logits = self.model.logits(x, known, context)

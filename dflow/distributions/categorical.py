@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dflow.core import Context, Distribution
-from dflow.ops.lengths import present
+from dflow.core import Context, Distribution, conditioned, present
 from dflow.ops.modular import check_alphabet, symbols
 
 
@@ -83,7 +82,7 @@ class Categorical(Distribution):
         q[:, 0] = 0.5
         return torch.log_softmax((1 - self.peak) * law + self.peak * q.log(), -1)
 
-    def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
+    def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact log-likelihood in nats, ``(batch,)``.
 
         Summed in float64. On symbols the result has the dtype of the counts or logits, but at least
@@ -97,33 +96,36 @@ class Categorical(Distribution):
         else:
             terms = law[self.classes, x]
             dtype = self._dtype()
-        return total(terms, present(context, self.dim)).to(dtype)
+        return total(terms, present(context, len(x), self.dim)).to(dtype)
 
     def _dtype(self) -> torch.dtype:
         own = self.logits if self.learned else self.counts
         return torch.promote_types(own.dtype, torch.float32)
 
-    def sample(self, n: int, context: Context = None, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, n: int, context: Context | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
         """``n`` exact draws, int64 ``(n, dim)``; absent entries are 0.
 
         Args:
             n: number of draws.
-            context: lengths ``(n,)`` or None.
+            context: of lengths, or None.
             generator: on the device of the distribution.
         """
+        mask = present(context, n, self.dim)
         law = self.log_law().detach().exp()[self.classes]
         x = law.multinomial(n, replacement=True, generator=generator).T
-        return clear_absent(x, present(context, self.dim))
+        return clear_absent(x, mask)
 
     @torch.no_grad()
-    def statistics(self, z: Tensor, context: Context = None) -> Tensor:
+    def statistics(self, z: Tensor, context: Context | None = None) -> Tensor:
         """Counts of the symbols of ``z`` (either mode) in each class, ``(n_classes, K)``.
 
         Present entries only; without gradient; in the dtype of the counts.
         """
         check_entries(z, self.dim, self.K)
         index = (self.classes * self.K + symbols(z)).flatten()
-        mask = present(context, self.dim)
+        mask = present(context, len(z), self.dim)
         if mask is not None:
             index = index[mask.flatten()]
         counts = torch.bincount(index, minlength=self.n_classes * self.K)
@@ -202,11 +204,11 @@ class Mixture(Distribution):
         start = torch.log((counts + 0.5) / (weight + self.K / 2)).to(self.logits.dtype)
         self.logits.copy_(start + 0.1 * torch.randn_like(self.logits))
 
-    def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
+    def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact log-likelihood in nats, ``(batch,)``; dtypes as in `Categorical.log_prob`."""
         check_entries(x, self.dim, self.K)
         law = torch.log_softmax(self.logits.double(), -1)
-        mask = present(context, self.dim)
+        mask = present(context, len(x), self.dim)
         if x.is_floating_point():
             # (batch, components, dim) would be the largest tensor of a model: contract in one product.
             z = x if mask is None else torch.where(mask[..., None], x, 0)
@@ -221,21 +223,22 @@ class Mixture(Distribution):
         return torch.logsumexp(joint.double() + weights, -1).to(dtype)
 
     @torch.no_grad()
-    def sample(self, n: int, context: Context = None, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, n: int, context: Context | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
         """``n`` exact draws, int64 ``(n, dim)``: a component, then its symbols; absent entries are 0."""
         weights = torch.softmax(self.weight_logits.double(), -1)
         component = weights.multinomial(n, replacement=True, generator=generator)
         law = torch.softmax(self.logits.double(), -1)[component]
         x = law.flatten(0, 1).multinomial(1, generator=generator).view(n, self.dim)
-        return clear_absent(x, present(context, self.dim))
+        return clear_absent(x, present(context, n, self.dim))
 
 
 class ConditionalCategorical(Distribution):
     """Entries independent given the context, ``p(x | context) = prod_i softmax(net(context))[i, x_i]``.
 
-    The net is called with the context, or with the items of a tuple, and returns logits
-    ``(batch, dim, K)``. Inside a `Split` these items are the kept entries and, with lengths, the lengths
-    of the kept part and of this one.
+    The net is called as ``net(x, rest)``, see `dflow.core.conditioned`, and returns logits
+    ``(batch, dim, K)``. Inside a `Split` x is the kept entries.
 
     Raises:
         ValueError: no context, or an ``x`` or n that does not fit the logits.
@@ -245,14 +248,12 @@ class ConditionalCategorical(Distribution):
         super().__init__()
         self.net = net
 
-    def logits(self, context: Context) -> Tensor:
+    def logits(self, context: Context | None) -> Tensor:
         """Logits ``(batch, dim, K)``, at least float32."""
-        if context is None:
-            raise ValueError("a conditional law needs a context")
-        found: Tensor = self.net(*context) if isinstance(context, tuple) else self.net(context)
+        found: Tensor = conditioned(self.net, context)
         return found.to(torch.promote_types(found.dtype, torch.float32))
 
-    def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
+    def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact log-likelihood in nats, ``(batch,)``: on rows in the dtype of ``x``, else the logits'."""
         logits = self.logits(context)
         check_entries(x, *logits.shape[1:])
@@ -263,16 +264,18 @@ class ConditionalCategorical(Distribution):
             terms, dtype = _pick(law.to(x.dtype), x), x.dtype
         else:
             terms, dtype = law.gather(-1, x[..., None]).squeeze(-1), law.dtype
-        return total(terms, present(context, x.shape[1])).to(dtype)
+        return total(terms, present(context, len(x), x.shape[1])).to(dtype)
 
     @torch.no_grad()
-    def sample(self, n: int, context: Context = None, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, n: int, context: Context | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
         """One exact draw for each of the ``n`` rows of the context, int64 ``(n, dim)``."""
         law = torch.softmax(self.logits(context).double(), -1)
         if law.shape[0] != n:
             raise ValueError(f"{n} draws asked of a context of {law.shape[0]} rows")
         x = law.flatten(0, 1).multinomial(1, generator=generator).view(law.shape[:2])
-        return clear_absent(x, present(context, x.shape[1]))
+        return clear_absent(x, present(context, len(x), x.shape[1]))
 
     @property
     def num_calls(self) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflow.core import Context, Distribution
+from dflow.core import Context, Distribution, conditioned, only_given
 
 #: Where log scales are held. Below, a bin away from loc has less than exp(-80000) of the mass.
 LEAST, MOST = -12.0, 30.0
@@ -96,13 +97,13 @@ class Logistics(Distribution):
         return 2 if self.components == 1 else 3 * self.components
 
     @abstractmethod
-    def _raw(self, context: Context) -> Tensor:
+    def _raw(self, context: Context | None) -> Tensor:
         """All r, all q and, of a mixture, all logits of weights: ``(n, dim, num_params)``."""
 
     def _log_unit(self, dtype: torch.dtype) -> Tensor:
         return self.unit.to(dtype).log()
 
-    def params(self, context: Context = None) -> tuple[Tensor, ...]:
+    def params(self, context: Context | None = None) -> tuple[Tensor, ...]:
         """What the law is made of, at least float32.
 
         ``(loc, log_scale)``, each ``(n, dim)``; of a mixture ``(loc, log_scale, log_weights)``, each
@@ -111,7 +112,7 @@ class Logistics(Distribution):
         loc, log_scale, *logits = self.unnormalised(context)
         return (loc, log_scale, *(torch.log_softmax(part, -1) for part in logits))
 
-    def unnormalised(self, context: Context = None) -> tuple[Tensor, ...]:
+    def unnormalised(self, context: Context | None = None) -> tuple[Tensor, ...]:
         """What `params` gives, the logs of the weights up to a constant."""
         raw = self._raw(context)
         raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
@@ -122,7 +123,7 @@ class Logistics(Distribution):
             return loc.squeeze(-1), log_scale.squeeze(-1)
         return loc, log_scale, logits[0]
 
-    def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
+    def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact log-likelihood in nats, ``(batch,)``, summed in float64.
 
         Args:
@@ -147,7 +148,9 @@ class Logistics(Distribution):
         return terms.sum(-1, dtype=torch.float64).to(x.dtype if x.is_floating_point() else loc.dtype)
 
     @torch.no_grad()
-    def sample(self, n: int, context: Context = None, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, n: int, context: Context | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
         """``n`` exact draws, int64 ``(n, dim)``, one a row of the context: logistic draws, rounded."""
         loc, log_scale, *log_weights = self.params(context)
         if len(loc) not in (1, n):
@@ -165,7 +168,7 @@ class Logistics(Distribution):
         return (loc + scale * torch.logit(u, 2.0**-54)).round().to(torch.int64)
 
     @torch.no_grad()
-    def initialize(self, x: Tensor, context: Context = None) -> None:
+    def initialize(self, x: Tensor, context: Context | None = None) -> None:
         """Start from data ``(n, dim)``: a component for each of as many equal parts, small values to large.
 
         Centres and units are the means of the parts and their logistic scales. A unit is at least a quarter,
@@ -213,7 +216,8 @@ class LogisticMixture(Logistics):
         self.register_buffer("classes", classes)
         self.raw = nn.Parameter(torch.zeros(int(classes.max()) + 1, self.num_params))
 
-    def _raw(self, context: Context) -> Tensor:
+    def _raw(self, context: Context | None) -> Tensor:
+        only_given(context)
         return self.raw[self.classes][None]
 
 
@@ -233,8 +237,9 @@ class Logistic(LogisticMixture):
 class ConditionalLogistic(Logistics):
     """Entries independent given the context, each a discretized logistic law or a mixture; see `Logistics`.
 
-    The net is called with the context, or with the items of a tuple; it returns ``(batch, dim, num_params)``,
-    r and q; or all r, all q, all logits of a mixture. Inside a `Split` the first item is the kept entries.
+    The net is called as ``net(x, rest)``, see `dflow.core.conditioned`; it returns ``(batch,
+    dim, num_params)``, r and q; or all r, all q, all logits of a mixture. Inside a `Split` x is the kept
+    entries.
 
     Raises:
         ValueError: as of `Logistics`; no context, or a net that answers in another shape.
@@ -251,10 +256,9 @@ class ConditionalLogistic(Logistics):
         super().__init__(dim, components, centre, unit)
         self.net = net
 
-    def _raw(self, context: Context) -> Tensor:
-        if context is None:
-            raise ValueError("a conditional law needs a context")
-        found: Tensor = self.net(*context) if isinstance(context, tuple) else self.net(context)
+    def _raw(self, context: Context | None) -> Tensor:
+        only_given(context)
+        found: Tensor = conditioned(self.net, context)
         expected = (self.dim, self.num_params)
         if found.ndim != 3 or found.shape[1:] != expected:
             raise ValueError(
@@ -263,14 +267,13 @@ class ConditionalLogistic(Logistics):
         return found
 
     @torch.no_grad()
-    def initialize(self, x: Tensor, context: Context = None) -> None:
+    def initialize(self, x: Tensor, context: Context | None = None) -> None:
         """Start from data; where the net can be a linear map, from what the best one leaves of them.
 
         Then centres and units are those of the residues, the same at all places of a channel.
         """
         regress = getattr(self.net, "regress", None)
-        items = context if isinstance(context, tuple) else (context,)
-        found = None if regress is None or context is None else regress(x, *items)
+        found = None if regress is None or context is None else conditioned(partial(regress, x), context)
         if found is None:
             return super().initialize(x)
         weight, prediction = found

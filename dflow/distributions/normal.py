@@ -7,7 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
-from dflow.core import Context, Distribution
+from dflow.core import Context, Distribution, conditioned, only_given
 from dflow.ops.normal import LOG_SQRT_2PI, log_interval
 
 #: Smallest variance beside the mean variance that moments are given when they are singular.
@@ -76,14 +76,18 @@ class Gaussian(Distribution):
             e = centred * L if L.ndim == 1 else centred @ L
         return e, self.log_diag.sum(dtype=torch.float64)
 
-    def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
+    def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact log-density in nats, ``(batch,)``, summed in float64, in the dtype of ``x``."""
+        only_given(context)
         e, log_det = self.standardize(x)
         return (log_det - standard_energy(e)).to(x.dtype)
 
     @torch.no_grad()
-    def sample(self, n: int, context: Context = None, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, n: int, context: Context | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
         """``n`` exact draws ``(n, dim)`` in the dtype of ``loc``."""
+        only_given(context)
         L, loc = self.conditionals()
         e = torch.randn(n, self.dim, generator=generator, dtype=loc.dtype, device=loc.device)
         return loc + (e / L if L.ndim == 1 else torch.linalg.solve_triangular(L, e, upper=False, left=False))
@@ -288,9 +292,9 @@ class CovarianceNormal(Gaussian):
 class ConditionalNormal(Distribution):
     """Entries independent given the context, ``v_i`` normal with mean ``loc_i`` and deviation ``exp(s_i)``.
 
-    The net is called with the context, or with the items of a tuple, and returns ``(loc, s)`` in the last
-    axis of ``(batch, dim, 2)``: zeros are the standard normal law. Inside a `Split` the first item is the
-    kept entries.
+    The net is called as ``net(x, rest)``, see `dflow.core.conditioned`, and returns ``(loc, s)`` in the
+    last axis of ``(batch, dim, 2)``: zeros are the standard normal law. Inside a `Split` x is the kept
+    entries.
 
     Raises:
         ValueError: no context, or an ``x``, n or params that do not fit each other.
@@ -300,17 +304,16 @@ class ConditionalNormal(Distribution):
         super().__init__()
         self.net = net
 
-    def params(self, context: Context) -> tuple[Tensor, Tensor]:
+    def params(self, context: Context | None) -> tuple[Tensor, Tensor]:
         """``loc`` and log standard deviation, each ``(batch, dim)``, at least float32."""
-        if context is None:
-            raise ValueError("a conditional law needs a context")
-        found: Tensor = self.net(*context) if isinstance(context, tuple) else self.net(context)
+        only_given(context)
+        found: Tensor = conditioned(self.net, context)
         if found.ndim != 3 or found.shape[2] != 2:
             raise ValueError(f"the net gave params of shape {tuple(found.shape)}, expected (batch, dim, 2)")
         loc, log_scale = found.to(torch.promote_types(found.dtype, torch.float32)).unbind(-1)
         return loc, log_scale
 
-    def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
+    def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact log-density in nats, ``(batch,)``, summed in float64, in the dtype of ``x``."""
         loc, log_scale = self.params(context)
         if x.shape != loc.shape:
@@ -319,7 +322,9 @@ class ConditionalNormal(Distribution):
         return (-standard_energy(e) - log_scale.sum(-1, dtype=torch.float64)).to(x.dtype)
 
     @torch.no_grad()
-    def sample(self, n: int, context: Context = None, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, n: int, context: Context | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
         """One exact draw for each of the ``n`` rows of the context, ``(n, dim)``."""
         loc, log_scale = self.params(context)
         if loc.shape[0] != n:
@@ -350,15 +355,19 @@ class StandardNormal(Distribution):
         """For ``repr``."""
         return f"dim={self.dim}"
 
-    def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
+    def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact log-density in nats, ``(batch,)``, summed in float64, in the dtype of ``x``."""
+        only_given(context)
         if not x.is_floating_point() or x.ndim != 2 or x.shape[1] != self.dim:
             raise ValueError(f"expected floating (batch, {self.dim}), found {x.dtype} {tuple(x.shape)}")
         return -standard_energy(x).to(x.dtype)
 
     @torch.no_grad()
-    def sample(self, n: int, context: Context = None, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, n: int, context: Context | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
         """``n`` exact draws ``(n, dim)``."""
+        only_given(context)
         like = self.like
         return torch.randn(n, self.dim, generator=generator, dtype=like.dtype, device=like.device)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflow.core import Context, Distribution
+from dflow.core import Context, Distribution, only_lengths, present
 from dflow.ops.orders import check_order
 
 #: Noise is drawn ahead for as many calls as fit into this many numbers.
@@ -94,7 +94,7 @@ class SequenceCategorical(Distribution):
         """One call a block of rows."""
         return self._chosen
 
-    def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
+    def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact nats (batch,) of symbols ``(batch, n)`` or one-hot rows ``(batch, n, K)``."""
         logits = self.net(x, context, *self._extra())
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -102,9 +102,9 @@ class SequenceCategorical(Distribution):
             terms = (x * logits.log_softmax(-1)).sum(-1)
         else:
             terms = -F.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="none").view(x.shape)
-        if isinstance(context, Tensor):
-            present = torch.arange(x.shape[1], device=x.device) < context[:, None]
-            terms = torch.where(present, terms, 0.0)
+        mask = present(context, len(x), x.shape[1])
+        if mask is not None:
+            terms = torch.where(mask, terms, 0.0)
         out: Tensor = terms.sum(1)
         return out
 
@@ -112,7 +112,7 @@ class SequenceCategorical(Distribution):
     def sample(
         self,
         n: int,
-        context: Context = None,
+        context: Context | None = None,
         generator: torch.Generator | None = None,
         prompt: Tensor | None = None,
         length: int | None = None,
@@ -146,15 +146,16 @@ class SequenceCategorical(Distribution):
                 forced = prompt[row.clamp(max=len(prompt) - 1)]
                 drawn = torch.where(row < len(prompt), forced, drawn)
             x[:, row] = drawn
-        if isinstance(context, Tensor):
-            x = x.masked_fill(torch.arange(self.dim, device=device) >= context[:, None], 0)
-        return x
+        mask = present(context, n, self.dim)
+        return x if mask is None else torch.where(mask, x, 0)
 
-    def start(self, n: int, context: Context = None, length: int | None = None) -> tuple[list[Tensor], Any]:
+    def start(
+        self, n: int, context: Context | None = None, length: int | None = None
+    ) -> tuple[list[Tensor], Any]:
         """What draws n sequences: the positions of each call, and the state for ``net.step``."""
-        longest = self.dim if length is None else length
-        if isinstance(context, Tensor):
-            longest = min(longest, int(context.max()))
+        longest, lengths = self.dim if length is None else length, only_lengths(context, n)
+        if lengths is not None:
+            longest = min(longest, max(lengths.tolist(), default=0))
         return self._drawn(longest), self.net.start(n, context, *self._extra())
 
     def _drawn(self, length: int) -> list[Tensor]:
@@ -164,12 +165,13 @@ class SequenceCategorical(Distribution):
         return [row[row < self.dim] for row in rows]
 
     @torch.no_grad()
-    def log_prob_by_steps(self, x: Tensor, context: Context = None) -> Tensor:
+    def log_prob_by_steps(self, x: Tensor, context: Context | None = None) -> Tensor:
         """`log_prob` of symbols computed as `sample` draws them, group by group: a check of the two."""
-        limit = torch.full((len(x),), x.shape[1], device=x.device)
-        if isinstance(context, Tensor):
-            limit = torch.minimum(limit, context)
-        state = self.net.start(len(x), None if bool((limit == self.dim).all()) else limit, *self._extra())
+        limit, lengths = torch.full((len(x),), x.shape[1], device=x.device), only_lengths(context, len(x))
+        if lengths is not None:
+            limit = torch.minimum(limit, lengths)
+        short = None if bool((limit == self.dim).all()) else Context(lengths=limit)
+        state = self.net.start(len(x), short, *self._extra())
         previous = None
         x = F.pad(x, (0, self.dim - x.shape[1]))
         total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
@@ -182,7 +184,7 @@ class SequenceCategorical(Distribution):
 
     @torch.no_grad()
     def sample_by_fixed_point(
-        self, n: int, context: Context = None, generator: torch.Generator | None = None
+        self, n: int, context: Context | None = None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, int]:
         """The draws of `sample` with the same generator, in as many parallel calls as it takes.
 
@@ -200,10 +202,8 @@ class SequenceCategorical(Distribution):
         """
         device, dim = self.order.device, self.dim
         x = torch.zeros(n, dim, dtype=torch.int64, device=device)
-        absent, longest = None, dim
-        if isinstance(context, Tensor):
-            absent = torch.arange(dim, device=device) >= context[:, None]
-            longest = min(dim, int(context.max()))
+        mask, lengths = present(context, n, dim), only_lengths(context, n)
+        longest = dim if lengths is None else min(dim, max(lengths.tolist(), default=0))
         rows, noise = self._drawn(longest), None
         used = torch.cat(rows)
         for call in range(1, len(rows) + 2):
@@ -211,8 +211,8 @@ class SequenceCategorical(Distribution):
             if noise is None:
                 noise = _gumbel(len(used), logits, generator).transpose(0, 1)
             new = x.index_copy(1, used, (logits - noise).argmax(-1))
-            if absent is not None:
-                new = new.masked_fill(absent, 0)
+            if mask is not None:
+                new = torch.where(mask, new, 0)
             if torch.equal(new, x):
                 return x, call
             x = new

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dflow.core import Context, Distribution, Elementwise
+from dflow.core import Context, Distribution, Elementwise, conditioned, present
 from dflow.distributions.categorical import check_entries, clear_absent, total
-from dflow.ops.lengths import present
 from dflow.ops.modular import check_alphabet
 
 #: Spectra are the soft-max of this times their parameter, so that they keep up with networks at their
@@ -32,7 +31,7 @@ class Spectra(Distribution):
 
     Args:
         elementwise: family of the map on Z/K.
-        net: called with the context, or with the items of a tuple, gives ``(batch, dim, num_params + C)``;
+        net: called as ``net(x, rest)``, see `dflow.core.conditioned`, gives ``(batch, dim, num_params + C)``;
             without the last C where C = 1.
         K: size of the alphabet.
         components: C.
@@ -65,13 +64,11 @@ class Spectra(Distribution):
         """``log S``, ``(C, K)``."""
         return torch.log_softmax(_GAIN * self.spectra, -1)
 
-    def params(self, context: Context) -> tuple[Tensor, Tensor]:
+    def params(self, context: Context | None) -> tuple[Tensor, Tensor]:
         """Parameters of the map ``(batch, dim, num_params)`` and ``log w`` ``(batch, dim, C)``."""
-        if context is None:
-            raise ValueError("a conditional law needs a context")
         # As in a coupling: what an arg-max decides must not hang on the precision.
         with torch.autocast(device_type=self.spectra.device.type, enabled=False):
-            out: Tensor = self.net(*context) if isinstance(context, tuple) else self.net(context)
+            out: Tensor = conditioned(self.net, context)
         size, expected = self.elementwise.num_params, self.num_outputs(self.elementwise, self.components)
         if out.ndim != 3 or out.shape[-1] != expected:
             raise ValueError(f"the net gave {tuple(out.shape)}, expected (batch, dim, {expected})")
@@ -87,7 +84,7 @@ class Spectra(Distribution):
         """The same for every latent: ``(batch, dim, K)``."""
         return torch.logsumexp(log_weights[..., None] + self.log_spectra(), -2)
 
-    def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
+    def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact log-likelihood in nats, ``(batch,)``: on rows in the dtype of ``x``, else the net's."""
         params, log_weights = self.params(context)
         check_entries(x, params.shape[1], self.K)
@@ -98,10 +95,12 @@ class Spectra(Distribution):
             terms, dtype = (self.log_law(log_weights).to(x.dtype) * z).sum(-1), x.dtype
         else:
             terms, dtype = self.log_latent(z, log_weights), log_weights.dtype
-        return total(terms, present(context, x.shape[1])).to(dtype)
+        return total(terms, present(context, len(x), x.shape[1])).to(dtype)
 
     @torch.no_grad()
-    def sample(self, n: int, context: Context = None, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, n: int, context: Context | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
         """One exact draw for each of the ``n`` rows of the context, int64 ``(n, dim)``."""
         params, log_weights = self.params(context)
         if params.shape[0] != n:
@@ -109,7 +108,7 @@ class Spectra(Distribution):
         law = self.log_law(log_weights).double().exp()
         z = law.flatten(0, 1).multinomial(1, generator=generator).view(law.shape[:2])
         x, _ = self.elementwise.inverse(z, params)
-        return clear_absent(x, present(context, x.shape[1]))
+        return clear_absent(x, present(context, len(x), x.shape[1]))
 
     @property
     def num_calls(self) -> int:

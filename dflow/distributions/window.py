@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dflow.core import Context, Distribution
+from dflow.core import Context, Distribution, conditioned, only_given
 from dflow.distributions.logistic import check_numbers
 
 #: Most integers that a window holds.
@@ -28,8 +28,8 @@ class ConditionalWindow(Distribution):
 
     So whether x is the commonest value takes one logit, which is all that a coder looks at where it is.
 
-    The net is called with the context, or with the items of a tuple; it returns ``(batch, dim, K + 2)``.
-    Inside a `Split` the first item is the kept entries.
+    The net is called as ``net(x, rest)``, see `dflow.core.conditioned`; it returns
+    ``(batch, dim, K + 2)``. Inside a `Split` x is the kept entries.
 
     Source: van den Oord et al. 2016, arXiv 1601.06759 (a soft-max over the values of a pixel); Mullahy 1986,
     Journal of Econometrics 33 (hurdle models); Elias 1975 (the gamma code, whose lengths the tails have).
@@ -66,11 +66,11 @@ class ConditionalWindow(Distribution):
         """The symbol that is told first: that of the largest start, as which the commonest comes out."""
         return int(self.start.argmax())
 
-    def logits(self, context: Context) -> Tensor:
+    def logits(self, context: Context | None) -> Tensor:
         """Logits of the symbols, ``(batch, dim, K + 2)``, at least float32."""
         return self.raw(context) + self.start
 
-    def law(self, context: Context) -> Tensor:
+    def law(self, context: Context | None) -> Tensor:
         """Probabilities of the symbols, float64 ``(batch, dim, K + 2)``."""
         logits, c = self.logits(context).double(), self.common
         common = logits[..., c].sigmoid()
@@ -78,11 +78,10 @@ class ConditionalWindow(Distribution):
         rest[..., c] = common
         return rest
 
-    def raw(self, context: Context) -> Tensor:
+    def raw(self, context: Context | None) -> Tensor:
         """The logits less ``start``."""
-        if context is None:
-            raise ValueError("a conditional law needs a context")
-        found: Tensor = self.net(*context) if isinstance(context, tuple) else self.net(context)
+        only_given(context)
+        found: Tensor = conditioned(self.net, context)
         expected = (self.dim, self.K + 2)
         if found.ndim != 3 or found.shape[1:] != expected:
             raise ValueError(
@@ -96,7 +95,7 @@ class ConditionalWindow(Distribution):
         far = torch.where(offset < 0, -1 - offset, offset - self.K).clamp_min(0)
         return offset.clamp(-1, self.K) + 1, far
 
-    def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
+    def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact log-likelihood in nats, ``(batch,)``, summed in float64.
 
         Args:
@@ -130,7 +129,9 @@ class ConditionalWindow(Distribution):
         return found.to(x.dtype if x.is_floating_point() else logits.dtype)
 
     @torch.no_grad()
-    def sample(self, n: int, context: Context = None, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, n: int, context: Context | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
         """``n`` exact draws, int64 ``(n, dim)``, one a row of the context."""
         law = self.law(context)
         if len(law) != n:
@@ -145,26 +146,23 @@ class ConditionalWindow(Distribution):
         return self.low + offset
 
     @torch.no_grad()
-    def mean(self, context: Context) -> Tensor:
+    def mean(self, context: Context | None) -> Tensor:
         """The means of what lies in the window, rounded, int64 ``(batch, dim)``.
 
         Some rows of the context are looked at at a time, since they have many logits each.
         """
-        if context is None:
-            raise ValueError("a conditional law needs a context")
-        items = context if isinstance(context, tuple) else (context,)
         size = max(1, _LOGITS // (self.dim * (self.K + 2)))
         values = torch.arange(self.K, dtype=torch.float64, device=self.low.device)
         found = []
-        for parts in zip(*(item.split(size) for item in items), strict=True):
-            law = self.law(parts)[..., 1:-1]
+        for start in range(0, len(context.given[0]) if context and context.given else 1, size):
+            law = self.law(context and context.rows(start, start + size))[..., 1:-1]
             # All of it may lie in the tails.
             inside = law.sum(-1).clamp_min(torch.finfo(law.dtype).tiny)
             found.append(self.low + (law @ values / inside).round().long())
         return torch.cat(found)
 
     @torch.no_grad()
-    def initialize(self, x: Tensor, context: Context = None) -> None:
+    def initialize(self, x: Tensor, context: Context | None = None) -> None:
         """Start from data ``(n, dim)``: from how often each symbol is seen, at all entries together.
 
         Counts are smoothed by 1/2 (Krichevsky and Trofimov 1981).

@@ -19,16 +19,18 @@ class Flow(Distribution):
         self.bijector = bijector
         self.base = base
 
-    def transform(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+    def transform(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """Data to latent: z like ``x``, log_det ``(batch,)``."""
         return self.bijector.forward(x, context)
 
-    def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
+    def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact log-likelihood in nats, ``(batch,)``."""
         z, log_det = self.transform(x, context)
         return self.base.log_prob(z, context) + log_det
 
-    def sample(self, n: int, context: Context = None, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, n: int, context: Context | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
         """``n`` exact draws: the base's, taken back by the bijector."""
         return self.bijector.inverse(self.base.sample(n, context, generator), context)[0]
 

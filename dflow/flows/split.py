@@ -5,16 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dflow.core import Context, Distribution
-from dflow.ops.lengths import lengths
+from dflow.core import Context, Distribution, lengths_in
 
 
 class Split(Distribution):
     """``log p(x) = log conditional(x_b | x_a) + log base(x_a)``, x_a the kept entries, x_b the rest.
 
-    The conditional is given ``x_a`` as context, or ``(x_a, context)`` when there is one. Lengths T are
-    counted anew for each part, as the entries of that part before position T: the base is given the
-    lengths of x_a, the conditional ``(x_a, lengths of x_a, lengths of x_b)``.
+    The conditional is given ``x_a``, before whatever the context gives. Lengths T are counted anew for each
+    part, as the entries of that part before position T; the conditional is given those of x_a too, last.
 
     Source: Dinh et al. 2017, arXiv 1605.08803 (multi-scale); Lindt and Hoogeboom 2021, arXiv 2107.11625
     (split priors).
@@ -41,12 +39,12 @@ class Split(Distribution):
         self.register_buffer("kept_index", mask.nonzero().flatten())
         self.register_buffer("rest_index", (~mask).nonzero().flatten())
 
-    def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
+    def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact log-likelihood in nats, ``(batch,)``."""
         (x_a, own), (x_b, given) = self.parts(x, context)
         return self.conditional.log_prob(x_b, given) + self.base.log_prob(x_a, own)
 
-    def parts(self, x: Tensor, context: Context = None) -> tuple[tuple[Tensor, Context], ...]:
+    def parts(self, x: Tensor, context: Context | None = None) -> tuple[tuple[Tensor, Context | None], ...]:
         """``x_a`` with the context of the base, and ``x_b`` with that of the conditional."""
         if x.shape[1] != self.dim:
             raise ValueError(f"expected {self.dim} entries, found x of shape {tuple(x.shape)}")
@@ -54,7 +52,9 @@ class Split(Distribution):
         own, given = self.contexts(x_a, context)
         return (x_a, own), (x_b, given)
 
-    def sample(self, n: int, context: Context = None, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, n: int, context: Context | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
         """``n`` exact draws: x_a from the base, then x_b given x_a."""
         x_a = self.base.sample(n, self.contexts(None, context)[0], generator)
         x_b = self.conditional.sample(n, self.contexts(x_a, context)[1], generator)
@@ -65,17 +65,18 @@ class Split(Distribution):
         x = x_a.new_empty(len(x_a), self.dim, *x_a.shape[2:])
         return x.index_copy(1, self.kept_index, x_a).index_copy(1, self.rest_index, x_b)
 
-    def contexts(self, x_a: Tensor | None, context: Context) -> tuple[Context, Context]:
+    def contexts(self, x_a: Tensor | None, context: Context | None) -> tuple[Context | None, Context]:
         """The contexts of base and conditional; without ``x_a`` only that of the base is."""
-        items = context if isinstance(context, tuple) else () if context is None else (context,)
-        given = () if x_a is None else (x_a,)
-        found = lengths(context)
-        if found is None:
-            return context, (*given, *items) if items else x_a
-        total = found.clamp(max=self.dim)
+        lengths, given = lengths_in(context), () if context is None else context.given
+        before = given if x_a is None else (x_a, *given)
+        if lengths is None:
+            return context, Context(given=before)
+        total = lengths.clamp(max=self.dim)
         kept = (self.kept_index < total[:, None]).sum(1)
-        others = tuple(item for item in items if item is not found)
-        return (*others, kept) if others else kept, (*given, *others, kept, total - kept)
+        return (
+            Context(lengths=kept, given=given),
+            Context(lengths=total - kept, given=(*before, kept)),
+        )
 
     @property
     def num_calls(self) -> int:

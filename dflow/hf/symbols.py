@@ -12,7 +12,7 @@ from transformers.utils.generic import ModelOutput
 
 from dflow import zoo
 from dflow.config import InputError, nearest
-from dflow.core import Context, Distribution
+from dflow.core import Context, Distribution, check_lengths
 from dflow.distributions import Categorical, ConditionalCategorical, SequenceCategorical, Spectra, Walk
 from dflow.flows import Flow, Split
 
@@ -137,7 +137,7 @@ class DflowModel(PreTrainedModel):
         fixed = isinstance(self.distribution, (Flow, Split))
         if fixed and n < self.config.length:
             input_ids = nn.functional.pad(input_ids, (0, self.config.length - n))
-        log_prob = self.distribution.log_prob(input_ids, lengths)
+        log_prob = self.distribution.log_prob(input_ids, Context(lengths=lengths))
         if self.config.explicit_length:
             log_prob = log_prob + self._length_log_prob()[lengths]
         return log_prob
@@ -176,15 +176,16 @@ class DflowModel(PreTrainedModel):
             raise InputError(f"cannot draw {num_return_sequences} samples; ask for 1 or more")
         if length is not None and not 1 <= length <= longest:
             raise InputError(f"length {length} is not in 1..{longest}, what this model can draw")
-        context = None
+        lengths = None
         if self.config.explicit_length:
             if length is None:
                 law = self._length_log_prob().exp()
                 # From left to right this is the law of the length given the prompt.
                 law[: 0 if prompt is None else len(prompt)] = 0
-                context = torch.multinomial(law, num_return_sequences, True, generator=generator)
+                lengths = torch.multinomial(law, num_return_sequences, True, generator=generator)
             else:
-                context = torch.full((num_return_sequences,), length, device=self.device)
+                lengths = torch.full((num_return_sequences,), length, device=self.device)
+        context = Context(lengths=lengths)
         if prompt is not None:
             if not isinstance(self.distribution, _Symbols):
                 raise InputError(
@@ -204,9 +205,9 @@ class DflowModel(PreTrainedModel):
             x = self.distribution.sample(num_return_sequences, context, generator, length=length)
         else:
             x = self.distribution.sample(num_return_sequences, context, generator)
-        if context is not None:
-            x = x.masked_fill(torch.arange(longest, device=x.device) >= context[:, None], -1)
-            return x[:, : length or max(1, int(context.max()))]
+        if lengths is not None:
+            x = x.masked_fill(torch.arange(longest, device=x.device) >= lengths[:, None], -1)
+            return x[:, : length or max(1, int(lengths.max()))]
         return x[:, : length or longest]
 
     @torch.no_grad()
@@ -222,7 +223,7 @@ class DflowModel(PreTrainedModel):
         fixed = isinstance(self.distribution, (Flow, Split))
         if fixed and input_ids.shape[1] < self.config.length:
             input_ids = nn.functional.pad(input_ids, (0, self.config.length - input_ids.shape[1]))
-        return _round_trip(self.distribution, input_ids, lengths)
+        return _round_trip(self.distribution, input_ids, Context(lengths=lengths))
 
     def set_length_counts(self, counts: Tensor) -> None:
         """The lengths of the training data, ``(config.length + 1,)``: the law of lengths is theirs."""
@@ -246,6 +247,8 @@ class DflowModel(PreTrainedModel):
         low, high = (int(v) for v in input_ids.aminmax()) if input_ids.numel() else (0, 0)
         if low < 0 or high >= K:
             raise InputError(f"symbol {high if high >= K else low} lies outside 0..{K - 1}, the vocabulary")
+        if lengths is not None:
+            check_lengths(lengths, len(input_ids))
         if lengths is not None and lengths.numel() and not 0 < int(lengths.min()) <= int(lengths.max()) <= n:
             raise InputError(f"lengths must lie in 1..{n}, found {int(lengths.min())}..{int(lengths.max())}")
         causal = self.config.family in ("transformer", "lstm")
@@ -256,7 +259,7 @@ class DflowModel(PreTrainedModel):
             )
 
 
-def _round_trip(d: Distribution, x: Tensor, context: Context) -> bool:
+def _round_trip(d: Distribution, x: Tensor, context: Context | None) -> bool:
     if isinstance(d, Flow):
         z, _ = d.bijector(x, context)
         return torch.equal(d.bijector.inverse(z, context)[0], x)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflow.core import Context
+from dflow.core import Context, check_lengths, only_lengths
 from dflow.nn.flat import check_sizes
 from dflow.ops.modular import one_hot
 from dflow.ops.normal import LOG_SQRT_2PI, ndtr_logit
@@ -479,6 +479,7 @@ class Head(nn.Module):
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss in nats, summed over the batch; labels are int64 ``(batch,)``."""
+        check_lengths(labels, len(logits), "labels")
         if self.kind == "ce":
             return F.cross_entropy(logits, labels, reduction="sum")
         target = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
@@ -551,7 +552,7 @@ class SymbolPerceptron(nn.Module):
         modules += [BinaryLinear(size, outputs, weights), StochasticBatchNorm(outputs)]
         self.net = nn.Sequential(*modules)
 
-    def forward(self, x: Tensor, context: Context = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Parameters ``(batch, n_hidden, num_params)``.
 
         Args:
@@ -561,7 +562,7 @@ class SymbolPerceptron(nn.Module):
         Raises:
             ValueError: a context.
         """
-        if context is not None:
+        if only_lengths(context) is not None:
             raise ValueError("a perceptron of symbols takes whole rows; leave the lengths out")
         rows = x if x.is_floating_point() else one_hot(x, self.K, next(self.parameters()).dtype)
         values = rows[..., 1] - rows[..., 0] if self.K == 2 else 2 * rows.flatten(1) - 1

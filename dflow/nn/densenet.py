@@ -105,12 +105,12 @@ class DenseNet(nn.Module):
             raise ValueError("norm 'group' of a single number is 0; use norm 'none'")
         return [nn.GroupNorm(groups, channels), active]
 
-    def forward(self, x: Tensor, context: Context = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Parameters ``(batch, out_channels * H * W, num_params)``: what a bijector or a law asks for.
 
         Args:
             x: numbers ``(batch, in_channels * H * W)``.
-            context: floats ``(batch, context_channels * H * W)``, or several that make that up together.
+            context: of given ``(batch, context_channels * H * W)``, or several that make that up together.
 
         Raises:
             ValueError: an ``x`` or context of another size.
@@ -163,7 +163,7 @@ class DenseNet(nn.Module):
             rows = functional.unfold(planes, 3, padding=1).transpose(1, 2).flatten(0, 1)
         return torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
 
-    def features(self, x: Tensor, context: Context = None) -> Tensor:
+    def features(self, x: Tensor, context: Context | None = None) -> Tensor:
         """The same numbers, flat, as a context for other networks: ``(batch, C * H * W)``.
 
         C is ``num_params * out_channels``; arguments and errors as in `forward`.

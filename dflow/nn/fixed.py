@@ -63,7 +63,7 @@ class FixedDenseNet(nn.Module):
         )
         self.head = FixedProduct(net.head, False)
 
-    def forward(self, x: Tensor, context: Context = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """As `DenseNet.forward`, in float64."""
         h = flat_input(x, context, self.sizes, self.levels, self.head.weight)
         h = torch.floor(h * (1 << FRACTION_BITS) + 0.5).clamp(-_LARGEST, _LARGEST)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dflow.core import Context
+from dflow.core import Context, only_given
 
 
 def flat_input(
-    x: Tensor, context: Context, sizes: tuple[int, int], levels: int | None, weight: Tensor
+    x: Tensor, context: Context | None, sizes: tuple[int, int], levels: int | None, weight: Tensor
 ) -> Tensor:
     """``x`` with the context behind it, ``(batch, sum(sizes))``, in the dtype of ``weight``.
 
@@ -17,7 +17,7 @@ def flat_input(
 
     Args:
         x: numbers ``(batch, sizes[0])``, floating or not.
-        context: floats ``(batch, any)`` that have ``sizes[1]`` columns together; None where that is 0.
+        context: of given ``(batch, any)`` that have ``sizes[1]`` columns together; None where that is 0.
         sizes: numbers a row of x and of the context.
         levels: None, or the values 0..levels-1 of x are spread over -1..1.
         weight: any weight of the network.
@@ -25,12 +25,13 @@ def flat_input(
     Raises:
         ValueError: another number of columns.
     """
-    items = context if isinstance(context, tuple) else () if context is None else (context,)
+    items = only_given(context)
     found = [x, *items]
     if any(item.ndim != 2 for item in found) or (x.shape[1], sum(i.shape[1] for i in items)) != sizes:
         raise ValueError(
             f"expected x (batch, {sizes[0]}) and a context of {sizes[1]} numbers a row, found x "
-            f"{tuple(x.shape)} and {[tuple(i.shape) for i in items] or 'no context'}"
+            f"{tuple(x.shape)} and {[tuple(i.shape) for i in items] or 'no context'}; class "
+            "labels are given as one-hot rows"
         )
     rows = [item.to(weight.dtype) for item in found]
     if levels is not None:

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from dflow.core import Context
+from dflow.core import Context, only_lengths
 from dflow.ops.lookup import lookup
 
 
@@ -147,13 +147,14 @@ class LSTM(nn.Module):
             self.head.weight = self.embedding
         self._laid_out: _Weights | None = None
 
-    def forward(self, x: Tensor, context: Context = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Parameters ``(batch, dim, num_params)`` of every entry, in one pass.
 
         Args:
             x: symbols, int64 ``(batch, dim)``, or one-hot rows, floating ``(batch, dim, K)``.
-            context: lengths or None; changes nothing, see the class.
+            context: of lengths, or None; changes nothing, see the class.
         """
+        only_lengths(context, len(x))
         weight: Tensor = self.embedding
         if self.training and self.dropout_embedding:
             keep = 1 - self.dropout_embedding
@@ -186,8 +187,9 @@ class LSTM(nn.Module):
             keep = torch.is_grad_enabled()
             return torch.lstm(h, (zeros, zeros), [ih, dropped, *biases], True, 1, 0.0, keep, False, True)[0]
 
-    def start(self, batch: int, context: Context = None) -> _State:
+    def start(self, batch: int, context: Context | None = None) -> _State:
         """State before the first `step` of ``batch`` sequences."""
+        only_lengths(context, batch)
         # A state made under inference mode could be stepped only there, so it is made outside.
         with torch.inference_mode(False), torch.no_grad():
             weights = self._layout()

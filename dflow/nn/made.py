@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflow.core import Context
+from dflow.core import Context, only_lengths
 from dflow.ops.modular import check_alphabet, one_hot
 
 
@@ -49,8 +49,9 @@ class MADE(nn.Module):
         degrees += [entries.repeat_interleave(num_params)]
         self.layers = nn.ModuleList(_MaskedLinear(a, b) for a, b in pairwise(degrees))
 
-    def forward(self, x: Tensor, context: Context = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Params ``(batch, dim, num_params)`` of symbols ``(batch, dim)`` or rows ``(batch, dim, K)``."""
+        only_lengths(context, len(x))
         if x.shape[1] != self.dim:
             raise ValueError(f"expected {self.dim} entries, found x of shape {tuple(x.shape)}")
         dtype = self._first.dtype
@@ -59,8 +60,9 @@ class MADE(nn.Module):
             h = layer(h if i == 0 else F.relu(h))
         return h.view(-1, self.dim, self.num_params)
 
-    def start(self, batch: int, context: Context = None) -> _State:
+    def start(self, batch: int, context: Context | None = None) -> _State:
         """State before the first entry."""
+        only_lengths(context, batch)
         return _State(torch.zeros(batch, self.dim, dtype=torch.int64, device=self._first.device))
 
     def step(self, x_prev: Tensor | None, state: _State) -> Tensor:

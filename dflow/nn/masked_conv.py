@@ -80,12 +80,12 @@ class MaskedConv(nn.Module):
         if zero_head:
             zero_(self.head)
 
-    def forward(self, x: Tensor, context: Context = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Parameters ``(batch, C * H * W, num_params)`` in one parallel call.
 
         Args:
             x: numbers ``(batch, C * H * W)``.
-            context: floats ``(batch, context_channels * H * W)``, or several that make that up together.
+            context: of given ``(batch, context_channels * H * W)``, or several that make that up together.
 
         Raises:
             ValueError: an ``x`` or context of another size.

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflow.core import Context
+from dflow.core import Context, only_lengths
 from dflow.nn.flat import check_levels, check_sizes, flat_input, zero_
-from dflow.ops.lengths import lengths
 
 
 class InfillPerceptron(nn.Module):
@@ -70,15 +69,15 @@ class InfillPerceptron(nn.Module):
         if zero_head:
             nn.init.zeros_(self.head.weight)
 
-    def forward(self, x: Tensor, context: Context = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Parameters ``(batch, n_hidden, num_params)``.
 
         Args:
             x: int64 ``(batch, n_known)`` or one-hot rows ``(batch, n_known, K)``.
-            context: lengths of the whole sequences, int64 ``(batch,)``, or None.
+            context: of the lengths of whole sequences, or None.
         """
         symbols = x.argmax(-1) if x.is_floating_point() else x
-        found = lengths(context)
+        found = only_lengths(context, len(x))
         if found is not None:
             symbols = symbols.masked_fill(self.known >= found[:, None], self.K)
         rows = symbols + (self.K + 1) * torch.arange(len(self.known), device=x.device)
@@ -141,19 +140,19 @@ class Perceptron(nn.Module):
         if zero_head:
             zero_(self.head)
 
-    def forward(self, x: Tensor, context: Context = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Parameters ``(batch, out_entries, num_params)``.
 
         Args:
             x: numbers ``(batch, in_features)``.
-            context: floats ``(batch, context_features)``, or several that make that up together.
+            context: of given ``(batch, context_features)``, or several that make that up together.
 
         Raises:
             ValueError: an ``x`` or context of another size.
         """
         return self.features(x, context).view(len(x), self.num_params, -1).transpose(1, 2)
 
-    def features(self, x: Tensor, context: Context = None) -> Tensor:
+    def features(self, x: Tensor, context: Context | None = None) -> Tensor:
         """The same numbers, flat, as a context for other networks: ``(batch, num_params * out_entries)``."""
         h = F.silu(self.first(flat_input(x, context, self.sizes, self.levels, self.head.weight)))
         for layer in self.layers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dflow.core import Context
+from dflow.core import Context, only_given
 from dflow.nn.densenet import DenseNet
 
 
@@ -36,21 +36,19 @@ class Rescaled(nn.Module):
         self.register_buffer("unit", unit.clone())
         self.factor = nn.Parameter(torch.zeros(())) if rezero else None
 
-    def forward(self, x: Tensor, context: Context = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """``(batch, m, num_params)``, in the dtype of the buffers; a context stands before x."""
         out: Tensor = self.net(self._seen(x, context))
         if self.factor is not None:
             out = out * self.factor
         return out * self.unit[:, None]
 
-    def _seen(self, x: Tensor, context: Context) -> Tensor:
-        if context is not None:
-            before = context if isinstance(context, tuple) else (context,)
-            x = torch.cat([*before, x], 1)
+    def _seen(self, x: Tensor, context: Context | None) -> Tensor:
+        x = torch.cat([*only_given(context), x], 1)
         return (x.to(self.scale.dtype) - self.offset) / self.scale
 
     @torch.no_grad()
-    def regress(self, y: Tensor, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor] | None:
+    def regress(self, y: Tensor, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor] | None:
         """The best linear map, and what it makes of ``x``: see `DenseNet.regress`; None if there is none."""
         if not self.linear or not isinstance(self.net, DenseNet):
             return None

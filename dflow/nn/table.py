@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dflow.core import Context
-from dflow.ops.lengths import lengths
+from dflow.core import Context, only_lengths
 
 #: Largest number of parameters of a table.
 LARGEST = 1 << 26
@@ -42,15 +41,15 @@ class InfillTable(nn.Module):
         self.register_buffer("places", K ** torch.arange(len(known) - 1, -1, -1))
         self.table = nn.Parameter(torch.zeros(_checked(K ** len(known), len(hidden) * num_params)))
 
-    def forward(self, x: Tensor, context: Context = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Parameters ``(batch, n_hidden, num_params)``.
 
         Args:
             x: int64 ``(batch, n_known)`` or hard one-hot rows ``(batch, n_known, K)``.
-            context: lengths of the whole sequences, int64 ``(batch,)``, or None.
+            context: of the lengths of whole sequences, or None.
         """
         symbols = x.argmax(-1) if x.is_floating_point() else x
-        found = lengths(context)
+        found = only_lengths(context, len(x))
         absent = None if found is None else self.known >= found[:, None]
         if absent is not None:
             symbols = symbols.masked_fill(absent, 0)
@@ -91,16 +90,18 @@ class PrefixTable(nn.Module):
         self.table = nn.Parameter(torch.zeros(_checked(first[dim], num_params)))
         self.register_buffer("first_rows", torch.tensor(first[:dim]))
 
-    def forward(self, x: Tensor, context: Context = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Parameters ``(batch, n, num_params)`` of symbols ``(batch, n)`` or rows ``(batch, n, K)``."""
+        only_lengths(context, len(x))
         symbols = x.argmax(-1) if x.is_floating_point() else x
         code = torch.zeros_like(symbols)
         for i in range(1, symbols.shape[1]):
             code[:, i] = code[:, i - 1] * self.K + symbols[:, i - 1]
         return _rows(self.table, code + self.first_rows[: symbols.shape[1]])
 
-    def start(self, batch: int, context: Context = None) -> _State:
+    def start(self, batch: int, context: Context | None = None) -> _State:
         """State before the first entry."""
+        only_lengths(context, batch)
         return _State(torch.zeros(batch, dtype=torch.int64, device=self.table.device))
 
     def step(self, x: Tensor | None, state: _State) -> Tensor:

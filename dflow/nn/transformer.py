@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflow.core import Context
+from dflow.core import Context, only_lengths
 from dflow.nn.embed import Neighbours
 from dflow.ops.orders import check_order
 
@@ -393,18 +393,18 @@ class GroupCausalTransformer(nn.Module):
             h = h + self.embed.gradient_of(x, reading.sources)
         return h
 
-    def forward(self, x: Tensor, context: Context = None, plan: Plan | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None, plan: Plan | None = None) -> Tensor:
         """Parameters of every entry, in the order of positions.
 
         Args:
             x: symbols, int64 ``(batch, n)``, or one-hot rows ``(batch, n, K)``, with ``n <= dim``.
-            context: lengths, int64 ``(batch,)``, or None.
+            context: of lengths, or None.
             plan: of another order than the network's own.
 
         Returns:
             ``(batch, n, num_params)``; entry i depends on entries of earlier rows only.
         """
-        lengths = _lengths(context)
+        lengths = only_lengths(context, len(x))
         n = x.shape[1]
         if n > self.dim:
             raise ValueError(f"the sequence has {n} entries, the network at most {self.dim}")
@@ -435,9 +435,9 @@ class GroupCausalTransformer(nn.Module):
         out: Tensor = self.head(self.norm(first[:, plan.inverse[:n]]))
         return out
 
-    def start(self, batch: int, context: Context = None, plan: Plan | None = None) -> State:
+    def start(self, batch: int, context: Context | None = None, plan: Plan | None = None) -> State:
         """Begin to draw ``batch`` sequences."""
-        lengths = _lengths(context)
+        lengths = only_lengths(context, batch)
         plan = self._own_plan() if plan is None else plan
         dtype, device = self.norm.weight.dtype, self.norm.weight.device
         shape = (batch, self.num_heads, len(plan.least), self.hidden_size // self.num_heads)
@@ -634,14 +634,14 @@ class InfillTransformer(nn.Module):
         if zero_head:
             nn.init.zeros_(self.head.weight)
 
-    def forward(self, x: Tensor, context: Context = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Parameters (batch, n_hidden, num_params) given the known symbols or rows ``x``.
 
         Args:
             x: int64 ``(batch, n_known)`` or one-hot rows ``(batch, n_known, K)``.
-            context: lengths of the whole sequences, int64 ``(batch,)``, or None.
+            context: of the lengths of whole sequences, or None.
         """
-        lengths = _lengths(context)
+        lengths = only_lengths(context, len(x))
         symbols = x.argmax(-1) if x.is_floating_point() else x
         mask = None
         if lengths is not None:
@@ -660,12 +660,6 @@ class InfillTransformer(nn.Module):
             h = block(h, rotation, mask)
         out: Tensor = self.head(self.norm(h))
         return out
-
-
-def _lengths(context: Context) -> Tensor | None:
-    if isinstance(context, tuple):
-        raise TypeError("a sequence network takes lengths (batch,) as context, found a tuple")
-    return context
 
 
 class MaskedTransformer(nn.Module):
@@ -727,16 +721,16 @@ class MaskedTransformer(nn.Module):
         self.head = nn.Linear(hidden_size, num_params)
         _initialize(self, num_layers)
 
-    def forward(self, x: Tensor, known: Tensor, context: Context = None) -> Tensor:
+    def forward(self, x: Tensor, known: Tensor, context: Context | None = None) -> Tensor:
         """Parameters (batch, n, num_params) of every entry given the known ones.
 
         Args:
             x: symbols, int64 ``(batch, n)``, or one-hot rows ``(batch, n, K)``, with ``n <= dim``; entries
                 that are not known are never read.
             known: bool ``(batch, n)``.
-            context: lengths, int64 ``(batch,)``, or None.
+            context: of lengths, or None.
         """
-        lengths = _lengths(context)
+        lengths = only_lengths(context, len(x))
         n = x.shape[1]
         if n > self.dim:
             raise ValueError(f"the sequence has {n} entries, the network at most {self.dim}")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dflow.bijectors import Autoregressive, Chain, Coupling, Reverse
 from dflow.config import InputError, nearest
-from dflow.core import Bijector, Distribution
+from dflow.core import Bijector, Context, Distribution, lengths_in
 from dflow.distributions import (
     AnyOrder,
     Categorical,
@@ -369,9 +369,12 @@ class _Infill(nn.Module):
         super().__init__()
         self.net, self.stride = net, stride
 
-    def forward(self, x: Tensor, kept: Tensor | None = None, rest: Tensor | None = None) -> Tensor:
-        lengths = None if kept is None or rest is None else self.stride * (kept + rest)
-        out: Tensor = self.net(x, lengths)
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+        rest = lengths_in(context, len(x))
+        if context is not None and rest is not None:
+            *given, kept = context.given
+            context = Context(lengths=self.stride * (kept + rest), given=tuple(given))
+        out: Tensor = self.net(x, context)
         return out
 
 
