@@ -57,13 +57,11 @@ class Conditioner(nn.Module):
         )
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
-        items = context if isinstance(context, tuple) else () if context is None else (context,)
-        counts = [item for item in items if item.ndim == 1]
-        parts = [self._rows(x, self.known, counts[-1] if counts else None)]
-        for item in items:
-            if item.ndim > 1:
-                line = torch.arange(item.shape[1])
-                parts.append(self._rows(item, line, counts[0] if counts else None))
+        lengths, given = (context.lengths, list(context.given)) if context else (None, [])
+        # Inside a `Split` the lengths of its kept entries come last.
+        count = given.pop() if lengths is not None and given else None
+        parts = [self._rows(x, self.known, lengths)]
+        parts += [self._rows(item, torch.arange(item.shape[1]), count) for item in given]
         return self.net(torch.cat(parts, 1).flatten(1)).unflatten(1, (self.hidden, -1))
 
     def _rows(self, x: Tensor, positions: Tensor, lengths: Tensor | None) -> Tensor:
@@ -72,13 +70,13 @@ class Conditioner(nn.Module):
 
 
 class Given(Conditioner):
-    """Net of a conditional law: called with the kept entries and, with lengths, those of both parts."""
+    """Net of a conditional law: called with the kept entries and, with lengths, theirs."""
 
     def __init__(self, kept: int, hidden: int, K: int, num_params: int | None = None) -> None:
         super().__init__(torch.arange(kept), hidden, K, num_params or K)
 
-    def forward(self, x: Tensor, kept: Tensor | None = None, rest: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        return super().forward(x, kept)
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+        return super().forward(x, None if context is None else Context(lengths=context.given[-1]))
 
 
 def alternate(dim: int, start: int = 0) -> Tensor:
@@ -407,14 +405,15 @@ def build_continuous(name: str, shape: Shape) -> Bijector:
     return bijector  # type: ignore[return-value]
 
 
-def context_for(name: str, shape: Shape, batch: int) -> Tensor | None:
+def context_for(name: str, shape: Shape, batch: int) -> Context | None:
     """What the named bijector is conditioned on."""
     if "context" not in name:
         return None
     # The coupling by rows of a single channel has images of half the height.
     size = halves(shape)[3] if name == "coupling affine context" else shape[1:]
     generator = torch.Generator().manual_seed(3)
-    return torch.randn(batch, CONTEXT_CHANNELS * size[0] * size[1], dtype=torch.float64, generator=generator)
+    given = torch.randn(batch, CONTEXT_CHANNELS * size[0] * size[1], dtype=torch.float64, generator=generator)
+    return Context(given=(given,))
 
 
 def randomize(module: nn.Module, seed: int = 0) -> nn.Module:

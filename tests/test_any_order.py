@@ -9,6 +9,7 @@ from cases import any_order, enumerate_all, randomize
 from torch.nn import functional as F
 
 from dflow import objectives
+from dflow.core import Context
 from dflow.distributions import AnyOrder, Confident, Ordered
 from dflow.distributions import any_order as module
 from dflow.distributions.any_order import schedule
@@ -41,7 +42,7 @@ def test_probabilities_of_each_length_add_up_to_one(name):
     K, dim, law = 3, 5, WALKS[name]
     for T in range(1, dim + 1):
         x = enumerate_all(K, T)
-        lengths = torch.full((len(x),), T)
+        lengths = Context(lengths=torch.full((len(x),), T))
         padded = F.pad(x, (0, dim - T), value=1)
         log_prob = law.log_prob(padded, lengths)
         assert abs(float(log_prob.exp().sum()) - 1) < 1e-12
@@ -76,7 +77,7 @@ def test_entries_that_are_not_known_are_never_read_and_known_ones_all_are():
         assert bool(moved.all()) if known[0, j] else not moved.any()
     rows = one_hot(x, K, torch.float64)
     assert torch.equal(net(rows, known), before)
-    lengths = torch.tensor([3])
+    lengths = Context(lengths=torch.tensor([3]))
     for filler in range(K):
         changed = torch.where(torch.arange(dim) < 3, x, filler)
         torch.testing.assert_close(net(changed, known, lengths)[:, :3], net(x[:, :3], known[:, :3]))
@@ -139,7 +140,7 @@ def test_estimates_of_the_bound_are_unbiased():
         found = net.elbo(x.expand(n, -1), None, generator, sizes)
         assert abs(found.mean() - expected) < 5 * found.std() / math.sqrt(n)
         # An entry beyond the length counts nothing; the bound is that of the short sequence.
-        short = net.elbo(F.pad(x, (0, 0)).expand(n, -1), torch.full((n,), 3), generator)
+        short = net.elbo(F.pad(x, (0, 0)).expand(n, -1), Context(lengths=torch.full((n,), 3)), generator)
         expected = mean_over_orders(net, x[:, :3], [1] * 3)
         assert abs(short.mean() - expected) < 5 * short.std() / math.sqrt(n)
 
@@ -153,7 +154,7 @@ def test_the_number_of_known_entries_is_spread_evenly_over_a_batch(monkeypatch):
         assert seen[-1].sort().values.tolist() == list(range(8))
     lengths = torch.tensor([1, 2, 5, 8])
     for _ in range(20):
-        net.elbo(torch.zeros(4, 8, dtype=torch.int64), lengths)
+        net.elbo(torch.zeros(4, 8, dtype=torch.int64), Context(lengths=lengths))
         assert (seen[-1] < lengths).all()
 
 

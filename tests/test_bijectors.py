@@ -15,7 +15,7 @@ from cases import (
 from torch import nn
 
 from dflow.bijectors import Autoregressive, Chain, Coupling, Inverse, Permute, Reverse
-from dflow.core import Elementwise
+from dflow.core import Context, Elementwise
 from dflow.elementwise import ModAffine, ModRank, ModShift
 from dflow.nn.made import MADE
 from dflow.ops.modular import one_hot
@@ -68,10 +68,10 @@ def test_absent_entries_stay_and_influence_nothing(name):
     bijector, x = build_bijector(name, K), enumerate_all(K, dim)
     if name in WITHOUT_LENGTHS:
         with pytest.raises(ValueError, match="absent"):
-            bijector.forward(x, torch.full((len(x),), 2))
+            bijector.forward(x, Context(lengths=torch.full((len(x),), 2)))
         return
     for T in range(dim + 1):
-        context = torch.full((len(x),), T)
+        context = Context(lengths=torch.full((len(x),), T))
         z, _ = bijector.forward(x, context)
         assert torch.equal(z[:, T:], x[:, T:])
         # Rows that share their first T entries share the first T latents.
@@ -80,7 +80,7 @@ def test_absent_entries_stay_and_influence_nothing(name):
         assert torch.equal(bijector.inverse(z, context)[0], x)
         assert len(code(z, K).unique()) == len(x)
     # Rows of all lengths in one batch.
-    context = torch.arange(len(x)) % (dim + 1)
+    context = Context(lengths=torch.arange(len(x)) % (dim + 1))
     z, _ = bijector.forward(x, context)
     assert torch.equal(bijector.inverse(z, context)[0], x)
     rows = one_hot(x, K, torch.float64)
@@ -185,19 +185,19 @@ def test_inverse_stops_at_the_longest_sequence():
     net = Counted(randomize(MADE(6, 3, 3, [8])))
     bijector = Autoregressive(ModShift(3), net, 6)
     x = torch.tensor([[1, 2, 0, 0, 0, 0], [2, 2, 1, 0, 0, 0]])
-    z, _ = bijector.forward(x, torch.tensor([2, 3]))
+    z, _ = bijector.forward(x, Context(lengths=torch.tensor([2, 3])))
     net.calls = 0
-    assert torch.equal(bijector.inverse(z, torch.tensor([2, 3]))[0], x)
+    assert torch.equal(bijector.inverse(z, Context(lengths=torch.tensor([2, 3])))[0], x)
     assert net.calls == 3 + 1
     empty = x[:0]
-    assert bijector.inverse(empty, torch.zeros(0, dtype=torch.int64))[0].shape == (0, 6)
+    assert bijector.inverse(empty, Context(lengths=torch.zeros(0, dtype=torch.int64)))[0].shape == (0, 6)
 
 
 @pytest.mark.parametrize("name", [name for name in BIJECTORS if name.startswith("autoregressive")])
 @pytest.mark.parametrize("K", [2, 5, 6])
 def test_jacobi_and_loop_invert_alike(name, K):
     bijector, z = build_bijector(name, K), enumerate_all(K, DIMS[K])
-    lengths = torch.arange(len(z)) % (DIMS[K] + 1)
+    lengths = Context(lengths=torch.arange(len(z)) % (DIMS[K] + 1))
     for context in (None, lengths):
         found = {}
         for inversion in ("loop", "jacobi"):
@@ -253,7 +253,7 @@ def test_a_coupling_shows_its_net_the_known_entries_only():
     mask = torch.tensor([True, False, False, True, False])
     hidden = torch.tensor([False, True, False, False, True])
     coupling = Coupling(ModShift(5), Spy(), mask, hidden)
-    x, context = torch.tensor([[4, 3, 2, 1, 0]]), torch.tensor([[1.0, 2.0]])
+    x, context = torch.tensor([[4, 3, 2, 1, 0]]), Context(given=(torch.tensor([[1.0, 2.0]]),))
     coupling.forward(x, context)
     assert seen[0][0].tolist() == [[4, 1]]
     assert seen[0][1] is context
@@ -362,7 +362,7 @@ def test_layers_on_reals_have_the_log_det_of_autodiff(kind):
     )
     layer = randomize(Chain([layer, Reverse()]))
     x = torch.randn(3, dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for context in (None, torch.tensor([5, 3, 0])):
+    for context in (None, Context(lengths=torch.tensor([5, 3, 0]))):
         z, log_det = layer.forward(x, context)
         jacobian = torch.autograd.functional.jacobian(lambda x, c=context: layer.forward(x, c)[0].sum(0), x)
         expected = [torch.linalg.slogdet(jacobian[:, b]).logabsdet for b in range(3)]

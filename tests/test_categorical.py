@@ -6,6 +6,7 @@ from cases import BASES, DIMS, build_base, code, enumerate_all
 from torch import nn
 
 from dflow.bijectors import Coupling
+from dflow.core import Context
 from dflow.distributions import Categorical, ConditionalCategorical, Mixture, Spectra
 from dflow.elementwise import ModAffine, ModRank, ModShift
 from dflow.flows import Flow
@@ -44,7 +45,7 @@ def test_absent_entries_count_nothing(name):
     K, dim = 3, DIMS[3]
     base, x = build_base(name, K), enumerate_all(K, dim)
     for T in range(dim + 1):
-        context = torch.full((len(x),), T)
+        context = Context(lengths=torch.full((len(x),), T))
         log_prob = base.log_prob(x, context)
         first = code(x[:, :T], K) * K ** (dim - T)
         torch.testing.assert_close(log_prob, log_prob[first], rtol=0, atol=1e-12)
@@ -72,9 +73,10 @@ def test_samples_follow_the_law(name):
 @each
 def test_samples_of_given_lengths(name):
     K, dim = 5, DIMS[5]
-    base, context = build_base(name, K), torch.arange(50) % (DIMS[5] + 1)
+    base, lengths = build_base(name, K), torch.arange(50) % (DIMS[5] + 1)
+    context = Context(lengths=lengths)
     draws = base.sample(50, context, torch.Generator().manual_seed(0))
-    assert (draws[torch.arange(dim) >= context[:, None]] == 0).all()
+    assert (draws[torch.arange(dim) >= lengths[:, None]] == 0).all()
     assert int(draws.max()) < K
     assert int(draws.max()) > 0
     assert base.log_prob(draws, context).isfinite().all()
@@ -105,7 +107,7 @@ def test_statistics_tie_classes_skip_absent_entries_and_know_both_modes():
     base = Categorical(3, 4, torch.tensor([1, 0, 1]))
     x = torch.tensor([[0, 1, 2], [3, 3, 3]])
     assert base.statistics(x).tolist() == [[0, 1, 0, 1], [1, 0, 1, 2]]
-    context = torch.tensor([3, 1])
+    context = Context(lengths=torch.tensor([3, 1]))
     counts = base.statistics(x, context)
     assert counts.tolist() == [[0, 1, 0, 0], [1, 0, 1, 1]]
     rows = one_hot(x, 4).requires_grad_()
@@ -161,18 +163,19 @@ def test_conditional_law_follows_its_context():
     law = ConditionalCategorical(Copy())
     kept = torch.tensor([[0, 3], [2, 2]])
     assert law.num_calls == 1
-    assert torch.equal(law.sample(2, kept), kept)
-    assert torch.equal(law.sample(2, (kept, torch.tensor([2, 1]))), torch.tensor([[0, 3], [2, 0]]))
-    assert law.log_prob(kept, kept).abs().max() < 1e-12
-    assert (
-        float(law.log_prob(torch.tensor([[0, 1], [0, 0]]), (kept, torch.tensor([1, 0]))).abs().max()) < 1e-12
-    )
+    context = Context(given=(kept,))
+    assert torch.equal(law.sample(2, context), kept)
+    short = Context(given=(kept,), lengths=torch.tensor([2, 1]))
+    assert torch.equal(law.sample(2, short), torch.tensor([[0, 3], [2, 0]]))
+    assert law.log_prob(kept, context).abs().max() < 1e-12
+    short = Context(given=(kept,), lengths=torch.tensor([1, 0]))
+    assert float(law.log_prob(torch.tensor([[0, 1], [0, 0]]), short).abs().max()) < 1e-12
     with pytest.raises(ValueError, match="context"):
         law.log_prob(kept)
     with pytest.raises(ValueError, match="3 draws"):
-        law.sample(3, kept)
+        law.sample(3, context)
     with pytest.raises(ValueError, match="1 rows"):
-        law.log_prob(kept[:1], kept)
+        law.log_prob(kept[:1], context)
 
 
 def test_arguments_are_checked():
@@ -233,7 +236,7 @@ def test_spectra_are_a_mixture_of_the_laws_of_the_latent(elementwise):
         z, _ = family.forward(x, context[..., : family.num_params])
         p = (weights[row] @ law.log_spectra().exp()).expand(len(x), -1, -1)
         expected = p.gather(-1, z[..., None]).prod(1).squeeze(-1)
-        torch.testing.assert_close(law.log_prob(x, context).exp(), expected)
+        torch.testing.assert_close(law.log_prob(x, Context(given=(context,))).exp(), expected)
         assert float(expected.sum()) == pytest.approx(1)
 
 
@@ -254,14 +257,14 @@ def test_arguments_of_spectra_are_checked():
         Spectra(ModRank(3), nn.Identity(), 3, 0)
     law = Spectra(ModRank(3), nn.Identity(), 3, 2)
     x, out = torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4, 5)
-    assert law.log_prob(x, out).shape == (2,)
+    assert law.log_prob(x, Context(given=(out,))).shape == (2,)
     for bad, context, message in [
         (x, None, "needs a context"),
-        (x, out[..., 1:], "the net gave"),
-        (x[:, :2], out, "expected int64"),
-        (x[:1], out, "1 rows of x"),
+        (x, (out[..., 1:],), "the net gave"),
+        (x[:, :2], (out,), "expected int64"),
+        (x[:1], (out,), "1 rows of x"),
     ]:
         with pytest.raises(ValueError, match=message):
-            law.log_prob(bad, context)
+            law.log_prob(bad, context and Context(given=context))
     with pytest.raises(ValueError, match="3 draws"):
-        law.sample(3, out)
+        law.sample(3, Context(given=(out,)))

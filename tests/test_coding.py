@@ -28,7 +28,7 @@ from dflow.coding.codec import logistic_steps
 from dflow.coding.codes import Bernoulli, Bits, Code, Edges, Golomb, Logistic, Mixture, Rows, Shared
 from dflow.coding.reference import ReferenceCoder
 from dflow.coding.tables import sigmoid_counts
-from dflow.core import Distribution, Elementwise
+from dflow.core import Context, Distribution, Elementwise
 from dflow.distributions import Categorical, ConditionalCategorical, StandardNormal
 from dflow.flows import Flow, Split
 
@@ -552,14 +552,17 @@ def test_only_what_is_present_is_coded(name):
     lengths = torch.arange(n) % (dim + 1)
     x = enumerate_all(K, dim)[torch.randperm(K**dim)[:n]]
     x = torch.where(torch.arange(dim) < lengths[:, None], x, 0)
-    ideal = -float(law.log_prob(x, lengths).detach().sum()) / math.log(2)
-    _, bits = coded(law, x, lengths)
+    context = Context(lengths=lengths)
+    ideal = -float(law.log_prob(x, context).detach().sum()) / math.log(2)
+    _, bits = coded(law, x, context)
     assert bits <= ideal + 0.002 * x.numel() + 64
-    assert torch.equal(pop(law, 2, Coder(), 0 * lengths[:2]), torch.zeros(2, dim, dtype=torch.int64))
+    assert torch.equal(
+        pop(law, 2, Coder(), Context(lengths=0 * lengths[:2])), torch.zeros(2, dim, dtype=torch.int64)
+    )
     noise = torch.where(torch.arange(dim) < lengths[:, None], x, 2)
     coder = Coder()
-    push(law, noise, coder, lengths)
-    assert torch.equal(pop(law, n, coder, lengths), x)
+    push(law, noise, coder, context)
+    assert torch.equal(pop(law, n, coder, context), x)
 
 
 def test_length_of_streams_of_symbols():
@@ -616,7 +619,7 @@ class Integers(Distribution):
         self.given, self.net = params, net
 
     def params(self, context):
-        return [v[None] for v in self.given] if self.net is None else self.net(context).unbind(-1)
+        return [v[None] for v in self.given] if self.net is None else self.net(*context.given).unbind(-1)
 
     def log_prob(self, x, context=None):
         raise NotImplementedError
@@ -702,12 +705,12 @@ def test_arguments_of_the_codec_are_checked():
     with pytest.raises(ValueError, match=r"symbols must lie in 0\.\.2"):
         push(law, x + 1, coder)
     for name in ("counted", "mixture", "grouped", "any order, lockstep"):
-        with pytest.raises(ValueError, match="7 rows of x for a context of 4"):
-            push(build_base(name, 3).eval(), x[:7], coder, torch.full((4,), 5))
+        with pytest.raises(ValueError, match=r"lengths must be int64 \(7,\).* found torch.int64 \(4,\)"):
+            push(build_base(name, 3).eval(), x[:7], coder, Context(lengths=torch.full((4,), 5)))
     conditional = ConditionalCategorical(Given(2, 3)).eval()
     for run in (
-        lambda: push(conditional, x[:7, :2], coder, x[:4]),
-        lambda: pop(conditional, 7, coder, x[:4]),
+        lambda: push(conditional, x[:7, :2], coder, Context(given=(x[:4],))),
+        lambda: pop(conditional, 7, coder, Context(given=(x[:4],))),
     ):
         with pytest.raises(ValueError, match="7 rows of x for a context of 4"):
             run()

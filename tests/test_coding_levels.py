@@ -9,7 +9,7 @@ from torch import Tensor
 from dflow import zoo
 from dflow.bijectors import Chain
 from dflow.coding import Coder, codec, levels
-from dflow.core import Distribution
+from dflow.core import Context, Distribution
 from dflow.distributions import Categorical, ConditionalWindow
 from dflow.flows import Flow, Split
 
@@ -103,11 +103,11 @@ def test_missing_levels_of_windows_are_filled_by_their_means(n, monkeypatch):
     monkeypatch.setattr("dflow.distributions.window._LOGITS", 1)
     assert torch.equal(levels.pop(law, n, found[:1]), coarse)
     *_, window = (m for m in law.modules() if isinstance(m, ConditionalWindow))
-    context = torch.randint(0, 64, (1, 16)).double()
-    draws = window.sample(20_000, context.expand(20_000, -1)).double()
+    given = torch.randint(0, 64, (1, 16)).double()
+    draws = window.sample(20_000, Context(given=(given.expand(20_000, -1),))).double()
     inside = (draws >= 0) & (draws < 64)
     mean = torch.where(inside, draws, 0).sum(0) / inside.sum(0)
-    assert (window.mean(context)[0] - mean).abs().max() < 1.2
+    assert (window.mean(Context(given=(given,)))[0] - mean).abs().max() < 1.2
 
 
 def test_what_has_no_mean_is_drawn_only():

@@ -33,6 +33,7 @@ from dflow.coding import (
 from dflow.coding.frozen import Cells, FrozenMixture, MixtureTables, mixture_tables
 from dflow.coding.reference import ReferenceCoder
 from dflow.config import InputError
+from dflow.core import Context
 from dflow.distributions import Categorical, ConditionalLogistic, ConditionalWindow, Logistic, LogisticMixture
 from dflow.distributions.logistic import log_mass
 from dflow.elementwise import IntegerShift
@@ -405,9 +406,9 @@ def test_pieces_have_the_rows_asked_for():
     seen: list[int] = []
 
     class Net(nn.Module):
-        def forward(self, x: Tensor, context: tuple[Tensor, ...] | None = None) -> Tensor:
+        def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
             seen.append(len(x))
-            assert context is None or [len(c) for c in context] == [len(x)] * 2
+            assert context is None or [len(c) for c in context.given] == [len(x)] * 2
             return x.double()[..., None]
 
     coupling = Coupling(IntegerShift(), Net(), torch.tensor([True, False]))
@@ -417,7 +418,7 @@ def test_pieces_have_the_rows_asked_for():
     ready = prepare(law, "float64")
     for given, asked, rows in ((law, 3, [3, 3, 1]), (law, 4, [4, 3]), (law, 7, [7]), (ready, 3, [1] * 7)):
         found = in_pieces(given, asked)
-        for context in (None, (x[:, 0], x[:, 1])):
+        for context in (None, Context(given=(x[:, 0], x[:, 1]))):
             seen.clear()
             assert torch.equal(found.bijector.net(x[:, :1], context), expected)
             assert seen == rows

@@ -10,7 +10,7 @@ from cases import CONTINUOUS, SHAPES, build_continuous, context_for, randomize
 from torch import nn
 
 from dflow.bijectors import ActNorm, Chain, Coupling
-from dflow.core import Distribution
+from dflow.core import Context, Distribution, conditioned
 from dflow.elementwise import Affine, MixtureLogistic, ModShift, Spline
 from dflow.flows import Flow, Split
 from dflow.nn.densenet import DenseNet
@@ -32,7 +32,7 @@ def test_round_trip(name, shape):
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 2e-4)):
         bijector.to(dtype)
         context = context_for(name, shape, len(x))
-        context = None if context is None else context.to(dtype)
+        context = context and Context(given=(context.given[0].to(dtype),))
         for there, back in ((bijector.forward, bijector.inverse), (bijector.inverse, bijector.forward)):
             z, log_det = there(x.to(dtype), context)
             found, other = back(z, context)
@@ -90,13 +90,13 @@ def test_conditioners_start_at_the_identity(name, shape):
 @pytest.mark.parametrize("name", [name for name in CONTINUOUS if "context" in name])
 def test_context_matters_is_differentiable_and_is_asked_for(name, shape):
     bijector, x = build_continuous(name, shape), data(shape)
-    context = context_for(name, shape, len(x)).requires_grad_()
-    z, _ = bijector.forward(x, context)
-    (gradient,) = torch.autograd.grad(z.square().sum(), context)
+    given = context_for(name, shape, len(x)).given[0].requires_grad_()
+    z, _ = bijector.forward(x, Context(given=(given,)))
+    (gradient,) = torch.autograd.grad(z.square().sum(), given)
     assert (gradient.abs().sum(0) > 0).all()
     # In two parts, as inside a `Split`.
-    assert torch.equal(bijector.forward(x, (context[:, :1], context[:, 1:]))[0], z)
-    for wrong in (None, context[:, 1:]):
+    assert torch.equal(bijector.forward(x, Context(given=(given[:, :1], given[:, 1:])))[0], z)
+    for wrong in (None, Context(given=(given[:, 1:],))):
         with pytest.raises(ValueError, match="context"):
             bijector.forward(x, wrong)
 
@@ -348,8 +348,7 @@ class Gauss(Distribution):
             return torch.zeros(1, self.dim, dtype=torch.float64), torch.zeros(
                 1, self.dim, dtype=torch.float64
             )
-        items = context if isinstance(context, tuple) else (context,)
-        return self.net(*items).unbind(-1)
+        return conditioned(self.net, context).unbind(-1)
 
     def log_prob(self, x, context=None):
         loc, log_scale = self.params(context)
@@ -392,7 +391,10 @@ def test_a_split_of_reals_is_normalised_and_draws_what_it_scores(kind):
 def test_a_split_of_an_image_gives_its_net_the_kept_part_and_the_context():
     net = DenseNet(1, 1, (2, 2), 2, hidden_size=4, depth=2, context_channels=1)
     split = randomize(law(net, 4, 4, torch.arange(8) < 4))
-    x, context = data((2, 2, 2), 3), data((1, 2, 2), 3)
-    expected = Gauss(4).log_prob(x[:, :4]) + Gauss(4, net).log_prob(x[:, 4:], (x[:, :4], context))
+    x, given = data((2, 2, 2), 3), data((1, 2, 2), 3)
+    context = Context(given=(given,))
+    expected = Gauss(4).log_prob(x[:, :4]) + Gauss(4, net).log_prob(
+        x[:, 4:], Context(given=(x[:, :4], given))
+    )
     torch.testing.assert_close(split.log_prob(x, context), expected)
     assert split.sample(3, context).shape == (3, 8)

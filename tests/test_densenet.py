@@ -7,6 +7,7 @@ import torch
 from cases import randomize
 from torch import nn
 
+from dflow.core import Context
 from dflow.nn.densenet import DenseNet
 from dflow.nn.perceptron import Perceptron
 
@@ -28,12 +29,12 @@ def test_every_number_and_all_context_are_read(kind, size):
     net, places = randomize(make(kind, size, 5)), size[0] * size[1]
     x = torch.randn(3, 2 * places, dtype=torch.float64, requires_grad=True)
     context = torch.randn(3, 5 * places, dtype=torch.float64, requires_grad=True)
-    out = net(x, context)
+    out = net(x, Context(given=(context,)))
     assert out.shape == (3, 3 * places, 4)
     for gradient in torch.autograd.grad(out.square().sum(), (x, context)):
         assert (gradient.abs() > 0).all()
     for name, parameter in net.named_parameters():
-        (gradient,) = torch.autograd.grad(net(x, context).square().sum(), parameter)
+        (gradient,) = torch.autograd.grad(net(x, Context(given=(context,))).square().sum(), parameter)
         assert gradient.abs().sum() > 0, name
 
 
@@ -71,15 +72,15 @@ def test_wrong_inputs_and_contexts_are_named(kind, size):
     with_context, without = make(kind, size, 5), make(kind, size)
     for net, *call in (
         (with_context, x),
-        (with_context, x, context[:, 1:]),
-        (with_context, x, (context, context)),
-        (without, x, context),
+        (with_context, x, Context(given=(context[:, 1:],))),
+        (with_context, x, Context(given=(context, context))),
+        (without, x, Context(given=(context,))),
         (without, x[:, 1:]),
         (without, x[0]),
     ):
         with pytest.raises(ValueError, match="expected x"):
             net(*call)
-    assert with_context(x, (context[:, :1], context[:, 1:])).shape == (2, 3 * places, 4)
+    assert with_context(x, Context(given=(context[:, :1], context[:, 1:]))).shape == (2, 3 * places, 4)
 
 
 def test_a_convolution_sees_its_neighbourhood_alone():

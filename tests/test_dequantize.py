@@ -61,11 +61,11 @@ class Triangle(Bijector):
         return torch.eye(len(self.lower)).to(self.lower) + self.lower.tril(-1)
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        s = self.log_scale + (0 if self.scale is None else self.scale(context))
+        s = self.log_scale + (0 if self.scale is None else self.scale(*context.given))
         return (x * s.exp()) @ self.matrix().T, s.expand(x.shape).sum(1)
 
     def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        s = self.log_scale + (0 if self.scale is None else self.scale(context))
+        s = self.log_scale + (0 if self.scale is None else self.scale(*context.given))
         return (z @ self.matrix().inverse().T) * (-s).exp(), -s.expand(z.shape).sum(1)
 
 
@@ -95,7 +95,7 @@ class Causal(nn.Module):
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         self.calls += 1
         own = torch.einsum("bj,pij->bip", x, self.own.tril(-1))
-        return own + self.given(context).unflatten(1, (-1, 2))
+        return own + self.given(*context.given).unflatten(1, (-1, 2))
 
 
 def gaussian(dim: int, kind: type[Gaussian] = CovarianceNormal, learned: bool = False) -> Gaussian:
@@ -930,5 +930,7 @@ class Rough(Distribution):
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         return 5 * torch.sin(1e9 * x.double()).sum(1)
 
-    def sample(self, n: int, context: Context | None = None, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, n: int, context: Context | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
         raise NotImplementedError

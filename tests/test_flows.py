@@ -16,7 +16,7 @@ from cases import (
 )
 from torch import nn
 
-from dflow.core import Distribution
+from dflow.core import Context, Distribution
 from dflow.flows import Flow, Split
 from dflow.ops.modular import one_hot
 
@@ -46,11 +46,11 @@ def test_total_probability_of_each_length_is_one(bijector):
     flow, x = Flow(build_bijector(bijector, K), build_base("split", K)), enumerate_all(K, dim)
     for T in range(dim + 1):
         rows = x[(x[:, T:] == 0).all(1)]
-        log_prob = flow.log_prob(rows, torch.full((len(rows),), T))
+        log_prob = flow.log_prob(rows, Context(lengths=torch.full((len(rows),), T)))
         assert len(rows) == K**T
         assert abs(float(log_prob.exp().sum()) - 1) < 1e-12
     lengths = torch.arange(100) % (dim + 1)
-    draws = flow.sample(100, lengths, torch.Generator().manual_seed(0))
+    draws = flow.sample(100, Context(lengths=lengths), torch.Generator().manual_seed(0))
     assert (draws[torch.arange(dim) >= lengths[:, None]] == 0).all()
 
 
@@ -99,22 +99,25 @@ def test_split_hands_each_part_its_context():
     kept, given = split.base.contexts, split.conditional.contexts
     split.log_prob(x)
     assert kept[-1] is None
-    assert given[-1].tolist() == [[0, 3], [5, 8]]
-    split.log_prob(x, torch.tensor([3, 5]))
-    assert kept[-1].tolist() == [1, 2]
-    assert [t.tolist() for t in given[-1]] == [[[0, 3], [5, 8]], [1, 2], [2, 3]]
-    # Any other context goes to both parts as it is.
-    other = torch.ones(2, 1, 1)
-    split.log_prob(x, other)
-    assert kept[-1] is other
-    assert given[-1][1] is other
+    assert given[-1].given[0].tolist() == [[0, 3], [5, 8]]
+    split.log_prob(x, Context(lengths=torch.tensor([3, 5])))
+    assert kept[-1].lengths.tolist() == [1, 2]
+    assert [t.tolist() for t in given[-1].given] == [[[0, 3], [5, 8]], [1, 2]]
+    assert given[-1].lengths.tolist() == [2, 3]
+    # What is given goes to both parts as it is, class labels too.
+    other, labels = torch.ones(2, 1, 1), torch.tensor([0, 1])
+    split.log_prob(x, Context(given=(other, labels)))
+    assert kept[-1].given == (other, labels)
+    assert given[-1].given[1:] == (other, labels)
+    assert kept[-1].lengths is given[-1].lengths is None
     # Inside another split: kept entries, their lengths and the lengths of this part.
-    split.log_prob(x, (other, torch.tensor([9, 9]), torch.tensor([1, 4])))
-    assert [t.tolist() for t in kept[-1][1:]] == [[9, 9], [1, 2]]
-    assert [t.tolist() for t in given[-1][2:]] == [[9, 9], [1, 2], [0, 2]]
+    split.log_prob(x, Context(given=(other, torch.tensor([9, 9])), lengths=torch.tensor([1, 4])))
+    assert [kept[-1].given[1].tolist(), kept[-1].lengths.tolist()] == [[9, 9], [1, 2]]
+    assert [t.tolist() for t in given[-1].given[2:]] == [[9, 9], [1, 2]]
+    assert given[-1].lengths.tolist() == [0, 2]
     draws = split.sample(2)
     assert draws.tolist() == [[2, 3, 3, 2, 3]] * 2
-    assert given[-1].tolist() == [[2, 2]] * 2
+    assert given[-1].given[0].tolist() == [[2, 2]] * 2
     assert split.num_calls == 4
 
 
@@ -124,10 +127,9 @@ def test_split_of_a_split():
     outer = Split(alternate(dim), build_base("split", K, 2), counted(K, 3))
 
     class Sum(nn.Module):
-        def forward(self, *context):
-            entries = torch.cat(
-                [c.float() if c.ndim == 2 else c.argmax(-1).float() for c in context if c.ndim > 1], 1
-            )
+        def forward(self, x, context):
+            entries = [c.float() if c.ndim == 2 else c.argmax(-1).float() for c in (x, *context.given)]
+            entries = torch.cat(entries, 1)
             return torch.stack([torch.sin(entries.sum(1) + k) for k in range(K)], -1)[:, None].double()
 
     outer.conditional.conditional.net = Sum()

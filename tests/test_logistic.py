@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from dflow.core import Context
 from dflow.distributions import ConditionalLogistic, Logistic, LogisticMixture
 from dflow.distributions.logistic import LEAST, MOST, log_mass
 
@@ -97,7 +98,8 @@ def build(kind, dim=2):
 
 
 def context_of(kind, n):
-    return torch.tensor([[1.0, -0.5]], dtype=torch.float64).expand(n, 2) if "conditional" in kind else None
+    given = torch.tensor([[1.0, -0.5]], dtype=torch.float64).expand(n, 2)
+    return Context(given=(given,)) if "conditional" in kind else None
 
 
 KINDS = ["single", "shared", "mixture", "shared mixture", "conditional", "conditional mixture"]
@@ -133,7 +135,7 @@ def test_modes_agree_and_gradients_reach_everything(kind):
         assert p.grad.abs().sum() > 0
     single = law.float()
     context = context_of(kind, 3)
-    context = None if context is None else context.float()
+    context = context and Context(given=(context.given[0].float(),))
     assert single.log_prob(x, context).dtype == torch.float32
     assert single.log_prob(x.double(), context).dtype == torch.float64
     torch.testing.assert_close(single.log_prob(x, context).double(), value, rtol=1e-5, atol=1e-5)
@@ -213,11 +215,17 @@ def test_wrong_arguments_are_named():
         (lambda: Logistic(2).log_prob(torch.zeros(3, 2, dtype=torch.int32)), "torch.int32"),
         (lambda: build("conditional").log_prob(torch.zeros(3, 2)), "needs a context"),
         (
-            lambda: build("conditional").log_prob(torch.zeros(3, 2), torch.zeros(2, 2)),
+            lambda: build("conditional").log_prob(torch.zeros(3, 2), Context(given=(torch.zeros(2, 2),))),
             "3 rows, the context 2",
         ),
-        (lambda: build("conditional").sample(3, torch.zeros(2, 2)), "3 draws asked of a context of 2"),
-        (lambda: ConditionalLogistic(Net(3, 2), 2).params(torch.zeros(1, 2)), "the net gave params"),
+        (
+            lambda: build("conditional").sample(3, Context(given=(torch.zeros(2, 2),))),
+            "3 draws asked of a context of 2",
+        ),
+        (
+            lambda: ConditionalLogistic(Net(3, 2), 2).params(Context(given=(torch.zeros(1, 2),))),
+            "the net gave params",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             call()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dflow.core import Context
 from dflow.nn.lstm import LSTM, locked_dropout
 
 K, P = 4, 3
@@ -85,7 +86,7 @@ def test_gradients_reach_every_parameter(training: bool) -> None:
 
 
 def test_absent_entries_influence_nothing() -> None:
-    net, lengths = make(), torch.tensor([2, 4])
+    net, lengths = make(), Context(lengths=torch.tensor([2, 4]))
     x = torch.tensor([[1, 2, 0, 0], [3, 1, 2, 0]])
     noisy = torch.tensor([[1, 2, 3, 1], [3, 1, 2, 0]])
     out, other = net(x, lengths), net(noisy, lengths)

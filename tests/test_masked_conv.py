@@ -9,6 +9,7 @@ import torch
 from cases import randomize
 
 from dflow.bijectors import Autoregressive
+from dflow.core import Context
 from dflow.elementwise import Affine
 from dflow.nn.masked_conv import MaskedConv
 
@@ -54,15 +55,19 @@ def test_all_of_the_context_is_allowed(shape):
             parameter.div_(parameter[0].numel() ** 0.5)
     context = torch.randn(1, 3 * places, dtype=torch.float64)
     x = torch.randn(1, dim, dtype=torch.float64)
-    jacobian = torch.autograd.functional.jacobian(lambda context: net(x, context)[0], context)[:, :, 0]
+    jacobian = torch.autograd.functional.jacobian(lambda given: net(x, Context(given=(given,)))[0], context)[
+        :, :, 0
+    ]
     assert (jacobian != 0).any(1).all()
-    assert torch.equal(influence(net, dim, context), torch.ones(dim, dim, dtype=torch.bool).tril(-1))
+    assert torch.equal(
+        influence(net, dim, Context(given=(context,))), torch.ones(dim, dim, dtype=torch.bool).tril(-1)
+    )
 
 
 def test_gradients_reach_every_parameter_and_no_masked_weight():
     net = randomize(MaskedConv((2, 3, 3), 2, hidden_size=8, depth=2, context_channels=1))
     x, context = torch.randn(4, 18, dtype=torch.float64), torch.randn(4, 9, dtype=torch.float64)
-    net(x, context).square().sum().backward()
+    net(x, Context(given=(context,))).square().sum().backward()
     for name, module in net.named_modules():
         if hasattr(module, "mask"):
             assert (module.weight.grad[~module.mask] == 0).all(), name

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dflow.core import Distribution
+from dflow.core import Context, Distribution
 from dflow.distributions import (
     ConditionalNormal,
     CovarianceNormal,
@@ -296,17 +296,17 @@ class Table(nn.Module):
         super().__init__()
         self.params = nn.Parameter(params)
 
-    def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *rest: Context) -> Tensor:
         return self.params * x.mean(1)[:, None, None]
 
 
 def test_a_conditional_law_is_normal_given_the_context() -> None:
     law = ConditionalNormal(Table(torch.randn(3, 2))).double()
-    context, v = torch.rand(5, 4, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
-    params = law.net(context)
+    given, v = torch.rand(5, 4, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    params, context = law.net(given), Context(given=(given,))
     expected = torch.distributions.Normal(params[..., 0], params[..., 1].exp()).log_prob(v).sum(1)
     torch.testing.assert_close(law.log_prob(v, context), expected)
-    torch.testing.assert_close(law.log_prob(v, (context, context)), expected)
+    torch.testing.assert_close(law.log_prob(v, Context(given=(given, given))), expected)
     standard = ConditionalNormal(Table(torch.zeros(3, 2))).double()
     torch.testing.assert_close(standard.log_prob(v, context), StandardNormal(3).log_prob(v))
     drawn = law.sample(5, context, torch.Generator().manual_seed(0))

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from dflow import objectives, zoo
 from dflow.bijectors import Autoregressive, Chain, Coupling, Reverse
 from dflow.config import InputError
+from dflow.core import Context
 from dflow.flows import Flow, Split
 
 K, LENGTH = 4, 8
@@ -75,7 +76,9 @@ def test_without_noise_the_straight_through_loss_is_the_exact_one():
         assert torch.equal(counts, model.base.statistics(model.transform(x)[0]))
         lengths = torch.randint(1, LENGTH + 1, (16,))
         loss, _ = objectives.Objective(model, "straight_through")(x, lengths)
-        assert loss.item() == pytest.approx(-model.log_prob(x, lengths).sum().item(), rel=1e-5)
+        assert loss.item() == pytest.approx(
+            -model.log_prob(x, Context(lengths=lengths)).sum().item(), rel=1e-5
+        )
 
 
 def test_the_layerwise_loss_is_each_layers_cross_entropy_and_its_latent_the_models():
@@ -210,10 +213,10 @@ def by_enumeration(model, x, lengths=None, temperature=1.0):
     law = model.base.log_law()[model.base.classes]
     for i, layer in enumerate(layers):
         if not isinstance(layer, (Coupling, Autoregressive)):
-            h, _ = layer(h, lengths)
+            h, _ = layer(h, Context(lengths=lengths))
             continue
         moved = layer.hidden_index.tolist() if isinstance(layer, Coupling) else range(dim)
-        params = layer.params(h, lengths)
+        params = layer.params(h, Context(lengths=lengths))
         turns = sum(isinstance(later, Reverse) for later in layers[i:])
         for b in range(len(x)):
             T = dim if lengths is None else int(lengths[b])
@@ -223,7 +226,7 @@ def by_enumeration(model, x, lengths=None, temperature=1.0):
                     for s in range(K):
                         share = torch.softmax(params[b, j] / temperature, -1)[s]
                         loss = loss - share * law[place, (h[b, p] - s) % K]
-        h = layer(h, lengths)[0].detach()
+        h = layer(h, Context(lengths=lengths))[0].detach()
     return loss
 
 
@@ -239,9 +242,9 @@ def test_expected_loss_and_gradient_are_those_of_all_shifts(family, changes, len
         estimator.temperature = 0.6
     x = torch.randint(0, K, (3, LENGTH))
     loss, counts = objectives.Objective(model, "expected")(x, lengths)
-    expected = by_enumeration(model, x, lengths, 0.6)
+    expected, context = by_enumeration(model, x, lengths, 0.6), Context(lengths=lengths)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
-    assert torch.equal(counts, model.base.statistics(model.transform(x, lengths)[0], lengths))
+    assert torch.equal(counts, model.base.statistics(model.transform(x, context)[0], context))
     parameters = list(model.parameters())
     found = torch.autograd.grad(loss, parameters)
     for one, other in zip(found, torch.autograd.grad(expected, parameters), strict=True):
@@ -267,13 +270,15 @@ def test_spectra_learn_ranks_by_cross_entropy_and_the_rest_by_likelihood(lengths
     model = shaken(build("multiscale", num_spectra=3)).double()
     x = torch.randint(0, K, (12, LENGTH))
     loss, counts = objectives.Objective(model, "layerwise")(x, lengths)
-    expected, law, h, own = 0.0, model, x, lengths
+    expected, law, h, own = 0.0, model, x, Context(lengths=lengths)
     while isinstance(law, Split):
         (kept, context), (rest, given) = law.parts(h, own)
         params, _ = law.conditional.params(given)
         terms = F.cross_entropy(params.flatten(0, 1), rest.flatten(), reduction="none").view(rest.shape)
         there = (
-            torch.ones_like(terms) if lengths is None else torch.arange(rest.shape[1]) < given[-1][:, None]
+            torch.ones_like(terms)
+            if lengths is None
+            else torch.arange(rest.shape[1]) < given.lengths[:, None]
         )
         expected += (terms * there).sum() - law.conditional.log_prob(rest, given).sum()
         law, h, own = law.base, kept, context

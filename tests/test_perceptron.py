@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import enumerate_all, randomize
 
+from dflow.core import Context
 from dflow.nn.perceptron import InfillPerceptron
 from dflow.ops.modular import one_hot
 
@@ -40,7 +41,7 @@ def test_the_gradient_of_rows_is_that_of_a_linear_first_layer():
 
 def test_absent_entries_change_nothing():
     net, x = make(), enumerate_all(3, 3)
-    lengths = torch.full((27,), 3)
+    lengths = Context(lengths=torch.full((27,), 3))
     out = net(x, lengths).view(9, 3, -1)
     assert torch.equal(out[:, :1].expand_as(out), out)
     assert not torch.equal(net(x, lengths), net(x))

@@ -5,6 +5,7 @@ import torch
 from cases import enumerate_all, grouped, randomize, transformer
 from torch.nn import functional as F
 
+from dflow.core import Context
 from dflow.distributions import SequenceCategorical, sequence
 from dflow.ops.modular import one_hot
 from dflow.ops.orders import ORDERS, islands, lockstep
@@ -19,7 +20,7 @@ def test_probabilities_of_each_length_add_up_to_one(order, dim, calls):
     law = randomize(grouped(K, dim, calls, order))
     for T in range(1, dim + 1):
         x = enumerate_all(K, T)
-        lengths = torch.full((len(x),), T)
+        lengths = Context(lengths=torch.full((len(x),), T))
         padded = F.pad(x, (0, dim - T), value=1)
         log_prob = law.log_prob(padded, lengths)
         assert abs(float(log_prob.exp().sum()) - 1) < 1e-12
@@ -125,6 +126,7 @@ def test_the_fixed_point_is_the_draw(order, dim, calls, monkeypatch):
     law = randomize(grouped(3, dim, calls, order))
     lengths = torch.arange(50) % dim + 1
     for context, block in ((None, 1 << 22), (None, 1), (lengths, 1 << 22), (lengths.clamp(max=2), 1)):
+        context = Context(lengths=context)
         monkeypatch.setattr(sequence, "_NOISE_BLOCK", block)
         drawn = law.sample(50, context, torch.Generator().manual_seed(7))
         x, used = law.sample_by_fixed_point(50, context, torch.Generator().manual_seed(7))

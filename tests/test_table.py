@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import enumerate_all, randomize
 
+from dflow.core import Context
 from dflow.nn.table import LARGEST, InfillTable, PrefixTable
 from dflow.ops.modular import one_hot
 
@@ -49,7 +50,7 @@ def test_rows_give_the_same_values_and_the_gradient_of_the_multilinear_extension
 
 def test_absent_entries_change_nothing():
     net = randomize(InfillTable(3, 2, torch.tensor([0, 2]), torch.tensor([1])))
-    x, lengths = enumerate_all(3, 2), torch.full((9,), 2)
+    x, lengths = enumerate_all(3, 2), Context(lengths=torch.full((9,), 2))
     assert torch.equal(net(x, lengths), net(x * torch.tensor([1, 0])))
     rows = one_hot(x, 3, torch.float64).requires_grad_()
     out = net(rows, lengths)

@@ -5,6 +5,7 @@ import torch
 from cases import alternate, enumerate_all, randomize, transformer
 from torch.nn import functional as F
 
+from dflow.core import Context
 from dflow.nn.transformer import Attention, GroupCausalTransformer, InfillTransformer
 from dflow.ops.lookup import lookup
 from dflow.ops.modular import one_hot
@@ -22,7 +23,8 @@ def test_steps_give_what_the_pass_gives(name, dim, calls, tables):
     net = randomize(transformer(K, 4, order, dim, **tables))
     generator = torch.Generator().manual_seed(1)
     x = torch.randint(0, K, (9, dim), generator=generator)
-    for context in (None, torch.randint(1, dim + 1, (9,), generator=generator)):
+    for lengths in (None, torch.randint(1, dim + 1, (9,), generator=generator)):
+        context = Context(lengths=lengths)
         full, state, previous = net(x, context), net.start(9, context), None
         for row in order:
             params = net.step(previous, state)
@@ -30,7 +32,7 @@ def test_steps_give_what_the_pass_gives(name, dim, calls, tables):
             previous = x[:, row]
             assert params.shape[1] == len(row)
             for i, position in enumerate(row.tolist()):
-                rows = torch.ones(9, dtype=torch.bool) if context is None else position < context
+                rows = torch.ones(9, dtype=torch.bool) if lengths is None else position < lengths
                 torch.testing.assert_close(params[rows, i], full[rows, position])
 
 
@@ -58,7 +60,7 @@ def test_absent_entries_change_nothing(name):
     net = randomize(transformer(K, 4, ORDERS[name](dim, 3), dim))
     for T in range(1, dim + 1):
         x = torch.randint(0, K, (5, T))
-        lengths = torch.full((5,), T)
+        lengths = Context(lengths=torch.full((5,), T))
         short = net(x)
         for filler in range(K):
             padded = F.pad(x, (0, dim - T), value=filler)
@@ -114,7 +116,7 @@ def test_infilling_ignores_absent_entries_and_reads_all_known_ones():
         changed[0, j] = (x[0, j] + 1) % K
         # A window of one sees two neighbours; attention carries the rest.
         assert (net(changed) != net(x)).any(-1).all()
-    lengths = torch.tensor([5])
+    lengths = Context(lengths=torch.tensor([5]))
     present = hidden < 5
     for filler in enumerate_all(K, 1):
         changed = x.clone()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dflow.coding import Coder, codec, codes
 from dflow.coding.reference import ReferenceCoder
+from dflow.core import Context
 from dflow.distributions import ConditionalWindow
 
 K = 5
@@ -38,8 +39,8 @@ def build() -> ConditionalWindow:
     return law.eval()
 
 
-def context(n: int) -> Tensor:
-    return torch.tensor([[1.0, -0.5]]).double().expand(n, 2)
+def context(n: int, dtype: torch.dtype = torch.float64) -> Context:
+    return Context(given=(torch.tensor([[1.0, -0.5]], dtype=dtype).expand(n, 2),))
 
 
 def hurdle(logits: Tensor, common: int) -> list[float]:
@@ -88,8 +89,10 @@ def test_modes_agree_and_gradients_reach_the_net() -> None:
         assert p.grad.isfinite().all()
         assert p.grad.abs().sum() > 0
     single = build().float()
-    assert single.log_prob(x, context(3).float()).dtype == torch.float32
-    torch.testing.assert_close(single.log_prob(x, context(3).float()).double(), value, rtol=1e-5, atol=1e-5)
+    assert single.log_prob(x, context(3, torch.float32)).dtype == torch.float32
+    torch.testing.assert_close(
+        single.log_prob(x, context(3, torch.float32)).double(), value, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_draws_are_those_of_the_law() -> None:

@@ -101,7 +101,7 @@ class AnyOrder(nn.Module):
 
         In training mode it moves `costs`.
         """
-        mask, count = present(context, x.shape[1]), self._count(x, context)
+        mask, count = present(context, *x.shape[:2]), self._count(x, context)
         known = known if mask is None else known & mask
         hidden = ~known if mask is None else ~known & mask
         total = torch.where(hidden, self._terms(x, known, context), 0.0).sum(1)
