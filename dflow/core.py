@@ -48,6 +48,12 @@ class Context:
         lengths = None if self.lengths is None else self.lengths[start:end]
         return Context(lengths=lengths, given=tuple(item[start:end] for item in self.given))
 
+    def repeat(self, times: int) -> Context:
+        """The context of as many batches, one after another."""
+        lengths = None if self.lengths is None else self.lengths.repeat(times)
+        given = (item.repeat(times, *[1] * (item.ndim - 1)) for item in self.given)
+        return Context(lengths=lengths, given=tuple(given))
+
 
 _WAY = "lengths are passed as Context(lengths=n), all that a network reads as Context(given=(features,))"
 

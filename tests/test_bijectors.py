@@ -92,7 +92,9 @@ def test_absent_entries_stay_and_influence_nothing(name):
 def test_full_lengths_are_no_lengths(name):
     K, dim = 5, DIMS[5]
     bijector, x = build_bijector(name, K), enumerate_all(K, dim)
-    assert torch.equal(bijector.forward(x, torch.full((len(x),), dim))[0], bijector.forward(x)[0])
+    assert torch.equal(
+        bijector.forward(x, Context(lengths=torch.full((len(x),), dim)))[0], bijector.forward(x)[0]
+    )
 
 
 @each

@@ -337,6 +337,10 @@ def test_the_standard_normal_law() -> None:
     assert not law.state_dict()
 
 
+def ones(*shape: int) -> Context:
+    return Context(given=(torch.ones(shape),))
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [
@@ -352,12 +356,12 @@ def test_the_standard_normal_law() -> None:
         (lambda: Normal(2).update(torch.ones(3, 2), 1.5), "momentum must lie"),
         (lambda: Normal(2, learned=True).update(torch.ones(3, 2), 0.5), "learned"),
         (lambda: ConditionalNormal(nn.Identity()).log_prob(torch.zeros(1, 2)), "needs a context"),
-        (lambda: ConditionalNormal(nn.Identity()).log_prob(torch.zeros(1, 2), torch.ones(1, 2)), "params"),
+        (lambda: ConditionalNormal(nn.Identity()).log_prob(torch.zeros(1, 2), ones(1, 2)), "params"),
         (
-            lambda: ConditionalNormal(nn.Identity()).log_prob(torch.zeros(1, 3), torch.ones(1, 2, 2)),
+            lambda: ConditionalNormal(nn.Identity()).log_prob(torch.zeros(1, 3), ones(1, 2, 2)),
             "answers for",
         ),
-        (lambda: ConditionalNormal(nn.Identity()).sample(2, torch.ones(1, 2, 2)), "2 draws"),
+        (lambda: ConditionalNormal(nn.Identity()).sample(2, ones(1, 2, 2)), "2 draws"),
     ],
 )
 def test_wrong_arguments_are_named(call: Callable[[], Distribution], said: str) -> None:

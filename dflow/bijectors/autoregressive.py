@@ -65,6 +65,7 @@ class Autoregressive(Bijector):
         """Parameters of all entries in one parallel call, ``(batch, dim, num_params)``."""
         if x.shape[1] != self.dim:
             raise ValueError(f"expected {self.dim} entries, found x of shape {tuple(x.shape)}")
+        lengths_in(context, len(x))  # or the net would be shown what is no context
         with full_precision(x):
             params = self.net(x, context)
         return check_params(params, x.shape[0], self.dim, self.elementwise.num_params)

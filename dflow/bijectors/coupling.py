@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dflow.bijectors.conditioner import check_params, full_precision
-from dflow.core import Bijector, Context, Elementwise, present
+from dflow.core import Bijector, Context, Elementwise, lengths_in, present
 from dflow.ops.lengths import keep_absent
 
 
@@ -84,6 +84,7 @@ class Coupling(Bijector):
         return self._params(self._cut(x)[0], context)
 
     def _params(self, known: Tensor, context: Context | None) -> Tensor:
+        lengths_in(context, len(known))  # or the net would be shown what is no context
         with full_precision(known):
             params = self.net(known, context)
         return check_params(params, known.shape[0], len(self.hidden_index), self.elementwise.num_params)

@@ -133,7 +133,6 @@ class AnyOrder(nn.Module):
         """
         batch, n = x.shape[:2]
         calls, mask = calls.expand(batch, n), present(context, batch, n)
-        lengths = lengths_in(context)
         together = max(1, _ENTRIES // max(1, batch * n))
         total = torch.zeros(batch, dtype=torch.float64, device=x.device)
         dtype = torch.float32
@@ -142,7 +141,7 @@ class AnyOrder(nn.Module):
             terms = self._terms(
                 x.expand(times, *x.shape).flatten(0, 1),
                 (calls < call).flatten(0, 1),
-                None if lengths is None else Context(lengths=lengths.repeat(times)),
+                context and context.repeat(times),
             ).view(times, batch, n)
             drawn = calls == call if mask is None else (calls == call) & mask
             total = total + torch.where(drawn, terms, 0.0).sum((0, 2), dtype=torch.float64)

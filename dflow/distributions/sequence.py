@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflow.core import Context, Distribution, only_lengths, present
+from dflow.core import Context, Distribution, lengths_in, present
 from dflow.ops.orders import check_order
 
 #: Noise is drawn ahead for as many calls as fit into this many numbers.
@@ -96,13 +96,13 @@ class SequenceCategorical(Distribution):
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact nats (batch,) of symbols ``(batch, n)`` or one-hot rows ``(batch, n, K)``."""
+        mask = present(context, len(x), x.shape[1])
         logits = self.net(x, context, *self._extra())
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if x.is_floating_point():
             terms = (x * logits.log_softmax(-1)).sum(-1)
         else:
             terms = -F.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="none").view(x.shape)
-        mask = present(context, len(x), x.shape[1])
         if mask is not None:
             terms = torch.where(mask, terms, 0.0)
         out: Tensor = terms.sum(1)
@@ -153,7 +153,7 @@ class SequenceCategorical(Distribution):
         self, n: int, context: Context | None = None, length: int | None = None
     ) -> tuple[list[Tensor], Any]:
         """What draws n sequences: the positions of each call, and the state for ``net.step``."""
-        longest, lengths = self.dim if length is None else length, only_lengths(context, n)
+        longest, lengths = self.dim if length is None else length, lengths_in(context, n)
         if lengths is not None:
             longest = min(longest, max(lengths.tolist(), default=0))
         return self._drawn(longest), self.net.start(n, context, *self._extra())
@@ -167,11 +167,12 @@ class SequenceCategorical(Distribution):
     @torch.no_grad()
     def log_prob_by_steps(self, x: Tensor, context: Context | None = None) -> Tensor:
         """`log_prob` of symbols computed as `sample` draws them, group by group: a check of the two."""
-        limit, lengths = torch.full((len(x),), x.shape[1], device=x.device), only_lengths(context, len(x))
+        limit, lengths = torch.full((len(x),), x.shape[1], device=x.device), lengths_in(context, len(x))
         if lengths is not None:
             limit = torch.minimum(limit, lengths)
-        short = None if bool((limit == self.dim).all()) else Context(lengths=limit)
-        state = self.net.start(len(x), short, *self._extra())
+        shortened = None if bool((limit == self.dim).all()) else limit
+        rest = Context(lengths=shortened, given=() if context is None else context.given)
+        state = self.net.start(len(x), rest, *self._extra())
         previous = None
         x = F.pad(x, (0, self.dim - x.shape[1]))
         total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
@@ -202,7 +203,7 @@ class SequenceCategorical(Distribution):
         """
         device, dim = self.order.device, self.dim
         x = torch.zeros(n, dim, dtype=torch.int64, device=device)
-        mask, lengths = present(context, n, dim), only_lengths(context, n)
+        mask, lengths = present(context, n, dim), lengths_in(context, n)
         longest = dim if lengths is None else min(dim, max(lengths.tolist(), default=0))
         rows, noise = self._drawn(longest), None
         used = torch.cat(rows)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dflow.config import InputError
+from dflow.core import check_lengths
 from dflow.data import Samples
 from dflow.hf import DflowClassifier
 
@@ -132,6 +133,7 @@ def evaluate_labels(
 
 def score(name: str, probabilities: Tensor, labels: Tensor) -> Score:
     """Figures of predicted ``probabilities`` ``(n, classes)`` for ``labels`` ``(n,)``."""
+    check_lengths(labels, len(probabilities), "labels")
     confidence, predicted = probabilities.max(1)
     right = (predicted == labels).double()
     accuracy = float(right.mean())
@@ -160,6 +162,7 @@ def coverage(members: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Shares of the data 1/n .. 1, and the error on each.
     """
+    check_lengths(labels, members.shape[1], "labels")
     mean, predicted = members.mean(0).max(1)
     spread = members.gather(2, predicted.expand(len(members), -1)[..., None])[..., 0].var(0)
     order = torch.argsort(mean, descending=True, stable=True)
