@@ -48,6 +48,7 @@ class Split(Distribution):
         """``x_a`` with the context of the base, and ``x_b`` with that of the conditional."""
         if x.shape[1] != self.dim:
             raise ValueError(f"expected {self.dim} entries, found x of shape {tuple(x.shape)}")
+        lengths_in(context, len(x))
         x_a, x_b = x.index_select(1, self.kept_index), x.index_select(1, self.rest_index)
         own, given = self.contexts(x_a, context)
         return (x_a, own), (x_b, given)
@@ -56,6 +57,7 @@ class Split(Distribution):
         self, n: int, context: Context | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
         """``n`` exact draws: x_a from the base, then x_b given x_a."""
+        lengths_in(context, n)
         x_a = self.base.sample(n, self.contexts(None, context)[0], generator)
         x_b = self.conditional.sample(n, self.contexts(x_a, context)[1], generator)
         return self.join(x_a, x_b)
