@@ -92,9 +92,8 @@ def test_absent_entries_stay_and_influence_nothing(name):
 def test_full_lengths_are_no_lengths(name):
     K, dim = 5, DIMS[5]
     bijector, x = build_bijector(name, K), enumerate_all(K, dim)
-    assert torch.equal(
-        bijector.forward(x, Context(lengths=torch.full((len(x),), dim)))[0], bijector.forward(x)[0]
-    )
+    full = Context(lengths=torch.full((len(x),), dim))
+    assert torch.equal(bijector.forward(x, full)[0], bijector.forward(x)[0])
 
 
 @each
@@ -280,11 +279,13 @@ def test_permute_and_reverse():
     x = torch.tensor([[10, 11, 12, 13]])
     permutation = torch.tensor([1, 0, 3, 2])
     assert Permute(permutation).forward(x)[0].tolist() == [[11, 10, 13, 12]]
-    assert Reverse().forward(x, torch.tensor([3]))[0].tolist() == [[12, 11, 10, 13]]
+    assert Reverse().forward(x, Context(lengths=torch.tensor([3])))[0].tolist() == [[12, 11, 10, 13]]
     # This permutation keeps the first two among themselves, but not the first one or three.
-    assert Permute(permutation).forward(x, torch.tensor([2]))[0].tolist() == [[11, 10, 13, 12]]
+    assert Permute(permutation).forward(x, Context(lengths=torch.tensor([2])))[0].tolist() == [
+        [11, 10, 13, 12]
+    ]
     with pytest.raises(ValueError, match=r"lengths \[1\]"):
-        Permute(permutation).forward(x, torch.tensor([1]))
+        Permute(permutation).forward(x, Context(lengths=torch.tensor([1])))
 
 
 def test_chain_is_a_sequence():

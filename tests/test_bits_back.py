@@ -25,7 +25,7 @@ from dflow.coding.bits_back import BitsBack, Stream, middles, pop, push, ready, 
 from dflow.coding.black_box import BlackBox
 from dflow.coding.local import Frame, Settings, density, layers
 from dflow.coding.normals import Normal, logit_normal, logits, normal_tables
-from dflow.core import Bijector, Distribution, Elementwise
+from dflow.core import Bijector, Context, Distribution, Elementwise
 from dflow.dequantize import (
     Dequantized,
     FlowDequantizer,
@@ -240,7 +240,7 @@ def noise_of(law: Dequantized, x: Tensor, place: Tensor, bits: int) -> Tensor:
         return (place.double() + 0.5) / (1 << bits)
     context = q.context(x)
     if isinstance(q, FlowDequantizer):
-        return q.bijector.inverse(z, context)[0]
+        return q.bijector.inverse(z, Context(given=(context,)))[0]
     centred = z - context[..., 0]
     L = torch.diag_embed(context[..., 1].exp())
     if q.full:

@@ -1,4 +1,4 @@
-"""What models are conditioned on has a type: lengths, class labels and features are never taken for another."""
+"""What models are conditioned on has a type: lengths, labels and features are never mistaken."""
 
 from __future__ import annotations
 
@@ -138,18 +138,17 @@ def test_what_is_no_context_is_refused_with_the_way_out(bare):
             law.log_prob(x.float(), bare)
 
 
-def test_lengths_of_another_batch_are_refused_where_they_are_used():
-    x = enumerate_all(K, DIMS[K])[:3]
-    for lengths in (torch.tensor([2]), torch.tensor([2, 2])):
-        context = Context(lengths=lengths)
-        for name in BASES:
-            law = build_base(name, K).eval()
-            for call in (lambda law=law: law.log_prob(x, context), lambda law=law: law.sample(3, context)):
-                with pytest.raises(InputError, match=r"lengths must be int64 \(3,\)"):
-                    call()
-        for name in set(BIJECTORS) - {"empty chain"}:
+@pytest.mark.parametrize("lengths", [[2], [2, 2]])
+def test_lengths_of_another_batch_are_refused_where_they_are_used(lengths):
+    x, context = enumerate_all(K, DIMS[K])[:3], Context(lengths=torch.tensor(lengths))
+    for name in BASES:
+        law = build_base(name, K).eval()
+        for call in (lambda law=law: law.log_prob(x, context), lambda law=law: law.sample(3, context)):
             with pytest.raises(InputError, match=r"lengths must be int64 \(3,\)"):
-                build_bijector(name, K).forward(x, context)
+                call()
+    for name in set(BIJECTORS) - {"empty chain"}:
+        with pytest.raises(InputError, match=r"lengths must be int64 \(3,\)"):
+            build_bijector(name, K).forward(x, context)
 
 
 def test_laws_of_numbers_take_no_lengths():
@@ -173,7 +172,7 @@ class Labelled(nn.Module):
 
     def split(self, context: Context):
         *rest, labels = context.given
-        return Context(given=tuple(rest), lengths=context.lengths), self.table[labels][:, None]
+        return Context(given=tuple(rest), lengths=context.lengths), 5 * self.table[labels][:, None]
 
     def forward(self, x, *known_and_context):
         *known, context = known_and_context
@@ -290,7 +289,7 @@ def test_networks_that_read_no_labels_refuse_them():
         Ordered(any_order(K, DIM), lockstep(DIM, 2)),
         *(make_model(family, K, DIM).distribution for family in SETTINGS),
     ):
-        with pytest.raises(InputError, match=r"reads no given tensors, found torch.int64 \(3,\)"):
+        with pytest.raises(InputError, match="reads no given tensors, found torch.int64"):
             law.log_prob(x, context)
     perceptron = Coupling(Affine(), Perceptron(2, 2, 2, context_features=3, zero_head=False), HALF)
     with pytest.raises(ValueError, match="one-hot"):

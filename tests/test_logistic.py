@@ -171,7 +171,7 @@ def test_components_start_apart_and_within_one_logistic():
     conditional = ConditionalLogistic(Net(1, 15), 1, 5).double()
     nn.init.zeros_(conditional.net.linear.weight)
     nn.init.zeros_(conditional.net.linear.bias)
-    torch.testing.assert_close(conditional.log_prob(x, torch.zeros(61, 2)), law.log_prob(x))
+    torch.testing.assert_close(conditional.log_prob(x, Context(given=(torch.zeros(61, 2),))), law.log_prob(x))
 
 
 @pytest.mark.parametrize("components", [1, 4])
