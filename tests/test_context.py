@@ -289,7 +289,7 @@ def test_networks_that_read_no_labels_refuse_them():
         Ordered(any_order(K, DIM), lockstep(DIM, 2)),
         *(make_model(family, K, DIM).distribution for family in SETTINGS),
     ):
-        with pytest.raises(InputError, match="reads no given tensors, found torch.int64"):
+        with pytest.raises(InputError, match="reads no given tensors"):
             law.log_prob(x, context)
     perceptron = Coupling(Affine(), Perceptron(2, 2, 2, context_features=3, zero_head=False), HALF)
     with pytest.raises(ValueError, match="one-hot"):
