@@ -22,6 +22,7 @@ from dflow.compress import TextCoder, compress_text, decompress_text, describe_t
 from dflow.compress import text as texts
 from dflow.compress.planes import Alphabet, Counts
 from dflow.config import InputError
+from dflow.core import Context
 from dflow.data import Bytes, Characters, Numbers, SentencePiece, Tokenizer
 
 SMALL = [*"\n abcdefghijklmnopqrstuvwxyz.,"]
@@ -48,8 +49,8 @@ def drawn(coder: TextCoder, n: int, seed: int = 0) -> bytes:
     """A text of the model's own law, which it makes smaller."""
     g = torch.Generator().manual_seed(seed)
     chunks = -(-n // coder.length)
-    given = None if coder.lengths is None else torch.full((chunks,), coder.length)
-    x = coder.law.sample(chunks, given, g).flatten()[:n]
+    lengths = None if coder.lengths is None else torch.full((chunks,), coder.length)
+    x = coder.law.sample(chunks, Context(lengths=lengths), g).flatten()[:n]
     if isinstance(coder.tokenizer, Bytes):
         return bytes(x.tolist())
     return coder.tokenizer.decode(x).encode()
