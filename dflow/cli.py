@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union
 
 import dflow
+from dflow import plugins
 from dflow.config import InputError, convert, nearest
 
 if TYPE_CHECKING:
@@ -1340,6 +1341,14 @@ def build_parser() -> argparse.ArgumentParser:
             name, help=doc.partition(". ")[0].rstrip("."), description=doc, epilog=f"example: {example}"
         )
         add_flags(sub, cls)
+        sub.add_argument(
+            "--import",
+            dest="_modules",
+            action="append",
+            default=[],
+            metavar="MODULE",
+            help="module of yours, a name or a .py file, that adds families and the like; once for each",
+        )
         sub.set_defaults(_cls=cls, _function=function, _parser=sub)
     return parser
 
@@ -1371,8 +1380,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = values.pop("_parser")
     if unknown:
         parser.error(f"unknown: {' '.join(unknown)}{hint(unknown[0], values['_cls'])}")
-    cls, function = values.pop("_cls"), values.pop("_function")
+    cls, function, modules = (values.pop(name) for name in ("_cls", "_function", "_modules"))
     try:
+        plugins.load_installed()
+        for module in modules:
+            plugins.load(module)
         code = function(read_flags(cls, values))
         sys.stdout.flush()  # a closed pipe or a full disk shows here, not when nobody can say so any more
         return int(code)

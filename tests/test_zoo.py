@@ -13,7 +13,7 @@ from dflow.distributions import Categorical, SequenceCategorical
 from dflow.elementwise import ModAffine
 from dflow.flows import Flow, Split
 
-VARIANTS = [(family, {}) for family in zoo.FAMILIES] + [
+VARIANTS = [(family, {}) for family in zoo.names("text")] + [
     ("grouped", {"order": "bit_reversed"}),
     ("any_order", {"order": "random", "schedule": "dp", "num_calls": 3}),
     ("any_order", {"order": "confidence", "schedule": "dp", "num_calls": 4}),

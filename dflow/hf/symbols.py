@@ -2,59 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from dflow import zoo
-from dflow.config import InputError, nearest
+from dflow.config import InputError
 from dflow.core import Context, Distribution
 from dflow.distributions import Categorical, ConditionalCategorical, SequenceCategorical, Spectra, Walk
 from dflow.flows import Flow, Split
+from dflow.hf.config import DflowConfig
 
 #: Laws that draw symbols themselves, without a bijector after.
 _Symbols = (SequenceCategorical, Walk)
-
-
-class DflowConfig(PreTrainedConfig):
-    """Settings of a model: its family, alphabet, and what the family's settings in `dflow.zoo` list.
-
-    Args:
-        family: a name in `dflow.zoo.FAMILIES`.
-        vocab_size: size K of the alphabet.
-        explicit_length: whether the model carries a law of lengths (the sentence protocol).
-        kwargs: settings of the family (unknown ones are refused when the model is built), and those of
-            every transformers config.
-    """
-
-    model_type = "dflow"
-
-    def __init__(
-        self, family: str = "grouped", vocab_size: int = 27, explicit_length: bool = False, **kwargs: Any
-    ) -> None:
-        """See the class."""
-        self.family, self.vocab_size, self.explicit_length = family, vocab_size, explicit_length
-        if family in zoo.FAMILIES:
-            known = set(zoo.fields(family))
-            given = {k: v for k, v in kwargs.items() if k in known}
-            kwargs |= asdict(zoo.settings(family, given))
-        super().__init__(**kwargs)
-
-    def settings(self) -> zoo.ModelConfig:
-        """The family's settings, checked."""
-        if self.family not in zoo.FAMILIES:
-            hint = nearest(str(self.family), list(zoo.FAMILIES))
-            raise InputError(f"{self.family!r} is no family of models of text; {hint}")
-        if not isinstance(self.vocab_size, int) or self.vocab_size < 2:
-            raise InputError(f"vocab_size must be at least 2, found {self.vocab_size!r}")
-        found: zoo.ModelConfig = zoo.settings(
-            self.family, {name: getattr(self, name) for name in zoo.fields(self.family)}
-        )
-        return found
 
 
 @dataclass
@@ -248,8 +212,8 @@ class DflowModel(PreTrainedModel):
             raise InputError(f"symbol {high if high >= K else low} lies outside 0..{K - 1}, the vocabulary")
         if lengths is not None and lengths.numel() and not 0 < int(lengths.min()) <= int(lengths.max()) <= n:
             raise InputError(f"lengths must lie in 1..{n}, found {int(lengths.min())}..{int(lengths.max())}")
-        causal = self.config.family in ("transformer", "lstm")
-        if complete and n < longest and not (causal or self.config.explicit_length):
+        shorter = self.config.record.left_to_right or self.config.explicit_length
+        if complete and n < longest and not shorter:
             raise InputError(
                 f"a {self.config.family} model scores sequences of exactly {longest} symbols, found {n}; "
                 "cut the text into such chunks"
@@ -274,5 +238,4 @@ def _round_trip(d: Distribution, x: Tensor, context: Context) -> bool:
     raise TypeError(f"no round trip is defined for {type(d).__name__}")
 
 
-AutoConfig.register("dflow", DflowConfig)
 AutoModel.register(DflowConfig, DflowModel)

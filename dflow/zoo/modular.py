@@ -6,9 +6,8 @@ hides, by a network of signs or of floats over the pixels that it knows, and a l
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 
@@ -21,6 +20,7 @@ from dflow.flows import Flow
 from dflow.nn.binary import SymbolPerceptron, Weights
 from dflow.ops.orders import spread
 from dflow.ops.straight_through import StraightThrough
+from dflow.zoo.family import MAPS, Family, register
 from dflow.zoo.settings import setting
 from dflow.zoo.values import MISSING, ValuesConfig
 
@@ -34,8 +34,6 @@ _WEIGHTS: dict[str, Weights] = {"float": "float", "binary": "sign", "probabilist
 @dataclass
 class ModularConfig(ValuesConfig):
     """Images of a few values under couplings on Z/K and a factorized base."""
-
-    exact: ClassVar[bool] = True
 
     num_flows: int = setting(8, "couplings, fine to coarse: each halves the pixels that nothing is known of")
     elementwise: Literal["rank", "shift"] = setting("rank", "family on Z/K: rank, shift")
@@ -73,6 +71,10 @@ class ModularConfig(ValuesConfig):
                 "(data.patch), or a smaller hidden_size"
             )
 
+    def about(self) -> str:
+        """See `ValuesConfig.about`."""
+        return f"flow of {self.num_flows} couplings ({self.elementwise}) by networks of kind {self.kind}"
+
 
 def modular(config: ModularConfig) -> Distribution:
     """Tran et al. 2019 (arXiv 1905.10347), couplings; ranks as in Lindt and Hoogeboom 2021.
@@ -107,7 +109,4 @@ def modular(config: ModularConfig) -> Distribution:
     return Flow(Chain(layers), Categorical(config.dim, K))
 
 
-#: Families by name: the settings and the builder.
-FAMILIES: dict[str, tuple[type[ValuesConfig], Callable[[Any], Distribution]]] = {
-    "modular": (ModularConfig, modular),
-}
+register(Family("modular", "images", ModularConfig, modular, rules=MAPS, pieces_matter=True))

@@ -31,6 +31,7 @@ from dflow.nn.table import LARGEST, InfillTable, PrefixTable
 from dflow.nn.transformer import GroupCausalTransformer, InfillTransformer, MaskedTransformer
 from dflow.ops.orders import ORDERS, lockstep, shuffled
 from dflow.ops.straight_through import StraightThrough
+from dflow.zoo.family import Family, register
 from dflow.zoo.settings import setting
 
 ELEMENTWISE: dict[str, type[ModShift | ModAffine | ModRank]] = {
@@ -508,13 +509,10 @@ def _base(config: BipartiteConfig | AutoregressiveConfig, K: int, classes: Tenso
     return Categorical(config.length, K, classes=classes)
 
 
-#: Families by name: the settings and the builder.
-FAMILIES: dict[str, tuple[type[ModelConfig], Callable[[Any, int], Distribution]]] = {
-    "grouped": (GroupedConfig, grouped),
-    "any_order": (AnyOrderConfig, any_order),
-    "bipartite": (BipartiteConfig, bipartite),
-    "autoregressive": (AutoregressiveConfig, autoregressive),
-    "multiscale": (MultiscaleConfig, multiscale),
-    "transformer": (TransformerConfig, transformer),
-    "lstm": (LstmConfig, lstm),
-}
+register(Family("grouped", "text", GroupedConfig, grouped, prompt="forced"))
+register(Family("any_order", "text", AnyOrderConfig, any_order, prompt="exact"))
+register(Family("bipartite", "text", BipartiteConfig, bipartite))
+register(Family("autoregressive", "text", AutoregressiveConfig, autoregressive))
+register(Family("multiscale", "text", MultiscaleConfig, multiscale))
+register(Family("transformer", "text", TransformerConfig, transformer, prompt="exact", left_to_right=True))
+register(Family("lstm", "text", LstmConfig, lstm, prompt="exact", left_to_right=True, baseline=True))
