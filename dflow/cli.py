@@ -438,16 +438,15 @@ def evaluate(flags: Evaluate) -> int:
             ("standard error", told(result.standard_error)),
             ("kind", result.kind),
         ]
-    status = "intact" if result.round_trip else "FAILED"
     checked = "draws" if isinstance(text, Draws) else "chunks"
-    rows = [("model", flags.model), *rows, ("round trip", f"{status} on {result.num_checked} {checked}")]
+    rows = [("model", flags.model), *rows, ("round trip", verdict(result, checked))]
     if accelerator is None or accelerator.is_main_process:
         print_table(rows)
         about = {"model": flags.model, "data": corpus.name, "split": flags.split, "checksum": corpus.checksum}
         print(json.dumps(about | dataclasses.asdict(result)))
     if accelerator is not None:
         accelerator.end_training()
-    if not result.round_trip:
+    if result.round_trip is False:
         complain(f"{flags.model}: the round trip failed; the figures above do not describe what it draws")
         return 1
     return 0
@@ -607,7 +606,7 @@ def evaluate_pictures(flags: Evaluate, device: torch.device, accelerator: Accele
     result: ExactEvaluation | ImageEvaluation
     if model.exact:
         result = evaluate_exact(model, images.split(flags.split), **options)
-        rows, sound = exact_rows(result, images.name, flags.split), result.round_trip
+        rows, sound = exact_rows(result, images.name, flags.split), result.round_trip is not False
         wrong = "the round trip failed; the figures above do not describe what it draws"
     else:
         result = evaluate_images(model, images.split(flags.split), **options)
@@ -625,15 +624,21 @@ def evaluate_pictures(flags: Evaluate, device: torch.device, accelerator: Accele
     return 0
 
 
+def verdict(result: Evaluation | LawEvaluation | ExactEvaluation, checked: str) -> str:
+    """What the round trip came to, in words."""
+    if result.round_trip is None:
+        return "not checked: the law has no steps (see dflow.distributions.Stepwise)"
+    return f"{'intact' if result.round_trip else 'FAILED'} on {result.num_checked} {checked}"
+
+
 def exact_rows(result: ExactEvaluation, name: str, split: str) -> list[tuple[str, str]]:
     """Lines of the table for images under an exact likelihood."""
-    status = "intact" if result.round_trip else "FAILED"
     return [
         ("data", f"{name}, {split}: {result.num_rows:,} rows"),
         ("unit", result.unit),
         ("nll", f"{told(result.nll)} (standard error {told(result.nll_error)})"),
         ("kind", f"{result.kind}, {result.precision}"),
-        ("round trip", f"{status} on {result.num_checked} rows"),
+        ("round trip", verdict(result, "rows")),
     ]
 
 

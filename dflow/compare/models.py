@@ -305,9 +305,12 @@ def markdown(comparison: Comparison) -> str:
         "models by turns, each at its better number of threads. "
         f"Ratios: to {comparison.reference}; above 1 is faster.",
     ]
-    failed = [row.name for row in comparison.rows if not row.evaluation.round_trip]
+    failed = [row.name for row in comparison.rows if row.evaluation.round_trip is False]
     if failed:
         notes.append(f"ROUND TRIP FAILED, do not trust: {', '.join(failed)}.")
+    unchecked = [row.name for row in comparison.rows if row.evaluation.round_trip is None]
+    if unchecked:
+        notes.append(f"Round trip not checked: {', '.join(unchecked)}.")
     return table + "\n\n" + "\n\n".join(notes) + "\n"
 
 

@@ -63,6 +63,8 @@ class Logistics(Distribution):
             not positive.
     """
 
+    one_table = True
+
     centre: Tensor
     unit: Tensor
 

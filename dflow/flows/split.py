@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dflow.core import Context, Distribution
+from dflow.core import Context, Distribution, agreed
 from dflow.ops.lengths import lengths
 
 
@@ -76,6 +76,11 @@ class Split(Distribution):
         kept = (self.kept_index < total[:, None]).sum(1)
         others = tuple(item for item in items if item is not found)
         return (*others, kept) if others else kept, (*given, *others, kept, total - kept)
+
+    def round_trip(self, x: Tensor, context: Context = None) -> bool | None:
+        """That of both parts, each by itself."""
+        (x_a, own), (x_b, given) = self.parts(x, context)
+        return agreed(self.base.round_trip(x_a, own), self.conditional.round_trip(x_b, given))
 
     @property
     def num_calls(self) -> int:

@@ -12,13 +12,9 @@ from transformers.utils.generic import ModelOutput
 
 from dflow import zoo
 from dflow.config import InputError
-from dflow.core import Context, Distribution
-from dflow.distributions import Categorical, ConditionalCategorical, SequenceCategorical, Spectra, Walk
-from dflow.flows import Flow, Split
+from dflow.core import Distribution
+from dflow.distributions import SequenceCategorical, Walk
 from dflow.hf.config import DflowConfig
-
-#: Laws that draw symbols themselves, without a bijector after.
-_Symbols = (SequenceCategorical, Walk)
 
 
 @dataclass
@@ -97,11 +93,7 @@ class DflowModel(PreTrainedModel):
         self._check(input_ids, lengths)
         if self.config.explicit_length and lengths is None:
             lengths = torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
-        n = input_ids.shape[1]
-        fixed = isinstance(self.distribution, (Flow, Split))
-        if fixed and n < self.config.length:
-            input_ids = nn.functional.pad(input_ids, (0, self.config.length - n))
-        log_prob = self.distribution.log_prob(input_ids, lengths)
+        log_prob = self.distribution.log_prob(self._padded(input_ids), lengths)
         if self.config.explicit_length:
             log_prob = log_prob + self._length_log_prob()[lengths]
         return log_prob
@@ -150,10 +142,11 @@ class DflowModel(PreTrainedModel):
             else:
                 context = torch.full((num_return_sequences,), length, device=self.device)
         if prompt is not None:
-            if not isinstance(self.distribution, _Symbols):
+            if self.config.record.prompt == "no":
+                able = [name for name in zoo.names("text") if zoo.find(name).prompt != "no"]
                 raise InputError(
-                    f"a {self.config.family} flow cannot continue a prompt; use a model that draws symbols "
-                    "themselves: grouped, any_order, transformer or lstm"
+                    f"a {self.config.family} model cannot continue a prompt; use one of family "
+                    f"{', '.join(able)}"
                 )
             if not 1 <= len(prompt) < (length or longest):
                 raise InputError(
@@ -161,21 +154,18 @@ class DflowModel(PreTrainedModel):
                     f"{length or longest}"
                 )
             self._check(prompt[None], None, complete=False)
-            x = self.distribution.sample(
-                num_return_sequences, context, generator, prompt.to(self.device), length
-            )
-        elif isinstance(self.distribution, _Symbols):
-            x = self.distribution.sample(num_return_sequences, context, generator, length=length)
-        else:
-            x = self.distribution.sample(num_return_sequences, context, generator)
+            prompt = prompt.to(self.device)
+        # A law that takes a prompt takes the length too, and may stop there.
+        options = {} if self.config.record.prompt == "no" else {"prompt": prompt, "length": length}
+        x = self.distribution.sample(num_return_sequences, context, generator, **options)
         if context is not None:
             x = x.masked_fill(torch.arange(longest, device=x.device) >= context[:, None], -1)
             return x[:, : length or max(1, int(context.max()))]
         return x[:, : length or longest]
 
     @torch.no_grad()
-    def round_trip(self, input_ids: Tensor, lengths: Tensor | None = None) -> bool:
-        """Whether what is scored is what is drawn.
+    def round_trip(self, input_ids: Tensor, lengths: Tensor | None = None) -> bool | None:
+        """Whether what is scored is what is drawn; None where some part of the law offers no check.
 
         A map on Z/K has to give back every symbol from its latents. A law that draws symbols one group after
         another has to give them the same probability step by step, as it draws, as in the one pass that
@@ -183,10 +173,13 @@ class DflowModel(PreTrainedModel):
         scored and drawn from alike, which leaves nothing to check.
         """
         self._check(input_ids, lengths)
-        fixed = isinstance(self.distribution, (Flow, Split))
-        if fixed and input_ids.shape[1] < self.config.length:
-            input_ids = nn.functional.pad(input_ids, (0, self.config.length - input_ids.shape[1]))
-        return _round_trip(self.distribution, input_ids, lengths)
+        return self.distribution.round_trip(self._padded(input_ids), lengths)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """``x`` in the model's length, where its law takes no other."""
+        if self.config.record.left_to_right or isinstance(self.distribution, (SequenceCategorical, Walk)):
+            return x
+        return nn.functional.pad(x, (0, self.config.length - x.shape[1]))
 
     def set_length_counts(self, counts: Tensor) -> None:
         """The lengths of the training data, ``(config.length + 1,)``: the law of lengths is theirs."""
@@ -218,24 +211,6 @@ class DflowModel(PreTrainedModel):
                 f"a {self.config.family} model scores sequences of exactly {longest} symbols, found {n}; "
                 "cut the text into such chunks"
             )
-
-
-def _round_trip(d: Distribution, x: Tensor, context: Context) -> bool:
-    if isinstance(d, Flow):
-        z, _ = d.bijector(x, context)
-        return torch.equal(d.bijector.inverse(z, context)[0], x)
-    if isinstance(d, _Symbols):
-        steps = d.log_prob_by_steps(x, context)
-        return bool(torch.allclose(steps, d.log_prob(x, context), rtol=1e-4, atol=1e-3))
-    if isinstance(d, Split):
-        kept, rest = d.parts(x, context)
-        return _round_trip(d.base, *kept) and _round_trip(d.conditional, *rest)
-    if isinstance(d, Spectra):
-        z, _ = d.elementwise.forward(x, d.params(context)[0])
-        return torch.equal(d.elementwise.inverse(z, d.params(context)[0])[0], x)
-    if isinstance(d, (Categorical, ConditionalCategorical)):
-        return True
-    raise TypeError(f"no round trip is defined for {type(d).__name__}")
 
 
 AutoModel.register(DflowConfig, DflowModel)
