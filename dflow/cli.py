@@ -93,8 +93,7 @@ class Source:
     """Flags of every verb that scores data."""
 
     data: str | None = flag(
-        "pydoc, ptb, text8, text8-prefix, synthetic/LAW, or a path; for a model of images mnist, "
-        "binarized_mnist, cifar10, ... (default: what the model was trained on)",
+        "data set by name (`dflow data list` shows them), or a path (default: what the model was trained on)",
         None,
     )
     folder: str | None = flag("folder of the data (default: as in training, or DFLOW_DATA)", None)

@@ -25,6 +25,7 @@ def blocks(page, *languages):
 CODE = [(page, i, code) for page in PAGES for i, code in enumerate(blocks(page, "python"))]
 
 
+@pytest.mark.usefixtures("registries")
 @pytest.mark.parametrize(("page", "number", "code"), CODE, ids=[f"{p}:{i}" for p, i, _ in CODE])
 def test_python_examples_run(page, number, code, tmp_path, monkeypatch):
     write_model(tmp_path / "demo" / "grouped", "grouped", write_text(tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
@@ -206,8 +207,23 @@ class _Text(_Discrete):
         if isinstance(law, (Categorical, Mixture)):
             law.initialize(corpus.train.marginals(corpus.tokenizer.size))
         if explicit:
+            self._check_lengths(corpus.tokenizer.size)
             self.model.set_length_counts(corpus.train.length_counts(self.length).float())
         self.prepare(distribution)
+
+    @torch.no_grad()
+    def _check_lengths(self, K: int) -> None:
+        """Refuse a law that scores symbols beyond the end of a sentence: it would count them as text."""
+        x = torch.zeros(2, self.length, dtype=torch.int64)
+        x[1, 1:] = K - 1
+        self.model.eval()
+        first, second = self.model.log_prob(x, torch.tensor([1, 1])).tolist()
+        self.model.train()
+        if not math.isclose(first, second, rel_tol=1e-4, abs_tol=1e-4):
+            raise InputError(
+                f"family {self.recipe.family!r} scores symbols beyond the end of a sentence: let log_prob of its "
+                "law leave out what the lengths in the context leave out, or use data.protocol=stream"
+            )
 
     def batch(self, seed: int) -> Batch:
         generator = torch.Generator().manual_seed(seed)

@@ -15,7 +15,19 @@ from dflow.config import parse
 from dflow.core import Distribution
 from dflow.dequantize import Dequantized
 from dflow.zoo.binary import UNIFORM, PBNetConfig, Rule, to_deterministic, transfer
-from dflow.zoo.family import FAMILIES, KINDS, MAPS, Family, Kind, find, names, register
+from dflow.zoo.family import (
+    BOUNDS,
+    FAMILIES,
+    KINDS,
+    LIKELIHOOD,
+    MAPS,
+    SYMBOLS,
+    Family,
+    Kind,
+    find,
+    names,
+    register,
+)
 from dflow.zoo.images import DequantizedConfig
 from dflow.zoo.integer import IntegerConfig
 from dflow.zoo.modular import ModularConfig
@@ -37,10 +49,13 @@ from dflow.zoo.values import ValuesConfig
 Settings = ModelConfig | ValuesConfig
 
 __all__ = [
+    "BOUNDS",
     "FAMILIES",
     "KINDS",
+    "LIKELIHOOD",
     "MAPS",
     "MASKS",
+    "SYMBOLS",
     "UNIFORM",
     "AnyOrderConfig",
     "DequantizedConfig",

@@ -29,9 +29,11 @@ KINDS: dict[str, str] = {"text": "text", "images": "images or tables", "labels":
 BOUNDS = ("elbo", "iwbo", "renyi")
 LIKELIHOOD = ("likelihood",)
 MAPS = ("layerwise", "gumbel", "straight_through", "expected")
+#: Those of images whose values are symbols of Z/K, under a flow on Z/K or any other law of symbols.
+SYMBOLS = (*LIKELIHOOD, *MAPS)
 
 _RULES: dict[str, tuple[str, ...]] = {
-    "text": (*LIKELIHOOD, *MAPS, "masked"), "images": LIKELIHOOD, "labels": (),
+    "text": (*SYMBOLS, "masked"), "images": LIKELIHOOD, "labels": (),
 }  # fmt: skip
 _MODELS: dict[str, tuple[type[nn.Module], ...]] = {
     "text": (Distribution,), "images": (Distribution, Dequantized), "labels": (nn.Sequential,),
@@ -53,9 +55,10 @@ class Family:
             `ValuesConfig`, and those of labels have ``classes``.
         build: ``(settings, K)`` to a `Distribution` over symbols for text, ``(settings)`` to a `Distribution`
             or `Dequantized` for images, to an ``nn.Sequential`` of integers to logits for labels.
-        rules: training rules that may be asked for, of which the first that fits is what "auto" takes. None
-            for those of the kind: of text whatever the law that is built can be trained by
-            (`dflow.objectives.check_rule`), of images the exact likelihood.
+        rules: training rules that may be asked for. None for those of the kind: of text whatever the law
+            that is built can be trained by (`dflow.objectives.check_rule`); of images `LIKELIHOOD`, where
+            ``log_prob`` takes floats that hold integers in training. With `SYMBOLS` it takes symbols, int64;
+            a `Dequantized` is trained by `BOUNDS`.
         prompt: what happens to the first symbols of a sample when they are given: "no", they cannot be;
             "exact", the rest follows the conditional law; "forced", they stand there, and what is drawn
             before them has not seen them. Other than "no", ``sample`` of the law takes ``prompt`` and
