@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict
 from typing import Any, ClassVar
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from dflow import plugins, zoo
 from dflow.config import InputError
@@ -32,12 +32,13 @@ class FamilyConfig(PreTrainedConfig):
         record, values = zoo.FAMILIES.get(family), {}
         # A family that is not known, or not here, is refused by `settings`.
         if record is not None and record.kind == self.model_kind:
+            if taken := [name for name in record.fields if name in _of_transformers()]:
+                raise InputError(
+                    f"family {family!r}: transformers takes a setting {taken[0]!r} for one of its own; rename it"
+                )
             values = {name: kwargs.pop(name) for name in record.fields if name in kwargs}
             values = asdict(zoo.settings(family, values))
-        super().__init__(**kwargs)
-        # Not as keywords of transformers', which drops some names, such as temperature.
-        for name, value in values.items():
-            setattr(self, name, value)
+        super().__init__(**kwargs, **values)
 
     @property
     def record(self) -> zoo.Family:
@@ -56,6 +57,12 @@ class FamilyConfig(PreTrainedConfig):
         """
         fields = self.record.fields
         return _parsed(self.record, json.dumps({name: getattr(self, name) for name in fields}))
+
+
+@functools.cache
+def _of_transformers() -> frozenset[str]:
+    """Names, such as temperature, that transformers takes out of the settings of a model."""
+    return frozenset(vars(GenerationConfig()))
 
 
 @functools.lru_cache(64)

@@ -216,13 +216,13 @@ class _Text(_Discrete):
         """Refuse a law that scores symbols beyond the end of a sentence: it would count them as text."""
         x = torch.zeros(2, self.length, dtype=torch.int64)
         x[1, 1:] = K - 1
-        self.model.eval()
+        self.model.train(False)
         first, second = self.model.log_prob(x, torch.tensor([1, 1])).tolist()
         self.model.train()
         if not math.isclose(first, second, rel_tol=1e-4, abs_tol=1e-4):
             raise InputError(
-                f"family {self.recipe.family!r} scores symbols beyond the end of a sentence: let log_prob of its "
-                "law leave out what the lengths in the context leave out, or use data.protocol=stream"
+                f"family {self.recipe.family!r} scores symbols beyond the end of a sentence: let log_prob of "
+                "its law heed the lengths in the context, or use data.protocol=stream"
             )
 
     def batch(self, seed: int) -> Batch:
