@@ -289,15 +289,8 @@ def list_sets(folder: str | os.PathLike[str] | None = None) -> list[SetRow]:
     for known in _all().values():
         local = known.local(place)
         where = str(next(iter(local)).parent) if local else ""
-        rows.append(
-            SetRow(
-                known.name,
-                "missing" if local is None else "found" if local else "built in",
-                where,
-                known.license,
-                known.note,
-            )
-        )
+        status = "missing" if local is None else "found" if local else "built in"
+        rows.append(SetRow(known.name, status, where, known.license, known.note))
     rows.append(SetRow(image_sets.CHECKERBOARD, "drawn", "", "", image_sets.CHECKERBOARD_NOTE))
     rows += [SetRow(PREFIX + name, "drawn", "", "", law.note) for name, law in LAWS.items()]
     return rows

@@ -34,7 +34,7 @@ class FamilyConfig(PreTrainedConfig):
         if record is not None and record.kind == self.model_kind:
             if taken := [name for name in record.fields if name in _of_transformers()]:
                 raise InputError(
-                    f"family {family!r}: transformers takes a setting {taken[0]!r} for one of its own; rename it"
+                    f"family {family!r}: transformers takes the setting {taken[0]!r} for its own; rename it"
                 )
             values = {name: kwargs.pop(name) for name in record.fields if name in kwargs}
             values = asdict(zoo.settings(family, values))
