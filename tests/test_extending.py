@@ -267,7 +267,7 @@ def test_an_order_and_a_data_set_by_name(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_flow_learns_in_a_loop_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
     [code] = [code for code in blocks("docs/guide.md", "python") if "optimizer.step()" in code]
     scope: dict[str, Any] = {}
-    exec(compile(code, "loop", "exec"), scope)
+    exec(compile(code, "loop", "exec", dont_inherit=True), scope)
     x, K = scope["x"], scope["K"]
     counts = torch.bincount(x.flatten(), minlength=K).double() / x.numel()
     unigram = torch.special.entr(counts).sum().item() / math.log(2)
