@@ -122,13 +122,16 @@ def _obstacle(rule: Rule, distribution: Distribution) -> str | None:
                 f"rule {rule!r} needs {name}.forward to take one-hot rows (batch, dim, K), and to give rows "
                 "that have a gradient for params"
             )
+    flows = [m for m in distribution.modules() if isinstance(m, Flow)]
     if rule in ("gumbel", "straight_through"):
-        return None
+        bases = {type(flow.base): flow.base for flow in flows}.values()
+        blind = [type(base).__name__ for base in bases if not _scores_rows(base, distribution)]
+        return f"rule {rule!r} needs {blind[0]}.log_prob to take one-hot rows too" if blind else None
     if _trained_bases(distribution):
         return (
             f"rule {rule!r} trains no base; let that be a Categorical with learned=False (base 'factorized')"
         )
-    for flow in (m for m in distribution.modules() if isinstance(m, Flow)):
+    for flow in flows:
         for layer in _layers(flow.bijector):
             if not isinstance(layer, (Coupling, Autoregressive)) and any(True for _ in layer.parameters()):
                 return f"rule {rule!r} trains no {type(layer).__name__}, but Coupling and Autoregressive"
@@ -143,9 +146,23 @@ def _takes_rows(module: Elementwise, K: int) -> bool:
         rows = one_hot(torch.zeros(1, 1, dtype=torch.int64, device=device), K)
         try:
             z, _ = module.forward(rows, params)
-        except (IndexError, RuntimeError, TypeError, ValueError):
+        except Exception:  # whatever code of users makes of rows that it does not know
             return False
     return z.shape == rows.shape and z.requires_grad
+
+
+@torch.no_grad()
+def _scores_rows(base: Distribution, whole: Distribution) -> bool:
+    """Whether a base takes the latents of the differentiable mode; all of dflow do, others are tried."""
+    dim = getattr(base, "dim", None)
+    if type(base).__module__.startswith("dflow.") or not isinstance(dim, int):
+        return True
+    first = next(iter((*base.parameters(), *base.buffers(), torch.zeros(()))))
+    zeros = torch.zeros(1, dim, dtype=torch.int64, device=first.device)
+    try:
+        return base.log_prob(one_hot(zeros, _alphabet(whole))).shape == (1,)
+    except Exception:
+        return False
 
 
 def _maps(distribution: nn.Module) -> list[Elementwise]:

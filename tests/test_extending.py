@@ -245,6 +245,26 @@ def test_a_map_is_trained_by_the_rules_whose_part_it_has() -> None:
         assert any(bool(p.grad.any()) for p in model.parameters() if p.grad is not None)
     with pytest.raises(InputError, match=r"no rule trains this model: .*Symbols.*'estimator'.*'expected'"):
         objectives.default_rule(flow(Symbols(3)))
+
+    class Table(Distribution):
+        """A base that knows symbols only."""
+
+        dim = 4
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.logits = nn.Parameter(torch.zeros(3))
+
+        def log_prob(self, x: Tensor, context: Any = None) -> Tensor:
+            return self.logits.log_softmax(-1)[x].sum(1)
+
+        def sample(self, n: int, context: Any = None, generator: Any = None) -> Tensor:
+            return torch.zeros(n, 4, dtype=torch.int64)
+
+    model = flow(ModRank(3))
+    model.base = Table()
+    with pytest.raises(InputError, match=r"needs Table.log_prob to take one-hot rows too"):
+        objectives.Objective(model, "gumbel")
     with pytest.raises(InputError, match=r"needs Symbols.forward to take one-hot rows"):
         objectives.Objective(flow(Symbols(3)), "straight_through")
 
@@ -347,10 +367,12 @@ def test_records_are_checked_when_they_are_made_and_when_they_build() -> None:
 
     with pytest.raises(InputError, match="did you mean 'text'"):
         family(kind="texts")
-    with pytest.raises(InputError, match="without a field 'length'"):
+    with pytest.raises(InputError, match=r"without a field 'length'; extend dflow\.zoo\.ModelConfig"):
         family(settings=zoo.ValuesConfig)
-    with pytest.raises(InputError, match=r"do not extend dflow\.zoo\.ValuesConfig"):
+    with pytest.raises(InputError, match=r"without a field 'shape'; extend dflow\.zoo\.ValuesConfig"):
         family(kind="images")
+    with pytest.raises(InputError, match=r"without a field 'classes'; extend dflow\.zoo\.PBNetConfig"):
+        family(kind="labels", settings=zoo.ValuesConfig)
 
     @dataclass
     class Warm(zoo.ModelConfig):

@@ -35,6 +35,11 @@ SYMBOLS = (*LIKELIHOOD, *MAPS)
 _RULES: dict[str, tuple[str, ...]] = {
     "text": (*SYMBOLS, "masked"), "images": LIKELIHOOD, "labels": (),
 }  # fmt: skip
+#: What settings of a kind extend, and the fields of it that the commands read.
+_NEEDED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "text": ("ModelConfig", ("length",)), "images": ("ValuesConfig", ("shape", "levels", "lowest")),
+    "labels": ("PBNetConfig", ("classes", "kind", "init", "head")),
+}  # fmt: skip
 _MODELS: dict[str, tuple[type[nn.Module], ...]] = {
     "text": (Distribution,), "images": (Distribution, Dequantized), "labels": (nn.Sequential,),
 }  # fmt: skip
@@ -51,8 +56,8 @@ class Family:
     Attributes:
         name: as ``model.family`` of a recipe gives it.
         kind: "text", "images" (images and tables) or "labels" (classifiers of images).
-        settings: dataclass of the settings. That of text has a field ``length``; the others extend
-            `ValuesConfig`, and those of labels have ``classes``.
+        settings: dataclass of the settings: of text it has a field ``length``, as `ModelConfig` does; of
+            images it extends `ValuesConfig`, of labels `PBNetConfig`.
         build: ``(settings, K)`` to a `Distribution` over symbols for text, ``(settings)`` to a `Distribution`
             or `Dequantized` for images, to an ``nn.Sequential`` of integers to logits for labels.
         rules: training rules that may be asked for. None for those of the kind: of text whatever the law
@@ -87,12 +92,13 @@ class Family:
             raise InputError(f"family {self.name!r}: settings {self.settings!r} are not a dataclass")
         if taken := [name for name in self.fields if name in _TAKEN]:
             raise InputError(f"family {self.name!r}: a setting cannot be called {taken[0]!r}; rename it")
-        if self.kind == "text" and "length" not in self.fields:
+        parent, needed = _NEEDED[self.kind]
+        if missing := [name for name in needed if name not in self.fields]:
             raise InputError(
-                f"family {self.name!r}: settings without a field 'length'; extend dflow.zoo.ModelConfig"
+                f"family {self.name!r}: settings without a field {missing[0]!r}; extend dflow.zoo.{parent}"
             )
         if self.kind != "text" and not issubclass(self.settings, ValuesConfig):
-            raise InputError(f"family {self.name!r}: the settings do not extend dflow.zoo.ValuesConfig")
+            raise InputError(f"family {self.name!r}: the settings do not extend dflow.zoo.{parent}")
         if self.rules is None:
             object.__setattr__(self, "rules", _RULES[self.kind])
 
