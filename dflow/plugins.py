@@ -93,8 +93,14 @@ def _import(what: str, action: Callable[[], object]) -> None:
     try:
         action()
     except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        at = "" if frame.filename.startswith("<frozen") else f" ({frame.filename}, line {frame.lineno})"
+        # The last line that is neither Python's nor dflow's own.
+        ours = str(Path(__file__).parent)
+        frames = [
+            f
+            for f in traceback.extract_tb(error.__traceback__)
+            if not f.filename.startswith(("<frozen", ours))
+        ]
+        at = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
         raise InputError(
             f"{what} cannot be imported: {type(error).__name__}: {error}{at}; mend it or leave it out"
         ) from error

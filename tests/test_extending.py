@@ -308,6 +308,11 @@ def test_a_flow_learns_in_a_loop_of_ones_own(capsys: pytest.CaptureFixture[str])
             "import torch\n1 / 0\n",
             r"ZeroDivisionError: division by zero \(.*broken.py, line 2\)",
         ),
+        (
+            "taken.py",
+            f"{PLAIN}\n".replace('"unigram"', '"lstm"'),
+            r"'lstm' exists already.*taken.py, line 25",
+        ),
         ("no_such_module", None, "No module named 'no_such_module'"),
     ],
 )
