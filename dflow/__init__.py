@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         Normal,
         SequenceCategorical,
         Spectra,
+        Stepwise,
     )
     from dflow.elementwise import (
         Affine,
@@ -112,6 +113,7 @@ __all__ = [
     "Spectra",
     "Spline",
     "Split",
+    "Stepwise",
     "TruncatedNormal",
     "Uniform",
     "__version__",
@@ -155,6 +157,7 @@ _HOMES = {
         "Normal",
         "SequenceCategorical",
         "Spectra",
+        "Stepwise",
     ),
     "flows": (
         "Flow",

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union
 
 import dflow
+from dflow import plugins
 from dflow.config import InputError, convert, nearest
 
 if TYPE_CHECKING:
@@ -92,8 +93,7 @@ class Source:
     """Flags of every verb that scores data."""
 
     data: str | None = flag(
-        "pydoc, ptb, text8, text8-prefix, synthetic/LAW, or a path; for a model of images mnist, "
-        "binarized_mnist, cifar10, ... (default: what the model was trained on)",
+        "data set by name (`dflow data list` shows them), or a path (default: what the model was trained on)",
         None,
     )
     folder: str | None = flag("folder of the data (default: as in training, or DFLOW_DATA)", None)
@@ -437,16 +437,15 @@ def evaluate(flags: Evaluate) -> int:
             ("standard error", told(result.standard_error)),
             ("kind", result.kind),
         ]
-    status = "intact" if result.round_trip else "FAILED"
     checked = "draws" if isinstance(text, Draws) else "chunks"
-    rows = [("model", flags.model), *rows, ("round trip", f"{status} on {result.num_checked} {checked}")]
+    rows = [("model", flags.model), *rows, ("round trip", verdict(result, checked))]
     if accelerator is None or accelerator.is_main_process:
         print_table(rows)
         about = {"model": flags.model, "data": corpus.name, "split": flags.split, "checksum": corpus.checksum}
         print(json.dumps(about | dataclasses.asdict(result)))
     if accelerator is not None:
         accelerator.end_training()
-    if not result.round_trip:
+    if result.round_trip is False:
         complain(f"{flags.model}: the round trip failed; the figures above do not describe what it draws")
         return 1
     return 0
@@ -606,7 +605,7 @@ def evaluate_pictures(flags: Evaluate, device: torch.device, accelerator: Accele
     result: ExactEvaluation | ImageEvaluation
     if model.exact:
         result = evaluate_exact(model, images.split(flags.split), **options)
-        rows, sound = exact_rows(result, images.name, flags.split), result.round_trip
+        rows, sound = exact_rows(result, images.name, flags.split), result.round_trip is not False
         wrong = "the round trip failed; the figures above do not describe what it draws"
     else:
         result = evaluate_images(model, images.split(flags.split), **options)
@@ -624,15 +623,21 @@ def evaluate_pictures(flags: Evaluate, device: torch.device, accelerator: Accele
     return 0
 
 
+def verdict(result: Evaluation | LawEvaluation | ExactEvaluation, checked: str) -> str:
+    """What the round trip came to, in words."""
+    if result.round_trip is None:
+        return "not checked: the law has no steps (see dflow.distributions.Stepwise)"
+    return f"{'intact' if result.round_trip else 'FAILED'} on {result.num_checked} {checked}"
+
+
 def exact_rows(result: ExactEvaluation, name: str, split: str) -> list[tuple[str, str]]:
     """Lines of the table for images under an exact likelihood."""
-    status = "intact" if result.round_trip else "FAILED"
     return [
         ("data", f"{name}, {split}: {result.num_rows:,} rows"),
         ("unit", result.unit),
         ("nll", f"{told(result.nll)} (standard error {told(result.nll_error)})"),
         ("kind", f"{result.kind}, {result.precision}"),
-        ("round trip", f"{status} on {result.num_checked} rows"),
+        ("round trip", verdict(result, "rows")),
     ]
 
 
@@ -1340,6 +1345,14 @@ def build_parser() -> argparse.ArgumentParser:
             name, help=doc.partition(". ")[0].rstrip("."), description=doc, epilog=f"example: {example}"
         )
         add_flags(sub, cls)
+        sub.add_argument(
+            "--import",
+            dest="_modules",
+            action="append",
+            default=[],
+            metavar="MODULE",
+            help="module of yours, a name or a .py file, that adds families and the like; once for each",
+        )
         sub.set_defaults(_cls=cls, _function=function, _parser=sub)
     return parser
 
@@ -1371,8 +1384,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = values.pop("_parser")
     if unknown:
         parser.error(f"unknown: {' '.join(unknown)}{hint(unknown[0], values['_cls'])}")
-    cls, function = values.pop("_cls"), values.pop("_function")
+    cls, function, modules = (values.pop(name) for name in ("_cls", "_function", "_modules"))
     try:
+        plugins.load_installed()
+        for module in modules:
+            plugins.load(module)
         code = function(read_flags(cls, values))
         sys.stdout.flush()  # a closed pipe or a full disk shows here, not when nobody can say so any more
         return int(code)

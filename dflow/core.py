@@ -171,6 +171,10 @@ class Elementwise(nn.Module, ABC):
     #: Numbers that a conditioner has to give for each entry.
     num_params: int
 
+    #: On Z/K: whether the params of an entry are K logits that may learn to predict its symbol. Then rule
+    #: ``layerwise`` of `dflow.objectives` trains it; the other rules tell there what they need.
+    predicts: bool = False
+
     @abstractmethod
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """Data to latent: ``(z, log_det)``."""
@@ -196,10 +200,30 @@ class Distribution(nn.Module, ABC):
     ) -> Tensor:
         """``n`` exact draws, in the inference dtype of the domain."""
 
+    #: Whether `log_prob` and `sample` read one table of probabilities, so that they cannot disagree.
+    one_table: bool = False
+
+    def round_trip(self, x: Tensor, context: Context | None = None) -> bool | None:
+        """Whether what is drawn is what is scored, checked on ``x`` in the inference dtype.
+
+        None where nothing was checked, which is what a law says that has no check of its own and is not
+        `one_table`. `dflow.distributions.Stepwise` has one.
+        """
+        return True if self.one_table else None
+
     @property
     def num_calls(self) -> int:
         """Sequential network evaluations that one `sample` costs."""
         return 0
+
+
+def agreed(*checks: bool | None) -> bool | None:
+    """What the checks of several parts come to: False where one failed, None where one was not made.
+
+    >>> agreed(True, None), agreed(None, False), agreed(True, True)
+    (None, False, True)
+    """
+    return False if False in checks else None if None in checks else True
 
 
 class SequenceNet(Protocol):

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +39,11 @@ from torch.nn import functional as F
 from dflow import bijectors
 from dflow.bijectors import Autoregressive, Chain, Coupling, Permute, Reverse
 from dflow.config import InputError
-from dflow.core import Context, Distribution, only_given, present
+from dflow.core import Context, Distribution, Elementwise, only_given, present
 from dflow.dequantize import Bound, Dequantized, Elbo, Iwbo, Renyi, TruncatedNormal
 from dflow.distributions import Categorical, Gaussian, SequenceCategorical, Spectra, Walk
 from dflow.distributions.logistic import Logistics
 from dflow.distributions.window import ConditionalWindow
-from dflow.elementwise import ModAffine, ModRank, ModShift
-from dflow.elementwise.discrete import Discrete
 from dflow.flows import Flow, Split
 from dflow.nn.binary import Head
 from dflow.ops.modular import one_hot
@@ -70,52 +68,112 @@ def default_rule(distribution: Distribution) -> Rule:
 
     Measured by ``scripts/bench_rules.py``: layerwise before gumbel before straight_through, which at
     temperature 1 does not leave the identity even with ranks.
+
+    Raises:
+        InputError: a map on Z/K that no rule can train.
     """
     if isinstance(distribution, Walk):
         return "masked"
-    maps = _maps(distribution)
-    if not maps:
+    if not _maps(distribution):
         return "likelihood"
-    if _trained_bases(distribution) or not all(isinstance(m, (ModRank, ModShift)) for m in maps):
-        return "gumbel"
-    return "layerwise"
+    able = _able(distribution)
+    if not able:
+        reasons = "; ".join(str(_obstacle(rule, distribution)) for rule in _OF_MAPS)
+        raise InputError(f"no rule trains this model: {reasons}")
+    return able[0]
 
 
 def check_rule(rule: Rule, distribution: Distribution) -> None:
     """Raise InputError for a rule under which some parameter of ``distribution`` would not learn."""
-    maps = _maps(distribution)
-    if maps:
-        fits, way = rule not in ("likelihood", "masked"), "straight_through, gumbel, layerwise or expected"
-    else:
-        way = default_rule(distribution)
-        fits = rule == way
-    if not fits:
-        raise InputError(f"rule {rule!r} does not train this model; use {way}")
+    able = _able(distribution) if _maps(distribution) else [default_rule(distribution)]
+    if rule not in able:
+        reason = _obstacle(rule, distribution) if rule in _OF_MAPS and _maps(distribution) else None
+        way = f"use {' or '.join(able)}" if able else default_rule(distribution)
+        raise InputError(f"{reason or f'rule {rule!r} does not train this model'}; {way}")
     innermost = closed_form(distribution)
     for module in distribution.modules():
         if isinstance(module, Categorical) and not module.learned and module is not innermost:
             raise InputError(
                 "only the innermost base has a closed form; give the part factored out a learned one"
             )
-    if rule not in ("layerwise", "expected"):
-        return
+
+
+#: Rules for maps on Z/K, the one that learns most in a given time first.
+_OF_MAPS: tuple[Rule, ...] = ("layerwise", "gumbel", "straight_through", "expected")
+
+
+def _able(distribution: Distribution) -> list[Rule]:
+    return [rule for rule in _OF_MAPS if _obstacle(rule, distribution) is None]
+
+
+def _obstacle(rule: Rule, distribution: Distribution) -> str | None:
+    """Why a rule of `_OF_MAPS` would leave some part of ``distribution`` untrained, in words."""
+    for module in {type(m): m for m in _maps(distribution)}.values():
+        name = type(module).__name__
+        if rule == "layerwise" and not module.predicts:
+            return f"rule 'layerwise' has nothing to teach {name}, whose params do not predict the symbol"
+        if rule == "expected" and not hasattr(module, "expected"):
+            return f"rule 'expected' needs the mean over maps in closed form, and {name} has no 'expected'"
+        if rule == "gumbel" and not hasattr(module, "estimator"):
+            return f"rule 'gumbel' adds noise in the estimator of a map, and {name} has no 'estimator'"
+        if rule in ("gumbel", "straight_through") and not _takes_rows(module, _alphabet(distribution)):
+            return (
+                f"rule {rule!r} needs {name}.forward to take one-hot rows (batch, dim, K), and to give rows "
+                "that have a gradient for params"
+            )
+    flows = [m for m in distribution.modules() if isinstance(m, Flow)]
+    if rule in ("gumbel", "straight_through"):
+        bases = {type(flow.base): flow.base for flow in flows}.values()
+        blind = [type(base).__name__ for base in bases if not _scores_rows(base, distribution)]
+        return f"rule {rule!r} needs {blind[0]}.log_prob to take one-hot rows too" if blind else None
     if _trained_bases(distribution):
-        raise InputError(f"rule {rule!r} trains no base; use base 'factorized', or 'straight_through'")
-    for module in maps:
-        if rule == "layerwise" and not isinstance(module, (ModRank, ModShift)):
-            raise InputError(
-                f"rule 'layerwise' has nothing to teach the scale of {type(module).__name__}; use "
-                "elementwise 'shift' or 'rank', or rule 'expected', 'straight_through' or 'gumbel'"
-            )
-        if rule == "expected" and not isinstance(module, (ModShift, ModAffine)):
-            raise InputError(
-                f"rule 'expected' has no closed form for the ranks of {type(module).__name__}; use "
-                "elementwise 'shift' or 'affine', or rule 'layerwise', 'straight_through' or 'gumbel'"
-            )
+        return (
+            f"rule {rule!r} trains no base; let that be a Categorical with learned=False (base 'factorized')"
+        )
+    for flow in flows:
+        for layer in _layers(flow.bijector):
+            if not isinstance(layer, (Coupling, Autoregressive)) and any(True for _ in layer.parameters()):
+                return f"rule {rule!r} trains no {type(layer).__name__}, but Coupling and Autoregressive"
+    return None
 
 
-def _maps(distribution: nn.Module) -> list[Discrete]:
-    return [m for m in distribution.modules() if isinstance(m, Discrete)]
+def _takes_rows(module: Elementwise, K: int) -> bool:
+    """Whether the differentiable mode of a map passes a gradient to its params, by trying it."""
+    device = next((t.device for t in module.buffers()), torch.device("cpu"))
+    with torch.enable_grad():
+        params = torch.zeros(1, 1, module.num_params, device=device, requires_grad=True)
+        rows = one_hot(torch.zeros(1, 1, dtype=torch.int64, device=device), K)
+        try:
+            z, _ = module.forward(rows, params)
+        except Exception:  # whatever code of users makes of rows that it does not know
+            return False
+    return z.shape == rows.shape and z.requires_grad
+
+
+@torch.no_grad()
+def _scores_rows(base: Distribution, whole: Distribution) -> bool:
+    """Whether a base takes the latents of the differentiable mode; all of dflow do, others are tried."""
+    dim = getattr(base, "dim", None)
+    if type(base).__module__.startswith("dflow.") or not isinstance(dim, int):
+        return True
+    first = next(iter((*base.parameters(), *base.buffers(), torch.zeros(()))))
+    zeros = torch.zeros(1, dim, dtype=torch.int64, device=first.device)
+    try:
+        return base.log_prob(one_hot(zeros, _alphabet(whole))).shape == (1,)
+    except Exception:
+        return False
+
+
+def _maps(distribution: nn.Module) -> list[Elementwise]:
+    return [m for m in distribution.modules() if isinstance(m, Elementwise)]
+
+
+def _alphabet(distribution: nn.Module) -> int:
+    """K, of whatever part knows it: a map, a base."""
+    for module in distribution.modules():
+        if isinstance(K := getattr(module, "K", None), int):
+            return K
+    raise InputError("no part of the model says how many symbols there are: give the map an attribute K")
 
 
 def _trained_bases(distribution: nn.Module) -> bool:
@@ -139,7 +197,8 @@ def closed_form(distribution: Distribution) -> Categorical | None:
 
 def estimators(distribution: nn.Module) -> set[StraightThrough]:
     """The straight-through estimators in use; a schedule moves them all."""
-    return {m.estimator for m in _maps(distribution)}
+    found = {getattr(m, "estimator", None) for m in _maps(distribution)}
+    return {e for e in found if isinstance(e, StraightThrough)}
 
 
 def elastic(distribution: nn.Module) -> list[SequenceCategorical]:
@@ -187,7 +246,8 @@ def _loss(
     if isinstance(d, Spectra):
         return _spectra(d, x, context, rule), x, context
     if not isinstance(d, Flow):
-        return -d.log_prob(x, context).sum(), x, context
+        rows = rule in ("straight_through", "gumbel") and _maps(d)
+        return -d.log_prob(_rows(d, x) if rows else x, context).sum(), x, context
     if rule in ("layerwise", "expected"):
         loss, z = _by_layers(d, x, context, rule)
         return loss, z, context
@@ -196,7 +256,7 @@ def _loss(
 
 
 def _rows(d: Distribution, x: Tensor) -> Tensor:
-    return one_hot(x, _maps(d)[0].K, next(d.parameters()).dtype)
+    return one_hot(x, _alphabet(d), next(d.parameters()).dtype)
 
 
 def _spectra(law: Spectra, x: Tensor, context: Context | None, rule: Rule) -> Tensor:
@@ -204,8 +264,9 @@ def _spectra(law: Spectra, x: Tensor, context: Context | None, rule: Rule) -> Te
     if rule in ("straight_through", "gumbel"):
         return -law.log_prob(_rows(law, x), context).sum()
     params, log_weights = law.params(context)
-    if isinstance(law.elementwise, (ModShift, ModAffine)) and rule == "expected":
-        terms = law.elementwise.expected(x, params, -law.log_law(log_weights))
+    if rule == "expected":
+        elementwise: Any = law.elementwise
+        terms = elementwise.expected(x, params, -law.log_law(log_weights))
     else:
         z, _ = law.elementwise.forward(x, params.detach())
         terms = _cross_entropy(params, x) - law.log_latent(z, log_weights)
@@ -233,9 +294,10 @@ def _by_layers(flow: Flow, x: Tensor, context: Context | None, rule: Rule) -> tu
             layer.hidden_index if isinstance(layer, Coupling) else torch.arange(x.shape[1], device=x.device)
         )
         old = x.index_select(1, moved)
-        if isinstance(layer.elementwise, (ModShift, ModAffine)) and rule == "expected" and base is not None:
+        elementwise: Any = layer.elementwise
+        if rule == "expected" and base is not None:
             cost = -base.log_law().to(params.dtype)[base.classes[place.index_select(1, moved)]]
-            terms = layer.elementwise.expected(old, params, cost)
+            terms = elementwise.expected(old, params, cost)
         else:
             terms = _cross_entropy(params, old)
         new, _ = layer.elementwise(old, params.detach())

@@ -172,7 +172,7 @@ def main() -> None:
     print("| run | bits | steps | network calls | parameters |")
     print("|---|---:|---:|---:|---:|")
     for r in results:
-        mark = "" if r["round_trip"] else " ROUND TRIP FAILED"
+        mark = "" if r["round_trip"] is not False else " ROUND TRIP FAILED"
         cells = (f"{r['bits']:.4f}{mark}", f"{r['steps']:,}", f"{r['num_calls']}", f"{r['parameters']:,}")
         print(f"| {r['name']} | {' | '.join(cells)} |")
     best = min(results, key=lambda r: r["bits"])

@@ -208,7 +208,7 @@ WITHOUT_LENGTHS = {"permute"}
 
 
 def counted(K: int, dim: int, classes: Tensor | None = None) -> Categorical:
-    base = Categorical(dim, K, classes).double()
+    base = Categorical(dim, K, classes, learned=False).double()
     counts = torch.rand(base.counts.shape, generator=torch.Generator().manual_seed(K), dtype=torch.float64)
     base.assign(20 * counts)
     return base
@@ -245,7 +245,7 @@ def split_flow(K: int, dim: int) -> Split:
 
 
 BASES: dict[str, Callable[[int, int], Distribution]] = {
-    "uniform": lambda K, dim: Categorical(dim, K),
+    "uniform": lambda K, dim: Categorical(dim, K, learned=False),
     "counted": counted,
     "tied": lambda K, dim: counted(K, dim, torch.arange(dim) % 2),
     "peaked": peaked,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before anything imports the libraries that read these.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -25,6 +28,26 @@ _REAL = os.environ.get("DFLOW_DATA")
 def _same_start(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.delenv("DFLOW_DATA", raising=False)
+
+
+@pytest.fixture
+def registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever a test adds to a registry is gone after it."""
+    from dflow import plugins, zoo
+    from dflow.data import IMAGES, TEXTS
+    from dflow.elementwise import DISCRETE
+    from dflow.ops.orders import ORDERS
+
+    known: tuple[dict[str, Any], ...] = (zoo.FAMILIES, DISCRETE, ORDERS, TEXTS, IMAGES)
+    before = [dict(registry) for registry in known]
+    monkeypatch.setattr(plugins, "_loaded", [])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    for registry, kept in zip(known, before, strict=True):
+        registry.clear()
+        registry.update(kept)
+    for name in [name for name in sys.modules if name.startswith("dflow_import_")]:
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

@@ -25,11 +25,12 @@ def blocks(page, *languages):
 CODE = [(page, i, code) for page in PAGES for i, code in enumerate(blocks(page, "python"))]
 
 
+@pytest.mark.usefixtures("registries")
 @pytest.mark.parametrize(("page", "number", "code"), CODE, ids=[f"{p}:{i}" for p, i, _ in CODE])
 def test_python_examples_run(page, number, code, tmp_path, monkeypatch):
     write_model(tmp_path / "demo" / "grouped", "grouped", write_text(tmp_path))
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, f"{page}:{number}", "exec"), {"__name__": "example"})
+    exec(compile(code, f"{page}:{number}", "exec", dont_inherit=True), {"__name__": "example"})
 
 
 def commands():

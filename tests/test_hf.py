@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel
 
 from dflow import hf, objectives
 from dflow.config import InputError
+from dflow.distributions import SequenceCategorical, Walk
 from dflow.flows import Split
 
 K = 5
@@ -49,10 +50,10 @@ def test_forward_is_mean_nats_a_symbol(model):
 def test_what_is_scored_is_what_is_drawn(model):
     x = torch.randint(0, K, (6, LENGTH))
     assert model.round_trip(x)
-    if model.config.family in ("grouped", "transformer", "lstm"):
+    if isinstance(model.distribution, SequenceCategorical):
         net, step = model.distribution.net, model.distribution.net.step
         net.step = lambda *args: step(*args) + torch.arange(K)
-    elif model.config.family == "any_order":
+    elif isinstance(model.distribution, Walk):
         step = model.distribution.step
 
         def other(*args):
@@ -84,7 +85,7 @@ def test_generate_draws_what_is_asked_for(model):
 
 def test_prompts_are_kept_or_refused(model):
     prompt = torch.tensor([3, 1])
-    if model.config.family in ("bipartite", "autoregressive", "multiscale"):
+    if model.config.record.prompt == "no":
         with pytest.raises(InputError, match="cannot continue a prompt"):
             model.generate(prompt=prompt)
         return
@@ -105,7 +106,7 @@ def test_unfit_sequences_are_refused(model):
     with pytest.raises(InputError, match="lengths must lie in"):
         model.log_prob(torch.zeros(1, LENGTH, dtype=torch.int64), torch.tensor([0]))
     short = torch.zeros(1, 3, dtype=torch.int64)
-    if model.config.family in ("transformer", "lstm"):
+    if model.config.record.left_to_right:
         assert model.log_prob(short).shape == (1,)
     else:
         with pytest.raises(InputError, match="exactly 8"):

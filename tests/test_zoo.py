@@ -13,7 +13,7 @@ from dflow.distributions import Categorical, SequenceCategorical
 from dflow.elementwise import ModAffine
 from dflow.flows import Flow, Split
 
-VARIANTS = [(family, {}) for family in zoo.FAMILIES] + [
+VARIANTS = [(family, {}) for family in zoo.names("text")] + [
     ("grouped", {"order": "bit_reversed"}),
     ("any_order", {"order": "random", "schedule": "dp", "num_calls": 3}),
     ("any_order", {"order": "confidence", "schedule": "dp", "num_calls": 4}),
@@ -47,6 +47,23 @@ def test_every_family_is_normalised(family, changes):
         assert torch.equal(model.bijector.inverse(z)[0], x)
     elif isinstance(model, SequenceCategorical):
         torch.testing.assert_close(model.log_prob_by_steps(x), model.log_prob(x))
+
+
+@pytest.mark.parametrize("family", zoo.names("text"))
+@torch.no_grad()
+def test_the_record_of_a_family_tells_what_its_law_does(family):
+    record, K, length = zoo.find(family), 3, 6
+    law = randomize(zoo.build(family, zoo.settings(family, SETTINGS[family] | {"length": length}), K)).eval()
+    if record.left_to_right:
+        # Shorter sequences have a law of their own, the one of the beginnings of longer ones.
+        long, short = enumerate_all(K, length), enumerate_all(K, 2)
+        beginnings = law.log_prob(long).exp().view(len(short), -1).sum(1)
+        torch.testing.assert_close(law.log_prob(short).exp(), beginnings)
+    if record.prompt != "no":
+        prompt = torch.tensor([2, 0])
+        x = law.sample(20, generator=torch.Generator().manual_seed(0), prompt=prompt, length=4)
+        assert (x[:, :2] == prompt).all()
+    assert law.round_trip(enumerate_all(K, length)[:50]) is True
 
 
 @pytest.mark.parametrize("family", ["bipartite", "autoregressive"])

@@ -286,6 +286,7 @@ def test_dequantizers_start_as_noise_alone() -> None:
 
 
 def test_families_of_text_and_images_do_not_mix() -> None:
-    assert not set(zoo.FAMILIES) & set(zoo.IMAGES)
+    with pytest.raises(InputError, match="'grouped' is one of models of text, and this takes one of images"):
+        zoo.build_image("grouped", config())
     with pytest.raises(InputError, match="did you mean 'dequantized'"):
         zoo.settings("dequantised", {})

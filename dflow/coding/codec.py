@@ -26,6 +26,7 @@ from dflow.distributions.any_order import Walk
 from dflow.distributions.logistic import Logistics
 from dflow.distributions.sequence import SequenceCategorical
 from dflow.distributions.spectra import Spectra
+from dflow.distributions.stepwise import Stepwise
 from dflow.distributions.window import ConditionalWindow
 from dflow.flows import Flow, Split
 
@@ -153,8 +154,21 @@ def _spectra(
 def steps(distribution: Distribution, n: int, context: Context | None) -> tuple[int, Steps]:
     """Entries of a draw, and the chain that codes n of them. Register a law of numbers here."""
     raise ValueError(
-        f"no exact code for {type(distribution).__name__}: only laws on Z/K and on the integers can be coded"
+        f"no exact code for {type(distribution).__name__}: let a law over symbols extend "
+        "dflow.distributions.Stepwise, whose steps a coder follows, or register its code in "
+        "dflow.coding.codec.steps; a density on the reals has none"
     )
+
+
+def check_code(distribution: Distribution) -> None:
+    """ValueError, as of `push`, where some part of ``distribution`` has no exact code."""
+    if isinstance(distribution, Flow):
+        check_code(distribution.base)
+    elif isinstance(distribution, Split):
+        check_code(distribution.base)
+        check_code(distribution.conditional)
+    elif all(f.dispatch(type(distribution)) is f.dispatch(object) for f in (push, steps)):
+        steps(distribution, 0, None)
 
 
 @steps.register
@@ -205,6 +219,28 @@ def _(distribution: SequenceCategorical, n: int, context: Context | None) -> tup
             )
             previous = torch.zeros(n, len(row), dtype=torch.int64, device=row.device)
             previous[here] = yield (first + row)[here], _rows(logits[here])
+
+    return distribution.dim, chain()
+
+
+@steps.register
+def _(distribution: Stepwise, n: int, context: Context | None) -> tuple[int, Steps]:
+    """Step by step, as the law says; absent entries are not coded, and are 0."""
+
+    def chain() -> Steps:
+        mask = present(context, n, distribution.dim)
+        present_at = None if mask is None else mask.flatten()
+        law = distribution.steps(n, context)
+        step = next(law, None)
+        while step is not None:
+            places, logits = step
+            here = torch.ones_like(places, dtype=torch.bool) if present_at is None else present_at[places]
+            symbols = torch.zeros_like(places)
+            symbols[here] = yield places[here], _rows(logits[here])
+            try:
+                step = law.send(symbols)
+            except StopIteration:
+                return
 
     return distribution.dim, chain()
 

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
+from dflow import plugins
+
 
 class Opened(Protocol):
     """A codec at work: items to files, and back."""
@@ -46,7 +48,9 @@ def _run(
     # A fork would begin with the memory of this process.
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=_work, args=(there, make, given, files, torch.get_num_threads()))
+    process = context.Process(
+        target=_work, args=(there, make, given, files, torch.get_num_threads(), plugins.loaded())
+    )
     process.start()
     there.close()
     try:
@@ -67,9 +71,12 @@ def _work(
     given: tuple[Any, ...],
     files: list[bytes] | None,
     threads: int,
+    modules: Sequence[str],
 ) -> None:
     """One direction, and how much of memory it took."""
     torch.set_num_threads(threads)
+    for module in modules:
+        plugins.load(module)
     before, made = peak(), []
     try:
         opened = make(*given)

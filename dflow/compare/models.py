@@ -105,7 +105,7 @@ def compare(
 
     A round times each model once at each number of threads (one, and all that torch has), so whatever drifts
     hits all alike; of the medians over the rounds the better counts. The reference of the ratios is the first
-    LSTM, or the first model where there is none.
+    baseline (an LSTM), or the first model where there is none.
 
     Args:
         contestants: the models.
@@ -143,7 +143,7 @@ def compare(
     batches = latencies
     if batch_size > 1:
         batches = measure(contestants, batch_size, length, max(3, rounds // 2), seed, progress)
-    first = next((i for i, c in enumerate(contestants) if c.model.config.family == "lstm"), 0)
+    first = next((i for i, c in enumerate(contestants) if c.model.config.record.baseline), 0)
     rates = [speed.characters / speed.seconds for speed in batches]
     rows = tuple(
         Row(
@@ -179,7 +179,7 @@ def num_calls(model: DflowModel, length: int, rounds: int = 1, seed: int = 0) ->
             model.generate(1, length=length, generator=torch.Generator(model.device).manual_seed(seed + r))
         counted = (sum(layer.calls for layer in layers) - before) / rounds
         return round(calls - sum(layer.num_calls for layer in layers) + counted)
-    return min(calls, length) if model.config.family in ("lstm", "transformer") else calls
+    return min(calls, length) if model.config.record.left_to_right else calls
 
 
 def measure(
@@ -305,9 +305,12 @@ def markdown(comparison: Comparison) -> str:
         "models by turns, each at its better number of threads. "
         f"Ratios: to {comparison.reference}; above 1 is faster.",
     ]
-    failed = [row.name for row in comparison.rows if not row.evaluation.round_trip]
+    failed = [row.name for row in comparison.rows if row.evaluation.round_trip is False]
     if failed:
         notes.append(f"ROUND TRIP FAILED, do not trust: {', '.join(failed)}.")
+    unchecked = [row.name for row in comparison.rows if row.evaluation.round_trip is None]
+    if unchecked:
+        notes.append(f"Round trip not checked: {', '.join(unchecked)}.")
     return table + "\n\n" + "\n\n".join(notes) + "\n"
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dflow import hf
-from dflow.coding import bits_back, container, levels
+from dflow.coding import bits_back, codec, container, levels
 from dflow.coding.bits_back import BitsBack
 from dflow.coding.container import Damaged, Reader, crc32, varint
 from dflow.coding.local import Settings
@@ -80,6 +80,7 @@ class ImageCoder:
                 return BitsBackCoder.of(model.dequantized, (C, H, W), high.bit_length(), mode, folder, batch)
             tables = hf.coding_tables(folder, model.distribution)
             law = in_pieces(prepare(model.distribution, mode, tables), batch)
+            codec.check_code(law)
         except ValueError as error:
             raise InputError(f"{folder}: {error}") from None
         found = fingerprint(model.distribution, tables, mode)[: container.FINGERPRINT]

@@ -114,6 +114,7 @@ class TextCoder:
         try:
             tables = frozen_tables(law)
             prepared = prepare(law, _MODE, tables)
+            codec.check_code(prepared)
         except ValueError as error:
             raise InputError(f"{where}: {error}") from None
         # What else decodes depends on: the vocabulary, the law of lengths.

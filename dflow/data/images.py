@@ -41,7 +41,7 @@ class ImageConfig:
     name: str = field(
         default=CHECKERBOARD,
         metadata={
-            "help": "checkerboard, mnist, binarized_mnist, cifar10, cifar10-subset, hub:OWNER/NAME (of the "
+            "help": ", ".join((CHECKERBOARD, *image_sets.KNOWN)) + ", hub:OWNER/NAME (of the "
             "Hugging Face hub), or the path of a folder of images or of a .csv table"
         },
     )

@@ -44,17 +44,18 @@ class KnownFile:
 class KnownSet(Generic[T]):
     """A set that is known by name.
 
-    ``read`` gives its three splits from local files or the hub, ``local`` the files found in a folder
-    (None: not complete) and ``fetch`` the files to write into a folder.
+    ``read`` gives its three splits from local files or the hub: three texts, or `image_sets.Pixels`.
+    ``local`` gives the files found in a folder (None: not complete; none at all: the set needs no files) and
+    ``fetch`` the files to write into a folder.
     """
 
     name: str
     read: Callable[[Path | None], T]
-    local: Callable[[Path | None], dict[Path, KnownFile] | None]
-    fetch: Callable[[Path | None], dict[str, bytes]]
-    files: str
-    license: str
-    note: str
+    local: Callable[[Path | None], dict[Path, KnownFile] | None] = lambda folder: {}
+    fetch: Callable[[Path | None], dict[str, bytes]] = lambda folder: {}
+    files: str = ""
+    license: str = ""
+    note: str = ""
     alphabet: str = ""
     published: bool = True
 

@@ -289,7 +289,8 @@ def list_sets(folder: str | os.PathLike[str] | None = None) -> list[SetRow]:
     for known in _all().values():
         local = known.local(place)
         where = str(next(iter(local)).parent) if local else ""
-        rows.append(SetRow(known.name, "found" if local else "missing", where, known.license, known.note))
+        status = "missing" if local is None else "found" if local else "built in"
+        rows.append(SetRow(known.name, status, where, known.license, known.note))
     rows.append(SetRow(image_sets.CHECKERBOARD, "drawn", "", "", image_sets.CHECKERBOARD_NOTE))
     rows += [SetRow(PREFIX + name, "drawn", "", "", law.note) for name, law in LAWS.items()]
     return rows
@@ -312,6 +313,8 @@ def check(name: str, folder: str | os.PathLike[str] | None = None) -> list[FileR
         raise InputError(
             f"{name}: no files in {place or 'any folder (none is named)'}; {fetched}put {known.files} there"
         )
+    if not local:
+        raise InputError(f"{name} is made when it is read: there is no file to check; name it in a recipe")
     rows = []
     for path, file in local.items():
         data = file.read(path)

@@ -36,7 +36,8 @@ class DataConfig:
     name: str = field(
         default=sets.PYDOC,
         metadata={
-            "help": "pydoc, ptb, text8, text8-prefix, synthetic/LAW, or the path of a text file or folder"
+            "help": ", ".join((sets.PYDOC, *sets.KNOWN))
+            + ", synthetic/LAW, or the path of a text file or folder"
         },
     )
     protocol: Literal["stream", "sentence"] | None = field(

@@ -12,6 +12,7 @@ from dflow.distributions.normal import (
 )
 from dflow.distributions.sequence import SequenceCategorical
 from dflow.distributions.spectra import Spectra
+from dflow.distributions.stepwise import Stepwise
 from dflow.distributions.window import ConditionalWindow
 
 __all__ = [
@@ -32,5 +33,6 @@ __all__ = [
     "SequenceCategorical",
     "Spectra",
     "StandardNormal",
+    "Stepwise",
     "Walk",
 ]

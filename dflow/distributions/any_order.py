@@ -257,6 +257,11 @@ class Walk(Distribution):
         """Exact nats (batch,) of symbols ``(batch, n)`` or one-hot rows ``(batch, n, K)``."""
         return self.log_prob_by_steps(x, context)
 
+    def round_trip(self, x: Tensor, context: Context | None = None) -> bool | None:
+        """Whether `log_prob_by_steps` and `log_prob` agree, but for the last bits."""
+        steps = self.log_prob_by_steps(x, context)
+        return torch.allclose(steps, self.log_prob(x, context), rtol=1e-4, atol=1e-3)
+
     def log_prob_by_steps(self, x: Tensor, context: Context | None = None) -> Tensor:
         """`log_prob` computed as `sample` draws."""
         known = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)

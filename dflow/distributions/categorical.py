@@ -12,10 +12,11 @@ from dflow.ops.modular import check_alphabet, symbols
 class Categorical(Distribution):
     """Factorized law ``p(x) = prod_i b[classes[i], x_i]``.
 
-    By default b has a closed form: the counts of symbols seen in each class, smoothed,
+    By default b is the soft-max of a parameter ``logits``, which learns by the gradient of `log_prob`. With
+    ``learned=False`` b has a closed form instead: the counts of symbols seen in each class, smoothed,
     ``b[c, k] = (counts[c, k] + 1/2) / (sum_k counts[c, k] + K/2)`` (Krichevsky and Trofimov 1981). The
-    counts are a buffer that training moves with `statistics` and `update`. With ``learned`` b is the
-    soft-max of a parameter ``logits`` instead.
+    counts are a buffer: no gradient moves them, but who trains does, with `statistics` and `update`, as
+    ``dflow train`` does for the flows of its recipes.
 
     While ``peak`` is above 0 the law is ``b^(1-peak) q^peak``, normalised, with q half on symbol 0 and
     uniform on the others: at a base equal to the data's marginals the identity is a local optimum of a
@@ -25,16 +26,18 @@ class Categorical(Distribution):
         dim: number of entries.
         K: size of the alphabet.
         classes: int64 ``(dim,)``, the class of each entry; default one class an entry.
-        learned: logits learned by gradient instead of counts.
+        learned: logits learned by gradient, or counts.
 
     Raises:
         ValueError: dim < 1, K < 2, classes of another shape or dtype, or negative.
     """
 
+    one_table = True
+
     classes: Tensor
     counts: Tensor
 
-    def __init__(self, dim: int, K: int, classes: Tensor | None = None, learned: bool = False) -> None:
+    def __init__(self, dim: int, K: int, classes: Tensor | None = None, learned: bool = True) -> None:
         super().__init__()
         if dim < 1:
             raise ValueError(f"dim must be at least 1, found {dim}")
@@ -151,7 +154,7 @@ class Categorical(Distribution):
 
     def _check_counts(self, counts: Tensor) -> None:
         if self.learned:
-            raise ValueError("a law with learned logits has no counts")
+            raise ValueError("a law with learned logits has no counts; make it with learned=False")
         if counts.shape != self.counts.shape:
             raise ValueError(f"counts have shape {tuple(counts.shape)}, expected {tuple(self.counts.shape)}")
 
@@ -178,6 +181,8 @@ class Mixture(Distribution):
     Raises:
         ValueError: dim < 1, K < 2 or components < 1.
     """
+
+    one_table = True
 
     def __init__(self, dim: int, K: int, components: int) -> None:
         super().__init__()
@@ -243,6 +248,8 @@ class ConditionalCategorical(Distribution):
     Raises:
         ValueError: no context, or an ``x`` or n that does not fit the logits.
     """
+
+    one_table = True
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()

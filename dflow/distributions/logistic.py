@@ -64,6 +64,8 @@ class Logistics(Distribution):
             not positive.
     """
 
+    one_table = True
+
     centre: Tensor
     unit: Tensor
 

@@ -183,6 +183,11 @@ class SequenceCategorical(Distribution):
             total = total + torch.where(row < limit[:, None], terms, 0.0).sum(1)
         return total.to(log_p.dtype)
 
+    def round_trip(self, x: Tensor, context: Context | None = None) -> bool | None:
+        """Whether `log_prob_by_steps` and `log_prob` agree, but for the last bits."""
+        steps = self.log_prob_by_steps(x, context)
+        return torch.allclose(steps, self.log_prob(x, context), rtol=1e-4, atol=1e-3)
+
     @torch.no_grad()
     def sample_by_fixed_point(
         self, n: int, context: Context | None = None, generator: torch.Generator | None = None

@@ -51,6 +51,12 @@ class Spectra(Distribution):
         powers = torch.linspace(2.5, 0.5, components) if components > 1 else torch.ones(1)
         self.spectra = nn.Parameter(-powers[:, None] * torch.arange(1, K + 1).log() / _GAIN)
 
+    def round_trip(self, x: Tensor, context: Context | None = None) -> bool | None:
+        """Whether the map gives ``x`` back from its latents."""
+        params, _ = self.params(context)
+        z, _ = self.elementwise.forward(x, params)
+        return torch.equal(self.elementwise.inverse(z, params)[0], x)
+
     @staticmethod
     def num_outputs(elementwise: Elementwise, components: int) -> int:
         """Numbers that the net has to give for each entry."""

@@ -44,6 +44,8 @@ class ConditionalWindow(Distribution):
             in another shape.
     """
 
+    one_table = True
+
     low: Tensor
     start: Tensor
 

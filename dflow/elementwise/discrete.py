@@ -8,6 +8,7 @@ identity in every family.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -90,6 +91,8 @@ class ModShift(Discrete):
     >>> ModShift(5).forward(torch.tensor([[1]]), torch.tensor([[[0.0, 0, 0, 9, 0]]]))[0]
     tensor([[3]])
     """
+
+    predicts = True
 
     def __init__(self, K: int, estimator: StraightThrough | None = None) -> None:
         super().__init__(K, K, estimator)
@@ -183,6 +186,8 @@ class ModRank(Discrete):
     tensor([[0, 1, 2]])
     """
 
+    predicts = True
+
     def __init__(self, K: int, estimator: StraightThrough | None = None) -> None:
         super().__init__(K, K, estimator)
 
@@ -217,3 +222,12 @@ class ModRank(Discrete):
     @staticmethod
     def _order(logits: Tensor) -> Tensor:
         return logits.sort(dim=-1, descending=True, stable=True).indices
+
+
+#: Families on Z/K by the name that recipes give them: from K and the estimator of the model, or a new one.
+#: Add a line, and the families of models that are flows on Z/K can use it.
+DISCRETE: dict[str, Callable[[int, StraightThrough | None], Elementwise]] = {
+    "shift": ModShift,
+    "affine": ModAffine,
+    "rank": ModRank,
+}

@@ -181,7 +181,7 @@ class ExactEvaluation:
         kind: "exact".
         precision: of the model; each precision makes a law of its own.
         num_rows: data scored.
-        round_trip: whether the flow gave back `num_checked` data from their latents.
+        round_trip: whether the flow gave back `num_checked` data from their latents; None: not checked.
         num_checked: data that went through the round trip.
     """
 
@@ -191,7 +191,7 @@ class ExactEvaluation:
     kind: str
     precision: str
     num_rows: int
-    round_trip: bool
+    round_trip: bool | None
     num_checked: int
 
 
@@ -242,9 +242,10 @@ def evaluate_exact(
         for start in range(rank * batch_size, total, world * batch_size):
             x = rows.rows(slice(start, min(total, start + batch_size))).to(scored.device)
             nats = -scored.log_prob(x).double().cpu()
-            checked = x[: max(0, checks - start)]
-            failed = len(checked) > 0 and not scored.round_trip(checked)
-            found = [len(x), float(nats.sum()), float(nats.square().sum()), len(checked), failed]
+            rows_checked = x[: max(0, checks - start)]
+            verdict = scored.round_trip(rows_checked) if len(rows_checked) else None
+            checked = 0 if verdict is None else len(rows_checked)
+            found = [len(x), float(nats.sum()), float(nats.square().sum()), checked, verdict is False]
             sums += torch.tensor(found, dtype=torch.float64)
             bar.update(len(x))
     if accelerator is not None and world > 1:
@@ -262,7 +263,7 @@ def evaluate_exact(
         kind="exact",
         precision=str(precision).removeprefix("torch."),
         num_rows=round(n),
-        round_trip=failures == 0,
+        round_trip=failures == 0 if num_checked else None,
         num_checked=round(num_checked),
     )
 

@@ -28,7 +28,8 @@ class Evaluation:
         num_symbols: symbols scored; in the sentence protocol each end counts as one.
         num_chunks: chunks, or sentences, scored.
         characters_per_symbol: 1 where the symbols are characters.
-        round_trip: whether what is scored is what is drawn, on `num_checked` chunks.
+        round_trip: whether what is scored is what is drawn, on `num_checked` chunks; None: not checked, which
+            a law of one's own may not offer.
         num_checked: chunks that went through the round trip.
     """
 
@@ -39,7 +40,7 @@ class Evaluation:
     num_symbols: int
     num_chunks: int
     characters_per_symbol: float
-    round_trip: bool
+    round_trip: bool | None
     num_checked: int
 
 
@@ -93,13 +94,10 @@ def evaluate(
         with torch.inference_mode():
             moments = _score(model, ids, lengths, batch_size, rank, world, shown)
             mine = slice(rank, min(len(ids), checks * world), world)
-            checked = len(ids[mine])
-            intact = checked == 0 or model.round_trip(
-                ids[mine].to(model.device), None if lengths is None else lengths[mine].to(model.device)
-            )
+            checked, failed_here = _round_trip(model, ids[mine], None if lengths is None else lengths[mine])
     finally:
         model.train(mode)
-    totals = torch.tensor([*moments, checked, not intact], dtype=torch.float64)
+    totals = torch.tensor([*moments, checked, failed_here], dtype=torch.float64)
     if accelerator is not None and world > 1:
         totals = accelerator.reduce(totals.to(accelerator.device), "sum")
     chunks, nats, symbols, squares, products, sizes, checked_all, failed = totals.tolist()
@@ -120,7 +118,7 @@ def evaluate(
         num_symbols=int(symbols),
         num_chunks=int(chunks),
         characters_per_symbol=text.characters_per_symbol,
-        round_trip=failed == 0,
+        round_trip=failed == 0 if checked_all else None,
         num_checked=int(checked_all),
     )
 
@@ -139,7 +137,7 @@ class LawEvaluation:
         kind: ``exact``: the expectation is a sum over all outcomes; ``estimate``: a mean over draws.
         standard_error: of `nats` and `gap`, 0 where they are exact; None for a single draw.
         num_sequences: outcomes or draws scored.
-        round_trip: whether what is scored is what is drawn, on `num_checked` draws.
+        round_trip: whether what is scored is what is drawn, on `num_checked` draws; None: not checked.
         num_checked: draws that went through the round trip.
     """
 
@@ -152,7 +150,7 @@ class LawEvaluation:
     kind: str
     standard_error: float | None
     num_sequences: int
-    round_trip: bool
+    round_trip: bool | None
     num_checked: int
 
 
@@ -209,16 +207,15 @@ def evaluate_law(
         with torch.inference_mode():
             nats = _nats(model, x[mine], None, batch_size, progress and rank == 0, "sequence")
             terms = nats + offset[mine]
-            sample = draws[rank : checks * world : world].to(model.device)
-            intact = len(sample) == 0 or model.round_trip(sample)
+            checked, failed_here = _round_trip(model, draws[rank : checks * world : world], None)
     finally:
         model.train(mode)
     mass = weights[mine]
     sums = [float((mass * terms).sum()), float((mass * terms**2).sum())]
-    totals = torch.tensor([*sums, len(sample), not intact], dtype=torch.float64)
+    totals = torch.tensor([*sums, checked, failed_here], dtype=torch.float64)
     if accelerator is not None and world > 1:
         totals = accelerator.reduce(totals.to(accelerator.device), "sum")
-    mean, square, checked, failed = totals.tolist()
+    mean, square, checked_all, failed = totals.tolist()
     if not math.isfinite(mean):
         raise InputError(
             "the model's likelihood of the law is not finite; its training diverged or its checkpoint is "
@@ -236,9 +233,17 @@ def evaluate_law(
         kind="estimate" if support is None else "exact",
         standard_error=error if support is None else 0.0,
         num_sequences=n,
-        round_trip=failed == 0,
-        num_checked=int(checked),
+        round_trip=failed == 0 if checked_all else None,
+        num_checked=int(checked_all),
     )
+
+
+def _round_trip(model: DflowModel, ids: Tensor, lengths: Tensor | None) -> tuple[int, bool]:
+    """Rows of which the round trip was checked, and whether it failed."""
+    if not len(ids):
+        return 0, False
+    verdict = model.round_trip(ids.to(model.device), None if lengths is None else lengths.to(model.device))
+    return 0 if verdict is None else len(ids), verdict is False
 
 
 def _nats(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dflow.core import Bijector, Context, Distribution
+from dflow.core import Bijector, Context, Distribution, agreed
 
 
 class Flow(Distribution):
@@ -33,6 +33,12 @@ class Flow(Distribution):
     ) -> Tensor:
         """``n`` exact draws: the base's, taken back by the bijector."""
         return self.bijector.inverse(self.base.sample(n, context, generator), context)[0]
+
+    def round_trip(self, x: Tensor, context: Context | None = None) -> bool | None:
+        """Whether the bijector gives ``x`` back from its latents, and the base agrees with its draws."""
+        z, _ = self.transform(x, context)
+        same = torch.equal(self.bijector.inverse(z, context)[0], x)
+        return agreed(same, self.base.round_trip(z, context))
 
     @property
     def num_calls(self) -> int:

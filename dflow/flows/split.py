@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dflow.core import Context, Distribution, lengths_in
+from dflow.core import Context, Distribution, agreed, lengths_in
 
 
 class Split(Distribution):
@@ -79,6 +79,11 @@ class Split(Distribution):
             Context(lengths=kept, given=given),
             Context(lengths=total - kept, given=(*before, kept)),
         )
+
+    def round_trip(self, x: Tensor, context: Context | None = None) -> bool | None:
+        """That of both parts, each by itself."""
+        (x_a, own), (x_b, given) = self.parts(x, context)
+        return agreed(self.base.round_trip(x_a, own), self.conditional.round_trip(x_b, given))
 
     @property
     def num_calls(self) -> int:

@@ -1,11 +1,12 @@
 """dflow models as transformers models: config, save, load, generate, score. Thin: the models are in `zoo`."""
 
-from dflow.hf.binary import DflowClassifier, DflowClassifierConfig
+from dflow.hf.binary import DflowClassifier
+from dflow.hf.config import DflowClassifierConfig, DflowConfig, DflowImageConfig, FamilyConfig
 from dflow.hf.folder import coding_tables, kind_of, load, save, split_calls
-from dflow.hf.images import DflowImageConfig, DflowImageModel, DflowImageOutput
+from dflow.hf.images import DflowImageModel, DflowImageOutput
 from dflow.hf.manifest import MANIFEST, Finding, check, clean, remove, replacing, verify
 from dflow.hf.packed import PackedNetwork, agrees, pack
-from dflow.hf.symbols import DflowConfig, DflowModel, DflowOutput
+from dflow.hf.symbols import DflowModel, DflowOutput
 
 __all__ = [
     "MANIFEST",
@@ -17,6 +18,7 @@ __all__ = [
     "DflowImageOutput",
     "DflowModel",
     "DflowOutput",
+    "FamilyConfig",
     "Finding",
     "PackedNetwork",
     "agrees",

@@ -2,59 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from dflow import zoo
-from dflow.config import InputError, nearest
+from dflow.hf.config import DflowClassifierConfig
 from dflow.hf.images import checked
 from dflow.nn.binary import Head
-
-
-class DflowClassifierConfig(PreTrainedConfig):
-    """Settings of a classifier of images: its family, and what the family's settings list.
-
-    Args:
-        family: a name in `dflow.zoo.CLASSIFIERS`.
-        kwargs: settings of the family (unknown ones are refused when the model is built), and those of
-            every transformers config.
-    """
-
-    model_type = "dflow-classifier"
-
-    def __init__(self, family: str = "pbnet", **kwargs: Any) -> None:
-        """See the class."""
-        self.family = family
-        if family in zoo.CLASSIFIERS:
-            known = set(zoo.fields(family))
-            found = zoo.settings(family, {k: v for k, v in kwargs.items() if k in known})
-            kwargs |= asdict(found)
-            if found.classes:
-                kwargs.setdefault("num_labels", found.classes)
-        super().__init__(**kwargs)
-
-    def settings(self) -> zoo.PBNetConfig:
-        """The family's settings, checked."""
-        if self.family not in zoo.CLASSIFIERS:
-            hint = nearest(str(self.family), list(zoo.CLASSIFIERS))
-            raise InputError(f"{self.family!r} is no family of classifiers; {hint}")
-        found: zoo.PBNetConfig = zoo.settings(
-            self.family, {name: getattr(self, name) for name in zoo.fields(self.family)}
-        )
-        if not found.shape or not found.levels or not found.classes:
-            raise InputError("shape, levels and classes are missing; restore the file")
-        return found
 
 
 class DflowClassifier(PreTrainedModel):
@@ -80,7 +42,8 @@ class DflowClassifier(PreTrainedModel):
     @property
     def dim(self) -> int:
         """Pixels of one image."""
-        return self.config.settings().dim
+        pixels: int = self.config.settings().dim
+        return pixels
 
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any
@@ -125,6 +88,5 @@ class DflowClassifier(PreTrainedModel):
 #: Images that are re-estimated on at a time.
 _BATCH = 256
 
-AutoConfig.register("dflow-classifier", DflowClassifierConfig)
 AutoModel.register(DflowClassifierConfig, DflowClassifier)
 AutoModelForImageClassification.register(DflowClassifierConfig, DflowClassifier)

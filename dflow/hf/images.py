@@ -4,51 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from dflow import zoo
-from dflow.config import InputError, nearest
+from dflow.config import InputError
 from dflow.core import Distribution
 from dflow.dequantize import Dequantized, Estimate
-from dflow.flows import Flow, Split
-
-
-class DflowImageConfig(PreTrainedConfig):
-    """Settings of a model of images or tables: its family, and what the family's settings list.
-
-    Args:
-        family: a name in `dflow.zoo.IMAGES`.
-        kwargs: settings of the family (unknown ones are refused when the model is built), and those of
-            every transformers config.
-    """
-
-    model_type = "dflow-image"
-
-    def __init__(self, family: str = "dequantized", **kwargs: Any) -> None:
-        """See the class."""
-        self.family = family
-        if family in zoo.IMAGES:
-            known = set(zoo.fields(family))
-            kwargs |= asdict(zoo.settings(family, {k: v for k, v in kwargs.items() if k in known}))
-        super().__init__(**kwargs)
-
-    def settings(self) -> zoo.ValuesConfig:
-        """The family's settings, checked."""
-        if self.family not in zoo.IMAGES:
-            hint = nearest(str(self.family), list(zoo.IMAGES))
-            raise InputError(f"{self.family!r} is no family of models of images; {hint}")
-        found: zoo.ValuesConfig = zoo.settings(
-            self.family, {name: getattr(self, name) for name in zoo.fields(self.family)}
-        )
-        if not found.shape or not found.levels:
-            raise InputError("shape and levels are missing; restore the file")
-        return found
+from dflow.hf.config import DflowImageConfig
 
 
 @dataclass
@@ -97,7 +65,7 @@ class DflowImageModel(PreTrainedModel):
     @property
     def exact(self) -> bool:
         """Whether the likelihood is exact (integer, modular), or there are bounds of it (dequantized)."""
-        return self.config.settings().exact
+        return self.config.record.exact
 
     @property
     def dequantized(self) -> Dequantized:
@@ -199,14 +167,15 @@ class DflowImageModel(PreTrainedModel):
         return x.view(len(x), *self.config.shape)
 
     @torch.no_grad()
-    def round_trip(self, pixel_values: Tensor) -> bool:
-        """Whether a flow of integers gives back every value from the latents of all its levels.
+    def round_trip(self, pixel_values: Tensor) -> bool | None:
+        """Whether a law of integers draws what it scores: a flow gives back every value from its latents.
+
+        None where some part of the law offers no check.
 
         Raises:
             InputError: a dequantized model; values as in `elbo`.
         """
-        x = self.check(pixel_values).long()
-        return torch.equal(_there_and_back(self.distribution, x), x)
+        return self.distribution.round_trip(self.check(pixel_values).long())
 
     def check(self, x: Tensor) -> Tensor:
         """``x`` flat, ``(batch, dim)``, or an `InputError`."""
@@ -239,16 +208,4 @@ def checked(x: Tensor, settings: zoo.ValuesConfig) -> Tensor:
     return x
 
 
-def _there_and_back(law: Distribution, x: Tensor) -> Tensor:
-    if isinstance(law, Flow):
-        z, _ = law.transform(x)
-        return law.bijector.inverse(_there_and_back(law.base, z))[0]
-    if isinstance(law, Split):
-        (kept, _), (rest, _) = law.parts(x)
-        back = x.new_empty(x.shape).index_copy(1, law.kept_index, _there_and_back(law.base, kept))
-        return back.index_copy(1, law.rest_index, _there_and_back(law.conditional, rest))
-    return x
-
-
-AutoConfig.register("dflow-image", DflowImageConfig)
 AutoModel.register(DflowImageConfig, DflowImageModel)

@@ -2,59 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from dflow import zoo
-from dflow.config import InputError, nearest
+from dflow.config import InputError
 from dflow.core import Context, Distribution, check_lengths
-from dflow.distributions import Categorical, ConditionalCategorical, SequenceCategorical, Spectra, Walk
-from dflow.flows import Flow, Split
-
-#: Laws that draw symbols themselves, without a bijector after.
-_Symbols = (SequenceCategorical, Walk)
-
-
-class DflowConfig(PreTrainedConfig):
-    """Settings of a model: its family, alphabet, and what the family's settings in `dflow.zoo` list.
-
-    Args:
-        family: a name in `dflow.zoo.FAMILIES`.
-        vocab_size: size K of the alphabet.
-        explicit_length: whether the model carries a law of lengths (the sentence protocol).
-        kwargs: settings of the family (unknown ones are refused when the model is built), and those of
-            every transformers config.
-    """
-
-    model_type = "dflow"
-
-    def __init__(
-        self, family: str = "grouped", vocab_size: int = 27, explicit_length: bool = False, **kwargs: Any
-    ) -> None:
-        """See the class."""
-        self.family, self.vocab_size, self.explicit_length = family, vocab_size, explicit_length
-        if family in zoo.FAMILIES:
-            known = set(zoo.fields(family))
-            given = {k: v for k, v in kwargs.items() if k in known}
-            kwargs |= asdict(zoo.settings(family, given))
-        super().__init__(**kwargs)
-
-    def settings(self) -> zoo.ModelConfig:
-        """The family's settings, checked."""
-        if self.family not in zoo.FAMILIES:
-            hint = nearest(str(self.family), list(zoo.FAMILIES))
-            raise InputError(f"{self.family!r} is no family of models of text; {hint}")
-        if not isinstance(self.vocab_size, int) or self.vocab_size < 2:
-            raise InputError(f"vocab_size must be at least 2, found {self.vocab_size!r}")
-        found: zoo.ModelConfig = zoo.settings(
-            self.family, {name: getattr(self, name) for name in zoo.fields(self.family)}
-        )
-        return found
+from dflow.distributions import SequenceCategorical, Walk
+from dflow.hf.config import DflowConfig
 
 
 @dataclass
@@ -133,11 +93,7 @@ class DflowModel(PreTrainedModel):
         self._check(input_ids, lengths)
         if self.config.explicit_length and lengths is None:
             lengths = torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
-        n = input_ids.shape[1]
-        fixed = isinstance(self.distribution, (Flow, Split))
-        if fixed and n < self.config.length:
-            input_ids = nn.functional.pad(input_ids, (0, self.config.length - n))
-        log_prob = self.distribution.log_prob(input_ids, Context(lengths=lengths))
+        log_prob = self.distribution.log_prob(self._padded(input_ids), Context(lengths=lengths))
         if self.config.explicit_length:
             log_prob = log_prob + self._length_log_prob()[lengths]
         return log_prob
@@ -187,10 +143,11 @@ class DflowModel(PreTrainedModel):
                 lengths = torch.full((num_return_sequences,), length, device=self.device)
         context = Context(lengths=lengths)
         if prompt is not None:
-            if not isinstance(self.distribution, _Symbols):
+            if self.config.record.prompt == "no":
+                able = [name for name in zoo.names("text") if zoo.find(name).prompt != "no"]
                 raise InputError(
-                    f"a {self.config.family} flow cannot continue a prompt; use a model that draws symbols "
-                    "themselves: grouped, any_order, transformer or lstm"
+                    f"a {self.config.family} model cannot continue a prompt; use one of family "
+                    f"{', '.join(able)}"
                 )
             if not 1 <= len(prompt) < (length or longest):
                 raise InputError(
@@ -198,21 +155,18 @@ class DflowModel(PreTrainedModel):
                     f"{length or longest}"
                 )
             self._check(prompt[None], None, complete=False)
-            x = self.distribution.sample(
-                num_return_sequences, context, generator, prompt.to(self.device), length
-            )
-        elif isinstance(self.distribution, _Symbols):
-            x = self.distribution.sample(num_return_sequences, context, generator, length=length)
-        else:
-            x = self.distribution.sample(num_return_sequences, context, generator)
+            prompt = prompt.to(self.device)
+        # A law that takes a prompt takes the length too, and may stop there.
+        options = {} if self.config.record.prompt == "no" else {"prompt": prompt, "length": length}
+        x = self.distribution.sample(num_return_sequences, context, generator, **options)
         if lengths is not None:
             x = x.masked_fill(torch.arange(longest, device=x.device) >= lengths[:, None], -1)
             return x[:, : length or max(1, int(lengths.max()))]
         return x[:, : length or longest]
 
     @torch.no_grad()
-    def round_trip(self, input_ids: Tensor, lengths: Tensor | None = None) -> bool:
-        """Whether what is scored is what is drawn.
+    def round_trip(self, input_ids: Tensor, lengths: Tensor | None = None) -> bool | None:
+        """Whether what is scored is what is drawn; None where some part of the law offers no check.
 
         A map on Z/K has to give back every symbol from its latents. A law that draws symbols one group after
         another has to give them the same probability step by step, as it draws, as in the one pass that
@@ -220,10 +174,13 @@ class DflowModel(PreTrainedModel):
         scored and drawn from alike, which leaves nothing to check.
         """
         self._check(input_ids, lengths)
-        fixed = isinstance(self.distribution, (Flow, Split))
-        if fixed and input_ids.shape[1] < self.config.length:
-            input_ids = nn.functional.pad(input_ids, (0, self.config.length - input_ids.shape[1]))
-        return _round_trip(self.distribution, input_ids, Context(lengths=lengths))
+        return self.distribution.round_trip(self._padded(input_ids), Context(lengths=lengths))
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """``x`` in the model's length, where its law takes no other."""
+        if self.config.record.left_to_right or isinstance(self.distribution, (SequenceCategorical, Walk)):
+            return x
+        return nn.functional.pad(x, (0, self.config.length - x.shape[1]))
 
     def set_length_counts(self, counts: Tensor) -> None:
         """The lengths of the training data, ``(config.length + 1,)``: the law of lengths is theirs."""
@@ -251,31 +208,12 @@ class DflowModel(PreTrainedModel):
             check_lengths(lengths, len(input_ids))
         if lengths is not None and lengths.numel() and not 0 < int(lengths.min()) <= int(lengths.max()) <= n:
             raise InputError(f"lengths must lie in 1..{n}, found {int(lengths.min())}..{int(lengths.max())}")
-        causal = self.config.family in ("transformer", "lstm")
-        if complete and n < longest and not (causal or self.config.explicit_length):
+        shorter = self.config.record.left_to_right or self.config.explicit_length
+        if complete and n < longest and not shorter:
             raise InputError(
                 f"a {self.config.family} model scores sequences of exactly {longest} symbols, found {n}; "
                 "cut the text into such chunks"
             )
 
 
-def _round_trip(d: Distribution, x: Tensor, context: Context | None) -> bool:
-    if isinstance(d, Flow):
-        z, _ = d.bijector(x, context)
-        return torch.equal(d.bijector.inverse(z, context)[0], x)
-    if isinstance(d, _Symbols):
-        steps = d.log_prob_by_steps(x, context)
-        return bool(torch.allclose(steps, d.log_prob(x, context), rtol=1e-4, atol=1e-3))
-    if isinstance(d, Split):
-        kept, rest = d.parts(x, context)
-        return _round_trip(d.base, *kept) and _round_trip(d.conditional, *rest)
-    if isinstance(d, Spectra):
-        z, _ = d.elementwise.forward(x, d.params(context)[0])
-        return torch.equal(d.elementwise.inverse(z, d.params(context)[0])[0], x)
-    if isinstance(d, (Categorical, ConditionalCategorical)):
-        return True
-    raise TypeError(f"no round trip is defined for {type(d).__name__}")
-
-
-AutoConfig.register("dflow", DflowConfig)
 AutoModel.register(DflowConfig, DflowModel)

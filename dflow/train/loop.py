@@ -785,7 +785,7 @@ def _fixed(recipe: Recipe) -> dict[str, dict[str, Any]]:
     values = recipe.as_dict()
     free = {"steps", "minutes", "accumulation", "samples", "trackers", "shard", "compile"}
     free |= {"eval_every", "eval_minutes", "save_every", "keep", "skip"}
-    if recipe.family in zoo.CLASSIFIERS or isinstance(recipe.model, zoo.ModularConfig):
+    if zoo.find(recipe.family).pieces_matter:
         free.remove("accumulation")  # pieces are normalised by themselves
     values["train"] = {k: v for k, v in values["train"].items() if k not in free}
     values["data"] = {k: v for k, v in values["data"].items() if k not in ("folder", "store", "checksum")}

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
-from dflow import zoo
+from dflow import plugins, zoo
 from dflow.config import InputError, convert, nearest, parse
 from dflow.data import DataConfig, ImageConfig
 from dflow.ops.straight_through import SCHEDULES, scheduled
@@ -182,6 +182,8 @@ class Recipe:
     train: TrainConfig
     output: Path
     paper: list[Paper] = field(default_factory=list)
+    #: Modules that were imported for it by ``--import``, as the recipe's key ``import`` tells; see `plugins`.
+    modules: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as in the file."""
@@ -191,7 +193,8 @@ class Recipe:
             "train": asdict(self.train),
             "output": str(self.output),
         }
-        return values | ({"paper": [asdict(p) for p in self.paper]} if self.paper else {})
+        values |= {"paper": [asdict(p) for p in self.paper]} if self.paper else {}
+        return values | ({"import": self.modules} if self.modules else {})
 
 
 @dataclass
@@ -257,49 +260,49 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
     """A recipe from plain values; ``where`` names their source in errors."""
+    values = dict(values)
+    modules = convert(list[str], values.pop("import", []), f"{where}: import")
     sections = parse(_File, values, where)
     model = dict(sections.model)
-    family = model.pop("family", None)
-    if not isinstance(family, str):
-        known = [*zoo.FAMILIES, *zoo.IMAGES, *zoo.CLASSIFIERS]
-        raise InputError(f"{where}: key 'model.family' is missing or no name; {nearest('', known)}")
+    name = model.pop("family", None)
+    plugins.load_installed()
+    if not isinstance(name, str):
+        raise InputError(
+            f"{where}: key 'model.family' is missing or no name; known: {', '.join(zoo.names())}"
+        )
+    missing = [module for module in modules if module not in plugins.loaded()]
+    if name not in zoo.FAMILIES and missing:
+        # A recipe may come from a stranger: it can say what it needs, and nothing is imported for that.
+        raise InputError(
+            f"{where}: family {name!r} is not known; the recipe says that it comes from {missing[0]}: if you "
+            f"trust that module, give --import {missing[0]}"
+        )
+    family = zoo.find(name, where=f"{where}: model")
     train = parse(TrainConfig, sections.train, f"{where}: train")
     values_of = (
         sections.paper if isinstance(sections.paper, list) else [sections.paper] * bool(sections.paper)
     )
     paper = [parse(Paper, value, f"{where}: paper") for value in values_of]
     output = Path(convert(str, sections.output, f"{where}: output"))
-    if family in zoo.CLASSIFIERS:
-        images = parse(ImageConfig, sections.data, f"{where}: data")
-        if train.rule != "auto":
-            raise InputError(f"{where}: train.rule {train.rule!r} trains no classifier; use auto")
-        found = zoo.settings(family, model, f"{where}: model")
-        return Recipe(images, family, found, train, output, paper)
-    if family in zoo.IMAGES:
-        images = parse(ImageConfig, sections.data, f"{where}: data")
-        found = zoo.settings(family, model, f"{where}: model")
-        rules: tuple[str, ...] = EXACT_RULES if found.exact else IMAGE_RULES
-        if isinstance(found, zoo.ModularConfig):
-            rules = MODULAR_RULES
-        if train.rule not in ("auto", *rules):
-            raise InputError(
-                f"{where}: train.rule {train.rule!r} trains no model of family {family!r}; "
-                f"use {', '.join(rules)}"
-            )
-        return Recipe(images, family, found, train, output, paper)
-    if train.rule in IMAGE_RULES:
-        raise InputError(f"{where}: train.rule {train.rule!r} trains models of images; use auto")
-    data = parse(DataConfig, sections.data, f"{where}: data")
-    law = data.law(f"{where}: data")
+    rules = family.rules or ()
+    if train.rule not in ("auto", *rules):
+        raise InputError(
+            f"{where}: train.rule {train.rule!r} trains no model of family {name!r}; "
+            f"use {', '.join(rules) or 'auto'}"
+        )
+    kinds: dict[str, type[DataConfig | ImageConfig]] = {"text": DataConfig}
+    data = parse(kinds.get(family.kind, ImageConfig), sections.data, f"{where}: data")
+    law = data.law(f"{where}: data") if isinstance(data, DataConfig) else None
     if law is not None:
         model.setdefault("length", law.dim)
-    config = zoo.settings(family, model, f"{where}: model")
+    config = zoo.settings(name, model, f"{where}: model")
     if law is not None and config.length != law.dim:
         raise InputError(
             f"{where}: model.length is {config.length} and sequences of {data.name} have {law.dim} symbols; "
             "leave it out, or change data.parameters"
         )
-    return Recipe(data, family, config, train, output, paper)
+    modules = list(dict.fromkeys([*modules, *plugins.loaded()]))
+    return Recipe(data, name, config, train, output, paper, modules)
 
 
 @dataclass(frozen=True)
@@ -341,12 +344,6 @@ def history(folder: str | Path) -> History:
     if not rows:
         raise InputError(f"{path}: no evaluation yet; wait for the first")
     return History(rows, unit)
-
-
-#: Rules for models of images and tables: with bounds, or with an exact likelihood.
-IMAGE_RULES, EXACT_RULES = ("elbo", "iwbo", "renyi"), ("likelihood",)
-#: Rules for couplings on Z/K, whether of text or of images.
-MODULAR_RULES = ("layerwise", "gumbel", "straight_through", "expected")
 
 
 def recipe_of(folder: str | Path) -> Recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
@@ -116,14 +117,15 @@ class Task(ABC):
 
 def task_of(recipe: Recipe, resume: bool) -> Task:
     """The task that a recipe describes, with its data read and its model built."""
-    if isinstance(recipe.data, ImageConfig) and recipe.family in zoo.CLASSIFIERS:
-        return _Labels(recipe, load_images(recipe.data), resume)
-    if isinstance(recipe.data, ImageConfig):
-        task: type[_Images] = _Exact if recipe.model.exact else _Bounded
-        if isinstance(recipe.model, zoo.ModularConfig):
-            task = _Modular
-        return task(recipe, load_images(recipe.data))
-    return _Text(recipe, load(recipe.data, Tokenizer.load(recipe.output) if resume else None))
+    family = zoo.find(recipe.family)
+    if not isinstance(recipe.data, ImageConfig):
+        return _Text(recipe, load(recipe.data, Tokenizer.load(recipe.output) if resume else None))
+    images = load_images(recipe.data)
+    if family.kind == "labels":
+        return _Labels(recipe, images, resume)
+    if not family.exact:
+        return _Bounded(recipe, images)
+    return (_Modular if set(family.rules or ()) & set(zoo.MAPS) else _Exact)(recipe, images)
 
 
 _Maps = hf.DflowModel | hf.DflowImageModel
@@ -205,8 +207,24 @@ class _Text(_Discrete):
         if isinstance(law, (Categorical, Mixture)):
             law.initialize(corpus.train.marginals(corpus.tokenizer.size))
         if explicit:
+            self._check_lengths(corpus.tokenizer.size)
             self.model.set_length_counts(corpus.train.length_counts(self.length).float())
         self.prepare(distribution)
+
+    @torch.no_grad()
+    def _check_lengths(self, K: int) -> None:
+        """Refuse a law that scores symbols beyond the end of a sentence: it would count them as text."""
+        x = torch.zeros(3, self.length, dtype=torch.int64)
+        x[1, 1:] = K - 1
+        self.model.train(False)
+        short, same, long = self.model.log_prob(x, torch.tensor([1, 1, self.length])).tolist()
+        self.model.train()
+        blind = self.length > 1 and math.isclose(short, long, rel_tol=1e-6)
+        if blind or not math.isclose(short, same, rel_tol=1e-4, abs_tol=1e-4):
+            raise InputError(
+                f"family {self.recipe.family!r} scores symbols beyond the end of a sentence: let log_prob of "
+                "its law heed the lengths in the context, or use data.protocol=stream"
+            )
 
     def batch(self, seed: int) -> Batch:
         generator = torch.Generator().manual_seed(seed)
@@ -294,15 +312,11 @@ class _Values(Task):
         turned = x.view(-1, *self.images.shape).flip(3).flatten(1)
         return torch.where(torch.rand(len(x), 1, generator=generator) < 0.5, turned, x)
 
-    @abstractmethod
-    def about(self) -> str:
-        """The model, in words."""
-
     def describe(self) -> str:
         images = self.images
         parameters = sum(p.numel() for p in self.model.parameters())
         return (
-            f"{self.about()}: {parameters:,} parameters, rule {self.rule}\n"
+            f"{self.settings.about() or self.recipe.family}: {parameters:,} parameters, rule {self.rule}\n"
             f"{images.name} {'x'.join(map(str, images.shape))}: {images.train.amount}"
         )
 
@@ -388,10 +402,6 @@ class _Bounded(_Images):
         x = self.first(_INITIAL if isinstance(law.density, Gaussian) else _INITIAL_FLOW)
         objectives.initialize(law, x, torch.Generator().manual_seed(config.seed))
 
-    def about(self) -> str:
-        model = cast(zoo.DequantizedConfig, self.settings)
-        return f"{model.dequantizer} dequantizer on {model.partition}s, {model.density} density"
-
     def passes(self) -> int:
         # Where rows are few, they are gone through again, each time with other noise.
         return 1 if self.recipe.train.eval_chunks else -(-_EVAL_ROWS // self.rows.num_rows)
@@ -424,10 +434,6 @@ class _Exact(_Images):
         self.objective = objectives.ExactObjective(law)
         objectives.initialize_integers(law, self.first(_INITIAL_FLOW))
 
-    def about(self) -> str:
-        model = cast(zoo.IntegerConfig, self.settings)
-        return f"integer flow of {model.num_levels} levels of {model.num_flows} couplings"
-
     def nats(self, model: hf.DflowImageModel, batch: Batch) -> Tensor:
         return -model.log_prob(batch[0]).double().sum()
 
@@ -445,10 +451,6 @@ class _Modular(_Discrete, _Images):
         law.eval()  # No batch is to be averaged into the normalisations before the first step.
         objectives.refit(law, [(self.first(_INITIAL_FLOW), None)])
         law.train()
-
-    def about(self) -> str:
-        model = cast(zoo.ModularConfig, self.settings)
-        return f"flow of {model.num_flows} couplings ({model.elementwise}) by networks of kind {model.kind}"
 
     def nats(self, model: hf.DflowImageModel, batch: Batch) -> Tensor:
         return -model.log_prob(batch[0]).double().sum()
@@ -496,11 +498,6 @@ class _Labels(_Values):
     def fresh(self) -> PreTrainedModel:
         settings = hf.DflowClassifierConfig(family=self.recipe.family, **asdict(self.settings))
         return hf.DflowClassifier(settings)
-
-    def about(self) -> str:
-        model = self.network
-        convolutions, others = len(model.channels), len(model.hidden) + 1
-        return f"{model.kind} network of {convolutions} convolutions and {others} linear layers"
 
     def batch(self, seed: int) -> Batch:
         generator = torch.Generator().manual_seed(seed)

@@ -7,17 +7,27 @@ symbols (text) are in `dflow.zoo.text`, those of images and tables in `dflow.zoo
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from dflow.config import InputError, nearest, parse
+from dflow.config import parse
 from dflow.core import Distribution
 from dflow.dequantize import Dequantized
-from dflow.zoo import binary, images, integer, modular, text
 from dflow.zoo.binary import UNIFORM, PBNetConfig, Rule, to_deterministic, transfer
+from dflow.zoo.family import (
+    BOUNDS,
+    FAMILIES,
+    KINDS,
+    LIKELIHOOD,
+    MAPS,
+    SYMBOLS,
+    Family,
+    Kind,
+    find,
+    names,
+    register,
+)
 from dflow.zoo.images import DequantizedConfig
 from dflow.zoo.integer import IntegerConfig
 from dflow.zoo.modular import ModularConfig
@@ -35,30 +45,24 @@ from dflow.zoo.text import (
 )
 from dflow.zoo.values import ValuesConfig
 
-#: Families over symbols.
-FAMILIES = text.FAMILIES
-#: Families over images and tables.
-IMAGES: dict[str, tuple[type[ValuesConfig], Callable[[Any], Dequantized | Distribution]]] = {
-    **images.FAMILIES,
-    **integer.FAMILIES,
-    **modular.FAMILIES,
-}
-#: Families of classifiers.
-CLASSIFIERS = binary.FAMILIES
-
 #: Settings of some family.
 Settings = ModelConfig | ValuesConfig
 
 __all__ = [
-    "CLASSIFIERS",
+    "BOUNDS",
     "FAMILIES",
-    "IMAGES",
+    "KINDS",
+    "LIKELIHOOD",
+    "MAPS",
     "MASKS",
+    "SYMBOLS",
     "UNIFORM",
     "AnyOrderConfig",
     "DequantizedConfig",
+    "Family",
     "GroupedConfig",
     "IntegerConfig",
+    "Kind",
     "ModelConfig",
     "ModularConfig",
     "PBNetConfig",
@@ -69,8 +73,10 @@ __all__ = [
     "build",
     "build_classifier",
     "build_image",
-    "fields",
+    "find",
     "halves",
+    "names",
+    "register",
     "setting",
     "settings",
     "single",
@@ -86,36 +92,26 @@ def settings(family: object, values: dict[str, Any], where: str = "model") -> An
 
     >>> settings("grouped", {"num_calls": 16}).num_calls
     16
-    >>> settings("groupd", {})
+    >>> settings("grouped", {"num_call": 16})
     Traceback (most recent call last):
-    dflow.config.InputError: model: unknown family 'groupd'; did you mean 'grouped'?
+    dflow.config.InputError: model: unknown key 'num_call'; did you mean 'num_calls'?
     """
-    return parse(_class(family, where), values, where)
+    return parse(find(family, where=where).settings, values, where)
 
 
 def build(family: str, config: ModelConfig, K: int) -> Distribution:
     """The distribution over sequences of symbols in Z/K that ``config`` describes."""
-    return FAMILIES[family][1](config, K)
+    built: Distribution = find(family, "text").model(config, K)
+    return built
 
 
 def build_image(family: str, config: ValuesConfig) -> Dequantized | Distribution:
     """The model of images or tables that ``config`` describes: a distribution where the family is exact."""
-    return IMAGES[family][1](config)
+    built: Dequantized | Distribution = find(family, "images").model(config)
+    return built
 
 
-def build_classifier(family: str, config: PBNetConfig) -> nn.Sequential:
+def build_classifier(family: str, config: ValuesConfig) -> nn.Sequential:
     """The network from integers to logits that ``config`` describes."""
-    return CLASSIFIERS[family][1](config)
-
-
-def fields(family: str) -> list[str]:
-    """Names of the settings of ``family``."""
-    return [f.name for f in dataclasses.fields(_class(family, "model"))]
-
-
-def _class(family: object, where: str) -> type[Any]:
-    every: dict[str, tuple[type[Any], Any]] = {**FAMILIES, **IMAGES, **CLASSIFIERS}
-    found = every.get(str(family))
-    if not isinstance(family, str) or found is None:
-        raise InputError(f"{where}: unknown family {family!r}; {nearest(str(family), list(every))}")
-    return found[0]
+    built: nn.Sequential = find(family, "labels").model(config)
+    return built

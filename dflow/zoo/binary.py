@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from dflow.nn.binary import (
     reestimate,
 )
 from dflow.ops.straight_through import signs
+from dflow.zoo.family import Family, register
 from dflow.zoo.settings import setting
 from dflow.zoo.values import ValuesConfig
 
@@ -91,6 +92,11 @@ class PBNetConfig(ValuesConfig):
                 f"images of {self.shape[1]} x {self.shape[2]} are halved {len(self.channels)} times; "
                 "give fewer channels"
             )
+
+    def about(self) -> str:
+        """See `ValuesConfig.about`."""
+        convolutions, others = len(self.channels), len(self.hidden) + 1
+        return f"{self.kind} network of {convolutions} convolutions and {others} linear layers"
 
 
 def build(config: PBNetConfig) -> nn.Sequential:
@@ -221,7 +227,4 @@ _RULES: dict[str, Callable[[Tensor, torch.Generator | None], Tensor]] = {
     "sample": _sample,
 }
 
-#: Families of classifiers.
-FAMILIES: dict[str, tuple[type[PBNetConfig], Callable[[Any], nn.Sequential]]] = {
-    "pbnet": (PBNetConfig, build)
-}
+register(Family("pbnet", "labels", PBNetConfig, build, pieces_matter=True))

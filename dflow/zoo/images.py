@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from dflow.flows import Flow, Split
 from dflow.nn.densenet import DenseNet
 from dflow.nn.masked_conv import MaskedConv
 from dflow.nn.perceptron import Perceptron
+from dflow.zoo.family import BOUNDS, Family, register
 from dflow.zoo.settings import setting
 from dflow.zoo.values import MISSING, Shape, ValuesConfig, asked
 
@@ -116,6 +117,10 @@ class DequantizedConfig(ValuesConfig):
             raise InputError("a coupling needs two entries or more; use density diagonal")
         if self.shape and self.num_levels > 1 and self.dim >> (self.num_levels - 1) < 2:
             raise InputError(f"num_levels {self.num_levels} leave less than two of {self.dim} entries")
+
+    def about(self) -> str:
+        """See `ValuesConfig.about`."""
+        return f"{self.dequantizer} dequantizer on {self.partition}s, {self.density} density"
 
     @property
     def discrete(self) -> Tensor:
@@ -324,7 +329,4 @@ def _dequantizer(config: DequantizedConfig, partition: Partition, density: Distr
     return FlowDequantizer(partition, Chain(layers), context)
 
 
-#: Families by name: the settings and the builder.
-FAMILIES: dict[str, tuple[type[DequantizedConfig], Callable[[Any], Dequantized]]] = {
-    "dequantized": (DequantizedConfig, dequantized),
-}
+register(Family("dequantized", "images", DequantizedConfig, dequantized, rules=BOUNDS))

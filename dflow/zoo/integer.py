@@ -5,11 +5,10 @@ Tensors are flat, ``(batch, C*H*W)`` in C, H, W order; networks reshape inside.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from dflow.flows import Flow, Split
 from dflow.nn.densenet import DenseNet
 from dflow.nn.rescaled import Rescaled
 from dflow.ops.orders import spread
+from dflow.zoo.family import Family, register
 from dflow.zoo.settings import setting
 from dflow.zoo.values import MISSING, Shape, ValuesConfig, asked
 
@@ -40,8 +40,6 @@ _LEAST = {
 @dataclass
 class IntegerConfig(ValuesConfig):
     """Integers under a bijection of the integers and discretized logistic laws."""
-
-    exact: ClassVar[bool] = True
 
     num_levels: int = setting(3, "levels, with channels factored out between two")
     num_flows: int = setting(8, "couplings of a level")
@@ -104,6 +102,10 @@ class IntegerConfig(ValuesConfig):
             raise InputError(f"prior hurdle takes up to {MOST} values of an entry: use prior logistic")
         if self.shape and self.dim == 1:
             raise InputError("a coupling needs two entries or more, found 1")
+
+    def about(self) -> str:
+        """See `ValuesConfig.about`."""
+        return f"integer flow of {self.num_levels} levels of {self.num_flows} couplings"
 
 
 def integer(config: IntegerConfig) -> Distribution:
@@ -253,7 +255,4 @@ def _net(
         )  # fmt: skip
 
 
-#: Families by name: the settings and the builder.
-FAMILIES: dict[str, tuple[type[ValuesConfig], Callable[[Any], Distribution]]] = {
-    "integer": (IntegerConfig, integer),
-}
+register(Family("integer", "images", IntegerConfig, integer))

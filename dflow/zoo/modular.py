@@ -6,9 +6,8 @@ hides, by a network of signs or of floats over the pixels that it knows, and a l
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 
@@ -16,18 +15,18 @@ from dflow.bijectors import Chain, Coupling
 from dflow.config import InputError
 from dflow.core import Bijector, Distribution
 from dflow.distributions import Categorical
-from dflow.elementwise import ModRank, ModShift
+from dflow.elementwise import DISCRETE
 from dflow.flows import Flow
 from dflow.nn.binary import SymbolPerceptron, Weights
 from dflow.ops.orders import spread
 from dflow.ops.straight_through import StraightThrough
-from dflow.zoo.settings import setting
+from dflow.zoo.family import MAPS, Family, register
+from dflow.zoo.settings import choice, setting
 from dflow.zoo.values import MISSING, ValuesConfig
 
 #: Numbers that the parameters of one coupling may have.
 _MOST = 1 << 26
 
-_ELEMENTWISE: dict[str, type[ModRank | ModShift]] = {"rank": ModRank, "shift": ModShift}
 _WEIGHTS: dict[str, Weights] = {"float": "float", "binary": "sign", "probabilistic": "tanh"}
 
 
@@ -35,10 +34,8 @@ _WEIGHTS: dict[str, Weights] = {"float": "float", "binary": "sign", "probabilist
 class ModularConfig(ValuesConfig):
     """Images of a few values under couplings on Z/K and a factorized base."""
 
-    exact: ClassVar[bool] = True
-
     num_flows: int = setting(8, "couplings, fine to coarse: each halves the pixels that nothing is known of")
-    elementwise: Literal["rank", "shift"] = setting("rank", "family on Z/K: rank, shift")
+    elementwise: str = choice("rank", DISCRETE, "family on Z/K")
     kind: Literal["float", "binary", "probabilistic"] = setting(
         "float",
         "networks of the couplings: floats with ReLU, signs by straight-through gradients, random signs "
@@ -73,6 +70,10 @@ class ModularConfig(ValuesConfig):
                 "(data.patch), or a smaller hidden_size"
             )
 
+    def about(self) -> str:
+        """See `ValuesConfig.about`."""
+        return f"flow of {self.num_flows} couplings ({self.elementwise}) by networks of kind {self.kind}"
+
 
 def modular(config: ModularConfig) -> Distribution:
     """Tran et al. 2019 (arXiv 1905.10347), couplings; ranks as in Lindt and Hoogeboom 2021.
@@ -93,7 +94,7 @@ def modular(config: ModularConfig) -> Distribution:
     for level in range(config.num_flows):
         end, start = height * width >> level, height * width >> (level + 1)
         known, hidden = rank < start, (rank >= start) & (rank < end)
-        elementwise = _ELEMENTWISE[config.elementwise](K, estimator)
+        elementwise = DISCRETE[config.elementwise](K, estimator)
         net = SymbolPerceptron(
             K,
             elementwise.num_params,
@@ -104,10 +105,7 @@ def modular(config: ModularConfig) -> Distribution:
             weights=_WEIGHTS[config.kind],
         )
         layers.append(Coupling(elementwise, net, known, hidden))
-    return Flow(Chain(layers), Categorical(config.dim, K))
+    return Flow(Chain(layers), Categorical(config.dim, K, learned=False))
 
 
-#: Families by name: the settings and the builder.
-FAMILIES: dict[str, tuple[type[ValuesConfig], Callable[[Any], Distribution]]] = {
-    "modular": (ModularConfig, modular),
-}
+register(Family("modular", "images", ModularConfig, modular, rules=MAPS, pieces_matter=True))

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import field
+from collections.abc import Mapping
+from dataclasses import field, fields
 from typing import Any
+
+from dflow.config import InputError, nearest
 
 
 def setting(default: Any, help: str) -> Any:
     """A dataclass field with a default and a line of help."""
     return field(default=default, metadata={"help": help})
+
+
+def choice(default: str, known: Mapping[str, object], help: str) -> Any:
+    """A field whose values are the names in a registry, to which modules of users may add."""
+    names = ", ".join(known)
+    return field(default=default, metadata={"help": f"{help}: {names}", "known": known})
+
+
+def check_choices(settings: Any) -> None:
+    """`InputError` for a field made by `choice` whose value its registry does not have."""
+    for f in fields(settings):
+        value, known = getattr(settings, f.name), f.metadata.get("known")
+        if known is not None and value not in known:
+            raise InputError(f"unknown {f.name} {value!r}; {nearest(str(value), list(known))}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import ChainMap
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dflow.bijectors import Autoregressive, Chain, Coupling, Reverse
-from dflow.config import InputError, nearest
+from dflow.config import InputError
 from dflow.core import Bijector, Context, Distribution, lengths_in
 from dflow.distributions import (
     AnyOrder,
@@ -23,7 +24,7 @@ from dflow.distributions import (
     Spectra,
     Walk,
 )
-from dflow.elementwise import ModAffine, ModRank, ModShift
+from dflow.elementwise import DISCRETE
 from dflow.flows import Flow, Split
 from dflow.nn.lstm import LSTM
 from dflow.nn.perceptron import InfillPerceptron
@@ -31,13 +32,13 @@ from dflow.nn.table import LARGEST, InfillTable, PrefixTable
 from dflow.nn.transformer import GroupCausalTransformer, InfillTransformer, MaskedTransformer
 from dflow.ops.orders import ORDERS, lockstep, shuffled
 from dflow.ops.straight_through import StraightThrough
-from dflow.zoo.settings import setting
+from dflow.zoo.family import Family, register
+from dflow.zoo.settings import check_choices, choice, setting
 
-ELEMENTWISE: dict[str, type[ModShift | ModAffine | ModRank]] = {
-    "shift": ModShift,
-    "affine": ModAffine,
-    "rank": ModRank,
-}
+#: Orders of any-order models: those of one fixed order, and "confidence".
+_ANY_ORDERS: Mapping[str, Callable[[int, int], Tensor]] = ChainMap(
+    {"random": shuffled, "confidence": shuffled}, ORDERS
+)
 
 
 @dataclass
@@ -50,6 +51,7 @@ class ModelConfig:
     dropout: float = setting(0.0, "dropout in the network")
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in ("length", "hidden_size", "num_hidden_layers"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, found {getattr(self, name)}")
@@ -114,7 +116,7 @@ class GroupedConfig(TransformerConfig):
         default_factory=list,
         metadata={"help": "further numbers of calls to train on at once; MODEL@8 is the one of 8"},
     )
-    order: str = setting("lockstep", "order in which positions are drawn: " + ", ".join(ORDERS))
+    order: str = choice("lockstep", ORDERS, "order in which positions are drawn")
     block: int = setting(
         1, "symbols of a lane that one call draws, those after the first by a small coupling inside the group"
     )
@@ -129,8 +131,6 @@ class GroupedConfig(TransformerConfig):
         for calls in (self.num_calls, *self.calls):
             if not 1 <= calls <= most:
                 raise InputError(f"calls must lie in 1..{most} (length / block), found {calls}")
-        if self.order not in ORDERS:
-            raise InputError(f"unknown order {self.order!r}; {nearest(self.order, list(ORDERS))}")
 
 
 @dataclass
@@ -138,11 +138,10 @@ class AnyOrderConfig(TransformerConfig):
     """Peer: one network for all orders (absorbing-state diffusion), and the order that draws with it."""
 
     num_calls: int = setting(32, "network calls to draw a sequence")
-    order: Literal["random", "lockstep", "islands", "bit_reversed", "confidence"] = setting(
-        "lockstep",
-        "what each call draws: of one fixed order (random, lockstep, islands, bit_reversed), or what the "
-        "network is surest of (confidence)",
-    )
+    order: str = choice(
+        "lockstep", _ANY_ORDERS,
+        "what each call draws: of one fixed order, or what the network is surest of (confidence)",
+    )  # fmt: skip
     schedule: Literal["uniform", "dp"] = setting(
         "uniform", "entries of each call of the orders random and confidence: uniform, dp (by measured costs)"
     )
@@ -169,7 +168,7 @@ class BipartiteConfig(AttentionConfig):
     conditioner: Literal["attention", "perceptron", "table"] = setting(
         "attention", "network of a coupling: attention; for short sequences perceptron, table"
     )
-    elementwise: Literal["shift", "affine", "rank"] = setting("rank", "family on Z/K: shift, affine, rank")
+    elementwise: str = choice("rank", DISCRETE, "family on Z/K")
     base: Literal["factorized", "mixture"] = setting("factorized", "base law: factorized, mixture")
     components: int = setting(16, "components of a mixture base")
 
@@ -191,7 +190,7 @@ class AutoregressiveConfig(TransformerConfig):
     """Discrete autoregressive flow: `num_flows` layers in alternating directions over a base."""
 
     num_flows: int = setting(2, "autoregressive bijectors, alternating left to right and right to left")
-    elementwise: Literal["shift", "affine", "rank"] = setting("rank", "family on Z/K: shift, affine, rank")
+    elementwise: str = choice("rank", DISCRETE, "family on Z/K")
     base: Literal["factorized", "mixture", "autoregressive"] = setting(
         "factorized", "base law: factorized, mixture, autoregressive"
     )
@@ -222,7 +221,7 @@ class MultiscaleConfig(AttentionConfig):
     conditional: Literal["categorical", "spectra"] = setting(
         "spectra", "law of a level: categorical, spectra (one of a few shared laws, mapped on Z/K)"
     )
-    elementwise: Literal["shift", "affine", "rank"] = setting("rank", "family on Z/K: shift, affine, rank")
+    elementwise: str = choice("rank", DISCRETE, "family on Z/K")
     num_spectra: int = setting(4, "laws from which each entry chooses; with 1 it is a discrete flow")
 
     def __post_init__(self) -> None:
@@ -323,7 +322,7 @@ def bipartite(config: BipartiteConfig, K: int) -> Distribution:
     estimator = StraightThrough()
     layers: list[Bijector] = []
     for known, hidden in MASKS[config.masks](config.length, config.num_flows):
-        elementwise = ELEMENTWISE[config.elementwise](K, estimator)
+        elementwise = DISCRETE[config.elementwise](K, estimator)
         net = _infill(
             config, K, elementwise.num_params, known.nonzero().flatten(), hidden.nonzero().flatten()
         )
@@ -342,7 +341,7 @@ def autoregressive(config: AutoregressiveConfig, K: int) -> Distribution:
     estimator = StraightThrough()
     layers: list[Bijector] = []
     for i in range(config.num_flows):
-        elementwise = ELEMENTWISE[config.elementwise](K, estimator)
+        elementwise = DISCRETE[config.elementwise](K, estimator)
         if config.conditioner == "table":
             _check_table(sum(K**n for n in range(config.length)), elementwise.num_params)
             net: nn.Module = PrefixTable(K, elementwise.num_params, config.length)
@@ -383,12 +382,12 @@ def multiscale(config: MultiscaleConfig, K: int) -> Distribution:
     estimator = StraightThrough()
     levels = config.num_levels or (config.length - 1).bit_length()
     coarsest = -(-config.length >> levels)
-    law: Distribution = Categorical(coarsest, K, torch.arange(coarsest).clamp(max=1))
+    law: Distribution = Categorical(coarsest, K, torch.arange(coarsest).clamp(max=1), learned=False)
     for level in reversed(range(levels)):
         stride = 1 << level
         positions = torch.arange(0, config.length, stride)
         kept = torch.arange(len(positions)) % 2 == 0
-        elementwise = ELEMENTWISE[config.elementwise](K, estimator)
+        elementwise = DISCRETE[config.elementwise](K, estimator)
         outputs = Spectra.num_outputs(elementwise, config.num_spectra)
         net = _Infill(
             InfillTransformer(
@@ -435,8 +434,7 @@ def walk(config: AnyOrderConfig, model: AnyOrder) -> Walk:
         return Confident(model, config.num_calls, config.schedule == "dp")
     if config.schedule == "dp":
         return Ordered(model, shuffled(config.length, config.length), config.num_calls)
-    name = "shuffled" if config.order == "random" else config.order
-    return Ordered(model, ORDERS[name](config.length, config.num_calls))
+    return Ordered(model, _ANY_ORDERS[config.order](config.length, config.num_calls))
 
 
 def transformer(config: TransformerConfig, K: int) -> Distribution:
@@ -508,16 +506,13 @@ def _check_table(rows: int, columns: int) -> None:
 def _base(config: BipartiteConfig | AutoregressiveConfig, K: int, classes: Tensor) -> Distribution:
     if config.base == "mixture":
         return Mixture(config.length, K, config.components)
-    return Categorical(config.length, K, classes=classes)
+    return Categorical(config.length, K, classes, learned=False)
 
 
-#: Families by name: the settings and the builder.
-FAMILIES: dict[str, tuple[type[ModelConfig], Callable[[Any, int], Distribution]]] = {
-    "grouped": (GroupedConfig, grouped),
-    "any_order": (AnyOrderConfig, any_order),
-    "bipartite": (BipartiteConfig, bipartite),
-    "autoregressive": (AutoregressiveConfig, autoregressive),
-    "multiscale": (MultiscaleConfig, multiscale),
-    "transformer": (TransformerConfig, transformer),
-    "lstm": (LstmConfig, lstm),
-}
+register(Family("grouped", "text", GroupedConfig, grouped, prompt="forced"))
+register(Family("any_order", "text", AnyOrderConfig, any_order, prompt="exact"))
+register(Family("bipartite", "text", BipartiteConfig, bipartite))
+register(Family("autoregressive", "text", AutoregressiveConfig, autoregressive))
+register(Family("multiscale", "text", MultiscaleConfig, multiscale))
+register(Family("transformer", "text", TransformerConfig, transformer, prompt="exact", left_to_right=True))
+register(Family("lstm", "text", LstmConfig, lstm, prompt="exact", left_to_right=True, baseline=True))

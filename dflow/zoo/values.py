@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
-from typing import ClassVar
 
 from dflow.config import InputError
+from dflow.zoo.settings import check_choices
 
 Shape = tuple[int, int, int]
 
@@ -22,9 +22,6 @@ _MOST = 1 << 24
 @dataclass
 class ValuesConfig:
     """Shape and range of the data."""
-
-    #: Whether the family's models have an exact likelihood, or bounds of one.
-    exact: ClassVar[bool] = False
 
     shape: list[int] = field(
         default_factory=list, metadata={"help": "channels, height, width (default: those of the data)"}
@@ -41,6 +38,7 @@ class ValuesConfig:
     )
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.shape and (len(self.shape) != 3 or min(self.shape) < 1):
             raise InputError(f"shape must be channels, height and width, found {self.shape}")
         if self.dim > _MOST:
@@ -56,6 +54,10 @@ class ValuesConfig:
             )
         if any(n is not None and n < 1 for n in self.levels):
             raise InputError(f"levels must be at least 1, found {self.levels}")
+
+    def about(self) -> str:
+        """The model in words, for whoever trains it; "" for no more than the name of its family."""
+        return ""
 
     @property
     def dim(self) -> int:
