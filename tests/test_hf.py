@@ -8,7 +8,7 @@ import pytest
 import torch
 from folders import LENGTH, SETTINGS, make_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from dflow import hf, objectives
 from dflow.config import InputError
@@ -209,7 +209,7 @@ def test_a_failed_save_leaves_the_old_model_whole(tmp_path, monkeypatch):
         (Path(folder) / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hf.DflowModel, "save_pretrained", full)
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
     with pytest.raises(OSError, match="No space left"):
         hf.save(model, tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

@@ -156,6 +156,10 @@ class SequenceCategorical(Distribution):
             longest = min(longest, max(lengths.tolist(), default=0))
         return self._drawn(longest), self.net.start(n, context, *self._extra())
 
+    def needed(self, length: int) -> int:
+        """Network calls after which the first ``length`` entries are drawn."""
+        return -(-len(self._drawn(length)) // self.block)
+
     def _drawn(self, length: int) -> list[Tensor]:
         """Positions of each row, up to the last that holds one below ``length``: later ones need no call."""
         needed = (self.chosen < length).any(1).nonzero()

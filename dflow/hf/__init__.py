@@ -1,7 +1,7 @@
 """dflow models as transformers models: config, save, load, generate, score. Thin: the models are in `zoo`."""
 
 from dflow.hf.binary import DflowClassifier, DflowClassifierConfig
-from dflow.hf.folder import coding_tables, kind_of, load, save, split_calls
+from dflow.hf.folder import coding_tables, kind_of, load, save, split_calls, weight_files
 from dflow.hf.images import DflowImageConfig, DflowImageModel, DflowImageOutput
 from dflow.hf.manifest import MANIFEST, Finding, check, clean, remove, replacing, verify
 from dflow.hf.packed import PackedNetwork, agrees, pack
@@ -31,4 +31,5 @@ __all__ = [
     "save",
     "split_calls",
     "verify",
+    "weight_files",
 ]
