@@ -178,7 +178,7 @@ def made(model: DflowModel, length: int) -> int:
     ids=str,
 )
 def test_the_calls_told_are_those_made(family: str, changes: dict[str, Any], explicit: bool) -> None:
-    for length in (1, 3, 5, 8):
+    for length in (3, 8):
         torch.manual_seed(0)
         settings = SETTINGS[family] | {"length": LENGTH} | changes
         config = hf.DflowConfig(family=family, vocab_size=5, explicit_length=explicit, **settings)
