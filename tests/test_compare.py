@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dflow import compare as comparing
 from dflow import hf
+from dflow.bijectors import Autoregressive, Coupling
 from dflow.compare import (
     FILES,
     Comparison,
@@ -30,7 +31,6 @@ from dflow.compare import (
     record,
     write,
 )
-from dflow.bijectors import Autoregressive, Coupling
 from dflow.config import InputError
 from dflow.data import Text
 from dflow.distributions import AnyOrder, ConditionalCategorical, SequenceCategorical, Spectra

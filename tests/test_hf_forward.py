@@ -141,7 +141,7 @@ def test_the_loss_of_evaluation_is_exact_and_is_told_where_it_trains_nothing(
         out.loss.backward()
         assert idle(model) == []
     elif out.loss.requires_grad:
-        with pytest.raises(InputError, match="call model.train"):
+        with pytest.raises(InputError, match=r"call model\.train"):
             out.loss.backward()
     state = copy.deepcopy(model.state_dict())
     model(x)

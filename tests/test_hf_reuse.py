@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from folders import LENGTH, SETTINGS, make_model
-from test_hf_forward import FLOW, IMAGES, TEXTS, image, idle, symbols, text, values
+from test_hf_forward import FLOW, IMAGES, TEXTS, idle, image, symbols, text, values
 from torch import Tensor
 
 from dflow import hf

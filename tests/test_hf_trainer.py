@@ -96,9 +96,7 @@ def test_models_of_images_and_classifiers(tmp_path: Path) -> None:
         assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
         assert "eval_loss" in run.evaluate()
     labeller = classifier({})
-    rows = [
-        {"pixel_values": x, "labels": i % 3} for i, x in enumerate(torch.randint(256, (24, 1, 8, 8)))
-    ]
+    rows = [{"pixel_values": x, "labels": i % 3} for i, x in enumerate(torch.randint(256, (24, 1, 8, 8)))]
     run = trainer(labeller, rows, tmp_path / "labels")
     run.train()
     assert "eval_loss" in run.evaluate()
