@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dflow import compare as comparing
 from dflow import hf
+from dflow.bijectors import Autoregressive, Coupling
 from dflow.compare import (
     FILES,
     Comparison,
@@ -32,6 +33,7 @@ from dflow.compare import (
 )
 from dflow.config import InputError
 from dflow.data import Text
+from dflow.distributions import AnyOrder, ConditionalCategorical, SequenceCategorical, Spectra
 from dflow.evaluate import evaluate
 from dflow.hf import DflowModel
 
@@ -125,6 +127,64 @@ def test_threads_and_modes_are_restored_after_an_error(text: Text) -> None:
         measure([a], 1, 8, rounds=1, seed=0, progress=False)
     assert torch.get_num_threads() == 2
     assert a.model.training
+
+
+def made(model: DflowModel, length: int) -> int:
+    """Calls of networks that a draw takes, counted where they are made."""
+    count, steps = 0, []
+
+    def spy(net: Any, name: str, block: int) -> None:
+        method = getattr(net, name)
+
+        def counted(*args: Any) -> Any:
+            nonlocal count
+            steps.append(net)
+            # A call draws as many rows as a block has.
+            count += (steps.count(net) - 1) % block == 0
+            return method(*args)
+
+        setattr(net, name, counted)
+
+    for module in model.modules():
+        if isinstance(module, AnyOrder):
+            spy(module, "logits", 1)
+        elif isinstance(module, SequenceCategorical):
+            spy(module.net, "step", module.block)
+        elif isinstance(module, Autoregressive):
+            spy(module.net, "step", 1)
+            spy(module, "params", 1)
+        elif isinstance(module, Coupling):
+            spy(module, "_params", 1)
+        elif isinstance(module, ConditionalCategorical | Spectra):
+            spy(module.net, "forward", 1)
+    model.generate(1, length=length, generator=torch.Generator().manual_seed(0))
+    return count
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [(family, {}) for family in SETTINGS]
+    + [
+        ("grouped", {"num_calls": 4, "order": "lockstep"}),
+        ("grouped", {"num_calls": 3, "block": 2}),
+        ("grouped", {"num_calls": 8, "order": "bit_reversed"}),
+        ("any_order", {"num_calls": 3, "order": "random", "schedule": "dp"}),
+        ("any_order", {"num_calls": 3, "order": "confidence"}),
+        ("autoregressive", {"inversion": "jacobi"}),
+        ("autoregressive", {"base": "autoregressive"}),
+        ("multiscale", {"conditional": "categorical"}),
+    ],
+    ids=str,
+)
+def test_the_calls_told_are_those_made(family: str, changes: dict[str, Any], explicit: bool) -> None:
+    for length in (3, 8):
+        torch.manual_seed(0)
+        settings = SETTINGS[family] | {"length": LENGTH} | changes
+        config = hf.DflowConfig(family=family, vocab_size=5, explicit_length=explicit, **settings)
+        model = hf.DflowModel(config).eval()
+        told = num_calls(model, length)
+        assert told == made(model, length)
 
 
 def test_a_law_from_left_to_right_stops_at_the_length(text: Text) -> None:

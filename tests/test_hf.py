@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from folders import LENGTH, SETTINGS, make_model
+from folders import LENGTH, SETTINGS, make_model, write_model, write_text
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from dflow import hf, objectives
+from dflow.cli import main
 from dflow.config import InputError
+from dflow.data import Tokenizer
 from dflow.distributions import SequenceCategorical, Walk
 from dflow.flows import Split
 
@@ -210,7 +212,7 @@ def test_a_failed_save_leaves_the_old_model_whole(tmp_path, monkeypatch):
         (Path(folder) / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hf.DflowModel, "save_pretrained", full)
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
     with pytest.raises(OSError, match="No space left"):
         hf.save(model, tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
@@ -245,3 +247,87 @@ def test_what_are_no_symbols_is_told():
             model.log_prob(x)
     with pytest.raises(InputError, match="symbols to begin with are given as prompt="):
         model.generate(torch.tensor([[1, 2]]))
+
+
+@pytest.mark.parametrize("family", ["grouped", "lstm"])
+def test_a_folder_of_save_pretrained_is_whole_and_has_its_vocabulary(family, tmp_path, capsys):
+    source = write_model(tmp_path / "source", family, write_text(tmp_path))
+    (source / "coding.safetensors").write_bytes(b"tables")
+    for name, model in (("one", hf.load(source)), ("two", AutoModel.from_pretrained(source))):
+        model.save_pretrained(tmp_path / name)
+        assert Tokenizer.load(tmp_path / name) == Tokenizer.load(source)
+        assert (tmp_path / name / "coding.safetensors").read_bytes() == b"tables"
+        assert main(["check", str(tmp_path / name)]) == 0
+        told = capsys.readouterr()
+        assert "whole; the model loads" in told.out
+        assert "error" not in told.err
+    # Without the manifest nothing says what the files were: one verdict, which does not claim it.
+    (tmp_path / "one" / "manifest.json").unlink()
+    assert main(["check", str(tmp_path / "one")]) == 0
+    told = capsys.readouterr()
+    assert "config.json, model.safetensors are as they were saved cannot be checked" in told.out
+    assert "whole" not in told.out + told.err
+    assert "error" not in told.out + told.err
+    file = tmp_path / "two" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    assert main(["check", str(tmp_path / "two")]) == 1
+    told = capsys.readouterr()
+    assert "model.safetensors damaged" in told.err
+    assert "the model loads" not in told.out
+
+
+def test_weights_in_several_files_load_as_by_transformers(tmp_path, capsys):
+    model, x = make_model("grouped", K), torch.randint(0, K, (6, LENGTH))
+    model.save_pretrained(tmp_path, max_shard_size="1KB")
+    shards = sorted(p.name for p in tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert not (tmp_path / "model.safetensors").exists()
+    for loaded in (hf.load(tmp_path), AutoModel.from_pretrained(tmp_path).eval()):
+        assert torch.equal(loaded.log_prob(x), model.log_prob(x))
+    assert main(["check", str(tmp_path)]) == 0
+    assert "whole; the model loads" in capsys.readouterr().out
+
+    index = tmp_path / "model.safetensors.index.json"
+    for file, damage, message in [
+        (shards[1], lambda data: None, f"no {shards[1]}, in which"),
+        (shards[1], lambda data: data[:-8], f"{shards[1]}: damaged or changed"),
+        (index.name, lambda data: data[:50], "index.json: damaged or changed"),
+        (index.name, lambda data: data.replace(b"model-", b"../odel-"), "no index of weights"),
+    ]:
+        path = tmp_path / file
+        before, new = path.read_bytes(), damage(path.read_bytes())
+        path.unlink() if new is None else path.write_bytes(new)
+        if new is not None and len(new) == 50:
+            message = "truncated or no index of weights"
+        with pytest.raises(InputError, match=message):
+            hf.load(tmp_path)
+        path.write_bytes(before)
+    # Saved again in one file: what is left of the many would say otherwise.
+    make_model("grouped", K, seed=1).save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.glob("model*")} == {"model.safetensors"}
+    make_model("grouped", K, seed=2).save_pretrained(tmp_path, max_shard_size="1KB")
+    assert torch.equal(hf.load(tmp_path).log_prob(x), make_model("grouped", K, seed=2).log_prob(x))
+
+
+def test_a_truncated_shard_without_a_manifest_is_named(tmp_path):
+    make_model("lstm", K).save_pretrained(tmp_path, max_shard_size="1KB")
+    (tmp_path / "manifest.json").unlink()
+    file = sorted(tmp_path.glob("model-*.safetensors"))[-1]
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(InputError, match=f"{file.name}: truncated or damaged"):
+        hf.load(tmp_path)
+
+
+def test_an_upload_is_what_is_saved(tmp_path, monkeypatch):
+    source = write_model(tmp_path / "source", "grouped", write_text(tmp_path))
+    model, uploads = hf.load(source), []
+
+    def push(self, repo_id, **more):
+        self.save_pretrained(tmp_path / "upload")
+        uploads.append((repo_id, more))
+
+    monkeypatch.setattr(hf.DflowModel, "push_to_hub", push)
+    model.save_pretrained(tmp_path / "pub", push_to_hub=True, commit_message="first", token="t")
+    model.save_pretrained(tmp_path / "pub", push_to_hub=True, repo_id="someone/model")
+    assert uploads == [("pub", {"commit_message": "first", "token": "t"}), ("someone/model", {})]
+    assert Tokenizer.load(tmp_path / "upload") == Tokenizer.load(source)

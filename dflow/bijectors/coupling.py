@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from dflow.bijectors.conditioner import check_params, full_precision
 from dflow.core import Bijector, Context, Elementwise, lengths_in, present
 from dflow.ops.lengths import keep_absent
+from dflow.ops.memo import Memo
+
+
+@dataclass(frozen=True)
+class _Halves:
+    """Known and hidden entries that lie one after the other and are all there is."""
+
+    sizes: tuple[int, int]
+    known_first: bool
+
+
+def _halves(known: Tensor, hidden: Tensor, dim: int) -> _Halves | None:
+    line = list(range(dim))
+    known_first, hidden_first = known.tolist() + hidden.tolist(), hidden.tolist() + known.tolist()
+    if known_first == line:
+        return _Halves((len(known), len(hidden)), True)
+    return _Halves((len(hidden), len(known)), False) if hidden_first == line else None
 
 
 class Coupling(Bijector):
@@ -54,27 +73,33 @@ class Coupling(Bijector):
         self.dim = len(mask)
         self.register_buffer("known_index", mask.nonzero().flatten())
         self.register_buffer("hidden_index", hidden.nonzero().flatten())
-        # Two halves, as in images, are cut and joined: several times faster than by index.
-        self._sizes: tuple[int, int] | None = None
-        if bool((mask ^ hidden).all()) and int((mask[1:] ^ mask[:-1]).sum()) == 1:
-            first = int((mask if mask[0] else hidden).sum())
-            self._sizes = (first, self.dim - first)
-        self._known_first = bool(mask[0])
+        self._two: Memo[_Halves | None] = Memo()
+        self._halves()
+
+    def _halves(self) -> _Halves | None:
+        """Two halves, as in images, are cut and joined: several times faster than by index."""
+        return self._two(
+            lambda: _halves(self.known_index, self.hidden_index, self.dim),
+            self.known_index,
+            self.hidden_index,
+        )
 
     def _cut(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Known and hidden entries."""
         if x.shape[1] != self.dim:
             raise ValueError(f"expected {self.dim} entries, found x of shape {tuple(x.shape)}")
-        if self._sizes is None:
+        halves = self._halves()
+        if halves is None:
             return x.index_select(1, self.known_index), x.index_select(1, self.hidden_index)
-        first, second = x.split(self._sizes, 1)
-        return (first, second) if self._known_first else (second, first)
+        first, second = x.split(halves.sizes, 1)
+        return (first, second) if halves.known_first else (second, first)
 
     def _join(self, x: Tensor, known: Tensor, hidden: Tensor) -> Tensor:
         """``x`` with other hidden entries."""
-        if self._sizes is None:
+        halves = self._halves()
+        if halves is None:
             return x.index_copy(1, self.hidden_index, hidden)
-        return torch.cat([known, hidden] if self._known_first else [hidden, known], 1)
+        return torch.cat([known, hidden] if halves.known_first else [hidden, known], 1)
 
     def params(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Parameters of the hidden entries, ``(batch, n_hidden, num_params)``.

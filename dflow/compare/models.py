@@ -18,9 +18,14 @@ from dflow.bijectors import Autoregressive
 from dflow.compare import results
 from dflow.config import InputError
 from dflow.data import Text
+from dflow.distributions import SequenceCategorical, Walk
 from dflow.evaluate import Evaluation, evaluate
+from dflow.flows import Flow, Split
 from dflow.hf import DflowModel
 from dflow.plot import Curve, frontier, short_names
+
+#: Laws that draw symbols themselves, and no more than are asked for.
+_Symbols = (SequenceCategorical, Walk)
 
 FILES = ("compare.json", "compare.md", "compare.png")
 
@@ -167,19 +172,29 @@ def compare(
 
 
 def num_calls(model: DflowModel, length: int, rounds: int = 1, seed: int = 0) -> int:
-    """Network calls for a sample of ``length`` symbols: a law from left to right stops there.
+    """Network calls for a sample of ``length`` symbols: a law that draws symbols stops where it has them.
 
-    Where an inversion takes as many as the sample needs they are counted, over ``rounds`` draws of one.
+    An inversion takes as many as the sample needs: they are counted, over ``rounds`` draws of one.
     """
-    calls: int = model.num_calls
-    layers = [m for m in model.modules() if isinstance(m, Autoregressive) and m.inversion == "jacobi"]
+    layers = [m for m in model.modules() if isinstance(m, Autoregressive)]
+    counted = 0.0
     if layers:
         before = sum(layer.calls for layer in layers)
         for r in range(rounds):
             model.generate(1, length=length, generator=torch.Generator(model.device).manual_seed(seed + r))
         counted = (sum(layer.calls for layer in layers) - before) / rounds
-        return round(calls - sum(layer.num_calls for layer in layers) + counted)
-    return min(calls, length) if model.config.record.left_to_right else calls
+    base = model.distribution
+    if isinstance(base, _Symbols):
+        return base.needed(length)
+    if model.config.record.left_to_right and not isinstance(base, (Flow, Split)):
+        return min(model.num_calls, length)
+    while isinstance(base, (Flow, Split)):
+        base = base.base
+    calls = model.num_calls - sum(layer.num_calls for layer in layers)
+    if isinstance(base, _Symbols) and model.config.explicit_length:
+        # Under a flow all entries are drawn, but those that are absent.
+        calls += base.needed(length) - base.num_calls
+    return round(calls + counted)
 
 
 def measure(

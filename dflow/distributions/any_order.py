@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflow.core import Context, Distribution, lengths_in, present
+from dflow.ops.memo import Memo
 from dflow.ops.modular import check_alphabet
 from dflow.ops.orders import check_order
 
@@ -55,7 +56,7 @@ class AnyOrder(nn.Module):
         self.dim, self.K = dim, check_alphabet(K)
         # A line, for which groups of equal size are best.
         self.register_buffer("costs", math.log(K) * torch.arange(dim, 0, -1) / dim)
-        self._sizes: tuple[Tensor, Tensor] | None = None
+        self._sizes: Memo[Tensor] = Memo()
 
     def logits(self, x: Tensor, known: Tensor, context: Context | None = None) -> Tensor:
         """Logits (batch, n, K) of every entry given the known ones, at least float32."""
@@ -177,10 +178,7 @@ class AnyOrder(nn.Module):
 
     def sizes(self, num_calls: int) -> Tensor:
         """`schedule` of the present `costs`, int64 (num_calls,)."""
-        made = self._sizes
-        if made is None or len(made[1]) != num_calls or not torch.equal(made[0], self.costs):
-            made = self._sizes = self.costs.clone(), schedule(self.costs, num_calls)
-        return made[1]
+        return self._sizes(lambda: schedule(self.costs, num_calls), self.costs, key=num_calls)
 
     def _terms(self, x: Tensor, known: Tensor, context: Context | None) -> Tensor:
         """Log-probability (batch, n) of each entry of ``x`` given the known ones."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflow.core import Context, Distribution, lengths_in, present
+from dflow.ops.memo import Memo
 from dflow.ops.orders import check_order
 
 #: Noise is drawn ahead for as many calls as fit into this many numbers.
@@ -52,7 +53,7 @@ class SequenceCategorical(Distribution):
             self._names.setdefault(self._calls(other), f"order_{i}")
         check_order(order, dim)
         self._chosen = self._own = self._calls(order)
-        self._plans: dict[tuple[int, torch.device, torch.dtype], Any] = {}
+        self._plans: dict[int, Memo[Any]] = {calls: Memo() for calls in self._names}
 
     def _calls(self, order: Tensor) -> int:
         return -(-len(order) // self.block)
@@ -80,14 +81,11 @@ class SequenceCategorical(Distribution):
         return found
 
     def _extra(self) -> tuple[Any, ...]:
-        """The plan of the order in use, where it is not the network's own, made once for a device."""
+        """The plan of the order in use, where it is not the network's own, made once for each order."""
         if self._chosen == self._own:
             return ()
-        weight = next(self.net.parameters())
-        key = (self._chosen, weight.device, weight.dtype)
-        if key not in self._plans:
-            self._plans[key] = self.net.plan(self.chosen)
-        return (self._plans[key],)
+        order, dtype = self.chosen, next(self.net.parameters()).dtype
+        return (self._plans[self._chosen](lambda: self.net.plan(order), order, key=dtype),)
 
     @property
     def num_calls(self) -> int:
@@ -157,6 +155,10 @@ class SequenceCategorical(Distribution):
         if lengths is not None:
             longest = min(longest, max(lengths.tolist(), default=0))
         return self._drawn(longest), self.net.start(n, context, *self._extra())
+
+    def needed(self, length: int) -> int:
+        """Network calls after which the first ``length`` entries are drawn."""
+        return -(-len(self._drawn(length)) // self.block)
 
     def _drawn(self, length: int) -> list[Tensor]:
         """Positions of each row, up to the last that holds one below ``length``: later ones need no call."""

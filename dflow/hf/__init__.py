@@ -2,7 +2,7 @@
 
 from dflow.hf.binary import DflowClassifier
 from dflow.hf.config import DflowClassifierConfig, DflowConfig, DflowImageConfig, FamilyConfig
-from dflow.hf.folder import coding_tables, kind_of, load, save, split_calls
+from dflow.hf.folder import coding_tables, kind_of, load, save, split_calls, weight_files
 from dflow.hf.images import DflowImageModel, DflowImageOutput
 from dflow.hf.manifest import MANIFEST, Finding, check, clean, remove, replacing, verify
 from dflow.hf.packed import PackedNetwork, agrees, pack
@@ -33,4 +33,5 @@ __all__ = [
     "save",
     "split_calls",
     "verify",
+    "weight_files",
 ]

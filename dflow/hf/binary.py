@@ -9,17 +9,19 @@ from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForImageClassification,
-    PreTrainedModel,
 )
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from dflow import zoo
+from dflow.config import InputError
+from dflow.hf.arguments import answer, refuse_unknown, scaled
 from dflow.hf.config import DflowClassifierConfig
 from dflow.hf.images import checked
+from dflow.hf.pretrained import Pretrained
 from dflow.nn.binary import Head
 
 
-class DflowClassifier(PreTrainedModel):
+class DflowClassifier(Pretrained):
     """Labels of images of integers; in evaluation a probabilistic network propagates its law."""
 
     config_class = DflowClassifierConfig
@@ -30,7 +32,7 @@ class DflowClassifier(PreTrainedModel):
     def __init__(self, config: DflowClassifierConfig) -> None:
         """Build the network that ``config`` describes, with fresh weights."""
         super().__init__(config)
-        settings = config.settings()
+        self._settings = settings = config.settings()
         # Masks and averages are computed, not loaded; see `DflowModel`.
         with torch.device("cpu"):
             self.net = zoo.build_classifier(config.family, settings)
@@ -42,24 +44,52 @@ class DflowClassifier(PreTrainedModel):
     @property
     def dim(self) -> int:
         """Pixels of one image."""
-        pixels: int = self.config.settings().dim
+        pixels: int = self._settings.dim
         return pixels
 
     def forward(
-        self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any
-    ) -> ImageClassifierOutput:
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> ImageClassifierOutput | tuple[Any, ...]:
         """Logits of the classes; with labels the mean loss of the model's head, in nats.
 
-        ``pixel_values`` are integers ``(batch, C, H, W)`` or ``(batch, C*H*W)``.
+        Args:
+            pixel_values: integers ``(batch, C, H, W)`` or ``(batch, C*H*W)``.
+            labels: int64 ``(batch,)``.
+            return_dict: False for a tuple.
+            num_items_in_batch: how many labels the batches of one step have together, of whose mean the loss
+                is then this batch's share.
+            kwargs: none.
 
         Raises:
-            InputError: another shape, or values outside the model's levels.
+            InputError: an argument that is none of these; another shape, or values outside the model's
+                levels; labels that are no classes.
         """
-        logits = self.net(self._given(pixel_values))
+        refuse_unknown(kwargs, self.forward)
+        logits: Tensor = self.net(self._given(pixel_values))
+        output = ImageClassifierOutput(logits=logits)
         head = self.net[-1]
-        if labels is None or not isinstance(head, Head):
-            return ImageClassifierOutput(logits=logits)
-        return ImageClassifierOutput(loss=head.loss(logits, labels) / len(labels), logits=logits)
+        if labels is not None and isinstance(head, Head):
+            self._check_labels(pixel_values, labels)
+            loss = head.loss(logits, labels) / len(labels)
+            output.loss = scaled(loss, len(labels), num_items_in_batch)
+        return answer(output, return_dict, self.config)
+
+    def _check_labels(self, x: Tensor, labels: Tensor) -> None:
+        classes = self._settings.classes
+        if labels.shape != x.shape[:1] or labels.dtype != torch.int64:
+            raise InputError(
+                f"labels are int64 ({len(x)},), one of each image, found {labels.dtype} {tuple(labels.shape)}"
+            )
+        low, high = (int(v) for v in labels.aminmax()) if labels.numel() else (0, 0)
+        if low < 0 or high >= classes:
+            raise InputError(
+                f"label {high if high >= classes else low} is none of the classes 0..{classes - 1}"
+            )
 
     def log_prob(self, pixel_values: Tensor) -> Tensor:
         """Log-probabilities in nats ``(batch, classes)``; values as in `forward`."""
@@ -82,7 +112,7 @@ class DflowClassifier(PreTrainedModel):
 
     def check(self, x: Tensor) -> Tensor:
         """``x`` flat, ``(batch, dim)``, or an `InputError`."""
-        return checked(x, self.config.settings())
+        return checked(x, self._settings)
 
 
 #: Images that are re-estimated on at a time.

@@ -23,6 +23,7 @@ from dflow.hf.binary import DflowClassifier
 from dflow.hf.images import DflowImageModel
 from dflow.hf.limits import Bounded
 from dflow.hf.manifest import replacing, verify
+from dflow.hf.pretrained import COMPANIONS, INDEX, TABLES, WEIGHTS
 from dflow.hf.symbols import DflowModel
 
 M = TypeVar("M", DflowModel, DflowImageModel, DflowClassifier)
@@ -55,9 +56,9 @@ _CONFIG = 1 << 20
 
 
 def save(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
-    """`save_pretrained` such that every file of the folder is replaced whole or not at all."""
-    with replacing(Path(folder)) as temporary, _quiet():
-        model.save_pretrained(temporary)
+    """`save_pretrained`, quietly: every file of the folder is replaced whole or not at all."""
+    with _quiet():
+        model.save_pretrained(folder)
 
 
 def kind_of(folder: str | os.PathLike[str]) -> Kind:
@@ -112,21 +113,19 @@ def load(
         of = {cls: name for name, cls in _KINDS.values()}
         raise InputError(f"{path}: a model of {of[found]}; this takes a model of {of[kind]}")
     file = path / "config.json"
-    weights = path / "model.safetensors"
-    if not weights.is_file():
-        raise InputError(f"{path}: no model.safetensors; the checkpoint is incomplete, restore or retrain it")
-    verify(path, ["config.json", "model.safetensors"])
+    weights: list[Path] = weight_files(path)
+    verify(path, [file.name, *(weight.name for weight in weights), *COMPANIONS])
     try:
         config = kind.config_class.from_pretrained(path)
         config.settings()
         # Settings that belong to other weights may ask for any amount of memory.
-        with Bounded(weights.stat().st_size), _quiet():
+        with Bounded(sum(weight.stat().st_size for weight in weights)), _quiet():
             pair: Any = kind.from_pretrained(path, config=config, output_loading_info=True)
         model, info = pair
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
     except (SafetensorError, EOFError) as error:
-        raise InputError(f"{weights}: truncated or damaged ({error}); restore the file") from None
+        raise InputError(f"{_damaged(weights)}: truncated or damaged ({error}); restore the file") from None
     except Exception as error:
         # Whatever a library makes of settings that are none.
         what = f"{error or type(error).__name__}"
@@ -148,15 +147,50 @@ def load(
     return loaded
 
 
-#: Beside the weights: what files are coded with and no machine should make again.
-_TABLES = "coding.safetensors"
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of the model in ``folder``; an index of them comes first.
+
+    Raises:
+        InputError: none, or fewer than the index tells of; an index that is none.
+    """
+    single, index = folder / WEIGHTS, folder / INDEX
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise InputError(f"{folder}: no {WEIGHTS}; the checkpoint is incomplete, restore or retrain it")
+    try:
+        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        if not shards or any(Path(name).name != name or name == INDEX for name in shards):
+            raise ValueError("files that do not lie beside it")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{index}: truncated or no index of weights ({error}); restore the file") from None
+    for name in shards:
+        if not (folder / name).is_file():
+            raise InputError(
+                f"{folder}: no {name}, in which {INDEX} says that weights lie; the checkpoint is incomplete, "
+                "restore or retrain it"
+            )
+    return [index, *(folder / name for name in shards)]
+
+
+def _damaged(weights: list[Path]) -> Path:
+    """The first of the files that cannot be opened."""
+    for file in weights:
+        try:
+            if file.name != INDEX:
+                with safe_open(file, "pt"):
+                    pass
+        except (SafetensorError, OSError):
+            return file
+    return weights[-1]
 
 
 def coding_tables(folder: str | os.PathLike[str], law: Distribution) -> dict[str, Tensor]:
     """Tables of the model in ``folder``, as `dflow.coding.prepare` takes them.
 
-    Read from ``coding.safetensors``; made and written, whole or not at all, where there are none, or where
-    they are those of a model trained before this one. Files that are coded belong to the folder with them.
+    They are what files are coded with, and no machine should make them again. Read from
+    ``coding.safetensors``; made and written, whole or not at all, where there are none, or where they are
+    those of a model trained before this one. Files that are coded belong to the folder with them.
 
     Args:
         folder: of the model.
@@ -165,9 +199,9 @@ def coding_tables(folder: str | os.PathLike[str], law: Distribution) -> dict[str
     Raises:
         InputError: a file that is truncated or damaged, or a folder that cannot be written to.
     """
-    file = split_calls(folder)[0] / _TABLES
+    file = split_calls(folder)[0] / TABLES
     of = fingerprint(law, {}, "float64").hex()
-    verify(file.parent, [_TABLES])
+    verify(file.parent, [TABLES])
     if file.exists():
         try:
             with safe_open(file, "pt") as stored:

@@ -9,26 +9,37 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel
 from transformers.utils.generic import ModelOutput
 
 from dflow import zoo
 from dflow.config import InputError
 from dflow.core import Distribution
 from dflow.dequantize import Dequantized, Estimate
+from dflow.hf import training
+from dflow.hf.arguments import answer, refuse_unknown
 from dflow.hf.config import DflowImageConfig
+from dflow.hf.pretrained import Pretrained
 
 
 @dataclass
 class DflowImageOutput(ModelOutput):
-    """Mean cost in bits a dimension; of each datum in nats the bound, or the exact log-likelihood."""
+    """Cost of a batch in bits a dimension, and what it was made from.
+
+    Attributes:
+        loss: mean cost: the exact one, or minus the bound. Of family modular in training mode the objective
+            of its rule (`dflow.objectives.default_rule`), which reaches every parameter.
+        elbo: the bound of each datum in nats, ``(batch,)``, of a dequantized model.
+        log_prob: exact log-likelihood of each datum in nats, ``(batch,)``, of a model that has one; None of
+            family modular in training mode.
+    """
 
     loss: Tensor | None = None
     elbo: Tensor | None = None
     log_prob: Tensor | None = None
 
 
-class DflowImageModel(PreTrainedModel):
+class DflowImageModel(Pretrained):
     """A model of integers (pixels, columns): its likelihood or, if dequantized, bounds of it; and draws."""
 
     config_class = DflowImageConfig
@@ -39,7 +50,7 @@ class DflowImageModel(PreTrainedModel):
     def __init__(self, config: DflowImageConfig) -> None:
         """Build the model that ``config`` describes, with fresh weights."""
         super().__init__(config)
-        settings = config.settings()
+        self._settings = settings = config.settings()
         # Masks and permutations are computed, not loaded; see `DflowModel`.
         with torch.device("cpu"):
             self.law = zoo.build_image(config.family, settings)
@@ -97,24 +108,69 @@ class DflowImageModel(PreTrainedModel):
     @property
     def dim(self) -> int:
         """Entries of one datum."""
-        return self.config.settings().dim
+        return self._settings.dim
 
     def forward(
-        self, pixel_values: Tensor, generator: torch.Generator | None = None, **kwargs: Any
-    ) -> DflowImageOutput:
-        """The exact log-likelihood, differentiable; or the evidence lower bound, from one draw.
+        self,
+        pixel_values: Tensor,
+        generator: torch.Generator | None = None,
+        return_loss: bool = True,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> DflowImageOutput | tuple[Any, ...]:
+        """Cost as `DflowImageOutput` tells it; while it trains, what has a closed form moves.
 
-        Values as in `elbo`.
+        Args:
+            pixel_values: values as in `elbo`.
+            generator: of the draw that a bound is made from.
+            return_loss: whether there is a loss to tell.
+            return_dict: False for a tuple.
+            kwargs: none.
+
+        Raises:
+            InputError: an argument that is none of these; values as in `elbo`.
         """
+        way = " (a model of images has no labels; leave out the column 'label')" if "labels" in kwargs else ""
+        refuse_unknown(kwargs, self.forward, way)
         x = self.check(pixel_values)
-        if self.exact:
-            values = self.distribution.log_prob(x.to(self.dtype))
-            loss = -values.mean() / (x.shape[1] * math.log(2))
-            return DflowImageOutput(loss=loss, log_prob=values)
-        values = self.dequantized.elbo(x, 1, generator).values
-        return DflowImageOutput(
-            loss=Estimate(values, "elbo", True).bits_per_dim(x.shape[1]).mean(), elbo=values
-        )
+        output = DflowImageOutput()
+        if isinstance(self.law, Dequantized):
+            if self.training:
+                output.elbo = values = training.elbo_of_values(self.law, x, generator)
+            else:
+                output.elbo = values = self.law.elbo(x, 1, generator).values
+            nats = -values.mean()
+        elif not self._symbols:
+            # On floats, so that rounding has its straight-through gradient.
+            output.log_prob = values = self.law.log_prob(x.to(self.dtype))
+            nats = -values.mean()
+        elif self.training:
+            nats = training.loss_of_symbols(self.law, x.long()) / len(x)
+        else:
+            output.log_prob = values = self.law.log_prob(x.long())
+            nats = -values.mean()
+            nats = training.evaluated(nats) if nats.requires_grad else nats
+        if return_loss:
+            output.loss = nats / (x.shape[1] * math.log(2))
+        return answer(output, return_dict, self.config)
+
+    @property
+    def _symbols(self) -> bool:
+        """Whether entries are symbols of Z/K (modular), whose floats are one-hot rows."""
+        return self.config.record.rules == zoo.SYMBOLS
+
+    def initialize(self, pixel_values: Tensor) -> None:
+        """Start from data, as `dflow train` does: scales of layers, and what has a closed form.
+
+        A model that is trained by `forward` without it starts what has a closed form from its first batch.
+
+        Args:
+            pixel_values: values as in `elbo`, many rows.
+
+        Raises:
+            InputError: fewer rows than a full covariance needs; values as in `elbo`.
+        """
+        training.initialize(self.law, self.check(pixel_values))
 
     def log_prob(self, pixel_values: Tensor) -> Tensor:
         """Exact log-likelihood in nats ``(batch,)``, of a model that has one; values as in `elbo`.
@@ -179,7 +235,7 @@ class DflowImageModel(PreTrainedModel):
 
     def check(self, x: Tensor) -> Tensor:
         """``x`` flat, ``(batch, dim)``, or an `InputError`."""
-        return checked(x, self.config.settings())
+        return checked(x, self._settings)
 
 
 def checked(x: Tensor, settings: zoo.ValuesConfig) -> Tensor:
@@ -189,8 +245,10 @@ def checked(x: Tensor, settings: zoo.ValuesConfig) -> Tensor:
         raise InputError(f"data of shape {tuple(x.shape[1:])}; this model takes {shape}")
     x = x.reshape(len(x), -1)
     ranges = settings.ranges
+    several = ranges if len(settings.levels) > 1 else ranges[:1]
+    # Entries of one range, as of all images, need one number each.
     low, high = (
-        torch.tensor([sign * torch.inf if r is None else r[i] for r in ranges], device=x.device)
+        torch.tensor([sign * torch.inf if r is None else r[i] for r in several], device=x.device)
         for i, sign in enumerate((-1, 1))
     )
     fits = (x >= low) & (x <= high)

@@ -7,25 +7,36 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel
 from transformers.utils.generic import ModelOutput
 
 from dflow import zoo
 from dflow.config import InputError
 from dflow.core import Context, Distribution, check_lengths
 from dflow.distributions import SequenceCategorical, Walk
+from dflow.hf import training
+from dflow.hf.arguments import IGNORED, answer, labels_optional, present_lengths, refuse_unknown, scaled
 from dflow.hf.config import DflowConfig
+from dflow.hf.pretrained import Pretrained
 
 
 @dataclass
 class DflowOutput(ModelOutput):
-    """Mean negative log-likelihood in nats a symbol, and the exact log-likelihood of each sequence."""
+    """Cost of a batch, and what it was made from.
+
+    Attributes:
+        loss: in evaluation mode the mean negative log-likelihood in nats a symbol, exactly. In training mode
+            the objective of the family's rule (`dflow.objectives.default_rule`) in nats a symbol: it is the
+            same where that rule is "likelihood", and reaches every parameter in any family.
+        log_prob: exact log-likelihood of each sequence in nats, ``(batch,)``; None in training mode under
+            another rule than "likelihood".
+    """
 
     loss: Tensor | None = None
     log_prob: Tensor | None = None
 
 
-class DflowModel(PreTrainedModel):
+class DflowModel(Pretrained):
     """A distribution over sequences of symbols, exact in both directions: `log_prob` and `generate`."""
 
     config_class = DflowConfig
@@ -37,7 +48,7 @@ class DflowModel(PreTrainedModel):
     def __init__(self, config: DflowConfig) -> None:
         """Build the model that ``config`` describes, with fresh weights."""
         super().__init__(config)
-        settings = config.settings()
+        self._settings = settings = config.settings()
         # Masks and orders are computed, not loaded, so they need a real device even while transformers
         # builds everything else on the meta device.
         with torch.device("cpu"):
@@ -59,9 +70,10 @@ class DflowModel(PreTrainedModel):
         Raises:
             InputError: the model was not trained for that number.
         """
-        law, settings = self.distribution, self.config.settings()
+        law, settings = self.distribution, self._settings
         if isinstance(law, Walk) and isinstance(settings, zoo.AnyOrderConfig):
-            walk = zoo.walk(replace(settings, num_calls=calls), law.model)
+            self._settings = settings = replace(settings, num_calls=calls)
+            walk = zoo.walk(settings, law.model)
             self.distribution = walk.to(self.device).train(self.training)
             # The order is saved with the model: the config has to tell of the same.
             self.config.num_calls = calls
@@ -74,13 +86,64 @@ class DflowModel(PreTrainedModel):
             )
         law.choose(calls)
 
-    def forward(self, input_ids: Tensor, lengths: Tensor | None = None, **kwargs: Any) -> DflowOutput:
-        """Loss and exact log-likelihood; arguments as in `log_prob`."""
-        log_prob = self.log_prob(input_ids, lengths)
-        count = input_ids.numel() if lengths is None else int(lengths.sum())
+    @labels_optional
+    def forward(
+        self,
+        input_ids: Tensor,
+        lengths: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_loss: bool = True,
+        return_dict: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> DflowOutput | tuple[Any, ...]:
+        """Loss and log-likelihood, as `DflowOutput` tells them; while it trains, a base in closed form moves.
+
+        Args:
+            input_ids: symbols, int64 ``(batch, n)``.
+            lengths: int64 ``(batch,)``, how many symbols of each sequence are present; None: all.
+            attention_mask: ``(batch, n)``, the same in another form: ones, then zeros.
+            labels: ``(batch, n)``, the symbols themselves, with -100 for those that are not present. They are
+                not shifted, and may be left out.
+            return_loss: whether there is a loss to tell.
+            return_dict: False for a tuple.
+            num_items_in_batch: how many labels the batches of one step have together, of which the loss is
+                then this batch's share.
+            kwargs: none.
+
+        Raises:
+            InputError: an argument that is none of these, or arguments that contradict each other; a mask or
+                labels that no lengths can say; and what `log_prob` refuses.
+        """
+        refuse_unknown(kwargs, self.forward)
+        lengths = present_lengths(input_ids, lengths, attention_mask, labels)
+        if self.training and not training.trained_by_likelihood(self.distribution):
+            log_prob, nats = None, self._objective(input_ids, lengths)
+        else:
+            log_prob = self.log_prob(input_ids, lengths)
+            nats = -log_prob.sum()
+            if nats.requires_grad and not training.reached(self.distribution):
+                nats = training.evaluated(nats)
+        if self.training and torch.is_grad_enabled() and self.config.explicit_length:
+            _, present = self._whole(input_ids, lengths)
+            if present is not None:
+                self.length_counts.index_add_(0, present, torch.ones_like(present).to(self.length_counts))
+        entries = input_ids.numel() if lengths is None else int(lengths.sum())
         # A length that has a law of its own counts as a symbol, the end of the sequence.
-        count += len(input_ids) * self.config.explicit_length
-        return DflowOutput(loss=-log_prob.sum() / count, log_prob=log_prob)
+        loss = nats / (entries + len(input_ids) * self.config.explicit_length)
+        scored = entries if labels is None else (labels != IGNORED).sum()
+        loss = scaled(loss, scored, num_items_in_batch)
+        output = DflowOutput(loss=loss if return_loss else None, log_prob=log_prob)
+        return answer(output, return_dict, self.config)
+
+    def _objective(self, input_ids: Tensor, lengths: Tensor | None) -> Tensor:
+        """Loss in nats, summed over the batch, by the family's rule."""
+        x, context = self._whole(input_ids, lengths)
+        loss = training.loss_of_symbols(self.distribution, x, context)
+        if context is None or not self.config.explicit_length:
+            return loss
+        return loss - self._length_log_prob()[context].sum()
 
     def log_prob(self, input_ids: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Exact log-likelihood in nats, ``(batch,)``, of symbols int64 ``(batch, n)``.
@@ -90,13 +153,18 @@ class DflowModel(PreTrainedModel):
         Raises:
             InputError: a symbol outside the alphabet, or lengths that this model cannot score.
         """
-        self._check(input_ids, lengths)
-        if self.config.explicit_length and lengths is None:
-            lengths = torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
-        log_prob = self.distribution.log_prob(self._padded(input_ids), Context(lengths=lengths))
+        x, lengths = self._whole(input_ids, lengths)
+        log_prob = self.distribution.log_prob(x, Context(lengths=lengths))
         if self.config.explicit_length:
             log_prob = log_prob + self._length_log_prob()[lengths]
         return log_prob
+
+    def _whole(self, input_ids: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Symbols and lengths, checked, as the law takes them: a flow has a fixed number of entries."""
+        self._check(input_ids, lengths)
+        if self.config.explicit_length and lengths is None:
+            lengths = torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
+        return self._padded(input_ids), lengths
 
     @torch.no_grad()
     def generate(

@@ -98,9 +98,9 @@ class BinaryLayer(nn.Module, ABC):
             return self.weight
         end = _ENDS[self.weights]
         if self.training:
-            # A parameter beyond its end would never come back.
-            with torch.no_grad():
-                self.weight.clamp_(-end, end)
+            # A parameter beyond its end would never come back. What is clamped once stays as it is: a second
+            # pass changes nothing that the graph of the first one holds, and is not counted as a change.
+            self.weight.data.clamp_(-end, end)
             return self.weight if self.random else sign_(self.weight)
         inside = self.weight.clamp(-end, end)
         return inside if self.random else sign_(inside)

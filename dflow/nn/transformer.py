@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from dflow.core import Context, only_lengths
 from dflow.nn.embed import Neighbours
+from dflow.ops.memo import Memo
 from dflow.ops.orders import check_order
 
 
@@ -276,7 +277,7 @@ class GroupCausalTransformer(nn.Module):
             )
         self.K, self.dim, self.block = K, dim, block
         self.num_heads, self.hidden_size = num_heads, hidden_size
-        self._plan: Plan | None = None
+        self._plan: Memo[Plan] = Memo()
         self.register_buffer("order", order.clone())
         self.register_buffer("offsets", torch.tensor([*range(-1, -window - 1, -1), *range(1, ahead + 1)]))
         reach = self.offsets.tolist()
@@ -375,15 +376,8 @@ class GroupCausalTransformer(nn.Module):
         )
 
     def _own_plan(self) -> Plan:
-        """The plan of the network's own order, made once for a device and precision."""
-        plan, wide = self._plan, self.norm.weight.dtype == torch.float64
-        if (
-            plan is None
-            or plan.inverse.device != self.order.device
-            or (plan.rotation.dtype == torch.complex128) != wide
-        ):
-            plan = self._plan = self.plan(self.order)
-        return plan
+        """The plan of the network's own order, made once for an order and a precision."""
+        return self._plan(lambda: self.plan(self.order), self.order, key=self.norm.weight.dtype)
 
     def _read(self, x: Tensor, symbols: Tensor, reading: Reading) -> Tensor:
         """Features (batch, entries, hidden) of what ``reading`` reads; K in ``symbols`` stands for none."""

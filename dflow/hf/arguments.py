@@ -1,0 +1,156 @@
+"""What the `forward` of a model takes by name: checked, and read as lengths where it says what is present."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from types import MethodType
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.utils.generic import ModelOutput
+
+from dflow.config import InputError, nearest
+
+F = TypeVar("F", bound=Callable[..., Any])
+Output = TypeVar("Output", bound=ModelOutput)
+
+#: Labels of symbols that transformers leaves out of a loss.
+IGNORED = -100
+
+
+class _Forward:
+    """`forward` as transformers' Trainer reads it: see `labels_optional`."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+
+        @functools.wraps(forward)
+        def of_the_class(*args: Any, **kwargs: Any) -> Any:
+            return forward(*args, **kwargs)
+
+        signature = inspect.signature(forward)
+        others = [p for name, p in signature.parameters.items() if name != "labels"]
+        of_the_class.__signature__ = signature.replace(parameters=others)  # type: ignore[attr-defined]
+        self.of_the_class = of_the_class
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Callable[..., Any]:
+        return self.of_the_class if instance is None else MethodType(self.forward, instance)
+
+
+def labels_optional(forward: F) -> F:
+    """``forward`` of a model that has a loss without labels and takes them too.
+
+    Trainer keeps the columns of a data set that the method of a model names, and so ``labels``. It tells from
+    the signature of the class whether a loss needs them: where that names labels, `Trainer.evaluate` has no
+    ``eval_loss`` for data without them, and so that of the class names ``return_loss`` alone.
+    """
+    return cast("F", _Forward(forward))
+
+
+def refuse_unknown(kwargs: Mapping[str, Any], forward: Callable[..., Any], more: str = "") -> None:
+    """Refuse arguments that ``forward``, a bound method, has no name for.
+
+    Raises:
+        InputError: names the first, and the nearest that there is.
+    """
+    if not kwargs:
+        return
+    kinds = inspect.signature(forward).parameters
+    known = [name for name, p in kinds.items() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    name = next(iter(kwargs))
+    raise InputError(f"forward takes no argument {name!r}{more}; {nearest(name, known)}")
+
+
+def present_lengths(
+    input_ids: Tensor, lengths: Tensor | None, attention_mask: Tensor | None, labels: Tensor | None
+) -> Tensor | None:
+    """Lengths int64 ``(batch,)`` of what is present of symbols ``(batch, n)``; None where all of it is.
+
+    Args:
+        input_ids: the symbols.
+        lengths: the lengths themselves, or None.
+        attention_mask: ``(batch, n)``, 1 for what is present, which comes first, and 0 for what is not.
+        labels: ``(batch, n)``, the symbols themselves, or -100 for what is not present.
+
+    Raises:
+        InputError: what no lengths can say, labels that are other symbols, or arguments that contradict.
+    """
+    counted: dict[str, Tensor] = {}
+    if lengths is not None and lengths.shape == input_ids.shape[:1]:  # others are refused by who reads them
+        counted["lengths"] = lengths
+    if attention_mask is not None:
+        counted["attention_mask"] = _of_mask(input_ids, attention_mask)
+    if labels is not None:
+        counted["labels"] = _of_labels(input_ids, labels)
+    for (one, those), (other, these) in pairwise(counted.items()):
+        if not torch.equal(those.long(), these.long()):
+            row = int((those != these).nonzero()[0])
+            raise InputError(
+                f"{one} says that {int(those[row])} symbols of row {row} are present, {other} that "
+                f"{int(these[row])} are; give one of them, or labels of {IGNORED} where the mask is 0"
+            )
+    if lengths is not None or not counted:
+        return lengths
+    *_, last = counted.values()
+    return None if bool((last == input_ids.shape[1]).all()) else last
+
+
+def _of_mask(input_ids: Tensor, mask: Tensor) -> Tensor:
+    if mask.shape != input_ids.shape:
+        raise InputError(
+            f"attention_mask has shape {tuple(mask.shape)}, the symbols {tuple(input_ids.shape)}; give a 1 "
+            "for each symbol that is present and a 0 for each that is not"
+        )
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise InputError("attention_mask has values other than 0 and 1; give a 1 for what is present")
+    return _prefix(mask == 1, "attention_mask", "pad on the right, or give lengths=")
+
+
+def _of_labels(input_ids: Tensor, labels: Tensor) -> Tensor:
+    if labels.shape != input_ids.shape:
+        raise InputError(
+            f"labels have shape {tuple(labels.shape)}, the symbols {tuple(input_ids.shape)}; this model "
+            "predicts its own symbols, so labels are input_ids (not shifted), or are left out"
+        )
+    scored = labels != IGNORED
+    wrong = scored & (labels != input_ids)
+    if bool(wrong.any()):
+        row, column = wrong.nonzero()[0].tolist()
+        raise InputError(
+            f"label {int(labels[row, column])} of symbol {int(input_ids[row, column])} at ({row}, {column}): "
+            f"this model predicts its own symbols, so labels are input_ids (not shifted), {IGNORED} at a "
+            "padded end, or are left out"
+        )
+    way = "a whole sequence is scored; leave labels out, or generate with prompt= to continue one"
+    return _prefix(scored, "labels", way)
+
+
+def _prefix(present: Tensor, name: str, way: str) -> Tensor:
+    """Lengths of rows of which the first entries are present, ``(batch,)``."""
+    count = present.sum(1)
+    gaps = present != (torch.arange(present.shape[1], device=present.device) < count[:, None])
+    if bool(gaps.any()):
+        row = int(gaps.any(1).nonzero()[0])
+        raise InputError(f"{name} leaves symbols out of row {row} before others that are present; {way}")
+    return count
+
+
+def scaled(loss: Tensor, entries: int | Tensor, num_items_in_batch: int | Tensor | None) -> Tensor:
+    """The share of a mean over ``entries`` in one over ``num_items_in_batch``, those of several batches.
+
+    Trainer sums the losses of the batches of a step where it tells their entries together.
+    """
+    if num_items_in_batch is None:
+        return loss
+    return loss * (entries / torch.as_tensor(num_items_in_batch, device=loss.device).double().mean()).to(loss)
+
+
+def answer(output: Output, return_dict: bool | None, config: PreTrainedConfig) -> Output | tuple[Any, ...]:
+    """``output``, or as a tuple where the call or the config asks for one."""
+    wanted = getattr(config, "return_dict", True) if return_dict is None else return_dict
+    return output if wanted else output.to_tuple()

@@ -1,0 +1,97 @@
+"""What models of all kinds share as transformers models: they are saved whole, with what belongs to them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from dflow.hf.manifest import remove, replacing
+
+#: Tables that files are coded with, beside the weights.
+TABLES = "coding.safetensors"
+
+#: Files beside the weights that a model is of no use without: its vocabulary, and tables of its coder.
+COMPANIONS = ("vocabulary.json", "tokenizer.model", TABLES)
+
+WEIGHTS = "model.safetensors"
+#: Where weights lie in several files: which of them has which.
+INDEX = WEIGHTS + ".index.json"
+
+_WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+#: Arguments of `save_pretrained` that are those of an upload.
+_OF_THE_HUB = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "tags")
+
+#: Arguments of `from_pretrained` that say where files come from.
+_OF_A_PLACE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+class Pretrained(PreTrainedModel):
+    """A model of dflow in a folder.
+
+    Attributes:
+        companions: files by name that are saved beside the weights: those of `COMPANIONS` that lay in the
+            folder that the model was loaded from.
+    """
+
+    companions: Mapping[str, bytes] = {}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """See transformers; the model carries the files of its vocabulary."""
+        found: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = found[0] if isinstance(found, tuple) else found
+        if pretrained_model_name_or_path is not None:
+            place = {name: kwargs[name] for name in _OF_A_PLACE if name in kwargs}
+            model.companions = _companions(os.fspath(pretrained_model_name_or_path), place)
+        return found
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """See transformers; each file is replaced whole or not at all, and listed in the manifest.
+
+        Files of the vocabulary are saved too, where the model was loaded from a folder that has them.
+        """
+        of_the_hub = {name: kwargs.pop(name) for name in _OF_THE_HUB if name in kwargs}
+        if not is_main_process or kwargs.get("distributed_checkpoint"):
+            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+            return
+        folder = Path(save_directory)
+        with replacing(folder) as temporary:
+            super().save_pretrained(temporary, state_dict=state_dict, **kwargs)
+            for name, data in self.companions.items():
+                (temporary / name).write_bytes(data)
+            new = {path.name for path in temporary.iterdir()}
+        old = {path.name for path in folder.iterdir() if _WEIGHT_FILE.fullmatch(path.name)}
+        if any(_WEIGHT_FILE.fullmatch(name) for name in new):
+            # Weights that were saved in another number of files would be loaded in place of these.
+            remove(folder, old - new)
+        if push_to_hub:
+            for name in ("token", "max_shard_size"):
+                if name in kwargs:
+                    of_the_hub[name] = kwargs[name]
+            self.push_to_hub(of_the_hub.pop("repo_id", folder.name), **of_the_hub)
+
+
+def _companions(name: str, place: Mapping[str, Any]) -> dict[str, bytes]:
+    """Files of `COMPANIONS` in a folder or in a repository of the hub."""
+    if os.path.isdir(name):
+        folder = Path(name) / (place.get("subfolder") or "")
+        paths = {file: folder / file for file in COMPANIONS}
+    else:
+        quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+        found = {file: cached_file(name, file, **place, **quiet) for file in COMPANIONS}
+        paths = {file: Path(path) for file, path in found.items() if path is not None}
+    return {file: path.read_bytes() for file, path in paths.items() if path.is_file()}

@@ -1,0 +1,88 @@
+"""What is computed from buffers once, and computed anew when they change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass
+class _Entry(Generic[T]):
+    """A value, and what it was made from."""
+
+    value: T
+    key: Hashable
+    tensors: tuple[Tensor, ...]
+    versions: tuple[int | None, ...]
+    copies: tuple[Tensor, ...]
+
+
+class Memo(Generic[T]):
+    """The value that was last made from some tensors; made anew when one of them, or a key, has changed.
+
+    A tensor may be replaced (`torch.nn.Module.to`) or written to (``load_state_dict``): the value follows.
+    Values are made outside of inference mode, or training could not use what scoring or drawing had made.
+    Copies and pickles of a memo are empty.
+
+    >>> order, memo = torch.tensor([2, 0, 1]), Memo()
+    >>> memo(lambda: order.argsort(), order)
+    tensor([1, 2, 0])
+    >>> _ = order.copy_(torch.tensor([0, 2, 1]))
+    >>> memo(lambda: order.argsort(), order)
+    tensor([0, 2, 1])
+    """
+
+    _entry: _Entry[T] | None = None
+
+    def __call__(self, make: Callable[[], T], *tensors: Tensor, key: Hashable = None) -> T:
+        """The value of ``make()``.
+
+        Args:
+            make: called without arguments, where there is no value or it is out of date.
+            tensors: what the value depends on.
+            key: what else it depends on: a precision, a size.
+        """
+        entry = self._entry
+        if entry is None or not _holds(entry, tensors, key):
+            with torch.inference_mode(False), torch.no_grad():
+                copies = tuple(t.clone() for t in tensors)
+                entry = self._entry = _Entry(make(), key, tensors, _versions(tensors), copies)
+        return entry.value
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: see the class."""
+        return {}
+
+
+def _holds(entry: _Entry[Any], tensors: tuple[Tensor, ...], key: Hashable) -> bool:
+    """Whether a value still belongs to the tensors. Tensors that were not written to cost no look at them."""
+    if entry.key != key:
+        return False
+    if torch.compiler.is_compiling():
+        # While steps are traced, versions are those of stand-ins. What changes an order is not traced.
+        return True
+    versions = _versions(tensors)
+    unchanged = all(
+        new is old and version is not None and version == before
+        for new, old, version, before in zip(tensors, entry.tensors, versions, entry.versions, strict=True)
+    )
+    if unchanged:
+        return True
+    alike = all(
+        new.device == copy.device and new.dtype == copy.dtype and torch.equal(new, copy)
+        for new, copy in zip(tensors, entry.copies, strict=True)
+    )
+    if alike:
+        entry.tensors, entry.versions = tensors, versions
+    return alike
+
+
+def _versions(tensors: tuple[Tensor, ...]) -> tuple[int | None, ...]:
+    """How often each tensor was written to; None of tensors of inference mode, which do not count it."""
+    return tuple(None if t.is_inference() else t._version for t in tensors)
