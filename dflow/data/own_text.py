@@ -69,6 +69,30 @@ def of_files(found: Arranged, deal: Deal, lowercase: bool) -> Reading:
     """
     if deal.by == "files":
         found = splits.by_files(found, deal.shares)
+    texts, crlf = _read(found, lowercase)
+    missing = {split: share for split, share in deal.shares.items() if split not in texts}
+    train = "\n".join(texts["train"])
+    dealt = cut(train, missing, deal)
+    others = {split: "\n".join(pieces) for split, pieces in texts.items() if split != "train"}
+    parts = dealt.parts | others
+    paths = _sources(found, texts["train"], dealt.spans)
+    sources = {split: tuple(map(found.name, paths[split])) for split in SPLITS}
+    notes = [*found.notes, *_told(missing, deal, sources, found)]
+    if crlf:
+        notes.append(crlf_note(crlf))
+    notes += splits.repeated({split: [(found.name(p), p) for p in paths[split]] for split in SPLITS})
+    borders = seal({split: len(parts[split]) for split in order(missing)}) if found.named else ""
+    return Reading(
+        parts={split: parts[split] for split in order(missing)},
+        sources=sources,
+        pooled="test" in missing,
+        checksum=files.digest("".join([train, *others.values(), borders]).encode("utf-8")),
+        notes=tuple(notes),
+    )
+
+
+def _read(found: Arranged, lowercase: bool) -> tuple[dict[str, list[str]], int]:
+    """The text of each file, by split; and the number of line ends that were changed."""
     texts: dict[str, list[str]] = {}
     crlf = 0
     for split, paths in found.parts.items():
@@ -82,40 +106,22 @@ def of_files(found: Arranged, deal: Deal, lowercase: bool) -> Reading:
         if not any(piece.strip() for piece in pieces):
             which = f" ({split})" if found.named else ""
             raise InputError(f"{found.root}: no text in it{which}; name a file that has some")
-    names = {split: [found.name(path) for path in paths] for split, paths in found.parts.items()}
-    missing = {split: share for split, share in deal.shares.items() if split not in texts}
-    train, sources = cut("\n".join(texts["train"]), missing, deal), {}
-    ends = list(accumulate(len(text) + 1 for text in texts["train"]))
-    for split, spans in train.spans.items():
-        sources[split] = tuple(n for n, inside in zip(names["train"], _inside(ends, spans), strict=True) if inside)
-    parts = dict(train.parts)
-    for split in texts.keys() - {"train"}:
-        sources[split] = tuple(names[split])
-    parts |= {split: "\n".join(texts[split]) for split in SPLITS if split in texts and split != "train"}
-    at = {name: path for split, paths in found.parts.items() for name, path in zip(names[split], paths, strict=True)}
-    notes = [*found.notes, *_told(missing, deal, sources, found)]
-    if crlf:
-        notes.append(crlf_note(crlf))
-    notes += splits.repeated({split: [(n, at[n]) for n in sources[split]] for split in sources})
-    return Reading(
-        parts={split: parts[split] for split in order(missing)},
-        sources={split: sources[split] for split in SPLITS},
-        pooled="test" in missing,
-        checksum=_checksum(parts, missing, "\n".join(texts["train"]), found.named),
-        notes=tuple(notes),
-    )
+    return texts, crlf
+
+
+def _sources(found: Arranged, texts: Sequence[str], spans: Spans) -> dict[str, list[Path]]:
+    """The files of each split: its own, or those of the training text in which its places lie."""
+    ends = list(accumulate(len(text) + 1 for text in texts))
+    paths = {split: list(listed) for split, listed in found.parts.items()}
+    for split, places in spans.items():
+        inside = _inside(ends, places)
+        paths[split] = [p for p, used in zip(found.parts["train"], inside, strict=True) if used]
+    return paths
 
 
 def order(missing: Mapping[str, float]) -> list[str]:
     """The splits in the order in which they are read: what is dealt from the training text stands in it."""
     return sorted(SPLITS, key=lambda split: (split not in missing and split != "train", SPLITS.index(split)))
-
-
-def _checksum(parts: Mapping[str, str], missing: Mapping[str, float], train: str, named: bool) -> str:
-    """Of the text; where names tell the splits, of their borders too."""
-    whole = "".join([train, *(parts[split] for split in order(missing) if split not in ("train", *missing))])
-    borders = seal({split: len(parts[split]) for split in order(missing)}) if named else ""
-    return files.digest((whole + borders).encode("utf-8"))
 
 
 def seal(characters: Mapping[str, int]) -> str:

@@ -26,7 +26,10 @@ _WORDS = {
     UNCLEAR: ("holdout", "heldout"),
 }
 _ROLES = {
-    word + end: split for split, words in _WORDS.items() for word in words for end in ("", "set", "data", "ing")
+    word + end: split
+    for split, words in _WORDS.items()
+    for word in words
+    for end in ("", "set", "data", "ing")
 } | {"trainings": "train"}
 _TEXTS = (".txt", ".text", ".tokens")
 _PACKED = (".xz", ".gz")
@@ -82,7 +85,8 @@ def place(inside: Path) -> str | None:
     """The split of a file by its path inside a folder: the outermost name that tells one decides.
 
     A name further inside that is nothing but the name of another split makes the file `UNCLEAR`; a class of
-    pictures called ``test_tube`` does not. A folder whose name tells several splits leaves it to those inside.
+    pictures called ``test_tube`` does not. A folder whose name tells several splits leaves it to what is
+    inside.
 
     >>> [place(Path(p)) for p in ("Train/cats/1.png", "en/test/a.txt", "train/test_tube/1.png", "a/b.txt")]
     ['train', 'test', 'train', None]
@@ -124,6 +128,12 @@ def is_text(path: Path, split: str | None = None) -> bool:
     if split is None or last in _TEXTS:
         return last in _TEXTS
     return last in ("", ".raw") or last[1:].isdigit() or role(last) is not None
+
+
+def holds_text(root: Path) -> bool:
+    """Whether a file of the folder is read as text."""
+    inside = ((p, p.relative_to(root)) for p in root.rglob("*") if p.is_file())
+    return any(is_text(p, place(i)) and not hidden(i) for p, i in inside)
 
 
 def texts(root: Path) -> Arranged:

@@ -288,15 +288,11 @@ def _dealt(source: Source, sizes: Counter[str], shares: dict[str, float]) -> dic
     characters = dict(sizes) | cut | {"train": sizes["train"] - sum(cut.values())}
     if not all(characters.values()):
         told = " and ".join(f"{split}={share}" for split, share in missing.items())
-        raise InputError(
-            f"{source.name}: {sizes['train']} characters are too few for {told}; give more text"
-        )
+        raise InputError(f"{source.name}: {sizes['train']} characters are too few for {told}; give more text")
     return {split: characters[split] for split in own_text.order(missing)}
 
 
-def _survey(
-    source: Source, kind: str, vocab_size: int, crlf: Counter[str]
-) -> tuple[Counter[str], Tokenizer]:
+def _survey(source: Source, kind: str, vocab_size: int, crlf: Counter[str]) -> tuple[Counter[str], Tokenizer]:
     """Characters of each split that there is, and a tokenizer for the text."""
     sizes, counts, learned = Counter[str](), dict[int, int](), list[str]()
     for split, piece in _shown(source.pieces(crlf), "read"):

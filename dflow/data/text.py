@@ -67,8 +67,8 @@ class DataConfig:
     split_by: own_text.By = field(
         default="tail",
         metadata={
-            "help": "what of your own text, where no names tell the splits, is for validation and test: tail, "
-            "the end of the joined text; files, whole files; blocks, ends of 20 stretches of the text"
+            "help": "what of your own text, where no names tell the splits, is for validation and test: "
+            "tail, the end of the joined text; files, whole files; blocks, ends of 20 stretches of the text"
         },
     )
     parameters: dict[str, Any] = field(
@@ -321,7 +321,7 @@ class Corpus:
     pooled: bool = False
 
     def split(self, name: str) -> Text:
-        """The split called ``name``: train, valid or test; or all of them, in this order.
+        """The split called ``name``: train, valid or test; or all of them, as they were read.
 
         Raises:
             InputError: no split of that name, or a character outside the vocabulary.
@@ -427,7 +427,7 @@ def _load(config: DataConfig, tokenizer: Tokenizer | None, arrange: Arrange) -> 
     @functools.cache
     def spelled(split: str) -> Text:
         if split == splits.ALL and len(texts) < len(SPLITS):
-            return _joined([spelled(part) for part in SPLITS])
+            return _joined([spelled(part) for part in reading.parts])
         # A line break between sentences is none of their characters.
         between = "\n" if protocol == "sentence" else ""
         text = between.join(texts.values()) if split == splits.ALL else texts[split]
@@ -476,7 +476,9 @@ def _read(config: DataConfig, protocol: str, arrange: Arrange, scoring: bool) ->
     deal = own_text.Deal(config.name, shares, config.split_by, protocol == "sentence", scoring)
     if config.name == sets.PYDOC:
         if config.split_by == "files":
-            raise InputError("pydoc is one text: data.split_by: files has no files to deal; choose blocks or tail")
+            raise InputError(
+                "pydoc is one text: data.split_by: files has no files to deal; choose blocks or tail"
+            )
         text = sets.read_pydoc()
         text = text.lower() if config.lowercase else text
         return own_text.Reading(
@@ -547,8 +549,8 @@ def _stored(config: DataConfig, tokenizer: Tokenizer | None, arrange: Arrange) -
     found = None if config.name.startswith(stores.HUB) else arrange(_path(config))
     if config.split_by == "blocks" or (found is None and config.split_by != "tail"):
         raise InputError(
-            f"data.split_by: {config.split_by} does not go with data.store and {config.name}; leave it out, or "
-            "choose files for a folder"
+            f"data.split_by: {config.split_by} does not go with data.store and {config.name}; leave it out, "
+            "or choose files for a folder"
         )
     if found is not None and config.split_by == "files":
         found = splits.by_files(found, shares)
@@ -568,7 +570,7 @@ def _stored(config: DataConfig, tokenizer: Tokenizer | None, arrange: Arrange) -
         name=config.name,
         protocol="stream",
         tokenizer=stored.tokenizer,
-        parts=parts | {splits.ALL: lambda: _joined(list(texts.values()))},
+        parts=parts | {splits.ALL: lambda: _joined([texts[split] for split in about.characters])},
         num_characters=sum(about.characters.values()),
         checksum=about.checksum,
         sources={} if found is None else {s: [found.name(p) for p in found.parts.get(s, ())] for s in SPLITS},
