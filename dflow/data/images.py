@@ -409,7 +409,7 @@ def _pictures(pixels: Pixels, config: ImageConfig, note: str) -> ImageSet:
             images = _centre(images, config.patch, "patch", config.name)
         parts.append(images >> (pixels.depth - bits))
     _, C, H, W = parts[0].shape
-    values = [part.reshape(len(part), -1) for part in parts]
+    values = [part.reshape(len(part), C * H * W) for part in parts]
     dealt = _image_set(
         config.name,
         (C, H, W),
@@ -542,8 +542,10 @@ def _own(
     # Whole images are dealt: tiles of one may not lie in two splits.
     numbers = np.split(np.arange(len(images)), np.cumsum([*counts.values()])[:-1])
     dealt, note = _deal(dict(zip(counts, numbers, strict=True)), config, partial)
+    # A split may be empty, and has the shape of the others.
+    none = _tiles(images[0], config.tiles, False)[:0]
     parts = {
-        name: _stack([_tiles(images[i], config.tiles, name == "train") for i in which], images[0])
+        name: np.concatenate([none, *(_tiles(images[i], config.tiles, name == "train") for i in which)])
         for name, which in dealt.items()
     }
     whole = None
@@ -561,11 +563,6 @@ def _own(
         whole=whole,
     )
     return pixels, config, note
-
-
-def _stack(pieces: Sequence[Array], like: Array) -> Array:
-    """Tiles of several images; none have the shape of an image's."""
-    return np.concatenate(pieces) if pieces else np.empty((0, *like.shape), like.dtype)
 
 
 def _deal(parts: dict[str, Array], config: ImageConfig, partial: bool) -> tuple[dict[str, Array], str]:

@@ -131,10 +131,7 @@ def seal(characters: Mapping[str, int]) -> str:
 
 def crlf_note(count: int) -> str:
     """What is said of line ends that are not kept."""
-    return (
-        f"{count:,} line ends CRLF are read as LF, and bits a character are those of the text with LF (a "
-        "model of text still compresses such a file byte for byte)."
-    )
+    return f"Line ends CRLF that were read as LF: {count:,}. Bits a character are those of the text with LF."
 
 
 def _told(

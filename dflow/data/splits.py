@@ -208,10 +208,11 @@ def _left_out(unread: Sequence[Path], passed: int) -> list[str]:
         kinds = Counter(path.suffix.lower() or "no suffix" for path in unread)
         counts = ", ".join(f"{n:,} with {kind}" for kind, n in kinds.most_common(6))
         notes.append(
-            f"{len(unread):,} files are of kinds that are not read ({counts}): {shown(map(str, unread))}."
+            f"Files that were not read, since they are of other kinds: {len(unread):,} ({counts}; "
+            f"{shown(map(str, unread))})."
         )
     if passed:
-        notes.append(f"{passed:,} hidden files, or files that programs leave behind, are left out.")
+        notes.append(f"Files that were left out, since they or their folders are hidden: {passed:,}.")
     return notes
 
 
@@ -303,8 +304,8 @@ def repeated(parts: Mapping[str, Iterable[tuple[str, Path | bytes]]]) -> list[st
                     alike.setdefault((split, other), []).append(f"{name} = {first[other][key]}")
             first[split].setdefault(key, name)
     return [
-        f"{len(pairs):,} files of the {split} data are byte for byte files of the {other} data too: "
-        f"{shown(pairs)}."
+        f"Files of the {split} data that are byte for byte files of the {other} data too: {len(pairs):,} "
+        f"({shown(pairs)})."
         for (split, other), pairs in alike.items()
     ]
 
