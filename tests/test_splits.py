@@ -1,10 +1,11 @@
-"""Which data are trained on: names of splits, pools, whole files and blocks; what is told and kept; all scored."""
+"""Which data are trained on: names of splits, pools, files and blocks; what is told and kept; all scored."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +131,8 @@ def test_without_names_of_splits_a_folder_is_one_pool(tmp_path: Path) -> None:
     assert corpus.checksum == files.digest(whole.encode())
     assert corpus.pooled
     notes = " ".join(corpus.notes)
-    assert "3 files are of kinds that are not read (2 with .md, 1 with .jsonl): data.jsonl, more.md" in notes
-    assert "3 hidden files" in notes
+    assert "of other kinds: 3 (2 with .md, 1 with .jsonl; data.jsonl, more.md" in notes
+    assert "their folders are hidden: 3." in notes
     assert "its 3 files are one pool" in notes
     # The tail is of the last file alone, and that is told.
     assert "validation and test data are the end of the joined text, from contest.txt," in notes
@@ -145,7 +146,7 @@ def test_whole_files_and_blocks_are_dealt_on_wish(tmp_path: Path) -> None:
     config = DataConfig(str(tmp_path / "d"), split_by="files", valid=0.1, test=0.1)
     corpus = load(config)
     files_of = {split: list(corpus.sources[split]) for split in splits.SPLITS}
-    assert sorted(sum(files_of.values(), [])) == sorted(texts)
+    assert sorted(name for names in files_of.values() for name in names) == sorted(texts)
     # Pinned: results depend on it.
     assert [len(files_of[s]) for s in splits.SPLITS] == [16, 2, 2]
     assert parts(corpus) == ["\n".join(texts[n] for n in files_of[s]) for s in splits.SPLITS]
@@ -156,11 +157,11 @@ def test_whole_files_and_blocks_are_dealt_on_wish(tmp_path: Path) -> None:
     whole = "\n".join(texts.values())
     assert blocks.checksum == files.digest(whole.encode())
     cuts = [len(whole) * k // 20 for k in range(21)]
-    test = "".join(whole[b - (b - a) // 10 : b] for a, b in zip(cuts, cuts[1:], strict=False))
+    test = "".join(whole[b - (b - a) // 10 : b] for a, b in pairwise(cuts))
     assert parts(blocks)[2] == test
     assert set(test) - set("0123456789\n") == set("abcdefghijklmnopqrst")
     assert sum(map(len, parts(blocks))) == len(whole)
-    with pytest.raises(InputError, match="data.split_by: blocks does not go with data.store"):
+    with pytest.raises(InputError, match=r"data\.split_by: blocks does not go with data.store"):
         load(DataConfig(config.name, split_by="blocks", store=str(tmp_path / "t")))
     with pytest.raises(InputError, match="needs three files at least, found 1"):
         load(DataConfig(str(tmp_path / "d" / "00.txt"), split_by="files"))
@@ -170,13 +171,11 @@ def test_line_ends_and_equal_files_are_told(tmp_path: Path) -> None:
     put(tmp_path, **{"train/a.txt": APPLES.replace("\n", "\r\n"), "train/b.txt": TEST, "test/c.txt": TEST})
     for store in (None, str(tmp_path / "store")):
         notes = " ".join(load(DataConfig(str(tmp_path), store=store)).notes)
-        assert "60 line ends CRLF are read as LF" in notes
+        assert "CRLF that were read as LF: 60." in notes
     notes = " ".join(load(DataConfig(str(tmp_path))).notes)
-    expected = (
-        "1 files of the test data are byte for byte files of the train data too: test/c.txt = train/b.txt"
-    )
+    told = "the test data that are byte for byte files of the {} data too: 1 (test/c.txt = train/b.txt)"
     # The end of the training text is validation data here, and lies in b.txt as well.
-    assert expected in notes or expected.replace("train data", "valid data") in notes
+    assert any(told.format(split) in notes for split in ("train", "valid"))
 
 
 def test_models_of_version_0_1_0_score_the_pool_that_they_were_trained_on(tmp_path: Path) -> None:
@@ -215,14 +214,14 @@ def test_folders_of_pictures_are_never_pooled_with_validation(names: tuple[str, 
     assert images.valid.values[:, 0].tolist() == [100, 101, 102, 103]
     assert images.sources["valid"] == tuple(f"{names[1]}/cats/{i}.png" for i in range(4))
     notes = " ".join(images.notes)
-    assert "1 files are of kinds that are not read (1 with .csv): list.csv" in notes
-    assert "4 hidden files" in notes
+    assert "of other kinds: 1 (1 with .csv; list.csv)" in notes
+    assert "their folders are hidden: 4." in notes
     assert "Test dealt from the rows to train on" in notes
     assert sorted(images.split("all").values[:, 0].tolist()) == [
         *range(10, 18), *range(30, 38), *range(100, 104)
     ]  # fmt: skip
     pictures(tmp_path / "extra", 1)
-    with pytest.raises(InputError, match="extra, beside .* rename it"):
+    with pytest.raises(InputError, match=r"extra, beside .* rename it"):
         load_images(ImageConfig(str(tmp_path)))
 
 
@@ -233,7 +232,7 @@ def test_all_tiles_lie_side_by_side_and_equal_pictures_are_told(tmp_path: Path) 
     assert images.split("all").num_rows == 16
     images = load_images(ImageConfig(str(tmp_path), valid=0.25, tiles=[2, 1]))
     assert sorted(images.split("all").values[:, 0].tolist()) == sorted(2 * [10, 11, 12, 13, 12, 13, 14, 15])
-    assert "2 files of the test data are byte for byte files of the train data too" in " ".join(images.notes)
+    assert "the test data that are byte for byte files of the train data too: 1 (" in " ".join(images.notes)
 
 
 def test_few_pictures_are_scored_as_a_whole(tmp_path: Path) -> None:
@@ -400,7 +399,7 @@ def test_what_was_dealt_is_told_and_kept(tmp_path: Path, capsys: pytest.CaptureF
     told = captured.out + captured.err
     assert f"  train: {len(APPLES)} characters, {len(APPLES)} symbols, of train.txt" in told
     assert f"  valid: {len(VALID)} characters, {len(VALID)} symbols, of valid.txt" in told
-    assert "1 files are of kinds that are not read" in told
+    assert "of other kinds: 1 (1 with .md; notes.md)" in told
     kept = json.loads((tmp_path / "out" / "data.json").read_text())
     assert kept["splits"]["test"] == {"characters": len(TEST), "symbols": len(TEST), "files": ["test.txt"]}
     assert cli.main(["evaluate", "--model", str(tmp_path / "out"), "--threads", "1"]) == 0
