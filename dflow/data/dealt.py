@@ -12,6 +12,8 @@ from dflow.data import files, splits
 
 #: In the folder of a model. What `Corpus.about` and `ImageSet.about` give.
 DEALT = "data.json"
+#: Bytes that are read of it.
+_LONGEST = 1 << 26
 
 
 def lines(about: Mapping[str, Any]) -> list[str]:
@@ -43,6 +45,8 @@ def read(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
+        if path.stat().st_size > _LONGEST:
+            raise ValueError(f"more than {_LONGEST:,} bytes")
         about = json.loads(path.read_bytes())
         lines(about)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -600,6 +600,7 @@ def _from_hub(config: ImageConfig, partial: bool) -> tuple[Pixels, ImageConfig, 
     repository = config.name.removeprefix(HUB)
     if repository.count("/") != 1:
         raise InputError(f"{config.name}: name a data set of the hub as {HUB}OWNER/NAME")
+    names = {"train": "train", "validation": "valid", "valid": "valid", "val": "valid", "test": "test"}
 
     def files_of(split: Any, name: str, column: str) -> Iterator[tuple[str, bytes]]:
         for i, row in enumerate(split.select_columns([column])):
@@ -612,13 +613,8 @@ def _from_hub(config: ImageConfig, partial: bool) -> tuple[Pixels, ImageConfig, 
     def read(of_hub: Any) -> tuple[Pixels, ImageConfig, str]:
         from datasets import Image as Feature
 
-        found: dict[str, Any] = {}
-        for name, split in of_hub.items():
-            role = splits.role(name)
-            if role in found:
-                raise InputError(f"{config.name}: has several {role} splits: {', '.join(of_hub)}")
-            if role in SPLITS:
-                found[role] = split
+        # Splits of other names are neither trained on nor scored.
+        found = {names[name]: split for name, split in of_hub.items() if name in names}
         if "train" not in found:
             raise InputError(f"{config.name}: has no split to train on, only {', '.join(of_hub)}")
         # In the order of training, validation and test, whatever the hub's.
