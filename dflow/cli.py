@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from dflow.compress import ImageCoder
-    from dflow.data import Corpus, DataConfig, ImageConfig, Tokenizer
+    from dflow.data import Corpus, DataConfig, ImageConfig, ImageSet, Tokenizer
     from dflow.evaluate import Evaluation, ExactEvaluation, ImageEvaluation, LawEvaluation
     from dflow.hf import DflowModel
 
@@ -97,7 +97,11 @@ class Source:
         None,
     )
     folder: str | None = flag("folder of the data (default: as in training, or DFLOW_DATA)", None)
-    split: Literal["train", "valid", "test"] = flag("which part of the data", "test")
+    split: Literal["train", "valid", "test", "all"] | None = flag(
+        "which part of the data: train, valid, test, or all of them (default: test; of a text, folder or "
+        "table of your own that the model was not trained on and that has no test split, all)",
+        None,
+    )
     limit: int | None = flag(
         "score the first LIMIT chunks only; of images and tables LIMIT random rows", None
     )
@@ -124,6 +128,40 @@ class Source:
         if self.data is not None:  # whatever it is by now
             trained = dataclasses.replace(trained, checksum=None)
         return dataclasses.replace(trained, protocol=protocol, folder=self.folder or trained.folder)
+
+    def part(self, data: Corpus | ImageSet, *folders: str) -> str:
+        """The split to score: what --split says, or what is safe for the models in ``folders``.
+
+        Data that were cut into splits by a share alone are scored as a whole, unless one of the models was
+        trained on them.
+        """
+        if self.split is not None:
+            return self.split
+        if self.data is None or not data.pooled:
+            return "test"
+        return "test" if any(self.trained_on(data, folder) for folder in folders) else "all"
+
+    def trained_on(self, data: Corpus | ImageSet, folder: str) -> bool:
+        """Whether the model in ``folder`` was trained on these data, under this name or another one."""
+        from dflow.data import files
+        from dflow.hf import split_calls
+        from dflow.train import recipe_of
+
+        path = split_calls(folder)[0]
+        if self.data is None:
+            return True
+        if not (path / "recipe.yaml").is_file():
+            return False
+        trained = recipe_of(path).data
+        if self.data == trained.name or data.checksum == trained.checksum:
+            return True
+        places = [Path(name).expanduser() for name in (self.data, trained.name)]
+        bases = [files.data_folder(f) for f in (self.folder or trained.folder, trained.folder)]
+        resolved = [
+            {p.resolve() for p in (place, base / place if base else place) if p.exists()}
+            for place, base in zip(places, bases, strict=True)
+        ]
+        return bool(resolved[0] & resolved[1])
 
     def images(self, folder: str) -> ImageConfig:
         """Images or the table on which the model in ``folder`` was trained, changed by the flags."""
@@ -419,7 +457,8 @@ def evaluate(flags: Evaluate) -> int:
             raise InputError(f"--{name} is for models of images or tables; {flags.model} is one of text")
     model, tokenizer = load_model(flags.model, device)
     corpus = load(flags.config(flags.model, model), tokenizer)
-    text = corpus.split(flags.split)
+    split = flags.part(corpus, flags.model)
+    text = corpus.split(split)
     options: dict[str, Any] = {"progress": True, "limit": flags.limit, "accelerator": accelerator}
     if flags.batch_size is not None:
         options["batch_size"] = flags.batch_size
@@ -430,8 +469,9 @@ def evaluate(flags: Evaluate) -> int:
     else:
         result = run(model, text, **options)
         rows = [
-            ("text", f"{corpus.name}, {flags.split}"),
+            ("text", f"{corpus.name}, {split}"),
             ("protocol", result.protocol),
+            ("characters scored", f"{result.num_characters:,}{left_out(result, flags.limit)}"),
             ("symbols scored", f"{result.num_symbols:,} in {result.num_chunks:,} chunks"),
             ("bits a character", f"{result.bpc:.4f}"),
             ("standard error", told(result.standard_error)),
@@ -439,9 +479,10 @@ def evaluate(flags: Evaluate) -> int:
         ]
     checked = "draws" if isinstance(text, Draws) else "chunks"
     rows = [("model", flags.model), *rows, ("round trip", verdict(result, checked))]
+    rows += data_rows(flags, corpus, split)
     if accelerator is None or accelerator.is_main_process:
         print_table(rows)
-        about = {"model": flags.model, "data": corpus.name, "split": flags.split, "checksum": corpus.checksum}
+        about = {"model": flags.model, "data": corpus.name, "split": split, "checksum": corpus.checksum}
         print(json.dumps(about | dataclasses.asdict(result)))
     if accelerator is not None:
         accelerator.end_training()
@@ -449,6 +490,31 @@ def evaluate(flags: Evaluate) -> int:
         complain(f"{flags.model}: the round trip failed; the figures above do not describe what it draws")
         return 1
     return 0
+
+
+def left_out(result: Evaluation, limit: int | None) -> str:
+    """How many characters of a text are not scored, and why."""
+    if not result.num_left:
+        return ", all of them"
+    reason = (
+        "behind the last whole chunk" if "chunks" in result.protocol else "in sentences that are too long"
+    )
+    return f"; {result.num_left:,} left out, {reason if limit is None else 'beyond the limit'}"
+
+
+def data_rows(flags: Evaluate, data: Corpus | ImageSet, split: str) -> list[tuple[str, str]]:
+    """Lines of the table on what the model was trained on, and on how the data were read."""
+    from dflow.data import dealt
+    from dflow.hf import split_calls
+
+    kept = dealt.read(split_calls(flags.model)[0])
+    rows = []
+    if kept is not None:
+        [train, *_] = dealt.lines(kept)
+        rows.append(("trained on", f"{kept['name']}, {train.strip()}"))
+    if split == "all" and flags.trained_on(data, flags.model):
+        rows.append(("note", "all splits are scored, also what the model was trained on"))
+    return rows + [("note", note) for note in data.notes]
 
 
 def evaluate_classifier(flags: Evaluate) -> int:
@@ -464,16 +530,17 @@ def evaluate_classifier(flags: Evaluate) -> int:
         raise InputError("a classifier is evaluated by one process; run dflow without a launcher")
     model = load(flags.model, flags.settle(), DflowClassifier)
     images = load_images(flags.images(flags.model))
+    split = flags.part(images, flags.model)
     options: dict[str, Any] = {
         n: getattr(flags, n) for n in ("batch_size", "seed") if getattr(flags, n) is not None
     }
     result = evaluate_labels(
-        model, images.split(flags.split), images.train, limit=flags.limit, progress=True, **options
+        model, images.split(split), images.train, limit=flags.limit, progress=True, **options
     )
     print_table(
         [
             ("model", flags.model),
-            ("data", f"{images.name}, {flags.split}: {result.num_rows:,} images"),
+            ("data", f"{images.name}, {split}: {result.num_rows:,} images"),
             ("estimated on", f"{result.num_estimated:,} training images"),
         ]
     )
@@ -492,7 +559,7 @@ def evaluate_classifier(flags: Evaluate) -> int:
             ),
         ]
     )
-    about = {"model": flags.model, "data": images.name, "split": flags.split, "checksum": images.checksum}
+    about = {"model": flags.model, "data": images.name, "split": split, "checksum": images.checksum}
     print(json.dumps(about | dataclasses.asdict(result)))
     return 0
 
@@ -565,7 +632,7 @@ def plot_coverage(flags: PlotCoverage) -> int:
     images = load_images(flags.images(flags.model))
     result = evaluate_labels(
         model,
-        images.split(flags.split),
+        images.split(flags.part(images, flags.model)),
         images.train,
         ensembles=(flags.members,),
         limit=flags.limit,
@@ -597,23 +664,24 @@ def evaluate_pictures(flags: Evaluate, device: torch.device, accelerator: Accele
         names += ["draws", "seed"]
     elif flags.draws is not None or flags.seed is not None:
         raise InputError(f"--draws and --seed are for bounds; {flags.model} has an exact likelihood")
-    images = load_images(flags.images(flags.model))
+    images = load_images(flags.images(flags.model), partial=True)
+    split = flags.part(images, flags.model)
     options: dict[str, Any] = {n: getattr(flags, n) for n in names if getattr(flags, n) is not None}
     if flags.precision is not None:
         options["precision"] = getattr(torch, flags.precision)
     options |= {"unit": images.unit, "limit": flags.limit, "progress": True, "accelerator": accelerator}
     result: ExactEvaluation | ImageEvaluation
     if model.exact:
-        result = evaluate_exact(model, images.split(flags.split), **options)
-        rows, sound = exact_rows(result, images.name, flags.split), result.round_trip is not False
+        result = evaluate_exact(model, images.split(split), **options)
+        rows, sound = exact_rows(result, images.name, split), result.round_trip is not False
         wrong = "the round trip failed; the figures above do not describe what it draws"
     else:
-        result = evaluate_images(model, images.split(flags.split), **options)
-        rows, sound = image_rows(result, images.name, flags.split), result.intact
+        result = evaluate_images(model, images.split(split), **options)
+        rows, sound = image_rows(result, images.name, split), result.intact
         wrong = "a draw left the cell of its datum; the figures above do not hold"
     if accelerator is None or accelerator.is_main_process:
-        print_table([("model", flags.model), *rows])
-        about = {"model": flags.model, "data": images.name, "split": flags.split, "checksum": images.checksum}
+        print_table([("model", flags.model), *rows, *data_rows(flags, images, split)])
+        about = {"model": flags.model, "data": images.name, "split": split, "checksum": images.checksum}
         print(json.dumps(about | dataclasses.asdict(result)))
     if accelerator is not None:
         accelerator.end_training()
@@ -812,17 +880,21 @@ def compare(flags: Compare) -> int:
     device = flags.settle()
     loaded = [load_model(name, device) for name in flags.models]
     config = flags.config(flags.models[0], loaded[0][0])
+    corpora = [load(config, tokenizer) for _, tokenizer in loaded]
+    split = flags.part(corpora[0], *flags.models)
     contestants = [
-        comparing.Contestant(name.rstrip("/"), model, load(config, tokenizer).split(flags.split))
-        for name, (model, tokenizer) in zip(flags.models, loaded, strict=True)
+        comparing.Contestant(name.rstrip("/"), model, corpus.split(split))
+        for name, (model, _), corpus in zip(flags.models, loaded, corpora, strict=True)
     ]
+    for note in corpora[0].notes:
+        print(f"note: {note}", file=sys.stderr)
     result = comparing.compare(
         contestants,
         length=flags.length,
         batch_size=flags.batch_size,
         rounds=10 if flags.rounds is None else flags.rounds,
         limit=flags.limit,
-        text=f"{config.name}, {flags.split}",
+        text=f"{config.name}, {split}",
         progress=True,
     )
     print(comparing.markdown(result))
@@ -1112,7 +1184,7 @@ def compare_codecs(flags: Compare) -> int:
     if flags.models and flags.data is not None:
         raise InputError(f"files and --data {flags.data}: compress the ones or the other")
     if flags.data is not None:
-        found = material.of_data(flags.data, flags.split, flags.folder, flags.limit)
+        found = material.of_data(flags.data, flags.split or "test", flags.folder, flags.limit)
     else:
         found = material.of_files([Path(name) for name in flags.models], flags.limit)
     is_text = isinstance(found.items[0], bytes)

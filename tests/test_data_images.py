@@ -559,7 +559,7 @@ def test_folders_called_train_valid_and_test_are_the_splits(tmp_path: Path) -> N
     with pytest.raises(InputError, match="has a split of its own for test"):
         load_images(ImageConfig(str(tmp_path), valid=0.4, test=0.4))
     save(tmp_path / "stray.png", np.zeros((2, 2), dtype=np.uint8))
-    with pytest.raises(InputError, match=r"stray\.png: beside the folders train, test"):
+    with pytest.raises(InputError, match=r"stray\.png, beside train, test, may be .* rename it"):
         load_images(ImageConfig(str(tmp_path), valid=0.4))
 
 

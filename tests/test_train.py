@@ -169,6 +169,7 @@ def test_training_lowers_bits_and_the_folder_holds_the_best_model(family, model,
     files = {p.name for p in out.iterdir() if p.is_file()}
     assert files == {
         "config.json",
+        "data.json",
         "manifest.json",
         "metrics.jsonl",
         "model.safetensors",

@@ -19,7 +19,7 @@ from dflow.compress.images import decompress_images
 from dflow.compress.pixels import read
 from dflow.compress.text import decompress_text
 from dflow.config import InputError
-from dflow.data import DataConfig, ImageConfig, image_sets, images, load, load_images
+from dflow.data import Bytes, DataConfig, ImageConfig, image_sets, images, load, load_images, splits
 
 #: Files that hold pictures; all others are texts.
 _PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".npy"}
@@ -54,14 +54,16 @@ def of_files(paths: Sequence[Path], limit: int | None = None) -> Material[Array]
 def of_data(
     name: str, split: str, folder: str | None = None, limit: int | None = None
 ) -> Material[Array] | Material[bytes]:
-    """A split of a data set; of images ``limit`` random ones, of a text as many characters from its start.
+    """A split of a data set, or all of it.
+
+    Of images ``limit`` random ones, of a text as many characters from its start.
 
     Raises:
         InputError: as of `dflow.data.load` and `load_images`.
     """
     _check_limit(limit)
     if holds_images(name):
-        found = load_images(ImageConfig(name, folder=folder))
+        found = load_images(ImageConfig(name, folder=folder), partial=True)
         if not isinstance(found.levels, int):
             raise InputError(f"{name}: a table; codecs are compared on pictures and texts")
         rows = found.split(split)
@@ -69,9 +71,10 @@ def of_data(
         stack = values.reshape(-1, *found.shape).transpose(0, 2, 3, 1)
         depth = (found.levels - 1).bit_length()
         return pictures(f"{name}, {split}", [_flat(item) for item in stack], depth)
-    corpus = load(DataConfig(name, folder=folder))
-    if corpus.law is not None:
+    config = DataConfig(name, folder=folder)
+    if config.law() is not None:
         raise InputError(f"{name}: a law; codecs are compared on pictures and texts")
+    corpus = load(config, Bytes())
     text = corpus.tokenizer.decode(corpus.split(split).ids)
     return texts(f"{name}, {split}", [text[:limit].encode()])
 
@@ -83,7 +86,7 @@ def holds_images(name: str) -> bool:
         name in image_sets.KNOWN
         or name == image_sets.CHECKERBOARD
         or name.startswith(images.HUB)
-        or (path.is_dir() and not any(path.rglob("*.txt")))
+        or (path.is_dir() and not splits.holds_text(path))
     )
 
 

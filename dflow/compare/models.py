@@ -230,8 +230,7 @@ def measure(
                 bar.update()
                 if r >= 0:
                     seconds[turn].append(duration)
-                    drawn = int((ids >= 0).sum()) * contestants[i].text.characters_per_symbol
-                    characters[i].append(drawn)
+                    characters[i].append(float(contestants[i].text.characters(ids).sum()))
     result = []
     for i in range(len(contestants)):
         median, threads = min((statistics.median(seconds[i, t]), t) for t in settings)

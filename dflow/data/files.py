@@ -47,15 +47,16 @@ def read(path: Path, member: str | None = None) -> bytes:
         InputError: The packed file is damaged or lacks ``member``.
     """
     try:
-        if path.suffix == ".zip" and member is not None:
+        suffix = path.suffix.lower()
+        if suffix == ".zip" and member is not None:
             with zipfile.ZipFile(path) as archive:
                 if member not in archive.namelist():
                     raise InputError(f"{path}: holds no file {member!r}; fetch the archive again")
                 return archive.read(member)
         data = path.read_bytes()
-        if path.suffix == ".xz":
+        if suffix == ".xz":
             return lzma.decompress(data)
-        return gzip.decompress(data) if path.suffix == ".gz" else data
+        return gzip.decompress(data) if suffix == ".gz" else data
     except _DAMAGED as error:
         raise InputError(f"{path}: damaged or truncated ({error}); fetch the file again") from error
 

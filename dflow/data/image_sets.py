@@ -21,8 +21,8 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,21 @@ CHECKERBOARD_NOTE = "(0, 1) or (1, 0), equally likely: exactly 1 bit"
 
 @dataclass(frozen=True, eq=False)
 class Pixels:
-    """Images of three splits, uint8 ``(n, C, H, W)``, in ``depth`` bits; labels of each, uint8 ``(n,)``."""
+    """Images of three splits, uint8 ``(n, C, H, W)``, in ``depth`` bits; labels of each, uint8 ``(n,)``.
+
+    Of the user's own images also the names of their files, notes for the user, whether the test split is a
+    share that was dealt, and where those to train on overlap all of them side by side.
+    """
 
     train: Array
     valid: Array
     test: Array
     depth: int = 8
     labels: tuple[Array, Array, Array] | None = None
+    sources: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    pooled: bool = False
+    whole: Array | None = None
 
 
 # -- MNIST -----------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,14 @@ from PIL import Image
 from torch import Tensor
 
 from dflow.config import InputError, nearest
-from dflow.data import files, image_sets, sets, synthetic, tables
+from dflow.data import files, image_sets, sets, splits, synthetic, tables
 from dflow.data.image_sets import CHECKERBOARD, Pixels
 from dflow.data.known import from_hub
+from dflow.data.splits import SPLITS, Arranged
 
 Array = NDArray[Any]
 
 HUB = "hub:"
-SPLITS = ("train", "valid", "test")
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 #: Modes of Pillow that are read, and as what.
 _MODES = {"L": "L", "LA": "L", "P": "RGB", "PA": "RGB", "RGB": "RGB", "RGBA": "RGB"}
@@ -211,6 +211,10 @@ class ImageSet:
         checksum: of the values of all splits as they are here: a result can say what it was measured on.
         unit: in which a result is told: "bits a dimension", or "bits" of a whole row.
         classes: number of labels, 0 where there are none.
+        sources: names of the files that each split is taken from, where they are the user's.
+        notes: sentences on how they were read.
+        pooled: whether the test split is a share that was dealt, and no data of its own.
+        whole: all rows, where the rows to train on overlap.
     """
 
     name: str
@@ -225,6 +229,10 @@ class ImageSet:
     columns: tuple[str, ...] | None = None
     unit: str = "bits a dimension"
     classes: int = 0
+    sources: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    pooled: bool = False
+    whole: Samples | None = None
 
     @property
     def dim(self) -> int:
@@ -232,26 +240,80 @@ class ImageSet:
         return self.train.dim
 
     def split(self, name: str) -> Samples:
-        """The split called ``name``: train, valid or test."""
+        """The split called ``name``: train, valid or test; or all of them, in this order.
+
+        Raises:
+            InputError: no split of that name, or no row in it.
+        """
+        if name == splits.ALL:
+            return self._all()
         if name not in SPLITS:
-            raise InputError(f"no split {name!r}; {nearest(name, SPLITS)}")
+            raise InputError(f"no split {name!r}; {nearest(name, [*SPLITS, splits.ALL])}")
         samples: Samples = getattr(self, name)
+        if not samples.num_rows:
+            raise InputError(
+                f"{self.name}: too few rows for a {name} split; score all of them with --split all"
+            )
         return samples
 
+    def _all(self) -> Samples:
+        if self.whole is not None:
+            return self.whole
+        parts = [self.train, self.valid, self.test]
+        labels = [part.labels for part in parts if part.labels is not None]
+        values = torch.cat([part.values for part in parts])
+        return Samples(splits.ALL, values, self.train.what, torch.cat(labels) if labels else None)
 
-def load_images(config: ImageConfig) -> ImageSet:
+    def about(self) -> dict[str, Any]:
+        """What was dealt, as plain values: of each split its rows and files; and the notes."""
+        parts = {}
+        for name in SPLITS:
+            samples: Samples = getattr(self, name)
+            parts[name] = {samples.what: samples.num_rows, "files": list(self.sources.get(name, ()))}
+        return {
+            "name": self.name,
+            "checksum": self.checksum,
+            "splits": parts,
+            "notes": list(self.notes),
+        }
+
+
+def load_images(config: ImageConfig, partial: bool = False) -> ImageSet:
     """Read and split the images or the table that ``config`` names.
+
+    Args:
+        config: names them.
+        partial: whether the shares for validation and test may come to no row: whoever scores all rows
+            needs none.
 
     Raises:
         InputError: Nothing of that name, damaged files, images of unequal sizes, more than 8 bits a value,
             settings that do not go together, missing values in a table, another checksum than the config's.
     """
-    found = _load(config)
-    files.check_same(config.name, found.checksum, config.checksum)
+    try:
+        found = _load(config, partial, _arrange)
+        files.check_same(config.name, found.checksum, config.checksum)
+    except InputError:
+        before = _load_before(config, partial)
+        if before is None:
+            raise
+        return before
     return found
 
 
-def _load(config: ImageConfig) -> ImageSet:
+def _load_before(config: ImageConfig, partial: bool) -> ImageSet | None:
+    """A folder as version 0.1.0 read it, if the checksum that a model keeps is that of this reading."""
+    own = config.name not in (CHECKERBOARD, *image_sets.KNOWN) and not config.name.startswith(HUB)
+    if config.checksum is None or not own or not _path(config).is_dir():
+        return None
+    try:
+        found = _load(config, partial, _arrange_before)
+    except InputError:
+        return None
+    return found if found.checksum == config.checksum else None
+
+
+def _load(config: ImageConfig, partial: bool, arrange: Callable[[Path], Arranged]) -> ImageSet:
     if config.name == CHECKERBOARD:
         config.refuse(
             "drawn", "folder", "bits", "patch", "crop", "tiles", "grey", "flip", "valid", "test", "continuous"
@@ -274,28 +336,43 @@ def _load(config: ImageConfig) -> ImageSet:
         return _pictures(known.read(files.data_folder(config.folder)), config, known.note)
     if config.name.startswith(HUB):
         config.refuse("a set of images", "continuous", "folder")
-        return _pictures(*_from_hub(config))
+        return _pictures(*_from_hub(config, partial))
     path = _path(config)
     if ".csv" in path.suffixes and path.is_file():
         config.refuse("a table", "bits", "patch", "crop", "tiles", "grey", "flip")
-        return _table(path, config)
+        return _table(path, config, partial)
     config.refuse("a folder of images", "continuous")
     if not path.is_dir():
         raise InputError(f"{path}: neither a folder of images nor a .csv table; name one of these")
-    sources = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
-    if not sources:
+    found = arrange(path)
+    sources = {split: [(str(p), p) for p in paths] for split, paths in found.parts.items()}
+    pixels, config, note = _own(sources, config, partial)
+    names = {
+        split: tuple(found.name(Path(where)) for where in files) for split, files in pixels.sources.items()
+    }
+    return _pictures(replace(pixels, sources=names, notes=(*found.notes, *pixels.notes)), config, note)
+
+
+def _arrange(path: Path) -> Arranged:
+    """The images of a folder, by the splits that their names tell."""
+    found = splits.arrange(path, lambda p, _: p.suffix.lower() in _SUFFIXES)
+    if not found.parts:
         raise InputError(
-            f"{path}: the folder holds no image ({', '.join(sorted(_SUFFIXES))}); put them there"
+            f"{path}: the folder holds no image ({', '.join(sorted(_SUFFIXES))}); put them there. "
+            + " ".join(found.notes)
         )
-    # Folders train, valid and test in it are these splits.
-    own = [name for name in SPLITS if (path / name).is_dir()]
-    if "train" not in own or len(own) == 1:
-        return _pictures(*_own({"train": ((str(source), source) for source in sources)}, config))
-    stray = next((s for s in sources if s.relative_to(path).parts[0] not in own), None)
-    if stray is not None:
-        raise InputError(f"{stray}: beside the folders {', '.join(own)}; move it into one of them")
-    splits = {name: [s for s in sources if s.relative_to(path).parts[0] == name] for name in own}
-    return _pictures(*_own({name: ((str(s), s) for s in part) for name, part in splits.items()}, config))
+    return found
+
+
+def _arrange_before(path: Path) -> Arranged:
+    """The same as version 0.1.0 had it: folders ``train``, ``valid`` and ``test``, else one pool."""
+    sources = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+    parts: dict[str, list[Path]] = {}
+    for source in sources:
+        parts.setdefault(source.relative_to(path).parts[0], []).append(source)
+    named = "train" in parts and len(parts) > 1 and parts.keys() <= set(SPLITS)
+    ordered = {name: parts[name] for name in SPLITS if name in parts} if named else {"train": sources}
+    return Arranged(path, ordered, named, (splits.BEFORE,))
 
 
 def _path(config: ImageConfig) -> Path:
@@ -325,14 +402,32 @@ def _pictures(pixels: Pixels, config: ImageConfig, note: str) -> ImageSet:
             f"bits={bits}: {config.name} has {pixels.depth} bits a value; set bits to at most that"
         )
     parts = []
-    for part in (pixels.train, pixels.valid, pixels.test):
+    whole = () if pixels.whole is None else (pixels.whole,)
+    for part in (pixels.train, pixels.valid, pixels.test, *whole):
         images = grey(part) if config.grey else part
         if config.patch:
             images = _centre(images, config.patch, "patch", config.name)
         parts.append(images >> (pixels.depth - bits))
     _, C, H, W = parts[0].shape
-    values = [part.reshape(len(part), -1) for part in parts]
-    return _image_set(config.name, (C, H, W), 1 << bits, 0, values, "images", note, labels=pixels.labels)
+    values = [part.reshape(len(part), C * H * W) for part in parts]
+    dealt = _image_set(
+        config.name,
+        (C, H, W),
+        1 << bits,
+        0,
+        values[: len(SPLITS)],
+        "images",
+        note,
+        labels=pixels.labels,
+        pooled=pixels.pooled,
+    )
+    all_rows = [Samples(splits.ALL, _tensor(part)) for part in values[len(SPLITS) :]]
+    return replace(
+        dealt,
+        sources=pixels.sources,
+        notes=(*pixels.notes, *dealt.notes),
+        whole=all_rows[0] if all_rows else None,
+    )
 
 
 def grey(images: Array) -> Array:
@@ -400,12 +495,13 @@ def _decode(where: str, source: Path | bytes) -> tuple[Array, int]:
 
 
 def _own(
-    sources: dict[str, Iterable[tuple[str, Path | bytes]]], config: ImageConfig
+    sources: Mapping[str, Iterable[tuple[str, Path | bytes]]], config: ImageConfig, partial: bool
 ) -> tuple[Pixels, ImageConfig, str]:
     """Image files by split; a split that is missing is dealt from the rows to train on."""
     images: list[Array] = []
     depths: list[int] = []
     counts: dict[str, int] = {}
+    all_sources: list[tuple[str, Path | bytes]] = []
     first = ""
     for split, pairs in sources.items():
         before = len(images)
@@ -435,6 +531,7 @@ def _own(
                 )
             images.append(image)
             depths.append(depth)
+            all_sources.append((where, source))
         counts[split] = len(images) - before
         if not counts[split]:
             raise InputError(f"{config.name}: the {split} split is empty; choose data that have some")
@@ -444,15 +541,31 @@ def _own(
             images[i] = images[i] * np.uint8(255)
     # Whole images are dealt: tiles of one may not lie in two splits.
     numbers = np.split(np.arange(len(images)), np.cumsum([*counts.values()])[:-1])
-    dealt, note = _deal(dict(zip(counts, numbers, strict=True)), config)
+    dealt, note = _deal(dict(zip(counts, numbers, strict=True)), config, partial)
+    # A split may be empty, and has the shape of the others.
+    none = _tiles(images[0], config.tiles, False)[:0]
     parts = {
-        name: np.concatenate([_tiles(images[i], config.tiles, name == "train") for i in which])
+        name: np.concatenate([none, *(_tiles(images[i], config.tiles, name == "train") for i in which)])
         for name, which in dealt.items()
     }
-    return Pixels(parts["train"], parts["valid"], parts["test"], depth), config, note
+    whole = None
+    if config.tiles:
+        whole = np.concatenate([_tiles(images[i], config.tiles, False) for n in SPLITS for i in dealt[n]])
+    each = {name: [all_sources[i] for i in dealt[name]] for name in SPLITS}
+    pixels = Pixels(
+        parts["train"],
+        parts["valid"],
+        parts["test"],
+        depth,
+        sources={name: tuple(where for where, _ in pairs) for name, pairs in each.items()},
+        notes=tuple(splits.repeated(each)),
+        pooled="test" not in counts,
+        whole=whole,
+    )
+    return pixels, config, note
 
 
-def _deal(parts: dict[str, Array], config: ImageConfig) -> tuple[dict[str, Array], str]:
+def _deal(parts: dict[str, Array], config: ImageConfig, partial: bool) -> tuple[dict[str, Array], str]:
     """The three splits: those missing are taken from the rows to train on, by a fixed shuffle.
 
     A file is often sorted, so that its last rows are unlike the others. The shuffle is that of a hash, which
@@ -475,7 +588,7 @@ def _deal(parts: dict[str, Array], config: ImageConfig) -> tuple[dict[str, Array
         dealt[name] = rows[np.sort(order[start:stop])]
         start = stop
     dealt["train"] = rows[np.sort(order[start:])]
-    if not all(len(part) for part in dealt.values()):
+    if not partial and not all(len(part) for part in dealt.values()):
         asked = " and ".join(f"{name}={share}" for name, share in missing.items())
         raise InputError(
             f"{config.name}: {len(rows)} rows are too few for {asked}; give more data, or larger shares"
@@ -483,7 +596,7 @@ def _deal(parts: dict[str, Array], config: ImageConfig) -> tuple[dict[str, Array
     return dealt, f"{' and '.join(missing)} dealt from the rows to train on by a fixed shuffle"
 
 
-def _from_hub(config: ImageConfig) -> tuple[Pixels, ImageConfig, str]:
+def _from_hub(config: ImageConfig, partial: bool) -> tuple[Pixels, ImageConfig, str]:
     repository = config.name.removeprefix(HUB)
     if repository.count("/") != 1:
         raise InputError(f"{config.name}: name a data set of the hub as {HUB}OWNER/NAME")
@@ -497,12 +610,13 @@ def _from_hub(config: ImageConfig) -> tuple[Pixels, ImageConfig, str]:
                 raise InputError(f"{where}: has no image; choose a data set without gaps")
             yield where, cell["bytes"] or Path(cell["path"]).read_bytes()
 
-    def read(splits: Any) -> tuple[Pixels, ImageConfig, str]:
+    def read(of_hub: Any) -> tuple[Pixels, ImageConfig, str]:
         from datasets import Image as Feature
 
-        found = {names[name]: split for name, split in splits.items() if name in names}
+        # Splits of other names are neither trained on nor scored.
+        found = {names[name]: split for name, split in of_hub.items() if name in names}
         if "train" not in found:
-            raise InputError(f"{config.name}: has no split to train on, only {', '.join(splits)}")
+            raise InputError(f"{config.name}: has no split to train on, only {', '.join(of_hub)}")
         # In the order of training, validation and test, whatever the hub's.
         found = {name: found[name] for name in SPLITS if name in found}
         columns = [name for name, kind in found["train"].features.items() if isinstance(kind, Feature)]
@@ -513,7 +627,9 @@ def _from_hub(config: ImageConfig) -> tuple[Pixels, ImageConfig, str]:
             )
         [column] = columns
         undecoded = {name: split.cast_column(column, Feature(decode=False)) for name, split in found.items()}
-        return _own({name: files_of(split, name, column) for name, split in undecoded.items()}, config)
+        return _own(
+            {name: files_of(split, name, column) for name, split in undecoded.items()}, config, partial
+        )
 
     return from_hub(config.name, "the images as files", repository, read)
 
@@ -521,9 +637,9 @@ def _from_hub(config: ImageConfig) -> tuple[Pixels, ImageConfig, str]:
 # -- tables ----------------------------------------------------------------------------------------------
 
 
-def _table(path: Path, config: ImageConfig) -> ImageSet:
+def _table(path: Path, config: ImageConfig, partial: bool) -> ImageSet:
     table = tables.read(path, config.continuous)
-    dealt, note = _deal({"train": table.values}, config)
+    dealt, note = _deal({"train": table.values}, config, partial)
     low, high = table.values.min(0).astype(np.int64), table.values.max(0).astype(np.int64)
     lowest = tuple(None if real else int(value) for real, value in zip(table.real, low, strict=True))
     levels = tuple(None if real else int(size) for real, size in zip(table.real, high - low + 1, strict=True))
@@ -533,7 +649,9 @@ def _table(path: Path, config: ImageConfig) -> ImageSet:
         kind = next(k for k in kinds if np.iinfo(k).min <= low.min() and high.max() <= np.iinfo(k).max)
         values = [part.astype(kind) for part in values]
     shape = (len(table.columns), 1, 1)
-    return _image_set(config.name, shape, levels, lowest, values, "rows", note, columns=table.columns)
+    return _image_set(
+        config.name, shape, levels, lowest, values, "rows", note, columns=table.columns, pooled=True
+    )
 
 
 def _image_set(
@@ -547,17 +665,15 @@ def _image_set(
     columns: tuple[str, ...] | None = None,
     unit: str = "bits a dimension",
     labels: Sequence[Array] | None = None,
+    pooled: bool = False,
 ) -> ImageSet:
     digest = hashlib.sha256(repr((shape, levels, columns)).encode())
     samples = []
     known: Sequence[Array | None] = labels or [None] * len(SPLITS)
     for split, part, own in zip(SPLITS, values, known, strict=True):
         digest.update(part.tobytes())
-        # A copy where the array cannot be written to: torch would share it.
-        tensor = torch.from_numpy(np.require(part, requirements=["C", "W"]))
-        samples.append(
-            Samples(split, tensor, what, None if own is None else torch.from_numpy(own.astype(np.int64)))
-        )
+        labelled = None if own is None else torch.from_numpy(own.astype(np.int64))
+        samples.append(Samples(split, _tensor(part), what, labelled))
     train, valid, test = samples
     return ImageSet(
         name=name,
@@ -572,4 +688,11 @@ def _image_set(
         columns=columns,
         unit=unit,
         classes=1 + max(int(part.max()) for part in labels) if labels else 0,
+        notes=(f"{note[0].upper()}{note[1:]}.",) if note else (),
+        pooled=pooled,
     )
+
+
+def _tensor(values: Array) -> Tensor:
+    """As a tensor: a copy where the array cannot be written to, since torch would share it."""
+    return torch.from_numpy(np.require(values, requirements=["C", "W"]))

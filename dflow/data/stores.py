@@ -11,9 +11,10 @@ import os
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,13 +24,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dflow.config import InputError, parse
-from dflow.data import files
+from dflow.data import files, own_text
 from dflow.data.known import from_hub
+from dflow.data.splits import SPLITS, Arranged
 from dflow.data.tokenizers import Bytes, Characters, SentencePiece, Tokenizer, compact
 
 HUB = "hub:"
 ABOUT = "about.json"
-SPLITS = ("train", "valid", "test")
 
 #: Characters that are read and spelled at a time, and from which pieces of sentencepiece are learned.
 _PIECE, _LEARN = 1 << 22, 1 << 26
@@ -44,6 +45,7 @@ class About:
         characters: of each split.
         symbols: of each split.
         checksum: of the whole text.
+        notes: sentences on what was read.
     """
 
     source: dict[str, Any]
@@ -51,6 +53,7 @@ class About:
     symbols: dict[str, int]
     checksum: str
     version: int = 1
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -68,51 +71,50 @@ class Source:
 
     Attributes:
         name: of a file, a folder or ``hub:OWNER/NAME``.
-        path: of the file or folder; None for the hub's.
+        found: its files by split; None for the hub's.
         lowercase: whether it is lowered.
     """
 
     name: str
-    path: Path | None
+    found: Arranged | None
     lowercase: bool
 
     def stamp(self) -> dict[str, Any]:
         """What tells one text from another without reading it."""
-        found: dict[str, Any] = {"name": self.name, "lowercase": self.lowercase}
-        if self.path is not None:
-            stats = [(p, p.stat()) for p in self._files()]
-            found["files"] = [[str(p.resolve()), s.st_size, s.st_mtime_ns] for p, s in stats]
-        return found
+        stamp: dict[str, Any] = {"name": self.name, "lowercase": self.lowercase}
+        if self.found is not None:
+            stats = [(p, p.stat()) for paths in self.found.parts.values() for p in paths]
+            stamp["files"] = [[str(p.resolve()), s.st_size, s.st_mtime_ns] for p, s in stats]
+            if self.found.named:
+                stamp["splits"] = {split: len(paths) for split, paths in self.found.parts.items()}
+        return stamp
 
-    def pieces(self) -> Iterator[str]:
-        """The text."""
-        for piece in self._raw():
-            yield piece.lower() if self.lowercase else piece
+    def pieces(self, crlf: Counter[str] | None = None) -> Iterator[tuple[str, str]]:
+        """The text, in pieces with the split that each is of: of a pool ``train``.
 
-    def _files(self) -> list[Path]:
-        assert self.path is not None
-        if not self.path.is_dir():
-            return [self.path]
-        found = sorted(p for p in self.path.rglob("*.txt") if p.is_file())
-        if not found:
-            raise InputError(
-                f"{self.path}: the folder holds no *.txt file; put the text there or name a file"
-            )
-        return found
+        Line ends CRLF become LF, and are counted in ``crlf``.
+        """
+        for split, piece in self._raw(Counter() if crlf is None else crlf):
+            yield split, piece.lower() if self.lowercase else piece
 
-    def _raw(self) -> Iterator[str]:
-        if self.path is None:
-            yield from _documents(self.name)
+    def _raw(self, crlf: Counter[str]) -> Iterator[tuple[str, str]]:
+        if self.found is None:
+            for text in _documents(self.name):
+                crlf["line ends"] += text.count("\r\n")
+                yield "train", text.replace("\r\n", "\n")
             return
-        for number, path in enumerate(self._files()):
-            if number:
-                yield "\n"
-            yield from _decoded(path)
+        for split, paths in self.found.parts.items():
+            for number, path in enumerate(paths):
+                if number:
+                    yield split, "\n"
+                for piece in _decoded(path):
+                    crlf["line ends"] += piece.count("\r\n")
+                    yield split, piece.replace("\r\n", "\n")
 
 
 def _decoded(path: Path) -> Iterator[str]:
-    r"""A file in pieces; as of `files.decode`, ``\r\n`` is ``\n`` and a byte-order mark is dropped."""
-    opened = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
+    r"""A file in pieces that cut no ``\r\n`` in two; a byte-order mark is dropped."""
+    opened = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix.lower(), open)
     decoder, start, kept = codecs.getincrementaldecoder("utf-8-sig")(), 0, ""
     try:
         file: IO[bytes]
@@ -122,7 +124,7 @@ def _decoded(path: Path) -> Iterator[str]:
                 start += len(data)
                 # A line break may be cut in two.
                 kept = "\r" if text.endswith("\r") else ""
-                yield text.removesuffix("\r").replace("\r\n", "\n")
+                yield text.removesuffix("\r")
             yield kept + decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         raise InputError(
@@ -158,7 +160,7 @@ def _documents(name: str) -> Iterator[str]:
         text = row.get("text")
         if not isinstance(text, str):
             raise InputError(f"{name}: has no column 'text' of strings, only {', '.join(row)}")
-        collected.append(text.replace("\r\n", "\n") + "\n")
+        collected.append(text + "\n")
         size += len(text)
         if size >= _PIECE:
             yield "".join(collected)
@@ -263,18 +265,14 @@ def _make(
     made_in = temporary / "store"
     try:
         made_in.mkdir()
-        total, made = _survey(source, kind, vocab_size)
+        crlf = Counter[str]()
+        sizes, made = _survey(source, kind, vocab_size, crlf)
         used = tokenizer or made
-        valid, test = (int(total * share) for share in shares)
-        if not (valid and test and total - valid - test):
-            raise InputError(
-                f"{source.name}: {total} characters are too few for valid={shares[0]} and test={shares[1]}; "
-                "give more text"
-            )
-        characters = dict(zip(SPLITS, (total - valid - test, valid, test), strict=True))
+        characters = _dealt(source, sizes, dict(zip(SPLITS[1:], shares, strict=True)))
         symbols, checksum = _spell(made_in, source, used, characters)
+        notes = [own_text.crlf_note(crlf.total())] if crlf.total() else []
         used.save(made_in)
-        about = About(stamp, characters, symbols, checksum)
+        about = About(stamp, characters, symbols, checksum, notes=notes)
         files.write(made_in / ABOUT, json.dumps(about.__dict__, indent=1).encode())
         with suppress(OSError):
             folder.rmdir()
@@ -283,23 +281,35 @@ def _make(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _survey(source: Source, kind: str, vocab_size: int) -> tuple[int, Tokenizer]:
-    """Characters of the text, and a tokenizer for it."""
-    total, counts, learned = 0, dict[int, int](), list[str]()
-    for piece in _shown(source.pieces(), "read"):
-        total += len(piece)
+def _dealt(source: Source, sizes: Counter[str], shares: dict[str, float]) -> dict[str, int]:
+    """Characters of each split, in the order in which they are read."""
+    missing = {split: share for split, share in shares.items() if split not in sizes}
+    cut = {split: int(sizes["train"] * share) for split, share in missing.items()}
+    characters = dict(sizes) | cut | {"train": sizes["train"] - sum(cut.values())}
+    if not all(characters.values()):
+        told = " and ".join(f"{split}={share}" for split, share in missing.items())
+        raise InputError(f"{source.name}: {sizes['train']} characters are too few for {told}; give more text")
+    return {split: characters[split] for split in own_text.order(missing)}
+
+
+def _survey(source: Source, kind: str, vocab_size: int, crlf: Counter[str]) -> tuple[Counter[str], Tokenizer]:
+    """Characters of each split that there is, and a tokenizer for the text."""
+    sizes, counts, learned = Counter[str](), dict[int, int](), list[str]()
+    for split, piece in _shown(source.pieces(crlf), "read"):
+        sizes[split] += len(piece)
         if kind == "characters":
             Characters.count(piece, counts)
-        elif kind == "sentencepiece" and sum(map(len, learned)) < _LEARN:
+        elif kind == "sentencepiece" and split == "train" and sum(map(len, learned)) < _LEARN:
             learned.append(piece)
-    if not total:
+    expected = ["train"] if source.found is None else list(source.found.parts)
+    if not all(sizes[split] for split in expected):
         raise InputError(f"{source.name}: no text in it; name a file that has some")
     if kind == "bytes":
-        return total, Bytes()
+        return sizes, Bytes()
     if kind == "sentencepiece":
-        return total, SentencePiece.train("".join(learned)[:_LEARN], vocab_size)
+        return sizes, SentencePiece.train("".join(learned)[:_LEARN], vocab_size)
     try:
-        return total, Characters.of(counts)
+        return sizes, Characters.of(counts)
     except InputError as error:
         raise InputError(f"{source.name}: {error}") from None
 
@@ -308,9 +318,10 @@ def _spell(
     folder: Path, source: Source, tokenizer: Tokenizer, characters: dict[str, int]
 ) -> tuple[dict[str, int], str]:
     """Write the symbols of each split; how many they are, and the checksum of the text."""
-    symbols, digest, pieces = dict.fromkeys(SPLITS, 0), hashlib.sha256(), _shown(source.pieces(), "spell")
+    symbols, digest = dict.fromkeys(SPLITS, 0), hashlib.sha256()
+    pieces = (piece for _, piece in _shown(source.pieces(), "spell"))
     left, rest = dict(characters), ""
-    for split in SPLITS:
+    for split in characters:
         with (folder / f"{split}.bin").open("wb") as file:
             while left[split]:
                 if not rest:
@@ -330,13 +341,15 @@ def _spell(
             os.fsync(file.fileno())
     if rest or next(pieces, ""):
         raise InputError(f"{source.name}: became longer while it was read; run again")
+    if source.found is not None and source.found.named:
+        digest.update(own_text.seal(characters).encode("utf-8"))
     return symbols, f"sha256:{digest.hexdigest()}"
 
 
-def _shown(pieces: Iterator[str], what: str) -> Iterator[str]:
+def _shown(pieces: Iterator[tuple[str, str]], what: str) -> Iterator[tuple[str, str]]:
     """Pieces that are not empty, under a bar that counts characters."""
     with tqdm(unit="char", unit_scale=True, desc=what, delay=1, mininterval=1) as bar:
-        for piece in pieces:
+        for split, piece in pieces:
             bar.update(len(piece))
             if piece:
-                yield piece
+                yield split, piece

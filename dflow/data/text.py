@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dflow.config import InputError, nearest
-from dflow.data import files, image_sets, sets, stores, synthetic
+from dflow.data import files, image_sets, own_text, sets, splits, stores, synthetic
+from dflow.data.splits import SPLITS, Arranged
 from dflow.data.synthetic import Law
 from dflow.data.tokenizers import Bytes, Characters, Numbers, SentencePiece, Tokenizer, compact
 
@@ -65,6 +65,13 @@ class DataConfig:
         default=0.05, metadata={"help": "share for validation, of your own text or of pydoc"}
     )
     test: float = field(default=0.05, metadata={"help": "share for the test, of your own text or of pydoc"})
+    split_by: own_text.By = field(
+        default="tail",
+        metadata={
+            "help": "what of your own text, where no names tell the splits, is for validation and test: "
+            "tail, the end of the joined text; files, whole files; blocks, ends of 20 stretches of the text"
+        },
+    )
     parameters: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "parameters of a synthetic law"}
     )
@@ -100,7 +107,9 @@ class Text:
     """Symbols of one split, stored compactly: a stream ``(n,)``, or sentences ``(n, longest)`` with lengths.
 
     Sentences are padded with 0; ``lengths`` says what is present. ``num_characters`` counts the characters
-    that the symbols spell, ``dropped`` the sentences that the protocol left out for their length.
+    that the symbols spell, ``dropped`` the sentences that the protocol left out for their length and
+    ``dropped_characters`` the characters of these. ``starts``, int64 ``(K,)``, says how many characters begin
+    in each symbol; None where each symbol is one.
     """
 
     name: str
@@ -108,6 +117,8 @@ class Text:
     lengths: Tensor | None
     num_characters: int
     dropped: int = 0
+    dropped_characters: int = 0
+    starts: Tensor | None = None
 
     @property
     def num_symbols(self) -> int:
@@ -174,6 +185,22 @@ class Text:
     def tail(self, length: int) -> int:
         """Symbols at the end of a stream that `chunks` leaves."""
         return len(self.ids) % length if self.lengths is None else 0
+
+    def characters(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """How many characters begin in each row of symbols ``(n, length)``: int64 ``(n,)``, on the CPU.
+
+        Symbols below 0, and those beyond ``lengths``, are absent. Ends of sentences are not counted.
+        """
+        counts = []
+        rows = max(1, _COUNTED // max(1, ids.shape[1]))
+        for start in range(0, len(ids), rows):
+            part = ids[start : start + rows].cpu()
+            present = part >= 0
+            if lengths is not None:
+                present &= torch.arange(ids.shape[1]) < lengths[start : start + rows, None].cpu()
+            each = present.long() if self.starts is None else self.starts[part.clamp(min=0)] * present
+            counts.append(each.sum(1))
+        return torch.cat(counts) if counts else torch.zeros(0, dtype=torch.int64)
 
     def marginals(self, K: int) -> Tensor:
         """Relative frequency of each symbol: float64 ``(K,)``, adding up to 1."""
@@ -277,7 +304,9 @@ class Corpus:
 
     ``checksum`` is that of the whole text (all splits, UTF-8) and ``num_characters`` its length, so that a
     result can say on what it was measured where the text has no fixed version. ``law`` is the synthetic law
-    of which the text is drawn, and then the checksum is that of its name and parameters.
+    of which the text is drawn, and then the checksum is that of its name and parameters. ``sources`` names
+    the files that each split is taken from, where they are the user's, ``notes`` are sentences on how they
+    were read, and ``pooled`` says whether the test split is a share that was cut off, and no text of its own.
     """
 
     name: str
@@ -288,12 +317,41 @@ class Corpus:
     checksum: str
     note: str = ""
     law: Law | None = None
+    sources: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    pooled: bool = False
 
     def split(self, name: str) -> Text:
-        """The split called ``name``: train, valid or test."""
-        if name not in ("train", "valid", "test"):
-            raise InputError(f"no split {name!r}; {nearest(name, ['train', 'valid', 'test'])}")
+        """The split called ``name``: train, valid or test; or all of them, as they were read.
+
+        Raises:
+            InputError: no split of that name, or a character outside the vocabulary.
+        """
+        if name not in (*SPLITS, splits.ALL):
+            raise InputError(f"no split {name!r}; {nearest(name, [*SPLITS, splits.ALL])}")
+        if name not in self.parts:
+            raise InputError(f"{self.name} is drawn and has no {name!r} to score; name train, valid or test")
         return self.parts[name]()
+
+    def about(self) -> dict[str, Any]:
+        """What was dealt, as plain values: of each split its characters, symbols and files; and the notes."""
+        parts = {}
+        for split in SPLITS:
+            text = self.split(split)
+            parts[split] = {
+                "characters": text.num_characters,
+                "symbols": text.num_symbols,
+                "files": list(self.sources.get(split, ())),
+            }
+            if text.lengths is not None:
+                parts[split]["sentences"] = len(text.ids)
+        return {
+            "name": self.name,
+            "protocol": self.protocol,
+            "checksum": self.checksum,
+            "splits": parts,
+            "notes": list(self.notes),
+        }
 
     @property
     def train(self) -> Text:
@@ -323,61 +381,134 @@ def load(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
             go together, parameters that a law does not take, another checksum than the config's; and when a
             split is asked for, a character outside the vocabulary.
     """
-    corpus = _load(config, tokenizer)
-    files.check_same(config.name, corpus.checksum, config.checksum)
+    try:
+        corpus = _load(config, tokenizer, splits.texts)
+        files.check_same(config.name, corpus.checksum, config.checksum)
+    except InputError:
+        before = _load_before(config, tokenizer)
+        if before is None:
+            raise
+        return before
     return corpus
 
 
-def _load(config: DataConfig, tokenizer: Tokenizer | None) -> Corpus:
+def _load_before(config: DataConfig, tokenizer: Tokenizer | None) -> Corpus | None:
+    """The text as version 0.1.0 read it, if the checksum that a model keeps is that of this reading."""
+    own = config.law() is None and config.name not in (sets.PYDOC, *sets.KNOWN)
+    if config.checksum is None or not own or config.name.startswith(stores.HUB):
+        return None
+    try:
+        corpus = _load(config, tokenizer, splits.texts_before)
+    except InputError:
+        return None
+    return corpus if corpus.checksum == config.checksum else None
+
+
+Arrange = Callable[[Path], Arranged]
+
+
+def _load(config: DataConfig, tokenizer: Tokenizer | None, arrange: Arrange) -> Corpus:
     law = config.law()
     if law is not None:
         return _drawn(law, config, tokenizer)
     if config.store is not None:
-        return _stored(config, tokenizer)
-    known = sets.KNOWN.get(config.name)
+        return _stored(config, tokenizer, arrange)
     protocol = config.protocol or "stream"
-    if known is not None:
-        default = DataConfig()
-        if (config.lowercase, config.valid, config.test) != (default.lowercase, default.valid, default.test):
-            raise InputError(
-                f"{config.name} has splits and a spelling of its own: leave out lowercase, valid and test"
-            )
-        if protocol == "sentence" and known.alphabet:
-            raise InputError(f"{config.name} has no lines: use protocol 'stream'")
-        parts = known.read(files.data_folder(config.folder))
-        note, alphabet = known.note, known.alphabet
-    else:
-        text = sets.read_pydoc() if config.name == sets.PYDOC else _own(config)
-        note, alphabet = (sets.PYDOC_NOTE if config.name == sets.PYDOC else ""), ""
-        parts = _shares(text.lower() if config.lowercase else text, config, protocol)
-    whole = "".join(parts)
+    known = sets.KNOWN.get(config.name)
+    reading = _read(config, protocol, arrange, scoring=tokenizer is not None)
+    texts = dict(reading.parts)
     made = tokenizer is None
+    num_characters = sum(map(len, texts.values()))
     if tokenizer is None:
-        tokenizer = _tokenizer(config, parts[0], alphabet or "".join(sorted(set(whole))), protocol)
+        alphabet = known.alphabet if known is not None else ""
+        alphabet = alphabet or "".join(sorted(set().union(*texts.values())))
+        tokenizer = _tokenizer(config, texts["train"], alphabet, protocol)
     encode = _sentences if protocol == "sentence" else _stream
 
     @functools.cache
     def spelled(split: str) -> Text:
+        if split == splits.ALL and len(texts) < len(SPLITS):
+            return _joined([spelled(part) for part in reading.parts])
+        # A line break between sentences is none of their characters.
+        between = "\n" if protocol == "sentence" else ""
+        text = between.join(texts.values()) if split == splits.ALL else texts[split]
         try:
-            text = encode(split, texts[split], tokenizer)
+            symbols = encode(split, text, tokenizer)
         except InputError as error:
             raise InputError(f"{config.name} ({split}): {error}") from None
-        del texts[split]  # the symbols are there
-        return text
+        if split != splits.ALL:
+            del texts[split]  # the symbols are there
+        return symbols
 
-    texts = dict(zip(stores.SPLITS, parts, strict=True))
     if made:
         # Whoever trains hears of it before anything is built.
-        for split in stores.SPLITS:
+        for split in SPLITS:
             spelled(split)
     return Corpus(
         name=config.name,
         protocol=protocol,
         tokenizer=tokenizer,
-        parts={split: functools.partial(spelled, split) for split in stores.SPLITS},
-        num_characters=len(whole),
-        checksum=files.digest(whole.encode("utf-8")),
-        note=note,
+        parts={split: functools.partial(spelled, split) for split in (*SPLITS, splits.ALL)},
+        num_characters=num_characters,
+        checksum=reading.checksum,
+        note=known.note if known is not None else sets.PYDOC_NOTE * (config.name == sets.PYDOC),
+        sources=reading.sources,
+        notes=reading.notes,
+        pooled=reading.pooled,
+    )
+
+
+def _read(config: DataConfig, protocol: str, arrange: Arrange, scoring: bool) -> own_text.Reading:
+    """The text of each split."""
+    known = sets.KNOWN.get(config.name)
+    default = DataConfig()
+    if known is not None:
+        settings = (config.lowercase, config.valid, config.test, config.split_by)
+        if settings != (default.lowercase, default.valid, default.test, default.split_by):
+            raise InputError(
+                f"{config.name} has splits and a spelling of its own: leave out lowercase, valid, test and "
+                "split_by"
+            )
+        if protocol == "sentence" and known.alphabet:
+            raise InputError(f"{config.name} has no lines: use protocol 'stream'")
+        parts = dict(zip(SPLITS, known.read(files.data_folder(config.folder)), strict=True))
+        return own_text.Reading(parts, {}, False, files.digest("".join(parts.values()).encode("utf-8")))
+    shares = {"valid": config.valid, "test": config.test}
+    deal = own_text.Deal(config.name, shares, config.split_by, protocol == "sentence", scoring)
+    if config.name == sets.PYDOC:
+        if config.split_by == "files":
+            raise InputError(
+                "pydoc is one text: data.split_by: files has no files to deal; choose blocks or tail"
+            )
+        text = sets.read_pydoc()
+        text = text.lower() if config.lowercase else text
+        return own_text.Reading(
+            own_text.cut(text, shares, deal).parts, {}, False, files.digest(text.encode("utf-8"))
+        )
+    found = arrange(_path(config))
+    for split in found.parts.keys() & shares.keys():
+        if shares[split] != getattr(default, split):
+            raise InputError(f"{config.name} has a split of its own for {split}: leave {split} out")
+    return own_text.of_files(found, deal, config.lowercase)
+
+
+def _joined(texts: Sequence[Text]) -> Text:
+    """Splits one after another, as one."""
+    first = texts[0]
+    lengths = None
+    ids = [text.ids for text in texts]
+    if first.lengths is not None:
+        lengths = torch.cat([text.lengths for text in texts if text.lengths is not None])
+        longest = max(text.longest for text in texts)
+        ids = [F.pad(part, (0, longest - part.shape[1])) for part in ids]
+    return Text(
+        splits.ALL,
+        torch.cat(ids),
+        lengths,
+        sum(text.num_characters for text in texts),
+        sum(text.dropped for text in texts),
+        sum(text.dropped_characters for text in texts),
+        first.starts,
     )
 
 
@@ -388,14 +519,15 @@ def _drawn(law: Law, config: DataConfig, tokenizer: Tokenizer | None) -> Corpus:
     )
     if replace(config, protocol=None) != plain or config.protocol == "sentence":
         raise InputError(
-            f"{config.name} is drawn: leave out protocol, tokenizer, vocab_size, lowercase, valid and test"
+            f"{config.name} is drawn: leave out protocol, tokenizer, vocab_size, lowercase, valid, test "
+            "and split_by"
         )
     if tokenizer is not None and tokenizer != Numbers(law.K):
         raise InputError(
             f"{config.name} has {law.K} symbols, spelled as numbers; the model has {tokenizer.size}, spelled "
             f"as {tokenizer.kind}; name data like those that it was trained on"
         )
-    texts = {split: Draws.of(law, split) for split in stores.SPLITS}
+    texts = {split: Draws.of(law, split) for split in SPLITS}
     return Corpus(
         name=config.name,
         protocol="stream",
@@ -408,43 +540,44 @@ def _drawn(law: Law, config: DataConfig, tokenizer: Tokenizer | None) -> Corpus:
     )
 
 
-def _stored(config: DataConfig, tokenizer: Tokenizer | None) -> Corpus:
+def _stored(config: DataConfig, tokenizer: Tokenizer | None, arrange: Arrange) -> Corpus:
     """A text that is read from the disk as it is needed."""
     if config.name in sets.KNOWN or config.name == sets.PYDOC or config.protocol == "sentence":
         raise InputError(
             f"data.store is for streams of your own, and {config.name} is none; leave out store, or protocol"
         )
-    path = None if config.name.startswith(stores.HUB) else _path(config)
+    shares = {"valid": config.valid, "test": config.test}
+    found = None if config.name.startswith(stores.HUB) else arrange(_path(config))
+    if config.split_by == "blocks" or (found is None and config.split_by != "tail"):
+        raise InputError(
+            f"data.split_by: {config.split_by} does not go with data.store and {config.name}; leave it out, "
+            "or choose files for a folder"
+        )
+    if found is not None and config.split_by == "files":
+        found = splits.by_files(found, shares)
     stored = stores.open_store(
         Path(str(config.store)).expanduser(),
-        stores.Source(config.name, path, config.lowercase),
+        stores.Source(config.name, found, config.lowercase),
         config.tokenizer,
         config.vocab_size,
         (config.valid, config.test),
         tokenizer,
     )
     about = stored.about
-    texts = {s: Text(s, stored.ids[s], None, about.characters[s]) for s in stores.SPLITS}
+    starts = _starts(stored.tokenizer)
+    texts = {s: Text(s, stored.ids[s], None, about.characters[s], starts=starts) for s in SPLITS}
+    parts = {split: functools.partial(texts.__getitem__, split) for split in texts}
     return Corpus(
         name=config.name,
         protocol="stream",
         tokenizer=stored.tokenizer,
-        parts={split: functools.partial(texts.__getitem__, split) for split in texts},
+        parts=parts | {splits.ALL: lambda: _joined([texts[split] for split in about.characters])},
         num_characters=sum(about.characters.values()),
         checksum=about.checksum,
+        sources={} if found is None else {s: [found.name(p) for p in found.parts.get(s, ())] for s in SPLITS},
+        notes=(*(() if found is None else found.notes), *about.notes),
+        pooled=found is None or "test" not in found.parts,
     )
-
-
-def _own(config: DataConfig) -> str:
-    """The user's text: a file (plain, ``.xz``, ``.gz``), or all ``*.txt`` of a folder, one after another."""
-    path = _path(config)
-    sources = sorted(p for p in path.rglob("*.txt") if p.is_file()) if path.is_dir() else [path]
-    if not sources:
-        raise InputError(f"{path}: the folder holds no *.txt file; put the text there or name a file")
-    text = "\n".join(files.decode(files.read(source), source) for source in sources)
-    if not text.strip():
-        raise InputError(f"{path}: no text in it; name a file that has some")
-    return text
 
 
 def _path(config: DataConfig) -> Path:
@@ -465,22 +598,6 @@ def _path(config: DataConfig) -> Path:
     return path
 
 
-def _shares(text: str, config: DataConfig, protocol: str) -> sets.Splits:
-    """Contiguous: first train, then valid, then test; cut between lines in the sentence protocol."""
-    parts = re.findall(r"[^\n]*\n|[^\n]+", text) if protocol == "sentence" else text
-    n = len(parts)
-    valid, test = int(n * config.valid), int(n * config.test)
-    if not (valid and test and n - valid - test):
-        unit = "lines" if protocol == "sentence" else "characters"
-        raise InputError(
-            f"{config.name}: {n} {unit} are too few for valid={config.valid} and test={config.test}; "
-            "give more text"
-        )
-    cuts = (slice(0, n - valid - test), slice(n - valid - test, n - test), slice(n - test, n))
-    train, valid_text, test_text = ("".join(parts[cut]) for cut in cuts)
-    return train, valid_text, test_text
-
-
 def _tokenizer(config: DataConfig, train: str, alphabet: str, protocol: str) -> Tokenizer:
     if config.tokenizer == "bytes":
         return Bytes()
@@ -496,7 +613,11 @@ def _tokenizer(config: DataConfig, train: str, alphabet: str, protocol: str) -> 
 
 def _stream(name: str, text: str, tokenizer: Tokenizer) -> Text:
     codes = tokenizer.codes(text)
-    return Text(name, torch.from_numpy(codes), None, len(text))
+    return Text(name, torch.from_numpy(codes), None, len(text), starts=_starts(tokenizer))
+
+
+def _starts(tokenizer: Tokenizer) -> Tensor | None:
+    return None if tokenizer.starts is None else torch.from_numpy(tokenizer.starts)
 
 
 def _sentences(name: str, text: str, tokenizer: Tokenizer) -> Text:
@@ -509,6 +630,13 @@ def _sentences(name: str, text: str, tokenizer: Tokenizer) -> Text:
     lengths = np.array([len(c) for c in codes])
     ids = np.zeros((len(codes), int(lengths.max())), dtype=compact(tokenizer.size))
     ids[np.arange(ids.shape[1]) < lengths[:, None]] = np.concatenate(codes)
+    characters = sum(map(len, kept))
     return Text(
-        name, torch.from_numpy(ids), torch.from_numpy(lengths), sum(map(len, kept)), len(lines) - len(kept)
+        name,
+        torch.from_numpy(ids),
+        torch.from_numpy(lengths),
+        characters,
+        len(lines) - len(kept),
+        sum(map(len, lines)) - characters,
+        _starts(tokenizer),
     )

@@ -43,6 +43,14 @@ class Tokenizer(ABC):
     def size(self) -> int:
         """Number of symbols, K."""
 
+    @property
+    def starts(self) -> Codes | None:
+        """How many characters begin in each symbol, int64 ``(size,)``; None where it is one in each.
+
+        A character that several symbols spell begins in the first of them.
+        """
+        return None
+
     @abstractmethod
     def codes(self, text: str) -> Codes:
         """The symbols of ``text`` in the smallest of uint8, int16, int32 that holds ``size``.
@@ -275,6 +283,11 @@ class Bytes(Tokenizer):
         """256."""
         return 256
 
+    @property
+    def starts(self) -> Codes:
+        """0 for the bytes that continue a character, 1 for all others."""
+        return _starts([bytes([value]) for value in range(256)])
+
     def codes(self, text: str) -> Codes:
         """The bytes of ``text``."""
         return np.frombuffer(_utf8(text), dtype=np.uint8).copy()  # torch wants memory that can be written
@@ -335,6 +348,11 @@ def _utf8(text: str) -> bytes:
         raise InputError(
             f"character {error.start + 1} ({text[error.start]!r}) is no Unicode text; give the text as UTF-8"
         ) from None
+
+
+def _starts(spelled: Sequence[bytes]) -> Codes:
+    """How many characters of UTF-8 begin in each string of bytes."""
+    return np.array([sum(byte & 0xC0 != 0x80 for byte in piece) for piece in spelled], dtype=np.int64)
 
 
 class SentencePiece(Tokenizer):
@@ -423,6 +441,11 @@ class SentencePiece(Tokenizer):
     def size(self) -> int:
         """Number of pieces, K."""
         return len(self._pieces)
+
+    @property
+    def starts(self) -> Codes:
+        """Characters that begin in each piece."""
+        return _starts(self._pieces)
 
     def codes(self, text: str) -> Codes:
         """The pieces of ``text``, compact."""

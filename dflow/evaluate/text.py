@@ -27,10 +27,13 @@ class Evaluation:
         protocol: how the text was cut.
         num_symbols: symbols scored; in the sentence protocol each end counts as one.
         num_chunks: chunks, or sentences, scored.
-        characters_per_symbol: 1 where the symbols are characters.
+        characters_per_symbol: of what is scored; 1 where the symbols are characters.
         round_trip: whether what is scored is what is drawn, on `num_checked` chunks; None: not checked, which
             a law of one's own may not offer.
         num_checked: chunks that went through the round trip.
+        num_characters: characters scored; in the sentence protocol each end counts as one.
+        num_left: characters of the text that are not scored: behind the last whole chunk, of sentences that
+            are too long, or beyond the limit.
     """
 
     bpc: float
@@ -42,6 +45,8 @@ class Evaluation:
     characters_per_symbol: float
     round_trip: bool | None
     num_checked: int
+    num_characters: int
+    num_left: int
 
 
 def evaluate(
@@ -56,11 +61,11 @@ def evaluate(
 ) -> Evaluation:
     r"""Score ``text`` in chunks of the model's length, each without the ones before it.
 
-    .. math:: \mathrm{bpc} = \frac{-\sum_c \log_2 p(x_c)}{\sum_c n_c \cdot \text{characters a symbol}}
+    .. math:: \mathrm{bpc} = \frac{-\sum_c \log_2 p(x_c)}{\sum_c n_c}
 
-    with n_c the symbols of chunk c; in the sentence protocol a chunk is a sentence, log p(x_c) includes its
-    length, and n_c counts its end. The sum is in float64. The standard error is that of a ratio of means
-    (Cochran 1977, Sampling Techniques, section 2.11).
+    with n_c the characters that begin in chunk c; in the sentence protocol a chunk is a sentence, log p(x_c)
+    includes its length, and n_c counts its end. The sum is in float64. The standard error is that of a ratio
+    of means (Cochran 1977, Sampling Techniques, section 2.11).
 
     Args:
         model: scores and draws; its mode is restored.
@@ -92,7 +97,8 @@ def evaluate(
     model.train(False)
     try:
         with torch.inference_mode():
-            moments = _score(model, ids, lengths, batch_size, rank, world, shown)
+            characters = text.characters(ids, lengths) + (lengths is not None)
+            moments = _score(model, ids, lengths, characters, batch_size, rank, world, shown)
             mine = slice(rank, min(len(ids), checks * world), world)
             checked, failed_here = _round_trip(model, ids[mine], None if lengths is None else lengths[mine])
     finally:
@@ -100,26 +106,35 @@ def evaluate(
     totals = torch.tensor([*moments, checked, failed_here], dtype=torch.float64)
     if accelerator is not None and world > 1:
         totals = accelerator.reduce(totals.to(accelerator.device), "sum")
-    chunks, nats, symbols, squares, products, sizes, checked_all, failed = totals.tolist()
+    chunks, nats, scored, squares, products, sizes, checked_all, failed = totals.tolist()
     if not math.isfinite(nats):
         raise InputError(
             f"the model's likelihood of the {text.name} text is not finite; its training diverged or its "
             "checkpoint is damaged"
         )
-    rate = nats / symbols
+    if not scored:
+        raise InputError(
+            f"no character begins in what is scored of the {text.name} text; raise the limit, or give more "
+            "text"
+        )
+    rate = nats / scored
     residuals = max(0.0, squares - 2 * rate * products + rate**2 * sizes)
-    error = math.sqrt(residuals * chunks / (chunks - 1)) / symbols if chunks > 1 else None
-    unit = math.log(2) * text.characters_per_symbol
+    error = math.sqrt(residuals * chunks / (chunks - 1)) / scored if chunks > 1 else None
+    unit = math.log(2)
+    ends = 0 if text.lengths is None else len(text.lengths)
+    symbols = ids.numel() if lengths is None else int(lengths.sum()) + len(lengths)
     return Evaluation(
         bpc=rate / unit,
         standard_error=None if error is None else error / unit,
         kind="exact",
         protocol=_protocol(text, length, limit),
-        num_symbols=int(symbols),
+        num_symbols=symbols,
         num_chunks=int(chunks),
-        characters_per_symbol=text.characters_per_symbol,
+        characters_per_symbol=scored / symbols,
         round_trip=failed == 0 if checked_all else None,
         num_checked=int(checked_all),
+        num_characters=int(scored),
+        num_left=text.num_characters + ends - int(scored) + text.dropped_characters,
     )
 
 
@@ -269,16 +284,17 @@ def _score(
     model: DflowModel,
     ids: Tensor,
     lengths: Tensor | None,
+    characters: Tensor,
     batch_size: int,
     rank: int,
     world: int,
     shown: bool,
 ) -> list[float]:
-    """Of this process's chunks: number, nats, symbols, and their squares and product summed."""
+    """Of this process's chunks: number, nats, characters, and their squares and product summed."""
     mine = slice(rank, None, world)
     own = None if lengths is None else lengths[mine]
     nats = _nats(model, ids[mine], own, batch_size, shown, "chunk")
-    sizes = torch.full_like(nats, ids.shape[1]) if own is None else own.double() + 1
+    sizes = characters[mine].double()
     ones = torch.ones_like(nats)
     return torch.stack([ones, nats, sizes, nats**2, nats * sizes, sizes**2]).sum(1).tolist()
 

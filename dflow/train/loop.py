@@ -789,6 +789,8 @@ def _fixed(recipe: Recipe) -> dict[str, dict[str, Any]]:
         free.remove("accumulation")  # pieces are normalised by themselves
     values["train"] = {k: v for k, v in values["train"].items() if k not in free}
     values["data"] = {k: v for k, v in values["data"].items() if k not in ("folder", "store", "checksum")}
+    # Runs that were begun before there was this setting go on.
+    values["data"] = {k: v for k, v in values["data"].items() if (k, v) != ("split_by", "tail")}
     return {k: values[k] for k in ("data", "model", "train")}
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from dflow import hf, objectives, zoo
 from dflow.config import InputError
 from dflow.core import Distribution
-from dflow.data import Corpus, ImageConfig, ImageSet, Tokenizer, files, load, load_images, pictures
+from dflow.data import Corpus, ImageConfig, ImageSet, Tokenizer, dealt, files, load, load_images, pictures
 from dflow.dequantize import Iwbo, TruncatedNormal
 from dflow.distributions import Categorical, Gaussian, Mixture
 from dflow.train.recipe import Recipe, Schedule
@@ -71,7 +71,7 @@ class Task(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """The model and the data, in two lines."""
+        """The model and the data in a line each; a line for each split, and one for each note on the data."""
 
     @abstractmethod
     def valid(self, device: torch.device, rank: int, world: int) -> tuple[Iterator[Batch], float]:
@@ -235,10 +235,11 @@ class _Text(_Discrete):
         return x.numel() if lengths is None else int(lengths.sum())
 
     def count(self, batch: Batch) -> float:
-        return self.entries(batch) * self.corpus.train.characters_per_symbol
+        return float(self.corpus.train.characters(*batch).sum())
 
     def save(self, folder: Path) -> None:
         self.corpus.tokenizer.save(folder)
+        dealt.write(self.corpus.about(), folder)
 
     def describe(self) -> str:
         corpus = self.corpus
@@ -248,7 +249,7 @@ class _Text(_Discrete):
             f"{self.recipe.family}: {parameters:,} parameters, rule {self.rule}, "
             f"{most}{self.model.num_calls} network calls to draw {self.length} symbols\n"
             f"{corpus.name} ({corpus.protocol}): {corpus.train.amount}, "
-            f"{corpus.tokenizer.size} different"
+            f"{corpus.tokenizer.size} different\n" + "\n".join(dealt.lines(corpus.about()))
         )
 
     def valid(self, device: torch.device, rank: int, world: int) -> tuple[Iterator[Batch], float]:
@@ -263,8 +264,9 @@ class _Text(_Discrete):
                 rows = slice(start, start + size)
                 yield ids[rows].to(device), None if lengths is None else lengths[rows].to(device)
 
-        symbols = ids.numel() if lengths is None else int(lengths.sum()) + len(lengths)
-        return batches(), symbols * text.characters_per_symbol
+        # The end of a sentence counts as a character.
+        ends = 0 if lengths is None else len(lengths)
+        return batches(), float(text.characters(ids, lengths).sum()) + ends
 
     def nats(self, model: hf.DflowModel, batch: Batch) -> Tensor:
         return -model.log_prob(*batch).double().sum()
@@ -303,7 +305,7 @@ class _Values(Task):
         """The model that `settings` describe."""
 
     def save(self, folder: Path) -> None:
-        return
+        dealt.write(self.images.about(), folder)
 
     def mirrored(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Rows, half of them turned round where the recipe asks for it."""
@@ -317,7 +319,8 @@ class _Values(Task):
         parameters = sum(p.numel() for p in self.model.parameters())
         return (
             f"{self.settings.about() or self.recipe.family}: {parameters:,} parameters, rule {self.rule}\n"
-            f"{images.name} {'x'.join(map(str, images.shape))}: {images.train.amount}"
+            f"{images.name} {'x'.join(map(str, images.shape))}: {images.train.amount}\n"
+            + "\n".join(dealt.lines(images.about()))
         )
 
 
