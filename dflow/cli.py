@@ -765,8 +765,7 @@ def generate_pictures(flags: Generate) -> int:
         accelerator=accelerator,
     )
     if accelerator is None or accelerator.is_main_process:
-        levels = set(model.config.levels)
-        data = drawing.encode_images(x, kind, max(levels) if None not in levels else None)
+        data = drawing.encode_images(x, kind, model.config.levels, model.config.columns)
         drawing.write_whole(output, data)
         print(output)
     if accelerator is not None:

@@ -219,9 +219,9 @@ def checked(x: Tensor, settings: zoo.ValuesConfig) -> Tensor:
     if x.shape[1:] != shape and (x.ndim != 2 or x.shape[1] != settings.dim):
         raise InputError(f"data of shape {tuple(x.shape[1:])}; this model takes {shape}")
     x = x.reshape(len(x), -1)
-    ranges = settings.ranges
+    support = settings.support
     low, high = (
-        torch.tensor([sign * torch.inf if r is None else r[i] for r in ranges], device=x.device)
+        torch.tensor([sign * torch.inf if r is None else r[i] for r in support], device=x.device)
         for i, sign in enumerate((-1, 1))
     )
     fits = (x >= low) & (x <= high)
@@ -229,13 +229,11 @@ def checked(x: Tensor, settings: zoo.ValuesConfig) -> Tensor:
         fits &= x.isfinite() & ((x == x.floor()) | low.isinf())
     if not fits.all():
         row, column = (~fits).nonzero()[0].tolist()
-        found, known = x[row, column].item(), ranges[column]
+        found, known = x[row, column].item(), support[column]
         if known is None:
             raise InputError(f"value {found} of entry {column} is not finite")
-        raise InputError(
-            f"value {found} of entry {column} is none of {known[0]}..{known[1]}, those of the data that "
-            "this model was trained on"
-        )
+        of = ", those of the data that this model was trained on" * (known == settings.ranges[column])
+        raise InputError(f"value {found} of entry {column} is none of {known[0]}..{known[1]}{of}")
     return x
 
 
