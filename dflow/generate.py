@@ -146,15 +146,20 @@ def _seed(seed: int, number: int) -> int:
 
 
 def encode_images(
-    x: Tensor, kind: ImageFormat, levels: Sequence[int | None], columns: Sequence[str] = ()
+    x: Tensor,
+    kind: ImageFormat,
+    levels: int | None,
+    columns: Sequence[str] = (),
+    real: Sequence[bool] = (),
 ) -> bytes:
     """Draws ``(n, C, H, W)`` as a PNG of all of them in a grid, an array of numpy, or lines of numbers.
 
     Args:
         x: draws; a picture shows those outside its levels as the nearest of these.
         kind: format of the file.
-        levels: number of values of an entry, one for all or one each; None for a real one.
+        levels: number of values of an entry of a picture.
         columns: names of the entries (default: x1, x2, ...).
+        real: which of them are real numbers (default: none).
 
     Raises:
         InputError: a picture of what is none.
@@ -164,20 +169,19 @@ def encode_images(
         np.save(buffer, x.numpy(), allow_pickle=False)
         return buffer.getvalue()
     if kind == "csv":
-        return _table(x.flatten(1), levels, columns).encode()
-    most = max((n for n in levels if n is not None), default=0)
-    if None in levels or not is_picture(x.shape[1:]):
+        return _table(x.flatten(1), columns, real).encode()
+    if levels is None or not is_picture(x.shape[1:]):
         raise InputError("these data are no pictures; use --format csv or npy")
     shape = (x.shape[1], x.shape[2], x.shape[3])
     # A draw may lie outside what a picture can show.
-    return pictures.grid(x.flatten(1).clamp(0, most - 1), shape, most)
+    return pictures.grid(x.flatten(1).clamp(0, levels - 1), shape, levels)
 
 
-def _table(x: Tensor, levels: Sequence[int | None], columns: Sequence[str]) -> str:
+def _table(x: Tensor, columns: Sequence[str], real: Sequence[bool]) -> str:
     """Rows ``(n, D)`` as CSV with a header, or dflow itself would not read it; integers as integers."""
     dim = x.shape[1]
-    each = levels if len(levels) == dim else [*levels] * dim
-    values = [(column if n is None else column.long()).tolist() for column, n in zip(x.T, each, strict=True)]
+    each = real or [False] * dim
+    values = [(column if r else column.long()).tolist() for column, r in zip(x.T, each, strict=True)]
     buffer = io.StringIO()
     lines = csv.writer(buffer, lineterminator="\n")
     lines.writerow(columns or [f"x{i}" for i in range(1, dim + 1)])

@@ -444,9 +444,13 @@ def test_unfit_data_are_refused(pictures: Path, table: Path) -> None:
     low, levels = mixed.config.lowest, mixed.config.levels
     good = torch.tensor([[low[0], -1e6, low[2] + levels[2] - 1]], dtype=torch.float64)
     assert mixed.elbo(good).values.shape == (1,)
+    # A draw may lie outside the range of the data: all integers have a cell.
+    good[0, 0], good[0, 2] = low[0] - 3, low[2] + levels[2]
+    assert mixed.elbo(good).values.isfinite().all()
     for column, value, message in [
-        (0, low[0] - 1, r"entry 0 is none of -2\.\.3"),
-        (2, low[2] + levels[2], "entry 2 is none of"),
+        (0, -(1 << 22) - 1, r"entry 0 is none of -4194304\.\.4194304"),
+        (2, (1 << 22) + 1, "entry 2 is none of"),
+        (2, 0.5, "entry 2 is none of"),
         (1, math.inf, "value inf of entry 1 is not finite"),
     ]:
         bad = good.clone()
@@ -729,7 +733,12 @@ def test_generate(pictures: Path, table: Path, tmp_path: Path, monkeypatch: pyte
     assert (rows[:, 1] != np.floor(rows[:, 1])).all()
     assert np.array_equal(rows, generate_images(load_image(table), 5, seed=3).flatten(1))
     # Which dflow reads itself.
-    assert tables.read(Path("samples.csv")).columns == ("x1", "x2", "x3")
+    assert tables.read(Path("samples.csv")).columns == ("i", "real", "i2")
+    assert all(
+        cell.lstrip("-").isdigit()
+        for line in Path("samples.csv").read_text().splitlines()[1:]
+        for cell in line.split(",")[::2]
+    )
 
 
 def test_draws_hang_on_seed_and_batch_size(pictures: Path) -> None:

@@ -9,11 +9,12 @@ import os
 import zipfile
 import zlib
 from pathlib import Path
+from typing import IO
 
 from dflow.config import InputError
 
 SUFFIXES = ("", ".xz", ".gz")
-_DAMAGED = (lzma.LZMAError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile, EOFError)
+_DAMAGED = (lzma.LZMAError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, NotImplementedError)
 
 
 def data_folder(folder: str | os.PathLike[str] | None = None) -> Path | None:
@@ -40,24 +41,39 @@ def find(folder: Path | None, name: str, under: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def read(path: Path, member: str | None = None) -> bytes:
+def read(path: Path, member: str | None = None, limit: int | None = None) -> bytes:
     """The content of a file, unpacked by its suffix; ``member`` names the file inside a ``.zip``.
 
     Raises:
-        InputError: The packed file is damaged or lacks ``member``.
+        InputError: The packed file is damaged or lacks ``member``, or there are more than ``limit`` bytes in
+            it, of which no more are unpacked.
     """
     try:
         if path.suffix == ".zip" and member is not None:
             with zipfile.ZipFile(path) as archive:
                 if member not in archive.namelist():
                     raise InputError(f"{path}: holds no file {member!r}; fetch the archive again")
-                return archive.read(member)
-        data = path.read_bytes()
-        if path.suffix == ".xz":
-            return lzma.decompress(data)
-        return gzip.decompress(data) if path.suffix == ".gz" else data
+                with archive.open(member) as inside:
+                    data = _some(inside, limit)
+        elif path.suffix in (".xz", ".gz"):
+            with (lzma.open if path.suffix == ".xz" else gzip.open)(path) as packed:
+                data = _some(packed, limit)
+        else:
+            with path.open("rb") as file:
+                data = _some(file, limit)
     except _DAMAGED as error:
         raise InputError(f"{path}: damaged or truncated ({error}); fetch the file again") from error
+    if limit is not None and len(data) > limit:
+        raise InputError(
+            f"{path}: expected {limit:,} bytes, found more; the file is damaged or another version: replace "
+            "it, or name its path to use it as data of your own"
+        )
+    return data
+
+
+def _some(file: IO[bytes], limit: int | None) -> bytes:
+    """A byte more than the limit, so that it is seen to be exceeded."""
+    return file.read() if limit is None else file.read(limit + 1)
 
 
 def decode(data: bytes, source: str | os.PathLike[str]) -> str:

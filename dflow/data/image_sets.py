@@ -127,7 +127,8 @@ def _bits_of_npz(path: Path) -> bytes:
 
 
 def _bits_of_text(path: Path) -> bytes:
-    digits = files.read(path).translate(None, b" \t\r\n")
+    # Spaces between the digits, or more.
+    digits = files.read(path, limit=4 * BINARIZED_TEXT[0].size).translate(None, b" \t\r\n")
     if strange := digits.translate(None, b"01"):
         raise InputError(
             f"{path}: holds {strange[:1]!r}, and a file of binarized MNIST holds 0 and 1 with spaces "

@@ -395,8 +395,8 @@ class SentencePiece(Tokenizer):
         """
         if size < cls._LEAST:
             raise InputError(
-                f"sentencepiece cannot learn {size} pieces, of which 256 are those of bytes; set vocab_size to "
-                f"at least {cls._LEAST}, or tokenizer to bytes or characters"
+                f"sentencepiece cannot learn {size} pieces, of which 256 are those of bytes; set vocab_size "
+                f"to at least {cls._LEAST}, or tokenizer to bytes or characters"
             )
         lines = [line[i : i + 1000] for line in text.split("\n") for i in range(0, len(line), 1000)]
         lines = lines[:: max(1, len(text) // cls._SAMPLE)]

@@ -258,7 +258,7 @@ class Dequantized(nn.Module):
         return Estimate(values, bound.name, bound.is_lower_bound)
 
     def _weigh(self, x: Tensor, context: Tensor | None, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Log weights ``(k, batch)`` and v ``(k * batch, dim)`` of noise ``(k, batch, d)``; standardized x."""
+        """Log weights ``(k, batch)``, and v ``(k * batch, dim)``, of x that is standardized, by noise."""
         k, q = len(noise), self.dequantizer
         rows, noise = x.repeat(k, 1), noise.flatten(0, 1)
         if isinstance(q, TruncatedNormal) and q.density is self.density:
