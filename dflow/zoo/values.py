@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -90,8 +89,6 @@ class ValuesConfig:
             values = getattr(self, name)
             if [value is not None for value in values] != real:
                 raise InputError(f"{name} must be a number for each real column, and null for each other")
-            if not all(map(math.isfinite, filter(None, values))):
-                raise InputError(f"{name} must be finite, found {values}")
         if any(value is not None and value <= 0 for value in self.scale):
             raise InputError(f"scale must be above 0, found {self.scale}")
 
