@@ -51,7 +51,7 @@ def from_npy(data: bytes, where: str | Path) -> Array:
     shape, fortran, dtype, start = _header(data, where)
     if dtype.hasobject or dtype.kind not in "biuf":
         raise InputError(
-            f"{where}: an array of {dtype}; only arrays of numbers are read: save it as one of these"
+            f"{where}: no array of numbers but one of {dtype}, which is not read; save integers or floats"
         )
     if any(not isinstance(n, int) or n < 0 for n in shape):
         raise InputError(f"{where}: damaged, its header says that it is of shape {shape}; save it again")

@@ -32,8 +32,8 @@ from dflow.data.arrays import from_npz
 from dflow.data.known import KnownFile, KnownSet, find_all, from_hub
 
 Array = NDArray[Any]
-#: Bytes of the headers of a few arrays, at most.
-_HEADERS = 1 << 12
+#: Bytes of the headers of a few arrays, and what more is read before a wrong file is refused.
+_HEADERS = 1 << 20
 
 CHECKERBOARD = "checkerboard"
 CHECKERBOARD_NOTE = "(0, 1) or (1, 0), equally likely: exactly 1 bit"
@@ -119,7 +119,7 @@ def _last_validate(train: Array, test: Array, train_labels: Array, test_labels: 
 
 
 def _bits_of_npz(path: Path) -> bytes:
-    # Packed the pixels take an eighth; a header each.
+    # Packed the pixels take an eighth.
     arrays = from_npz(path, ("train", "valid", "test"), BINARIZED_BITS.size // 8 + _HEADERS)
     if any(array.ndim != 2 or array.dtype != np.uint8 for array in arrays):
         raise InputError(f"{path}: the arrays must be uint8 (n, 98), eight pixels a byte; replace it")
