@@ -67,7 +67,7 @@ SHORT = "{'descr': '|u1', 'fortran_order': False, 'shape': (%s), }"
         (b"\x89PNG\r\n\x1a\n", "damaged, truncated or no array"),
         (npy(GRID)[:60], "damaged, truncated or no array"),
         (with_header("{'descr': '|u1', 'fortran_order': False, 'shape': (2, 2),}}", bytes(4)), "no array"),
-        (with_header(SHORT % "4," * 9000), "no array"),
+        (with_header(SHORT % ("4," * 9000)), "no array"),
         (with_header("(" * 9000), "no array"),
         (with_header(SHORT % "1 << 40, 2", bytes(4)), "no array"),
         (with_header(SHORT % "4, 4", bytes(8)), r"8 bytes follow its header, which says 16 .*truncated"),

@@ -9,7 +9,6 @@ import os
 import zipfile
 import zlib
 from pathlib import Path
-from typing import IO
 
 from dflow.config import InputError
 
@@ -48,19 +47,21 @@ def read(path: Path, member: str | None = None, limit: int | None = None) -> byt
         InputError: The packed file is damaged or lacks ``member``, or there are more than ``limit`` bytes in
             it, of which no more are unpacked.
     """
+    # A byte more than the limit, so that it is seen to be exceeded.
+    most = -1 if limit is None else limit + 1
     try:
         if path.suffix == ".zip" and member is not None:
             with zipfile.ZipFile(path) as archive:
                 if member not in archive.namelist():
                     raise InputError(f"{path}: holds no file {member!r}; fetch the archive again")
                 with archive.open(member) as inside:
-                    data = _some(inside, limit)
+                    data = inside.read(most)
         elif path.suffix in (".xz", ".gz"):
             with (lzma.open if path.suffix == ".xz" else gzip.open)(path) as packed:
-                data = _some(packed, limit)
+                data = packed.read(most)
         else:
             with path.open("rb") as file:
-                data = _some(file, limit)
+                data = file.read(most)
     except _DAMAGED as error:
         raise InputError(f"{path}: damaged or truncated ({error}); fetch the file again") from error
     if limit is not None and len(data) > limit:
@@ -69,11 +70,6 @@ def read(path: Path, member: str | None = None, limit: int | None = None) -> byt
             "it, or name its path to use it as data of your own"
         )
     return data
-
-
-def _some(file: IO[bytes], limit: int | None) -> bytes:
-    """A byte more than the limit, so that it is seen to be exceeded."""
-    return file.read() if limit is None else file.read(limit + 1)
 
 
 def decode(data: bytes, source: str | os.PathLike[str]) -> str:
