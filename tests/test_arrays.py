@@ -160,6 +160,16 @@ def test_other_arrays_are_grey_pictures(shape: tuple[int, ...], tmp_path: Path) 
     assert pixels.read(tmp_path / "a.npy").form.dims == shape
 
 
+@pytest.mark.parametrize("dtype", ["|u1", ">u2", "<u2"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_every_value_of_an_array_comes_back(dtype: str, order: str, tmp_path: Path) -> None:
+    array = np.asarray(np.arange(240).reshape(5, 6, 8), dtype=dtype, order=order)  # type: ignore[call-overload]
+    np.save(tmp_path / "a.npy", array)
+    found = np.load(io.BytesIO(pixels.write(pixels.read(tmp_path / "a.npy"))))
+    assert np.array_equal(found, array)
+    assert found.dtype == array.dtype.newbyteorder("=")
+
+
 # -- weights -------------------------------------------------------------------------------------------------
 
 

@@ -211,6 +211,7 @@ class ImageSet:
         loc: mean of each real column of a table over the rows to train on, None for a discrete one; None
             where no column is real.
         scale: its standard deviation, in the same way.
+        unfit: why no density can be learned from these data; empty where one can.
         checksum: of the values of all splits as they are here: a result can say what it was measured on.
         unit: in which a result is told: "bits a dimension", or "bits" of a whole row.
         classes: number of labels, 0 where there are none.
@@ -230,6 +231,7 @@ class ImageSet:
     classes: int = 0
     loc: tuple[float | None, ...] | None = None
     scale: tuple[float | None, ...] | None = None
+    unfit: str = ""
 
     @property
     def dim(self) -> int:
@@ -542,7 +544,7 @@ def _table(path: Path, config: ImageConfig) -> ImageSet:
     shape = (len(table.columns), 1, 1)
     notes = "; ".join(filter(None, (note, table.note, units.note)))
     found = _image_set(config.name, shape, levels, lowest, values, "rows", notes, columns=table.columns)
-    return replace(found, loc=units.loc, scale=units.scale) if any(table.real) else found
+    return replace(found, loc=units.loc, scale=units.scale, unfit=units.unfit) if any(table.real) else found
 
 
 def _image_set(

@@ -93,41 +93,44 @@ def read(path: Path, continuous: Sequence[str] | None = None) -> Table:
 
 @dataclass(frozen=True)
 class Units:
-    """Mean and standard deviation of each real column, None of a discrete one; ``note`` warns of columns."""
+    """Mean and standard deviation of each real column, None of a discrete one.
+
+    Attributes:
+        loc: the means.
+        scale: the deviations.
+        unfit: why no density can be learned on a column, and what to do; empty where all is well.
+        note: what columns make of the figures.
+    """
 
     loc: tuple[float | None, ...]
     scale: tuple[float | None, ...]
+    unfit: str = ""
     note: str = ""
 
 
 def units(path: Path, table: Table, values: NDArray[np.float64]) -> Units:
     """The units of a table's real columns over ``values``, the rows to train on.
 
-    Raises:
-        InputError: A real column on which no density can be learned: its values are all the same, few, or
-            differ by less than float64 resolves.
+    No density can be learned on a real column whose values are all the same, few, or differ by less than
+    float64 resolves: it has no limit, or none that could be computed.
     """
-    locs: list[float | None] = []
-    scales: list[float | None] = []
+    moments = [
+        _moments(column) if real else (None, None) for column, real in zip(values.T, table.real, strict=True)
+    ]
+    loc, scale = zip(*moments, strict=True)
     notes = []
-    for name, real, column in zip(table.columns, table.real, values.T, strict=True):
-        loc, scale = _moments(column)
-        locs.append(loc if real else None)
-        scales.append(scale if real else None)
-        if not real:
+    for name, column, deviation in zip(table.columns, values.T, scale, strict=True):
+        if deviation is None:
             continue
-        if reason := _unfit(column, scale):
-            raise InputError(f"{path}: the real column {name!r} {reason}")
+        if reason := _unfit(column, deviation):
+            return Units(loc, scale, unfit=f"{path}: the real column {name!r} {reason}")
         seen, counts = np.unique(column, return_counts=True)
         if 2 * counts.max() > len(column):
             share = 100 * counts.max() / len(column)
             notes.append(f"the real column {name!r} is {seen[counts.argmax()]} in {share:.0f} % of the rows")
-    standard = (values - [loc or 0.0 for loc in locs]) / [scale or 1.0 for scale in scales]
-    notes += _dependent(
-        [n for n, real in zip(table.columns, table.real, strict=True) if real], standard[:, list(table.real)]
-    )
+    notes += _dependent(table, values, loc, scale)
     warning = ": a density can grow there without limit, so that its bits mean little"
-    return Units(tuple(locs), tuple(scales), "; ".join(note + warning for note in notes))
+    return Units(loc, scale, note="; ".join(note + warning for note in notes))
 
 
 def _moments(column: NDArray[np.float64]) -> tuple[float, float]:
@@ -158,13 +161,23 @@ def _unfit(column: NDArray[np.float64], scale: float) -> str | None:
     return None
 
 
-def _dependent(names: list[str], standard: NDArray[np.float64]) -> list[str]:
+def _dependent(
+    table: Table,
+    values: NDArray[np.float64],
+    loc: tuple[float | None, ...],
+    scale: tuple[float | None, ...],
+) -> list[str]:
     """Real columns that are linear functions of each other, in words."""
-    if len(names) < 2 or len(standard) <= 2 * len(names):
+    names = [name for name, real in zip(table.columns, table.real, strict=True) if real]
+    if len(names) < 2 or len(values) <= 2 * len(names):
         return []
+    standard = np.stack(
+        [(column - m) / s for column, m, s in zip(values.T, loc, scale, strict=True) if s and m is not None],
+        1,
+    )
     sizes, directions = np.linalg.eigh(standard.T @ standard / len(standard))
-    groups = [np.array(names)[np.abs(d) > 1e-3] for d in directions.T[sizes < _DEPENDENT]]
-    return [f"the real columns {' and '.join(map(repr, map(str, g)))} depend linearly" for g in groups]
+    groups = [np.flatnonzero(np.abs(d) > 1e-3) for d in directions.T[sizes < _DEPENDENT]]
+    return [f"the real columns {' and '.join(repr(names[i]) for i in g)} depend linearly" for g in groups]
 
 
 # -- lines and cells -------------------------------------------------------------------------------------

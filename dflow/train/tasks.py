@@ -264,6 +264,8 @@ class _Values(Task):
     def __init__(self, recipe: Recipe, images: ImageSet, **of_data: Any) -> None:
         config = recipe.train
         of_data["shape"] = list(images.shape)
+        if images.unfit:
+            raise InputError(images.unfit)
         # A recipe that has the levels of its data, and no units, continues a model of version 0.1.0.
         units = () if recipe.model.levels and not recipe.model.scale else ("loc", "scale")
         for name in ("levels", "lowest", "columns", *units):
