@@ -78,7 +78,6 @@ SHORT = "{'descr': '|u1', 'fortran_order': False, 'shape': (%s), }"
             "8 bytes follow its header, which says 4.*each array to its own",
         ),
         (with_header(SHORT % "-2, -2", bytes(4)), "damaged, its header says that it is of shape"),
-        (with_header(SHORT % "True, 4", bytes(4)), None),
         (npy(np.array([{}, 1]), allow_pickle=True), "no array of numbers but one of object"),
         (npy(np.zeros(2, [("a", "u1"), ("b", "<f4")])), "no array of numbers"),
         (npy(np.array(["a", "bc"])), "but one of <U2"),
@@ -87,14 +86,11 @@ SHORT = "{'descr': '|u1', 'fortran_order': False, 'shape': (%s), }"
     ],
     ids=lambda value: None if isinstance(value, bytes) else str(value),
 )
-def test_what_is_no_array_of_numbers_is_refused(data: bytes, message: str | None) -> None:
+def test_what_is_no_array_of_numbers_is_refused(data: bytes, message: str) -> None:
     tracemalloc.start()
     try:
-        if message is None:
+        with pytest.raises(InputError, match=f"^x/a.npy: .*{message}"):
             from_npy(data, "x/a.npy")
-        else:
-            with pytest.raises(InputError, match=f"^x/a.npy: .*{message}"):
-                from_npy(data, "x/a.npy")
         assert tracemalloc.get_traced_memory()[1] < 1 << 22
     finally:
         tracemalloc.stop()
@@ -125,13 +121,13 @@ def test_packed_files_are_unpacked_up_to_a_limit(suffix: str, tmp_path: Path) ->
 
     path = tmp_path / f"a{suffix}"
     pack = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}[suffix]
-    path.write_bytes(pack(bytes(1 << 24)))
+    path.write_bytes(pack(bytes(1 << 25)))
     tracemalloc.start()
     with pytest.raises(InputError, match=r"expected 1,000 bytes, found more"):
         files.read(path, limit=1000)
-    assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    assert tracemalloc.get_traced_memory()[1] < 1 << 24
     tracemalloc.stop()
-    assert files.read(path, limit=1 << 24) == files.read(path) == bytes(1 << 24)
+    assert files.read(path, limit=1 << 25) == files.read(path) == bytes(1 << 25)
 
 
 # -- pictures in arrays --------------------------------------------------------------------------------------
@@ -193,7 +189,7 @@ def test_weights_that_are_not_finite_are_refused(
         ["generate", "--model", place, "--output", f"{output}.csv"],
         ["evaluate", "--model", place, "--data", "checkerboard"],
         ["compress", str(tmp_path / "a.npy"), "--model", place, "-o", f"{output}.dfl"],
-        ["compare", "--codec", "--model", place, "--data", str(tmp_path / "a.npy")],
+        ["compare", "--codec", str(tmp_path / "a.npy"), "--model", place],
     ):
         assert cli.main(argv) == 2, argv
         error = capsys.readouterr().err.strip().splitlines()[-1]

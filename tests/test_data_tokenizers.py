@@ -194,7 +194,7 @@ def cjk(n: int) -> str:
     """Sentences of 3,000 ideographs, some far more frequent than others."""
     draw = random.Random(0)
     return "".join(
-        chr(0x4E00 + int(draw.paretovariate(0.6)) % 3000) + "。\n" * (i % 20 == 0) for i in range(n)
+        chr(0x4E00 + int(draw.paretovariate(0.3)) % 3000) + "。\n" * (i % 20 == 0) for i in range(n)
     )
 
 
