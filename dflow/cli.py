@@ -655,7 +655,7 @@ def evaluate_pictures(flags: Evaluate, device: torch.device, accelerator: Accele
     import torch
 
     from dflow.data import load_images
-    from dflow.evaluate import evaluate_exact, evaluate_images
+    from dflow.evaluate import check_data, evaluate_exact, evaluate_images
     from dflow.hf import DflowImageModel, load
 
     model = load(flags.model, device, DflowImageModel)
@@ -665,6 +665,7 @@ def evaluate_pictures(flags: Evaluate, device: torch.device, accelerator: Accele
     elif flags.draws is not None or flags.seed is not None:
         raise InputError(f"--draws and --seed are for bounds; {flags.model} has an exact likelihood")
     images = load_images(flags.images(flags.model), partial=True)
+    check_data(model, images)
     split = flags.part(images, flags.model)
     options: dict[str, Any] = {n: getattr(flags, n) for n in names if getattr(flags, n) is not None}
     if flags.precision is not None:
@@ -838,8 +839,9 @@ def generate_pictures(flags: Generate) -> int:
         accelerator=accelerator,
     )
     if accelerator is None or accelerator.is_main_process:
-        levels = set(model.config.levels)
-        data = drawing.encode_images(x, kind, max(levels) if None not in levels else None)
+        levels, real = set(model.config.levels), [r is None for r in model.config.settings().ranges]
+        most = max(levels) if None not in levels else None
+        data = drawing.encode_images(x, kind, most, model.config.columns, real)
         drawing.write_whole(output, data)
         print(output)
     if accelerator is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import json
@@ -144,8 +145,21 @@ def _seed(seed: int, number: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed},{number}".encode()).digest()[:7], "big")
 
 
-def encode_images(x: Tensor, kind: ImageFormat, levels: int | None) -> bytes:
+def encode_images(
+    x: Tensor,
+    kind: ImageFormat,
+    levels: int | None,
+    columns: Sequence[str] = (),
+    real: Sequence[bool] = (),
+) -> bytes:
     """Draws ``(n, C, H, W)`` as a PNG of all of them in a grid, an array of numpy, or lines of numbers.
+
+    Args:
+        x: draws; a picture shows those outside its levels as the nearest of these.
+        kind: format of the file.
+        levels: number of values of an entry of a picture.
+        columns: names of the entries (default: x1, x2, ...).
+        real: which of them are real numbers (default: none).
 
     Raises:
         InputError: a picture of what is none.
@@ -155,15 +169,24 @@ def encode_images(x: Tensor, kind: ImageFormat, levels: int | None) -> bytes:
         np.save(buffer, x.numpy(), allow_pickle=False)
         return buffer.getvalue()
     if kind == "csv":
-        rows = x.flatten(1).tolist()
-        # A table has a header, or dflow itself would not read it.
-        header = [f"x{i}" for i in range(1, x[0].numel() + 1)]
-        return "".join(",".join(map(str, row)) + "\n" for row in (header, *rows)).encode()
+        return _table(x.flatten(1), columns, real).encode()
     if levels is None or not is_picture(x.shape[1:]):
         raise InputError("these data are no pictures; use --format csv or npy")
     shape = (x.shape[1], x.shape[2], x.shape[3])
     # A draw may lie outside what a picture can show.
     return pictures.grid(x.flatten(1).clamp(0, levels - 1), shape, levels)
+
+
+def _table(x: Tensor, columns: Sequence[str], real: Sequence[bool]) -> str:
+    """Rows ``(n, D)`` as CSV with a header, or dflow itself would not read it; integers as integers."""
+    dim = x.shape[1]
+    each = real or [False] * dim
+    values = [(column if r else column.long()).tolist() for column, r in zip(x.T, each, strict=True)]
+    buffer = io.StringIO()
+    lines = csv.writer(buffer, lineterminator="\n")
+    lines.writerow(columns or [f"x{i}" for i in range(1, dim + 1)])
+    lines.writerows(zip(*values, strict=True))
+    return buffer.getvalue()
 
 
 def is_picture(shape: Sequence[int]) -> bool:

@@ -412,7 +412,7 @@ def initialize(law: Dequantized, x: Tensor, generator: torch.Generator) -> None:
     On hypercubes that is uniform noise.
     """
     z = torch.logit(torch.rand(len(x), law.partition.count(x.shape[1]), generator=generator), 1e-6)
-    v, _ = law.partition.place(z, x)
+    v, _ = law.partition.place(z, law.standardize(x))
     if isinstance(law.density, Gaussian):
         law.density.initialize(law.density.statistics(v))
         # Truncated normals follow the density: a few rounds of moments come near their fixed point.

@@ -20,9 +20,10 @@ import yaml
 from dflow import hf
 from dflow.coding import container
 from dflow.coding.container import Segment
-from dflow.compress import ImageCoder, TextCoder, decompress_images, decompress_text
+from dflow.compress import ImageCoder, TextCoder, decompress_images, decompress_text, pixels
 from dflow.config import InputError
-from dflow.data import Tokenizer
+from dflow.data import DataConfig, ImageConfig, Tokenizer, image_sets, load, load_images
+from dflow.data.arrays import from_npz
 from dflow.train import load_recipe
 
 #: Memory on top of what a process has that only imported, and seconds that reading a file may take.
@@ -163,12 +164,67 @@ def read_dfl(folder: Path) -> None:
         raise AssertionError("other bytes came back")
 
 
+SHAPES = [
+    "()", "(8,)", "(-8, 8)", "(8, 8, 8)", "(1 << 62, 2)", "(4611686018427387904, 4)", "(8, 8.0)", "'8'",
+    "[8, 8]", "(True, 64)", "(" * 300 + ")" * 300,
+]  # fmt: skip
+DTYPES = [
+    "'|u1'", "'<u2'", "'>u8'", "'|O'", "'<M8[s]'", "'|S3'", "[('a', '|u1')]", "'<c8'", "'|V0'", "'|S0'",
+    "'nothing'", "[[]]", "8",
+]  # fmt: skip
+CELLS = [
+    "", "nan", "inf", "-1e999", "1e300", "-0.0", "9" * 400, "1;2", "a\tb", '"', '""', '"1"', "\0",
+    "\U0001f600", "x" * 200_000, "0x1", "1_0", "\u0661", " 1 ", "1,5", "5e-324",
+]  # fmt: skip
+
+
+def npy_changed(data: bytes, draw: random.Random) -> bytes:
+    """An array: its header as text, bytes of it, or of all."""
+    (length,) = struct.unpack("<H", data[8:10])
+    what = draw.random()
+    if what < 0.5:
+        shape, descr = draw.choice(SHAPES), draw.choice(DTYPES)
+        order = draw.choice(["False", "True", "None", "1"])
+        header = f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}, }}\n".encode()
+        return data[:8] + struct.pack("<H", len(header)) + header + data[10 + length :]
+    return bytes_changed(data, draw, 10 + length if what < 0.8 else None)
+
+
+def cells_changed(data: bytes, draw: random.Random) -> bytes:
+    """A table: cells, or bytes."""
+    if draw.random() < 0.4:
+        return bytes_changed(data, draw)
+    lines = [line.split(",") for line in data.decode().splitlines()]
+    for _ in range(draw.randint(1, 3)):
+        cells = draw.choice(lines)
+        cells[draw.randrange(len(cells))] = draw.choice(CELLS)
+    if draw.random() < 0.3:
+        del lines[draw.randrange(len(lines)) :]
+    return "\n".join(",".join(cells) for cells in lines).encode()
+
+
+def read_text(path: Path) -> None:
+    for kind in ("characters", "bytes"):
+        load(DataConfig(name=str(path), tokenizer=kind)).train.crops(1, 8)  # type: ignore[arg-type]
+
+
 KINDS: dict[str, tuple[str, Callable[[bytes, random.Random], bytes], Callable[[Path], object]]] = {
     "config": ("config.json", json_changed, read_model),
     "weights": ("model.safetensors", tensors_changed, read_model),
     "manifest": ("manifest.json", json_changed, read_checked),
     "vocabulary": ("vocabulary.json", json_changed, Tokenizer.load),
     "dfl": ("a.dfl", dfl_changed, read_dfl),
+    "npy": ("a.npy", npy_changed, lambda folder: pixels.read(folder / "a.npy")),
+    "npz": ("a.npz", bytes_changed, lambda folder: from_npz(folder / "a.npz", ("x", "y"), 1 << 16)),
+    "csv": ("a.csv", cells_changed, lambda folder: load_images(ImageConfig(str(folder / "a.csv")))),
+    "csv.gz": ("a.csv.gz", bytes_changed, lambda folder: load_images(ImageConfig(str(folder / "a.csv.gz")))),
+    "text": ("a.txt", bytes_changed, lambda folder: read_text(folder / "a.txt")),
+    "text.xz": ("a.txt.xz", bytes_changed, lambda folder: read_text(folder / "a.txt.xz")),
+    "idx": (
+        "t10k-labels-idx1-ubyte.gz",
+        bytes_changed,
+        lambda folder: image_sets.MNIST[3].read(folder / "t10k-labels-idx1-ubyte.gz"),
+    ),
     "recipe": ("recipe.yaml", yaml_changed, lambda folder: load_recipe(folder / "recipe.yaml")),
 }
 

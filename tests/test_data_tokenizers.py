@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -186,3 +188,35 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         vocabulary.write_bytes(damaged)
         with pytest.raises(InputError, match=r"vocabulary\.json: truncated or not JSON"):
             Tokenizer.load(tmp_path)
+
+
+def cjk(n: int) -> str:
+    """Sentences of 3,000 ideographs, some far more frequent than others."""
+    draw = random.Random(0)
+    return "".join(
+        chr(0x4E00 + int(draw.paretovariate(0.3)) % 3000) + "。\n" * (i % 20 == 0) for i in range(n)
+    )
+
+
+@pytest.mark.parametrize("size", [300, 512, 4000])
+def test_more_characters_than_pieces(size: int) -> None:
+    """Those that get no piece are spelled in bytes, the others in fewer symbols than these would take."""
+    text = cjk(20_000)
+    assert len(set(text)) > 1000
+    tokenizer = SentencePiece.train(text, size)
+    assert tokenizer.size == size
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert len(ids) < (0.9 if size < 512 else 0.6) * len(text.encode())
+    if size == 512:
+        assert tokenizer.encode("。").tolist() == tokenizer.encode("。。").tolist()[:1]
+
+
+def test_the_number_of_pieces_that_is_named_works() -> None:
+    with pytest.raises(InputError, match=r"set vocab_size to at most (\d+), or give more text") as error:
+        SentencePiece.train("hello world. " * 20, 512)
+    most = int(re.findall(r"at most (\d+)", str(error.value))[0])
+    assert SentencePiece.train("hello world. " * 20, most).size == most
+    with pytest.raises(InputError, match=r"cannot learn 200 pieces.* to at least 260"):
+        SentencePiece.train(ENGLISH, 200)
+    assert SentencePiece.train(ENGLISH, 260).size == 260

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import lzma
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import hostile
+import numpy as np
 import pytest
 import yaml
-from folders import SMALL, write_model, write_pictures, write_text
+from folders import SMALL, write_model, write_pictures, write_table, write_text
 from forks import FORKS
 
 from dflow import hf
@@ -78,20 +82,61 @@ def test_changed_files_are_read_or_refused(
     name: str, kind: str, n: int, folders: dict[str, Path], forks: None, tmp_path: Path
 ) -> None:
     """2,000 of them; `test_compress.py` and its like have further ones of the project's own formats."""
-    report, folder = tmp_path / "report.json", tmp_path / "model"
-    shutil.copytree(folders[name], folder)
-    process = FORKS.Process(target=hostile.work, args=(folder, kind, n, len(name), report))
+    shutil.copytree(folders[name], tmp_path / "model")
+    found = work(tmp_path, kind, n, len(name))
+    assert found["refused"] > n // 4
+
+
+def work(folder: Path, kind: str, n: int, seed: int) -> dict[str, Any]:
+    """Change a file in ``folder / "model"`` and read it, ``n`` times; nothing may go wrong."""
+    report = folder / "report.json"
+    process = FORKS.Process(target=hostile.work, args=(folder / "model", kind, n, seed, report))
     process.start()
     process.join(300)
     if process.exitcode is None:
         process.kill()
     assert process.exitcode == 0
-    found = json.loads(report.read_text())
+    found: dict[str, Any] = json.loads(report.read_text())
     assert not found["wrong"], "\n\n".join("\n".join(w) for w in found["wrong"][:3])
     assert not found["slow"]
     assert not found["bare"]
     assert found["read"] + found["refused"] == n
-    assert found["refused"] > n // 4
+    return found
+
+
+def write_data(folder: Path) -> None:
+    """A whole file of each kind that data come in."""
+    folder.mkdir()
+    values = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    np.save(folder / "a.npy", values)
+    np.savez_compressed(folder / "a.npz", x=values, y=values.astype(">u2"))
+    table = write_table(folder, "i,real,b", 60).read_bytes()
+    (folder / "a.csv").write_bytes(table)
+    (folder / "a.csv.gz").write_bytes(gzip.compress(table, mtime=0))
+    text = ("Zwölf Boxkämpfer jagen Viktor. \U0001f600 漢字\r\n" * 40).encode()
+    (folder / "a.txt").write_bytes(text)
+    (folder / "a.txt.xz").write_bytes(lzma.compress(text))
+    # More than the file may hold.
+    (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(50_000_000), mtime=0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "n", "refused"),
+    [
+        ("npy", 400, 200),
+        ("npz", 200, 150),
+        ("csv", 300, 100),
+        ("csv.gz", 100, 50),
+        ("text", 200, 10),
+        ("text.xz", 100, 50),
+        ("idx", 50, 50),
+    ],
+)
+def test_changed_data_are_read_or_refused(
+    kind: str, n: int, refused: int, forks: None, tmp_path: Path
+) -> None:
+    write_data(tmp_path / "model")
+    assert work(tmp_path, kind, n, 0)["refused"] >= refused
 
 
 def test_a_byte_of_the_weights_that_was_flipped_is_found(folders: dict[str, Path]) -> None:

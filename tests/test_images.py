@@ -229,8 +229,16 @@ def test_the_recipe_of_the_folder_tells_the_whole(tmp_path: Path) -> None:
     assert len(found.paper) == 2
     assert isinstance(given.data, ImageConfig)
     assert found.data == replace(given.data, checksum=load_images(given.data).checksum)
-    expected = {"shape": [3, 1, 1], "levels": [6, None, 2], "lowest": [-2, None, 0]}
-    assert found.model == replace(given.model, **expected)
+    expected = {
+        "shape": [3, 1, 1], "levels": [6, None, 2], "lowest": [-2, None, 0], "columns": ["i", "real", "b"]
+    }  # fmt: skip
+    train = load_images(given.data).train.values[:, 1]
+    for name, value in (("loc", train.mean()), ("scale", train.std(correction=0))):
+        expected[name] = [None, pytest.approx(float(value), rel=1e-12), None]
+    for name, value in expected.items():
+        assert getattr(found.model, name) == value
+    of_data = {name: getattr(found.model, name) for name in expected}
+    assert found.model == replace(given.model, **of_data)
     assert load_image(out).config.levels == expected["levels"]
     for wrong in ("model.levels=[6, null, 3]", "model.shape=[1, 1, 3]", "model.lowest=[0, null, 0]"):
         name = wrong.partition("=")[0]
@@ -444,9 +452,13 @@ def test_unfit_data_are_refused(pictures: Path, table: Path) -> None:
     low, levels = mixed.config.lowest, mixed.config.levels
     good = torch.tensor([[low[0], -1e6, low[2] + levels[2] - 1]], dtype=torch.float64)
     assert mixed.elbo(good).values.shape == (1,)
+    # A draw may lie outside the range of the data: all integers have a cell.
+    good[0, 0], good[0, 2] = low[0] - 3, low[2] + levels[2]
+    assert mixed.elbo(good).values.isfinite().all()
     for column, value, message in [
-        (0, low[0] - 1, r"entry 0 is none of -2\.\.3"),
-        (2, low[2] + levels[2], "entry 2 is none of"),
+        (0, -(1 << 22) - 1, r"entry 0 is none of -4194304\.\.4194304"),
+        (2, (1 << 22) + 1, "entry 2 is none of"),
+        (2, 0.5, "entry 2 is none of"),
         (1, math.inf, "value inf of entry 1 is not finite"),
     ]:
         bad = good.clone()
@@ -623,8 +635,8 @@ def test_what_cannot_be_scored(checkers: Path, pictures: Path) -> None:
             evaluate_images(model, both.test, **settings)
     with pytest.raises(InputError, match=r"\(2,\); this model takes \(1, 4, 4\)"):
         evaluate_images(load_image(pictures), both.test)
-    values = torch.tensor([[0, 1], [1, 2]])
-    with pytest.raises(InputError, match="value 2 of entry 1"):
+    values = torch.tensor([[0, 1], [1, 1 << 23]])
+    with pytest.raises(InputError, match="value 8388608 of entry 1"):
         evaluate_images(model, replace(both.test, values=values))
     model.law.density.loc.fill_(math.nan)
     with pytest.raises(InputError, match="not finite; its training diverged"):
@@ -729,7 +741,12 @@ def test_generate(pictures: Path, table: Path, tmp_path: Path, monkeypatch: pyte
     assert (rows[:, 1] != np.floor(rows[:, 1])).all()
     assert np.array_equal(rows, generate_images(load_image(table), 5, seed=3).flatten(1))
     # Which dflow reads itself.
-    assert tables.read(Path("samples.csv")).columns == ("x1", "x2", "x3")
+    assert tables.read(Path("samples.csv")).columns == ("i", "real", "i2")
+    assert all(
+        cell.lstrip("-").isdigit()
+        for line in Path("samples.csv").read_text().splitlines()[1:]
+        for cell in line.split(",")[::2]
+    )
 
 
 def test_draws_hang_on_seed_and_batch_size(pictures: Path) -> None:

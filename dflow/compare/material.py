@@ -144,7 +144,9 @@ def text_model(folder: str) -> ModelCodec[bytes]:
 def _files(items: Sequence[Array], place: Path) -> list[Path]:
     """Files of ``items``: one array of all where they are many of one shape."""
     if len(items) > 1 and len({(item.shape, item.dtype.str) for item in items}) == 1:
-        np.save(place / "0.npy", np.stack(items))
+        stack = np.stack(items)
+        # With four axes, so that narrow grey pictures are not taken for channels.
+        np.save(place / "0.npy", stack if stack.ndim == 4 else stack[..., None])
         return [place / "0.npy"]
     found = []
     for i, item in enumerate(items):

@@ -13,6 +13,7 @@ from PIL import Image
 
 from dflow.compress import png
 from dflow.config import InputError
+from dflow.data.arrays import from_npy
 
 Array = NDArray[Any]
 
@@ -147,20 +148,28 @@ def _name(path: Path) -> str:
     return path.stem
 
 
+#: Last axes that may be the channels of a picture.
+_CHANNELS = (1, 2, 3, 4)
+
+
 def _array(path: Path, data: bytes) -> Picture:
-    try:
-        values: Array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path}: damaged, truncated or no array ({error})") from None
+    values = from_npy(data, path)
     if values.dtype not in (np.uint8, np.uint16):
         raise InputError(f"{path}: an array of {values.dtype}; only uint8 and uint16 are compressed")
     if values.ndim not in (2, 3, 4) or not values.size:
         raise InputError(
             f"{path}: an array of shape {values.shape}; expected (H, W), (N, H, W) or (N, H, W, C), not empty"
         )
+    if values.ndim == 3 and values.shape[2] in _CHANNELS and min(values.shape[:2]) > max(_CHANNELS):
+        a, b, c = values.shape
+        raise InputError(
+            f"{path}: an array of shape {values.shape} may be one picture of {c} channels or {a} grey "
+            f"pictures of {b} x {c}; save it as (1, {a}, {b}, {c}) for one picture (array[None]), or as "
+            f"({a}, {b}, {c}, 1) for grey ones (array[..., None])"
+        )
     depth = max(1, int(values.max()).bit_length())
     form = Form(_name(path), UINT8 if values.dtype == np.uint8 else UINT16, depth, values.shape)
-    return Picture(form, values.reshape(form.full).astype(values.dtype.newbyteorder("="), copy=False))
+    return Picture(form, values.reshape(form.full))
 
 
 def _picture(path: Path, data: bytes, image: Image.Image) -> Picture:

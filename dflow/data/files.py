@@ -13,7 +13,7 @@ from pathlib import Path
 from dflow.config import InputError
 
 SUFFIXES = ("", ".xz", ".gz")
-_DAMAGED = (lzma.LZMAError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile, EOFError)
+_DAMAGED = (lzma.LZMAError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, NotImplementedError)
 
 
 def data_folder(folder: str | os.PathLike[str] | None = None) -> Path | None:
@@ -40,25 +40,37 @@ def find(folder: Path | None, name: str, under: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def read(path: Path, member: str | None = None) -> bytes:
+def read(path: Path, member: str | None = None, limit: int | None = None) -> bytes:
     """The content of a file, unpacked by its suffix; ``member`` names the file inside a ``.zip``.
 
     Raises:
-        InputError: The packed file is damaged or lacks ``member``.
+        InputError: The packed file is damaged or lacks ``member``, or there are more than ``limit`` bytes in
+            it, of which no more are unpacked.
     """
+    # A byte more than the limit, so that it is seen to be exceeded.
+    most = -1 if limit is None else limit + 1
     try:
         suffix = path.suffix.lower()
         if suffix == ".zip" and member is not None:
             with zipfile.ZipFile(path) as archive:
                 if member not in archive.namelist():
                     raise InputError(f"{path}: holds no file {member!r}; fetch the archive again")
-                return archive.read(member)
-        data = path.read_bytes()
-        if suffix == ".xz":
-            return lzma.decompress(data)
-        return gzip.decompress(data) if suffix == ".gz" else data
+                with archive.open(member) as inside:
+                    data = inside.read(most)
+        elif suffix in (".xz", ".gz"):
+            with (lzma.open if suffix == ".xz" else gzip.open)(path) as packed:
+                data = packed.read(most)
+        else:
+            with path.open("rb") as file:
+                data = file.read(most)
     except _DAMAGED as error:
         raise InputError(f"{path}: damaged or truncated ({error}); fetch the file again") from error
+    if limit is not None and len(data) > limit:
+        raise InputError(
+            f"{path}: expected {limit:,} bytes, found more; the file is damaged or another version: replace "
+            "it, or name its path to use it as data of your own"
+        )
+    return data
 
 
 def decode(data: bytes, source: str | os.PathLike[str]) -> str:

@@ -42,7 +42,7 @@ class ImageConfig:
         default=CHECKERBOARD,
         metadata={
             "help": ", ".join((CHECKERBOARD, *image_sets.KNOWN)) + ", hub:OWNER/NAME (of the "
-            "Hugging Face hub), or the path of a folder of images or of a .csv table"
+            "Hugging Face hub), or the path of a folder of images or of a .csv or .tsv table"
         },
     )
     folder: str | None = field(
@@ -208,6 +208,10 @@ class ImageSet:
             splits), None for real columns.
         lowest: the smallest value, in the same way.
         columns: names of the columns of a table.
+        loc: mean of each real column of a table over the rows to train on, None for a discrete one; None
+            where no column is real.
+        scale: its standard deviation, in the same way.
+        unfit: why no density can be learned from these data; empty where one can.
         checksum: of the values of all splits as they are here: a result can say what it was measured on.
         unit: in which a result is told: "bits a dimension", or "bits" of a whole row.
         classes: number of labels, 0 where there are none.
@@ -233,6 +237,9 @@ class ImageSet:
     notes: tuple[str, ...] = ()
     pooled: bool = False
     whole: Samples | None = None
+    loc: tuple[float | None, ...] | None = None
+    scale: tuple[float | None, ...] | None = None
+    unfit: str = ""
 
     @property
     def dim(self) -> int:
@@ -338,12 +345,12 @@ def _load(config: ImageConfig, partial: bool, arrange: Callable[[Path], Arranged
         config.refuse("a set of images", "continuous", "folder")
         return _pictures(*_from_hub(config, partial))
     path = _path(config)
-    if ".csv" in path.suffixes and path.is_file():
+    if tables.is_table(path) and path.is_file():
         config.refuse("a table", "bits", "patch", "crop", "tiles", "grey", "flip")
         return _table(path, config, partial)
     config.refuse("a folder of images", "continuous")
     if not path.is_dir():
-        raise InputError(f"{path}: neither a folder of images nor a .csv table; name one of these")
+        raise InputError(f"{path}: neither a folder of images nor a .csv table (or .tsv); name one of these")
     found = arrange(path)
     sources = {split: [(str(p), p) for p in paths] for split, paths in found.parts.items()}
     pixels, config, note = _own(sources, config, partial)
@@ -640,18 +647,22 @@ def _from_hub(config: ImageConfig, partial: bool) -> tuple[Pixels, ImageConfig, 
 def _table(path: Path, config: ImageConfig, partial: bool) -> ImageSet:
     table = tables.read(path, config.continuous)
     dealt, note = _deal({"train": table.values}, config, partial)
-    low, high = table.values.min(0).astype(np.int64), table.values.max(0).astype(np.int64)
-    lowest = tuple(None if real else int(value) for real, value in zip(table.real, low, strict=True))
-    levels = tuple(None if real else int(size) for real, size in zip(table.real, high - low + 1, strict=True))
+    low, high = table.values.min(0), table.values.max(0)
+    discrete = [not real for real in table.real]
+    lowest = tuple(int(value) if d else None for d, value in zip(discrete, low, strict=True))
+    levels = tuple(int(size) if d else None for d, size in zip(discrete, high - low + 1, strict=True))
     values = [dealt[name] for name in SPLITS]
+    units = tables.units(path, table, dealt["train"])
     if not any(table.real):
         kinds = (np.uint8, np.int16, np.int32)
         kind = next(k for k in kinds if np.iinfo(k).min <= low.min() and high.max() <= np.iinfo(k).max)
         values = [part.astype(kind) for part in values]
     shape = (len(table.columns), 1, 1)
-    return _image_set(
-        config.name, shape, levels, lowest, values, "rows", note, columns=table.columns, pooled=True
+    notes = "; ".join(filter(None, (note, table.note, units.note)))
+    found = _image_set(
+        config.name, shape, levels, lowest, values, "rows", notes, columns=table.columns, pooled=True
     )
+    return replace(found, loc=units.loc, scale=units.scale, unfit=units.unfit) if any(table.real) else images
 
 
 def _image_set(

@@ -37,7 +37,9 @@ class KnownFile:
         Raises:
             InputError: Damaged, or another content.
         """
-        return self.verify(self.content(path) if self.content else files.read(path, self.name), path)
+        return self.verify(
+            self.content(path) if self.content else files.read(path, self.name, self.size), path
+        )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Tables of numbers: CSV files with a header row."""
+"""Tables of numbers: CSV and TSV files with a header row."""
 
 from __future__ import annotations
 
@@ -16,19 +16,45 @@ from dflow.data import files
 
 #: Discrete values lie below this in size: float32 has at least 16 numbers in each of their unit cells.
 LARGEST = 1 << 20
+#: Names of files that are tables, before ``.xz`` or ``.gz``.
+SUFFIXES = (".csv", ".tsv")
+
+#: A real column has more different values than this, unless its rows are few.
+_FEW = 10
+#: Float64 resolves the deviation of a real column into at least so many steps.
+_STEPS = 1 << 16
+#: Smallest eigenvalue of the correlations: below it a column is a linear function of others.
+_DEPENDENT = 1e-10
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Numbers by row: float64 ``(n, D)``, names of the columns, and which of them are real numbers."""
+    """Numbers by row: float64 ``(n, D)``, names of the columns, and which of them are real numbers.
+
+    ``note`` says what of the file is left out.
+    """
 
     columns: tuple[str, ...]
     real: tuple[bool, ...]
     values: NDArray[np.float64]
+    note: str = ""
+
+
+def is_table(path: Path) -> bool:
+    """Whether the name of a file is that of a table.
+
+    >>> is_table(Path("a.CSV.gz")), is_table(Path("a.png"))
+    (True, False)
+    """
+    return any(suffix.lower() in SUFFIXES for suffix in path.suffixes)
 
 
 def read(path: Path, continuous: Sequence[str] | None = None) -> Table:
-    """The table of a CSV file (comma, header row; plain, ``.xz`` or ``.gz``).
+    """The table of a file with a header row (plain, ``.xz`` or ``.gz``).
+
+    Columns are separated by commas, semicolons or tabs, whichever the header has; between semicolons a comma
+    is a decimal comma. A first column that has no name and counts the rows, as pandas writes one, is left
+    out.
 
     ``continuous`` names the columns of real numbers; by default they are those with any value that is not an
     integer. All other columns hold integers.
@@ -37,27 +63,21 @@ def read(path: Path, continuous: Sequence[str] | None = None) -> Table:
         InputError: No header or no rows, rows of unequal length, missing values, what is no finite number, a
             value of a discrete column that is no integer or too large.
     """
-    lines = csv.reader(io.StringIO(files.decode(files.read(path), path), newline=""))
-    try:
-        header = [name.strip() for name in next(lines, [])]
-        numbered = [(lines.line_num, row) for row in lines if row]
-    except csv.Error as error:
-        raise InputError(f"{path}, line {lines.line_num}: {error}; correct the file") from None
-    if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
-        raise InputError(f"{path}: the first line has no comma, found {header[0][:80]!r}; separate by commas")
-    if not header or not all(header) or all(_number(name) is not None for name in header):
-        raise InputError(
-            f"{path}: the first line must name the columns, found {','.join(header)[:80]!r}; add a header row"
-        )
-    if len(set(header)) < len(header):
-        twice = next(name for name in header if header.count(name) > 1)
-        raise InputError(f"{path}: two columns are called {twice!r}; give each its own name")
-    if not numbered:
-        raise InputError(f"{path}: no rows below the header; name a table that has some")
+    header, numbered, comma = _cells(path)
+    values = np.array([_row(path, number, header, row, comma) for number, row in numbered])
+    note = ""
+    if _unnamed(header[0]):
+        if len(header) == 1 or (values[:, 0] != np.arange(len(values))).any():
+            raise InputError(
+                f"{path}: the first column has no name; name it, or leave the column out (with pandas: "
+                "to_csv(..., index=False))"
+            )
+        header, values = header[1:], values[:, 1:]
+        numbered = [(number, row[1:]) for number, row in numbered]
+        note = "the first column has no name and counts the rows: it is left out"
     for name in continuous or ():
         if name not in header:
             raise InputError(f"continuous: {path} has no column {name!r}; {nearest(name, header)}")
-    values = np.array([_row(path, number, header, row) for number, row in numbered])
     whole = values == np.floor(values)
     real = (~whole).any(0) if continuous is None else np.isin(header, continuous)
     out = ~whole | (np.abs(values) > LARGEST)
@@ -68,29 +88,195 @@ def read(path: Path, continuous: Sequence[str] | None = None) -> Table:
             f"{path}, line {number}: {row[j].strip()} in the discrete column {header[j]!r} is "
             f"{reason}; name the column in data.continuous, or correct the value"
         )
-    return Table(tuple(header), tuple(real.tolist()), values)
+    return Table(tuple(header), tuple(real.tolist()), values, note)
 
 
-def _row(path: Path, number: int, header: list[str], row: list[str]) -> list[float]:
+@dataclass(frozen=True)
+class Units:
+    """Mean and standard deviation of each real column, None of a discrete one.
+
+    Attributes:
+        loc: the means.
+        scale: the deviations.
+        unfit: why no density can be learned on a column, and what to do; empty where all is well.
+        note: what columns make of the figures.
+    """
+
+    loc: tuple[float | None, ...]
+    scale: tuple[float | None, ...]
+    unfit: str = ""
+    note: str = ""
+
+
+def units(path: Path, table: Table, values: NDArray[np.float64]) -> Units:
+    """The units of a table's real columns over ``values``, the rows to train on.
+
+    No density can be learned on a real column whose values are all the same, few, or differ by less than
+    float64 resolves: it has no limit, or none that could be computed.
+    """
+    moments = [
+        _moments(column) if real else (None, None) for column, real in zip(values.T, table.real, strict=True)
+    ]
+    loc, scale = zip(*moments, strict=True)
+    notes = []
+    for name, column, deviation in zip(table.columns, values.T, scale, strict=True):
+        if deviation is None:
+            continue
+        if reason := _unfit(column, deviation):
+            return Units(loc, scale, unfit=f"{path}: the real column {name!r} {reason}")
+        seen, counts = np.unique(column, return_counts=True)
+        if 2 * counts.max() > len(column):
+            share = 100 * counts.max() / len(column)
+            notes.append(f"the real column {name!r} is {seen[counts.argmax()]} in {share:.0f} % of the rows")
+    notes += _dependent(table, values, loc, scale)
+    warning = ": a density can grow there without limit, so that its bits mean little"
+    return Units(loc, scale, note="; ".join(note + warning for note in notes))
+
+
+def _moments(column: NDArray[np.float64]) -> tuple[float, float]:
+    """Mean and deviation, without overflow or cancellation."""
+    size = float(np.abs(column).max()) or 1.0
+    small = column / size
+    middle = float(small.mean())
+    return middle * size, float(np.sqrt(np.square(small - middle).mean())) * size
+
+
+def _unfit(column: NDArray[np.float64], scale: float) -> str | None:
+    """Why a column has no density that could be learned, and what to do."""
+    distinct = len(np.unique(column))
+    if distinct == 1:
+        return f"is {column[0]} in every row to train on, and has no density; leave the column out"
+    if distinct <= _FEW and len(column) >= 2 * distinct:
+        return (
+            f"has only {distinct} different values in the {len(column):,} rows to train on, and a density "
+            "could grow there without limit; multiply the column so that its values are integers and do not "
+            "name it in data.continuous, or leave it out"
+        )
+    step = float(np.spacing(np.abs(column).max()))
+    if not step * _STEPS < scale < np.inf:
+        return (
+            f"has a standard deviation of {scale:.3g}, and numbers of its size are {step:.3g} apart in 64 "
+            "bits; subtract a constant from the column in the file"
+        )
+    return None
+
+
+def _dependent(
+    table: Table,
+    values: NDArray[np.float64],
+    loc: tuple[float | None, ...],
+    scale: tuple[float | None, ...],
+) -> list[str]:
+    """Real columns that are linear functions of each other, in words."""
+    names = [name for name, real in zip(table.columns, table.real, strict=True) if real]
+    if len(names) < 2 or len(values) <= 2 * len(names):
+        return []
+    standard = np.stack(
+        [(column - m) / s for column, m, s in zip(values.T, loc, scale, strict=True) if s and m is not None],
+        1,
+    )
+    sizes, directions = np.linalg.eigh(standard.T @ standard / len(standard))
+    groups = [np.flatnonzero(np.abs(d) > 1e-3) for d in directions.T[sizes < _DEPENDENT]]
+    return [f"the real columns {' and '.join(repr(names[i]) for i in g)} depend linearly" for g in groups]
+
+
+# -- lines and cells -------------------------------------------------------------------------------------
+
+
+def _cells(path: Path) -> tuple[list[str], list[tuple[int, list[str]]], bool]:
+    """Names of the columns, rows with the numbers of their lines, and whether there are decimal commas."""
+    text = files.decode(files.read(path), path)
+    delimiter = _delimiter(path, text)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        header = [name.strip() for name in next(lines, [])]
+        numbered = [(lines.line_num, row) for row in lines if row]
+    except csv.Error as error:
+        raise InputError(f"{path}, line {lines.line_num}: {error}; correct the file") from None
+    _check_header(path, header)
+    if not numbered:
+        raise InputError(f"{path}: no rows below the header; name a table that has some")
+    comma = delimiter == ";" and any("," in cell for _, row in numbered for cell in row)
+    return header, numbered, comma
+
+
+def _delimiter(path: Path, text: str) -> str:
+    """Comma, semicolon or tab: the one that separates names in the header."""
+    line = text.partition("\n")[0]
+    counts = {}
+    for delimiter in (",", ";", "\t"):
+        try:
+            counts[delimiter] = len(next(csv.reader([line], delimiter=delimiter), []))
+        except csv.Error as error:
+            raise InputError(f"{path}, line 1: {error}; correct the file") from None
+    several = [delimiter for delimiter, count in counts.items() if count > 1]
+    if len(several) > 1:
+        raise InputError(
+            f"{path}: the first line has {' and '.join(_SEPARATORS[d] for d in several)}, found "
+            f"{line[:80]!r}; separate by one of them, and put a name that holds another into double quotes"
+        )
+    if not several and " " in line.strip() and all(_number(w) is not None for w in _second(text).split()):
+        raise InputError(
+            f"{path}: the first line has no comma, semicolon or tab, found {line[:80]!r}; separate by commas"
+        )
+    return several[0] if several else ","
+
+
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+
+
+def _second(text: str) -> str:
+    return text.partition("\n")[2].partition("\n")[0]
+
+
+def _unnamed(name: str) -> bool:
+    """Whether a name is none, as pandas writes that of its index, and as it reads and writes it again."""
+    return not name or name == "Unnamed: 0"
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    if not header or not any(header) or all(_number(name) is not None for name in header):
+        raise InputError(
+            f"{path}: the first line must name the columns, found {','.join(header)[:80]!r}; add a line of "
+            "names, such as a,b,c, above it"
+        )
+    nameless = next((i for i, name in enumerate(header) if i and not name), None)
+    if nameless is not None:
+        raise InputError(
+            f"{path}: the first line must name every column, and column {nameless + 1} has no name; name it, "
+            "or delete the column (perhaps a separator at the ends of the lines)"
+        )
+    if len(set(header)) < len(header):
+        twice = next(name for name in header if header.count(name) > 1)
+        raise InputError(f"{path}: two columns are called {twice!r}; give each its own name")
+
+
+def _row(path: Path, number: int, header: list[str], row: list[str], comma: bool) -> list[float]:
     if len(row) != len(header):
         raise InputError(
             f"{path}, line {number}: {len(row)} values, and the header names {len(header)} columns; correct "
-            "the line"
+            "the line (where commas are decimal commas, separate columns by semicolons)"
         )
     values = []
     for name, cell in zip(header, row, strict=True):
-        value = _number(cell)
+        value = _number(cell, comma)
         if value is None or not np.isfinite(value):
-            what = f"{cell.strip()!r} is no finite number" if cell.strip() else "the value is missing"
-            raise InputError(
-                f"{path}, line {number}, column {name!r}: {what}; leave the row out or fill the value in"
-            )
+            what = f"{cell.strip()[:80]!r} is no finite number" if cell.strip() else "the value is missing"
+            way = "leave the row out or fill the value in"
+            if comma and "." in cell:
+                way = "other numbers of the file have decimal commas, so write all of them with a point"
+            elif "," in cell:
+                way = "write numbers with a decimal point and without separators of thousands"
+            raise InputError(f"{path}, line {number}, column {name!r}: {what}; {way}")
         values.append(value)
     return values
 
 
-def _number(cell: str) -> float | None:
+def _number(cell: str, comma: bool = False) -> float | None:
+    """The number that a cell spells, with a decimal comma where there are some, or None."""
+    if "_" in cell or (comma and "." in cell):
+        return None
     try:
-        return float(cell)
+        return float(cell.replace(",", ".", 1) if comma else cell)
     except ValueError:
         return None

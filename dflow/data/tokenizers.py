@@ -10,6 +10,7 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -368,6 +369,8 @@ class SentencePiece(Tokenizer):
     # The library takes NUL for the end of a string and U+2581 for a space: both are spelled in bytes here.
     _RESERVED = re.compile(f"[\0{_SPACE}]")
     _SAMPLE = 10_000_000
+    #: Pieces: one for each byte, one for what is unknown, and some to learn.
+    _LEAST = 260
 
     def __init__(self, model: bytes) -> None:
         """Take a serialised sentencepiece model.
@@ -402,40 +405,35 @@ class SentencePiece(Tokenizer):
     def train(cls, text: str, size: int) -> SentencePiece:
         """Learn ``size`` pieces from ``text`` (from an even sample of its lines where it is long).
 
+        Where the text has more different characters than there is room for, as Chinese and Japanese have,
+        the rarest of them are spelled in bytes.
+
         Raises:
             InputError: The text is too small for so many pieces, or the size too small for the bytes.
         """
-        import sentencepiece
-
+        if size < cls._LEAST:
+            raise InputError(
+                f"sentencepiece cannot learn {size} pieces, of which 256 are those of bytes; set vocab_size "
+                f"to at least {cls._LEAST}, or tokenizer to bytes or characters"
+            )
         lines = [line[i : i + 1000] for line in text.split("\n") for i in range(0, len(line), 1000)]
         lines = lines[:: max(1, len(text) // cls._SAMPLE)]
-        output = _Sink()
-        try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(lines),
-                model_writer=output,
-                model_type="bpe",
-                vocab_size=size,
-                byte_fallback=True,
-                character_coverage=0.9995,
-                normalization_rule_name="identity",
-                add_dummy_prefix=False,
-                remove_extra_whitespaces=False,
-                max_sentence_length=1 << 20,
-                unk_id=0,
-                bos_id=-1,
-                eos_id=-1,
-                pad_id=-1,
-                num_threads=1,
-                minloglevel=2,
-            )
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[-1]
-            raise InputError(
-                f"sentencepiece cannot learn {size} pieces from {len(text):,} characters ({reason}); "
-                "set vocab_size to at least 300 and no more than the text supports"
-            ) from None
-        return cls(bytes(output.data))
+        room = size - 257
+        reason = ""
+        # All characters but the rarest; what leaves room for longer pieces; as many as there is room for.
+        for kept in (None, room // 2, room):
+            try:
+                return cls(_learn(lines if kept is None else _pieces_of(lines, kept), size, kept is None))
+            except (RuntimeError, ValueError) as error:
+                reason = str(error).splitlines()[-1].rpartition("] ")[2]
+            if "required_chars" not in reason and kept is None:
+                break
+        most = re.search(r"a value <= (\d+)", reason)
+        if most and int(most[1]) >= cls._LEAST:
+            way = f"set vocab_size to at most {most[1]}, or give more text"
+        else:
+            way = f"give more text, or set tokenizer to characters or bytes ({reason.strip()[:200]})"
+        raise InputError(f"sentencepiece cannot learn {size} pieces from {len(text):,} characters; {way}")
 
     @property
     def size(self) -> int:
@@ -475,6 +473,43 @@ class SentencePiece(Tokenizer):
 
     def _record(self) -> _Vocabulary:
         return _Vocabulary("sentencepiece", self.size, model=files.digest(self.model))
+
+
+def _learn(lines: Sequence[str], size: int, rare: bool) -> bytes:
+    """A model of ``size`` pieces; with ``rare`` the rarest 0.05 % of the characters get no piece."""
+    import sentencepiece
+
+    output = _Sink()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=output,
+        model_type="bpe",
+        vocab_size=size,
+        byte_fallback=True,
+        character_coverage=0.9995 if rare else 1.0,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        max_sentence_length=1 << 20,
+        unk_id=0,
+        bos_id=-1,
+        eos_id=-1,
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return bytes(output.data)
+
+
+def _pieces_of(lines: Sequence[str], kept: int) -> list[str]:
+    """The lines, cut at all but the ``kept`` most frequent characters (of equals the smaller)."""
+    counts: Counter[str] = Counter()
+    for line in lines:
+        counts.update(line)
+    # The library counts a space as a character of its own.
+    order = sorted(counts, key=lambda c: (c != " ", -counts[c], c))
+    rare = str.maketrans(dict.fromkeys(order[kept:], "\n"))
+    return [part for line in lines for part in line.translate(rare).split("\n") if part]
 
 
 class _Sink:

@@ -2,7 +2,7 @@
 
 from dflow.dequantize.bounds import Bound, Elbo, Estimate, Iwbo, Renyi
 from dflow.dequantize.dequantizer import Dequantizer, FlowDequantizer, NormalDequantizer, Uniform
-from dflow.dequantize.model import Assessment, Dequantized
+from dflow.dequantize.model import Assessment, Dequantized, Units
 from dflow.dequantize.partition import Columns, Hypercube, Orthant, Partition
 from dflow.dequantize.truncated import TruncatedNormal
 
@@ -23,4 +23,5 @@ __all__ = [
     "Renyi",
     "TruncatedNormal",
     "Uniform",
+    "Units",
 ]

@@ -45,6 +45,38 @@ class Assessment:
     k: int
 
 
+@dataclass(frozen=True)
+class Units:
+    """What the density sees of real columns: ``(x - loc) / scale``, in float64.
+
+    A density of p(v) in these units is one of ``p(v) / prod(scale)`` in those of the data.
+
+    Attributes:
+        loc: of each column, 0 for a discrete one.
+        scale: of each column, above 0, and 1 for a discrete one.
+    """
+
+    loc: tuple[float, ...]
+    scale: tuple[float, ...]
+
+    @property
+    def log_scale(self) -> float:
+        """``sum(log(scale))``."""
+        return math.fsum(map(math.log, self.scale))
+
+    def standardize(self, x: Tensor) -> Tensor:
+        """Of data ``(batch, dim)``, float64."""
+        return (x.double() - self._like(self.loc, x)) / self._like(self.scale, x)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """The inverse of `standardize`."""
+        return x.double() * self._like(self.scale, x) + self._like(self.loc, x)
+
+    @staticmethod
+    def _like(values: tuple[float, ...], x: Tensor) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=x.device)
+
+
 class Dequantized(nn.Module):
     """``P(x) = integral of p(v) over the cell of x``, p a density, cells and ``q(v|x)`` from a dequantizer.
 
@@ -59,6 +91,8 @@ class Dequantized(nn.Module):
     Args:
         density: law of v ``(batch, dim)``.
         dequantizer: law of v given x.
+        units: of real columns: density and dequantizer see these, all that is taken and given is in the units
+            of the data.
 
     Raises:
         ValueError: ``x`` without a cell, k < 1, noise of another shape; and `iwbo` and `renyi` of models
@@ -66,20 +100,25 @@ class Dequantized(nn.Module):
             makes a biased weight, and the bound too high.
     """
 
-    def __init__(self, density: Distribution, dequantizer: Dequantizer) -> None:
+    def __init__(self, density: Distribution, dequantizer: Dequantizer, units: Units | None = None) -> None:
         super().__init__()
         self.density = density
         self.dequantizer = dequantizer
+        self.units = units
 
     @property
     def partition(self) -> Partition:
         """The cells."""
         return self.dequantizer.partition
 
+    def standardize(self, x: Tensor) -> Tensor:
+        """Data as density and dequantizer see them."""
+        return x if self.units is None else self.units.standardize(x)
+
     @torch.no_grad()
     def dequantize(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A draw ``v`` ``(batch, dim)`` from q(v | x)."""
-        noise = self._noise(x, 1, generator, None)[0]
+        """A draw ``v`` ``(batch, dim)`` from q(v | x), in the units of the density."""
+        noise, x = self._noise(x, 1, generator, None)[0], self.standardize(x)
         v, _ = self.dequantizer(x, noise)
         found: Tensor = v
         return found
@@ -88,7 +127,8 @@ class Dequantized(nn.Module):
         self, x: Tensor, k: int = 1, generator: torch.Generator | None = None, noise: Tensor | None = None
     ) -> Tensor:
         """``log p(v_k) - log q(v_k|x)`` of k draws, ``(k, batch)``, in nats."""
-        return self._weigh(x, self.dequantizer.context(x), self._noise(x, k, generator, noise))[0]
+        noise, x = self._noise(x, k, generator, noise), self.standardize(x)
+        return self._weigh(x, self.dequantizer.context(x), noise)[0]
 
     def objective(
         self,
@@ -105,7 +145,8 @@ class Dequantized(nn.Module):
         A bound that is one of k log weights finds it without gradient and computes that one again.
         """
         self.check_bound(bound)
-        context, noise = self.dequantizer.context(x), self._noise(x, bound.k, generator, noise)
+        noise, x = self._noise(x, bound.k, generator, noise), self.standardize(x)
+        context = self.dequantizer.context(x)
         if bound.k > 1 and bound.picks_one:
             with torch.no_grad():
                 chosen = bound.weights(self._weigh(x, context, noise)[0]).argmax(0)
@@ -148,6 +189,7 @@ class Dequantized(nn.Module):
         chunk = k if chunk is None else chunk
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1, found {chunk}")
+        x = self.standardize(x)
         context = self.dequantizer.context(x)
         start = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         top, total, first, second = start - torch.inf, start, start, start
@@ -182,7 +224,8 @@ class Dequantized(nn.Module):
         if isinstance(self.density, Normal):
             # Every importance weight of the exact posterior is P(x).
             half = torch.full((len(x), d), 0.5, dtype=self._dtype(), device=x.device)
-            return TruncatedNormal(partition, self.density).truncate(x, half)[1].double()
+            x = self.standardize(x)
+            return TruncatedNormal(partition, self.density).truncate(x, half)[1].double() - self._log_scale
         if d > 2:
             raise ValueError(
                 f"log P(x) is an integral over {d} columns: exact for a diagonal normal law, by quadrature "
@@ -190,19 +233,24 @@ class Dequantized(nn.Module):
             )
         cells, index = torch.unique(x, dim=0, return_inverse=True)
         found = []
-        for cell in cells[:, None]:
+        for cell in self.standardize(cells)[:, None]:
             if isinstance(self.density, CovarianceNormal):
                 truncated = TruncatedNormal(partition, self.density)
                 value = _integral(_by_uniform(truncated, cell, d, self._dtype()), 1, x.device)
             else:
                 value = _integral(_by_cell(partition, self.density, cell, self._dtype()), d, x.device)
             found.append(value)
-        return torch.tensor(found, dtype=torch.float64, device=x.device)[index]
+        return torch.tensor(found, dtype=torch.float64, device=x.device)[index] - self._log_scale
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """``n`` exact draws: v from the density, then its cell; int64, or float64 with continuous columns."""
-        return self.dequantizer.partition.quantize(self.density.sample(n, None, generator))
+        x = self.dequantizer.partition.quantize(self.density.sample(n, None, generator))
+        return x if self.units is None else self.units.restore(x)
+
+    @property
+    def _log_scale(self) -> float:
+        return 0.0 if self.units is None else self.units.log_scale
 
     def _estimate(self, x: Tensor, bound: Bound, generator: torch.Generator | None) -> Estimate:
         self.check_bound(bound)
@@ -210,7 +258,7 @@ class Dequantized(nn.Module):
         return Estimate(values, bound.name, bound.is_lower_bound)
 
     def _weigh(self, x: Tensor, context: Tensor | None, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Log weights ``(k, batch)`` and v ``(k * batch, dim)`` of noise ``(k, batch, d)``."""
+        """Log weights ``(k, batch)``, and v ``(k * batch, dim)``, of x that is standardized, by noise."""
         k, q = len(noise), self.dequantizer
         rows, noise = x.repeat(k, 1), noise.flatten(0, 1)
         if isinstance(q, TruncatedNormal) and q.density is self.density:
@@ -220,7 +268,7 @@ class Dequantized(nn.Module):
                 context = context.repeat(k, *[1] * (context.ndim - 1))
             v, log_q = q(rows, noise, context)
             lw = self.density.log_prob(v) - log_q
-        return lw.view(k, len(x)), v
+        return lw.view(k, len(x)) - self._log_scale, v
 
     def _noise(self, x: Tensor, k: int, generator: torch.Generator | None, noise: Tensor | None) -> Tensor:
         if x.ndim != 2:

@@ -1,6 +1,12 @@
 """What a model costs: exact bits of a text or of images, or bounds; distance from a known law; labels."""
 
-from dflow.evaluate.images import ExactEvaluation, ImageEvaluation, evaluate_exact, evaluate_images
+from dflow.evaluate.images import (
+    ExactEvaluation,
+    ImageEvaluation,
+    check_data,
+    evaluate_exact,
+    evaluate_images,
+)
 from dflow.evaluate.labels import LabelEvaluation, Score, evaluate_labels
 from dflow.evaluate.text import Evaluation, LawEvaluation, evaluate, evaluate_law
 
@@ -11,6 +17,7 @@ __all__ = [
     "LabelEvaluation",
     "LawEvaluation",
     "Score",
+    "check_data",
     "evaluate",
     "evaluate_exact",
     "evaluate_images",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dflow.config import InputError
-from dflow.data import Samples
+from dflow.data import ImageSet, Samples
 from dflow.hf import DflowImageModel
 from dflow.objectives import bits
 
@@ -56,6 +56,26 @@ class ImageEvaluation:
     precision: str
     num_rows: int
     intact: bool
+
+
+def check_data(model: DflowImageModel, images: ImageSet) -> None:
+    """Refuse data of another kind than the model's, which its law would score all the same.
+
+    Raises:
+        InputError: pictures of more levels, or a table of other columns or in another order.
+    """
+    levels, columns = model.config.levels, model.config.columns
+    if isinstance(images.levels, int) and len(levels) == 1 and images.levels > levels[0]:
+        raise InputError(
+            f"{images.name}: values of {images.levels} levels, and this model was trained on {levels[0]}: "
+            f"value {images.levels - 1} is none of 0..{levels[0] - 1}; set data.bits to that of the model's "
+            "recipe, or give the data it was trained on"
+        )
+    if columns and images.columns and list(images.columns) != columns:
+        raise InputError(
+            f"{images.name}: the columns are {', '.join(images.columns)}, and this model was trained on "
+            f"{', '.join(columns)}; give the same columns in the same order"
+        )
 
 
 def evaluate_images(

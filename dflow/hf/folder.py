@@ -137,6 +137,7 @@ def load(
                 f"{path}: the checkpoint is foreign to its config.json: {what.replace('_', ' ')} {names}; "
                 "restore both files from one run"
             )
+    _check_finite(model, weights[0])
     loaded: M = model.to(device).eval()
     if calls is not None:
         if not isinstance(loaded, DflowModel):
@@ -183,6 +184,16 @@ def _damaged(weights: list[Path]) -> Path:
         except (SafetensorError, OSError):
             return file
     return weights[-1]
+
+
+def _check_finite(model: PreTrainedModel, file: Path) -> None:
+    """`InputError` for weights that are no numbers: whatever is computed from them is none either."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise InputError(
+                f"{file}: {name} holds values that are not finite, so its training diverged or the file is "
+                "damaged; restore the file, or train again with a lower train.learning_rate"
+            )
 
 
 def coding_tables(folder: str | os.PathLike[str], law: Distribution) -> dict[str, Tensor]:

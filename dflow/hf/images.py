@@ -244,8 +244,8 @@ def checked(x: Tensor, settings: zoo.ValuesConfig) -> Tensor:
     if x.shape[1:] != shape and (x.ndim != 2 or x.shape[1] != settings.dim):
         raise InputError(f"data of shape {tuple(x.shape[1:])}; this model takes {shape}")
     x = x.reshape(len(x), -1)
-    ranges = settings.ranges
-    several = ranges if len(settings.levels) > 1 else ranges[:1]
+    support = settings.support
+    several = support if len(settings.levels) > 1 else support[:1]
     # Entries of one range, as of all images, need one number each.
     low, high = (
         torch.tensor([sign * torch.inf if r is None else r[i] for r in several], device=x.device)
@@ -256,13 +256,11 @@ def checked(x: Tensor, settings: zoo.ValuesConfig) -> Tensor:
         fits &= x.isfinite() & ((x == x.floor()) | low.isinf())
     if not fits.all():
         row, column = (~fits).nonzero()[0].tolist()
-        found, known = x[row, column].item(), ranges[column]
+        found, known = x[row, column].item(), support[column]
         if known is None:
             raise InputError(f"value {found} of entry {column} is not finite")
-        raise InputError(
-            f"value {found} of entry {column} is none of {known[0]}..{known[1]}, those of the data that "
-            "this model was trained on"
-        )
+        of = ", those of the data that this model was trained on" * (known == settings.ranges[column])
+        raise InputError(f"value {found} of entry {column} is none of {known[0]}..{known[1]}{of}")
     return x
 
 

@@ -284,9 +284,14 @@ class _Values(Task):
     def __init__(self, recipe: Recipe, images: ImageSet, **of_data: Any) -> None:
         config = recipe.train
         of_data["shape"] = list(images.shape)
-        for name in ("levels", "lowest"):
+        if images.unfit:
+            raise InputError(images.unfit)
+        # A recipe that has the levels of its data, and no units, continues a model of version 0.1.0.
+        units = () if recipe.model.levels and not recipe.model.scale else ("loc", "scale")
+        for name in ("levels", "lowest", "columns", *units):
             found = getattr(images, name)
-            of_data[name] = list(found) if isinstance(found, tuple) else [found]
+            if found is not None:
+                of_data[name] = list(found) if isinstance(found, tuple) else [found]
         for name, found in of_data.items():
             asked = getattr(recipe.model, name)
             if asked and asked != found:

@@ -27,6 +27,7 @@ from dflow.dequantize import (
     Partition,
     TruncatedNormal,
     Uniform,
+    Units,
 )
 from dflow.distributions import ConditionalNormal, CovarianceNormal, Gaussian, Normal, StandardNormal
 from dflow.elementwise import Affine, MixtureLogistic, Spline
@@ -36,7 +37,7 @@ from dflow.nn.masked_conv import MaskedConv
 from dflow.nn.perceptron import Perceptron
 from dflow.zoo.family import BOUNDS, Family, register
 from dflow.zoo.settings import setting
-from dflow.zoo.values import MISSING, Shape, ValuesConfig, asked
+from dflow.zoo.values import LARGEST, MISSING, Shape, ValuesConfig, asked
 
 
 @dataclass
@@ -123,6 +124,12 @@ class DequantizedConfig(ValuesConfig):
         return f"{self.dequantizer} dequantizer on {self.partition}s, {self.density} density"
 
     @property
+    def support(self) -> list[tuple[int, int] | None]:
+        """What has a cell: on hypercubes all integers that float32 resolves, on orthants 0 and 1."""
+        ends = (0, 1) if self.partition == "orthant" else (-LARGEST, LARGEST)
+        return [None if r is None else ends for r in self.ranges]
+
+    @property
     def discrete(self) -> Tensor:
         """Bool ``(dim,)``: whether an entry is discrete."""
         return torch.tensor([r is not None for r in self.ranges])
@@ -134,7 +141,18 @@ def dequantized(config: DequantizedConfig) -> Dequantized:
         raise InputError(MISSING)
     partition = _partition(config)
     density = _density(config)
-    return Dequantized(density, _dequantizer(config, partition, density))
+    return Dequantized(density, _dequantizer(config, partition, density), _units(config))
+
+
+def _units(config: DequantizedConfig) -> Units | None:
+    """Those of real columns; a model of version 0.1.0 has none."""
+    if not config.scale:
+        return None
+    loc, scale = (
+        tuple(default if value is None else value for value in values)
+        for values, default in ((config.loc, 0.0), (config.scale, 1.0))
+    )
+    return Units(loc, scale)
 
 
 def _partition(config: DequantizedConfig) -> Partition:
@@ -261,7 +279,7 @@ class _Scaled(nn.Module):
     ) -> None:
         super().__init__()
         self.net, self.permutation, self.flat = net, permutation, flat
-        # A real column is shown as it is.
+        # A real column is shown in its units.
         pairs = [
             (0.0, 1.0) if r is None else ((r[0] + r[1]) / 2, max(r[1] - r[0], 1) / 2) for r in config.ranges
         ]

@@ -25,11 +25,7 @@ from dflow.nn.rescaled import Rescaled
 from dflow.ops.orders import spread
 from dflow.zoo.family import Family, register
 from dflow.zoo.settings import setting
-from dflow.zoo.values import MISSING, Shape, ValuesConfig, asked
-
-#: float32 still tells apart the halves of integers up to here.
-_LARGEST = 1 << 22
-
+from dflow.zoo.values import LARGEST, MISSING, Shape, ValuesConfig, asked
 
 _LEAST = {
     "num_levels": 1, "num_flows": 0, "prior_groups": 1, "prior_components": 1, "hidden_size": 1,
@@ -90,9 +86,9 @@ class IntegerConfig(ValuesConfig):
                 "dequantized, or data without that column"
             )
         ends = [abs(end) for r in self.ranges if r for end in r] if self.shape and self.levels else []
-        if max(ends, default=0) > _LARGEST:
+        if max(ends, default=0) > LARGEST:
             raise InputError(
-                f"value {max(ends)} is larger than {_LARGEST}, from where float32 mistakes integers: "
+                f"value {max(ends)} is larger than {LARGEST}, from where float32 mistakes integers: "
                 "subtract a constant from the data, or divide them"
             )
         spans = (
@@ -106,6 +102,11 @@ class IntegerConfig(ValuesConfig):
     def about(self) -> str:
         """See `ValuesConfig.about`."""
         return f"integer flow of {self.num_levels} levels of {self.num_flows} couplings"
+
+    @property
+    def support(self) -> list[tuple[int, int] | None]:
+        """All integers that float32 resolves: the law gives each of them a probability, and draws any."""
+        return [(-LARGEST, LARGEST)] * self.dim
 
 
 def integer(config: IntegerConfig) -> Distribution:

@@ -15,6 +15,9 @@ Shape = tuple[int, int, int]
 #: What a builder says of settings without data.
 MISSING = "shape and levels are missing; they are those of the data that the model is trained on"
 
+#: float32 still tells apart the halves of integers up to here.
+LARGEST = 1 << 22
+
 #: Entries of a datum.
 _MOST = 1 << 24
 
@@ -36,6 +39,23 @@ class ValuesConfig:
         default_factory=list,
         metadata={"help": "smallest value of an entry, in the same way (default: of the data)"},
     )
+    columns: list[str] = field(
+        default_factory=list, metadata={"help": "names of the columns of a table (default: of the data)"}
+    )
+    loc: list[float | None] = field(
+        default_factory=list,
+        metadata={
+            "help": "value of each real column that a model sees as 0, null for a discrete one (default: the "
+            "mean over the rows to train on)"
+        },
+    )
+    scale: list[float | None] = field(
+        default_factory=list,
+        metadata={
+            "help": "what a model sees as 1, in the same way (default: the standard deviation over the rows "
+            "to train on)"
+        },
+    )
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -54,6 +74,21 @@ class ValuesConfig:
             )
         if any(n is not None and n < 1 for n in self.levels):
             raise InputError(f"levels must be at least 1, found {self.levels}")
+        if self.shape and len(self.columns) not in (0, self.dim):
+            raise InputError(f"columns must be {self.dim} names, found {len(self.columns)}")
+        self._check_units()
+
+    def _check_units(self) -> None:
+        """Of real columns: all or none have a loc and a scale."""
+        if not self.loc and not self.scale:
+            return
+        real = [level is None for level in self.levels]
+        for name in ("loc", "scale"):
+            values = getattr(self, name)
+            if [value is not None for value in values] != real:
+                raise InputError(f"{name} must be a number for each real column, and null for each other")
+        if any(value is not None and value <= 0 for value in self.scale):
+            raise InputError(f"scale must be above 0, found {self.scale}")
 
     def about(self) -> str:
         """The model in words, for whoever trains it; "" for no more than the name of its family."""
@@ -72,6 +107,11 @@ class ValuesConfig:
         levels = self.levels if len(self.levels) == self.dim else self.levels * self.dim
         pairs = zip(lows, levels, strict=True)
         return [None if low is None or n is None else (low, low + n - 1) for low, n in pairs]
+
+    @property
+    def support(self) -> list[tuple[int, int] | None]:
+        """Smallest and largest value of each entry that can be scored; None of a real one."""
+        return self.ranges
 
 
 @contextmanager
