@@ -601,9 +601,9 @@ def test_images_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"1 rows are too few for valid=0\.05 and test=0\.05"):
         load_images(config)
     put(path, path.read_bytes()[:-30])
-    refused("damaged, truncated or no image")
+    refused("damaged, truncated or no picture")
     put(path, b"P")
-    refused("damaged, truncated or no image")
+    refused("damaged, truncated or no picture")
     save(path, clear)
     refused("partly transparent")
     save(path, Image.fromarray(shades), transparency=0)
@@ -615,9 +615,9 @@ def test_images_that_cannot_be_read(tmp_path: Path) -> None:
         assert image.mode == "RGB"  # as if it had 8 bits
     refused("more than 8 bits a value")
     save(tmp_path / "b.tif", Image.fromarray(shades), save_all=True, append_images=[Image.fromarray(shades)])
-    refused("holds several images", tmp_path / "b.tif")
+    refused("several pictures", tmp_path / "b.tif")
     save(tmp_path / "b.jpg", Image.new("CMYK", (4, 3)))
-    refused("mode CMYK", tmp_path / "b.jpg")
+    refused("4 channels", tmp_path / "b.jpg")
     put(tmp_path / "table.txt", b"x")
     with pytest.raises(InputError, match=r"neither a folder of images nor a \.csv table"):
         load_images(ImageConfig(str(tmp_path / "table.txt")))
