@@ -26,6 +26,7 @@ Array = NDArray[Any]
 
 HUB = "hub:"
 SPLITS = ("train", "valid", "test")
+_SUFFIXES = formats.SUFFIXES
 _OWN = "of your own data (default 0.05)"
 
 
@@ -277,10 +278,10 @@ def _load(config: ImageConfig) -> ImageSet:
     config.refuse("a folder of images", "continuous")
     if not path.is_dir():
         raise InputError(f"{path}: neither a folder of images nor a .csv table; name one of these")
-    sources = sorted(p for p in path.rglob("*") if formats.is_picture_name(p.name) and p.is_file())
+    sources = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
     if not sources:
         raise InputError(
-            f"{path}: the folder holds no image ({', '.join(sorted(formats.SUFFIXES))}); put them there"
+            f"{path}: the folder holds no image ({', '.join(sorted(_SUFFIXES))}); put them there"
         )
     # Folders train, valid and test in it are these splits.
     own = [name for name in SPLITS if (path / name).is_dir()]

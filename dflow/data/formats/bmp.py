@@ -55,12 +55,15 @@ def layout(data: bytes) -> Layout:
     if length >= 108:
         (space,) = struct.unpack_from("<L", data, 70)
         losses += [lost("colour space or ICC profile", SHOWN)] * (space not in (_SRGB, _WINDOWS))
-    palette = None
+    palette, end = None, 14 + length
     if bits <= 8:
         n = min(colours or 1 << bits, 1 << bits)
         if 14 + length + 4 * n > len(data):
             raise ValueError("cut off")
+        end += 4 * n
         palette = np.frombuffer(data, np.uint8, 4 * n, 14 + length).reshape(n, 4)[:, 2::-1]
+    if start < end:
+        raise ValueError("pixels inside the header")
     decode = partial(_decode, start=start, size=(H, W), bits=bits, samples=samples, down=down)
     depth = min(bits, 8)
     return Layout("BMP", (H, W), depth, samples, palette, lost=tuple(losses), decode=decode)

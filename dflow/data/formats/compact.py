@@ -47,7 +47,7 @@ def jpeg(data: bytes) -> Layout:
         elif marker in _OTHER_FRAMES:
             raise Refused("a JPEG file of a lossless or hierarchical kind")
         elif body.startswith(_FRAMES_OF_PHONE) and marker == 0xE2 and (n := _pictures(body)) > 1:
-            lines["phone"] = f"only the first of its {n} pictures is kept (MPO, as phones write)"
+            lines["phone"] = f"only the first of its {n} pictures is kept: an MPO file, as phones write"
         elif marker == 0xE0 and body.startswith(b"JFIF") and len(body) >= 12 and body[7]:
             lines["resolution"] = lost("resolution")
         for number, start, name in _SEGMENTS:

@@ -79,11 +79,11 @@ def unpack(rows: Array, depth: int, width: int) -> Array:
 
 def lost(what: str, why: str = "") -> str:
     """The sentence that says that something in a file does not come back."""
-    return f"its {what} is not kept" + (f", {why}" if why else "")
+    return f"not kept: its {what}" + (f" ({why})" if why else "")
 
 
 #: Why a loss matters of what a viewer uses to show the colours.
-SHOWN = "so that viewers may show other colours"
+SHOWN = "viewers may show other colours without it"
 
 _TURNS = (
     "mirrored", "turned by 180 degrees", "upside down and mirrored", "mirrored and turned",
@@ -96,7 +96,7 @@ def lost_orientation(orientation: int) -> list[str]:
     if orientation == 1:
         return []
     how = _TURNS[orientation - 2]
-    return [lost(f"orientation {orientation}", f"by which viewers show it {how}: the pixels stay as stored")]
+    return [lost(f"orientation {orientation}", f"viewers show it {how}; the pixels come back as stored")]
 
 
 def turned(values: Array, orientation: int) -> Array:

@@ -195,7 +195,7 @@ def _lost(pieces: list[tuple[bytes, bytes]], data: bytes, kind: int) -> list[str
                 raise Refused(f"a PNG file with a critical chunk {name!r} that no reader may leave out")
             found.append(lost(f"chunk {name.decode('latin-1')!r}"))
     if len(data) > (end := len(SIGNATURE) + sum(12 + len(body) for _, body in pieces)):
-        found.append(f"the {len(data) - end:,} bytes behind its end are not kept")
+        found.append(lost(f"{len(data) - end:,} bytes behind its end"))
     return found
 
 

@@ -69,11 +69,6 @@ class Stored:
     notes: tuple[str, ...]
 
 
-def is_picture_name(name: str) -> bool:
-    """Whether a file of this name is taken for a picture: by its ending, and hidden ones are none."""
-    return not name.startswith(".") and name[name.rfind(".") :].lower() in SUFFIXES
-
-
 def read(data: bytes, where: str, way: str = WAY) -> Stored:
     """The picture in a file.
 
@@ -92,8 +87,8 @@ def read_again(data: bytes, where: str, way: str = WAY) -> Stored:
     """The same by another way, where there is one.
 
     PNG, TIFF (but LZW, Zstandard, LZMA and fax codes), BMP and PNM are read by readers of dflow's own; PNG of
-    16 bits in colours, GIF and lossless WebP by ``imagecodecs`` if it is installed. All others are read in the
-    same way once more: two decoders of JPEG may round differently.
+    16 bits in colours, GIF and lossless WebP by ``imagecodecs`` if it is installed. All others are read once
+    more in the same way: two decoders of JPEG may round differently.
 
     Raises:
         InputError: as of `read`.

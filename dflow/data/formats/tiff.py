@@ -114,6 +114,8 @@ def directory(data: bytes) -> Directory:
         (following,) = struct.unpack_from(order + ("Q" if big else "L"), data, at + count * size)
     except struct.error:
         raise ValueError("cut off") from None
+    if following >= len(data):
+        raise ValueError("a second directory beyond the end")
     return Directory(data, order, entries, following)
 
 
