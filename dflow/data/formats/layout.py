@@ -43,7 +43,8 @@ class Layout:
         lost: what else the file holds, one sentence a kind.
         decode: reads the samples ``(H, W, samples)`` without Pillow; None where only Pillow does.
         exact: whether Pillow reads the samples exactly.
-        data: bytes to give to Pillow instead of the file's.
+        first: who reads first, "pillow" or, by ``decode``, "own"; the other reads again.
+        data: makes the bytes to give to other readers, with nothing but samples in them; None: the file's.
     """
 
     kind: str
@@ -57,7 +58,8 @@ class Layout:
     lost: tuple[str, ...] = ()
     decode: Callable[[bytes], Array] | None = None
     exact: bool = True
-    data: bytes | None = None
+    first: str = "pillow"
+    data: Callable[[], bytes] | None = None
 
     @property
     def top(self) -> int:

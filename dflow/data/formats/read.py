@@ -86,9 +86,9 @@ def read(data: bytes, where: str, way: str = WAY) -> Stored:
 def read_again(data: bytes, where: str, way: str = WAY) -> Stored:
     """The same by another way, where there is one.
 
-    PNG, TIFF (but LZW, Zstandard, LZMA and fax codes), BMP and PNM are read by readers of dflow's own; PNG of
-    16 bits in colours, GIF and lossless WebP by ``imagecodecs`` if it is installed. All others are read once
-    more in the same way: two decoders of JPEG may round differently.
+    PNG, BMP and PNM are read by readers of dflow's own, TIFF by Pillow; PNG of 16 bits in colours, GIF and
+    lossless WebP by ``imagecodecs`` if it is installed. All others are read once more in the same way: two
+    decoders of JPEG may round differently.
 
     Raises:
         InputError: as of `read`.
@@ -154,19 +154,19 @@ def _layout(data: bytes) -> Layout:
 
 
 def _first(data: bytes, layout: Layout) -> Array:
-    if layout.exact:
-        return _pillow(data, layout)
-    assert layout.decode is not None
-    return layout.decode(data)
+    if layout.decode is not None and (layout.first == "own" or not layout.exact):
+        return layout.decode(data)
+    return _pillow(data, layout)
 
 
 def _second(data: bytes, layout: Layout) -> Array:
-    if not layout.exact:
-        return _imagecodecs(data, layout) if layout.kind == "PNG" else _first(data, layout)
-    if layout.decode is not None:
-        return layout.decode(data)
     if layout.kind == "GIF" or (layout.kind == "WEBP" and b"VP8L" in data[:64]):
         return _imagecodecs(data, layout)
+    if not layout.exact:
+        # What is interlaced makes the library write to standard error.
+        return _imagecodecs(data, layout) if layout.kind == "PNG" and not data[28] else _first(data, layout)
+    if layout.decode is not None and layout.first == "pillow":
+        return layout.decode(data)
     return _pillow(data, layout)
 
 
@@ -176,6 +176,7 @@ def _imagecodecs(data: bytes, layout: Layout) -> Array:
         import imagecodecs
     except ImportError:
         return _first(data, layout)
+    data = layout.data() if layout.data else data
     if layout.kind == "GIF":
         values = imagecodecs.gif_decode(data, index=0, asrgb=False)
     else:
@@ -186,7 +187,7 @@ def _imagecodecs(data: bytes, layout: Layout) -> Array:
 
 def _pillow(data: bytes, layout: Layout) -> Array:
     """The samples ``(H, W, S)`` by Pillow; ValueError where its mode is not that of the header."""
-    with Image.open(io.BytesIO(layout.data or data), formats=[layout.kind]) as image:
+    with Image.open(io.BytesIO(layout.data() if layout.data else data), formats=[layout.kind]) as image:
         size = image.size[::-1]
         if size != layout.size:
             raise ValueError(f"a picture of {size} pixels behind a header of {layout.size}")

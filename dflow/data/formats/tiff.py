@@ -36,6 +36,11 @@ _STRUCTURE = {
     254, 255, 256, 257, 258, 259, 262, 263, 264, 265, 266, 273, 274, 277, 278, 279, 280, 281, 284, 288, 289,
     292, 293, 317, 320, 322, 323, 324, 325, 338, 339, 340, 341,
 }  # fmt: skip
+#: Those without which no reader finds the samples.
+_SAMPLES_ONLY = {
+    _WIDTH, _LENGTH, _BITS, _COMPRESSION, _PHOTOMETRIC, _STRIPS, _SAMPLES, _ROWS, _STRIP_BYTES, _PREDICTOR,
+    _COLOURS, _TILE_WIDTH, _TILE_LENGTH, _TILES, _TILE_BYTES, _EXTRA,
+}  # fmt: skip
 _NAMES = {
     269: "name (DocumentName)", 270: "description (ImageDescription)", 271: "maker (Make)",
     272: "camera (Model)", 282: "resolution", 283: "resolution", 290: "grey response curve",
@@ -50,8 +55,15 @@ _KINDS = {
     4: "a transparency mask", 5: "inks (CMYK)", 6: "YCbCr colours", 8: "L*a*b* colours", 9: "L*a*b* colours",
     10: "L*a*b* colours", 32803: "a colour filter array", 32844: "LogL", 32845: "LogLuv", 34892: "raw data",
 }  # fmt: skip
-#: Codes that lose nothing and that Pillow knows.
-_LOSSLESS = {1, 2, 3, 4, 5, 8, 32773, 32946, 34925, 50000}
+_CODES = {
+    2: "fax codes",
+    3: "fax codes",
+    4: "fax codes",
+    6: "JPEG",
+    7: "JPEG",
+    34925: "LZMA",
+    50000: "Zstandard",
+}
 
 
 @dataclass(frozen=True)
@@ -147,13 +159,6 @@ def layout(data: bytes) -> Layout:
     _check_coding(tags)
     turn = tags.number(_ORIENTATION, 1)
     turn = turn if 1 <= turn <= 8 else 1
-    given = None
-    if turn != 1:
-        # Pillow turns TIFF files, and no others, while it reads them.
-        kind, _, at = tags.entries[_ORIENTATION]
-        value = struct.pack(tags.order + _INTEGERS[kind], 1)
-        given = data[:at] + value + data[at + len(value) :]
-    decode = partial(_decode, size=size, depth=depth, samples=samples)
     return Layout(
         "TIFF",
         size,
@@ -163,8 +168,9 @@ def layout(data: bytes) -> Layout:
         white=photometric == 0,
         orientation=turn,
         lost=(*_lost(tags), *lost_orientation(turn)),
-        decode=decode if _unpacker(tags.number(_COMPRESSION, 1)) else None,
-        data=given,
+        decode=partial(_decode, size=size, depth=depth, samples=samples),
+        first="own",
+        data=partial(_plain, tags),
     )
 
 
@@ -199,10 +205,8 @@ def _samples(tags: Directory) -> tuple[int, int, int]:
 
 def _check_coding(tags: Directory) -> None:
     coding = tags.number(_COMPRESSION, 1)
-    if coding in (6, 7):
-        raise Refused("a TIFF file that holds JPEG data")
-    if coding not in _LOSSLESS:
-        raise Refused(f"a TIFF file of compression {coding}")
+    if coding not in _UNPACKERS:
+        raise Refused(f"a TIFF file of compression {coding} ({_CODES.get(coding, 'unknown')})")
     if tags.number(_FILL_ORDER, 1) != 1:
         raise Refused("a TIFF file whose bits are stored in reversed order (FillOrder 2)")
     if tags.number(_PLANAR, 1) != 1 and tags.number(_SAMPLES, 1) > 1:
@@ -234,12 +238,69 @@ def _lost(tags: Directory) -> list[str]:
 # -- samples, read without Pillow ------------------------------------------------------------------------
 
 
-def _unpacker(coding: int) -> Callable[[bytes, int], bytes] | None:
-    if coding == 1:
-        return lambda data, size: data[:size]
-    if coding in (8, 32946):
-        return lambda data, size: zlib.decompressobj().decompress(data, size)
-    return _packbits if coding == 32773 else None
+def _plain(tags: Directory) -> bytes:
+    """A file of the same samples in which nothing else stands.
+
+    Pillow turns what has an orientation, and the library that it takes writes about tags to standard error.
+    """
+    entries = {tag: tags.numbers(tag) for tag in sorted(_SAMPLES_ONLY & tags.entries.keys())}
+    places, sizes = (_TILES, _TILE_BYTES) if _TILE_WIDTH in tags.entries else (_STRIPS, _STRIP_BYTES)
+    pieces = [tags.data[at : at + n] for at, n in zip(tags.numbers(places), tags.numbers(sizes), strict=True)]
+    entries[sizes] = tuple(map(len, pieces))
+    # A header, the pieces at even places, the directory, and behind it what has no room in it.
+    pieces = [piece + b"\0" * (len(piece) % 2) for piece in pieces]
+    starts = [8]
+    for piece in pieces:
+        starts.append(starts[-1] + len(piece))
+    entries[places], at = tuple(starts[:-1]), starts[-1] + 2 + 12 * len(entries) + 4
+    listed, behind = b"", b""
+    for tag, values in entries.items():
+        long = tag in (_WIDTH, _LENGTH, _ROWS, _STRIPS, _STRIP_BYTES, _TILES, _TILE_BYTES)
+        body = struct.pack(f"{tags.order}{len(values)}{'L' if long else 'H'}", *values)
+        if len(body) > 4:
+            body, behind = struct.pack(tags.order + "L", at + len(behind)), behind + body
+        kind = 4 if long else 3
+        listed += struct.pack(tags.order + "HHL", tag, kind, len(values)) + body.ljust(4, b"\0")
+    head = (b"II*\0" if tags.order == "<" else b"MM\0*") + struct.pack(tags.order + "L", starts[-1])
+    count = struct.pack(tags.order + "H", len(entries))
+    return head + b"".join(pieces) + count + listed + bytes(4) + behind
+
+
+def _stored(data: bytes, size: int) -> bytes:
+    return data[:size]
+
+
+def _deflate(data: bytes, size: int) -> bytes:
+    return zlib.decompressobj().decompress(data, size)
+
+
+def _lzw(data: bytes, size: int) -> bytes:
+    """LZW as TIFF has it: the highest bits first, codes longer by one bit one code early."""
+    if not data.startswith(b"\x80"):
+        raise ValueError("LZW data that do not begin with a clear table")
+    first = [bytes([i]) for i in range(256)] + [b"", b""]
+    table, before, width, buffer, have, at = first.copy(), b"", 9, 0, 0, 0
+    out = bytearray()
+    while len(out) < size and at < len(data):
+        buffer, have, at = (buffer << 8 | data[at]) & 0xFFFFFF, have + 8, at + 1
+        if have < width:
+            continue
+        have -= width
+        code = buffer >> have & (1 << width) - 1
+        if code == 257:
+            break
+        if code == 256:
+            table, before, width = first.copy(), b"", 9
+            continue
+        if code > len(table) or (code == len(table) and not before) or len(table) > 4096:
+            raise ValueError("LZW data that are damaged")
+        entry = table[code] if code < len(table) else before + before[:1]
+        if before:
+            table.append(before + entry[:1])
+            width = min(12, (len(table) + 1).bit_length())
+        out += entry
+        before = entry
+    return bytes(out[:size])
 
 
 def _packbits(data: bytes, size: int) -> bytes:
@@ -255,11 +316,19 @@ def _packbits(data: bytes, size: int) -> bytes:
     return bytes(out[:size])
 
 
+_UNPACKERS: dict[int, Callable[[bytes, int], bytes]] = {
+    1: _stored,
+    5: _lzw,
+    8: _deflate,
+    32946: _deflate,
+    32773: _packbits,
+}
+
+
 def _decode(data: bytes, size: tuple[int, int], depth: int, samples: int) -> Array:
     """The samples ``(H, W, S)`` of a file of strips or tiles; ValueError: damaged."""
     tags, (H, W) = directory(data), size
-    unpacked = _unpacker(tags.number(_COMPRESSION, 1))
-    assert unpacked is not None
+    unpacked = _UNPACKERS[tags.number(_COMPRESSION, 1)]
     tiled = _TILE_WIDTH in tags.entries
     if tiled:
         h, w = tags.number(_TILE_LENGTH), tags.number(_TILE_WIDTH)
