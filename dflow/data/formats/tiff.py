@@ -243,7 +243,11 @@ def _plain(tags: Directory) -> bytes:
 
     Pillow turns what has an orientation, and the library that it takes writes about tags to standard error.
     """
-    entries = {tag: tags.numbers(tag) for tag in sorted(_SAMPLES_ONLY & tags.entries.keys())}
+    many = {_BITS, _STRIPS, _STRIP_BYTES, _COLOURS, _TILES, _TILE_BYTES, _EXTRA}
+    entries = {
+        tag: tags.numbers(tag)[: None if tag in many else 1]
+        for tag in sorted(_SAMPLES_ONLY & tags.entries.keys())
+    }
     places, sizes = (_TILES, _TILE_BYTES) if _TILE_WIDTH in tags.entries else (_STRIPS, _STRIP_BYTES)
     pieces = [tags.data[at : at + n] for at, n in zip(tags.numbers(places), tags.numbers(sizes), strict=True)]
     entries[sizes] = tuple(map(len, pieces))
