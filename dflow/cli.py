@@ -921,9 +921,13 @@ def compress(flags: Compress) -> int:
     jobs = [(output, files)]
     if flags.separate:
         make_folder(output)
-        jobs = [(output / f"{file.name if is_text else file.stem}.dfl", [file]) for file in files]
+        stems = [file.stem for file in files]
+        names = [file.name if is_text or stems.count(file.stem) > 1 else file.stem for file in files]
+        jobs = [(output / f"{name}.dfl", [file]) for name, file in zip(names, files, strict=True)]
         if len({target for target, _ in jobs}) < len(jobs):
-            raise InputError("two of the files have the same name; leave out --separate, or rename one")
+            raise InputError(
+                "two of the files have the same name; compress each into an output of its own, or rename one"
+            )
     for target, _ in jobs:
         check_output(target)
     if is_text:
@@ -936,8 +940,8 @@ def compress(flags: Compress) -> int:
         )
         write_whole(target, data)
         reports.append(report)
-        for name, note in report.notes:
-            print(f"{name}: {note}")
+        for line in report.lines:
+            print(line)
         if report.declared > LIMIT:
             print(f"{target}: to decompress it takes --limit {report.declared}")
     total, values = sum(r.bytes for r in reports), sum(r.values for r in reports)
@@ -1009,7 +1013,9 @@ def compress_files(flags: Compress, jobs: list[tuple[Path, list[Path]]]) -> int:
     coder, reports = TextCoder.load(flags.model), []
     for target, group in jobs:
         if len({file.name for file in group}) < len(group):
-            raise InputError("two of the files have the same name; use --separate, or rename one")
+            raise InputError(
+                "two of the files have the same name; compress each into an output of its own, or rename one"
+            )
         data, report = compress_text(
             {file.name: file.read_bytes() for file in group},
             coder,

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
 import resource
 import struct
 import time
 import traceback
+import warnings
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from dflow import hf
@@ -22,7 +26,7 @@ from dflow.coding import container
 from dflow.coding.container import Segment
 from dflow.compress import ImageCoder, TextCoder, decompress_images, decompress_text, pixels
 from dflow.config import InputError
-from dflow.data import DataConfig, ImageConfig, Tokenizer, image_sets, load, load_images
+from dflow.data import DataConfig, ImageConfig, Tokenizer, formats, image_sets, load, load_images
 from dflow.data.arrays import from_npz
 from dflow.train import load_recipe
 
@@ -254,4 +258,73 @@ def work(folder: Path, kind: str, n: int, seed: int, report: Path) -> None:
             found["wrong"].append([traceback.format_exc()[-1500:], repr(data[:400])])
         if time.monotonic() - start > SECONDS:
             found["slow"].append([time.monotonic() - start, repr(data[:400])])
+    report.write_text(json.dumps(found))
+
+
+def numbers_changed(data: bytes, draw: random.Random) -> bytes:
+    """One to three numbers among the first 200 bytes replaced by the smallest, the largest or others."""
+    changed = bytearray(data)
+    for _ in range(draw.randint(1, 3)):
+        size = draw.choice([1, 2, 4])
+        place = draw.randrange(max(1, min(200, len(changed)) - size))
+        value = draw.choice([0, 1, 2, 3, 255, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, draw.getrandbits(32)])
+        changed[place : place + size] = (value & (1 << 8 * size) - 1).to_bytes(
+            size, draw.choice(["little", "big"])
+        )
+    return bytes(changed)
+
+
+def checksums_mended(data: bytes) -> bytes:
+    """A PNG file whose chunks have the right checksums, as far as they are whole."""
+    at, changed = 8, bytearray(data)
+    while at + 12 <= len(changed):
+        (length,) = struct.unpack_from(">I", changed, at)
+        end = at + 8 + length
+        if end + 4 > len(changed):
+            break
+        changed[end : end + 4] = struct.pack(">I", zlib.crc32(changed[at + 4 : end]))
+        at = end + 4
+    return bytes(changed)
+
+
+def read_picture(data: bytes, name: str) -> None:
+    """Both ways: the same picture, or both refuse; where decoders repair damage, one of them may refuse."""
+    found = formats.read(data, name)
+    other = formats.read_again(data, name)
+    if found.values.shape != other.values.shape:
+        raise AssertionError("other pictures")
+    if not name.endswith((".gif", ".tif")) and not np.array_equal(found.values, other.values):
+        raise AssertionError("other values")
+
+
+def work_pictures(folder: Path, names: list[str], n: int, report: Path) -> None:
+    """Change each file of pictures ``n`` times and read it; what came of it goes to ``report``."""
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+    found: dict[str, Any] = {"read": 0, "refused": 0, "slow": [], "wrong": [], "bare": [], "noise": []}
+    # What libraries of C write, too.
+    errors = os.open(folder / "errors", os.O_CREAT | os.O_RDWR)
+    os.dup2(errors, 2)
+    for name in names:
+        draw, whole = random.Random(name), (folder / name).read_bytes()
+        for _ in range(n):
+            change = numbers_changed if draw.random() < 0.5 else bytes_changed
+            data = change(whole, draw)
+            data = checksums_mended(data) if name.endswith(".png") and draw.random() < 0.8 else data
+            start = time.monotonic()
+            try:
+                with warnings.catch_warnings(record=True) as heard:
+                    warnings.simplefilter("always")
+                    read_picture(data, name)
+                found["read"] += 1
+                found["noise"] += [str(warning.message) for warning in heard]
+            except InputError as error:
+                found["refused"] += 1
+                if not str(error).startswith(f"{name}: ") or "\n" in str(error):
+                    found["bare"].append(str(error)[:300])
+            except BaseException:
+                found["wrong"].append([name, traceback.format_exc()[-1500:], repr(data[:400])])
+            if time.monotonic() - start > SECONDS:
+                found["slow"].append([name, time.monotonic() - start, repr(data[:400])])
+    found["noise"] += (folder / "errors").read_text().splitlines()[:5]
     report.write_text(json.dumps(found))

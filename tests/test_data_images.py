@@ -23,6 +23,7 @@ from PIL import Image
 from dflow.config import InputError, parse
 from dflow.data import ImageConfig, Samples, check, image_sets, list_sets, load_images, prepare
 from dflow.data.files import digest
+from dflow.data.formats import png
 from dflow.data.images import SPLITS, grey
 from dflow.data.known import KnownFile
 
@@ -583,6 +584,45 @@ def test_images_of_unequal_sizes(tmp_path: Path) -> None:
     assert load_images(replace(config, grey=True, valid=0.34, test=0.34)).shape == (1, 5, 4)
 
 
+def test_the_remedy_is_that_of_what_differs(tmp_path: Path) -> None:
+    save(tmp_path / "0.png", np.zeros((5, 4), dtype=np.uint8))
+    save(tmp_path / "1.png", np.zeros((6, 4, 3), dtype=np.uint8))
+    save(tmp_path / "2.png", np.zeros((6, 4, 3), dtype=np.uint8))
+    config = ImageConfig(str(tmp_path), valid=0.34, test=0.34)
+    both = r"in 1 channels, .* in 3; set data\.grey to true, .*, and set data\.crop to"
+    with pytest.raises(InputError, match=both):
+        load_images(config)
+    for settings in ({"tiles": [4, 4]}, {"crop": [4, 4]}):
+        with pytest.raises(InputError, match=r"; set data\.grey to true, or turn all into colours$"):
+            load_images(replace(config, **settings))
+        assert load_images(replace(config, grey=True, **settings)).shape == (1, 4, 4)
+
+
+def test_images_are_turned_as_viewers_show_them(tmp_path: Path) -> None:
+    shades = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for i, kind in enumerate(("png", "webp", "tif")):
+        save(tmp_path / f"{i}.{kind}", shades, exif=exif, **({"lossless": True} if kind == "webp" else {}))
+    config = ImageConfig(str(tmp_path), valid=0.34, test=0.34, grey=True)
+    data = load_images(config)
+    assert data.shape == (1, 4, 3)
+    for part in splits(config):
+        np.testing.assert_array_equal(part[0, 0], np.rot90(shades, -1))
+    assert "3 images turned as their EXIF orientation says" in data.note
+
+
+def test_formats_beside_png(tmp_path: Path) -> None:
+    shades = (np.arange(12, dtype=np.uint8) * 9).reshape(3, 4)
+    for i, (name, options) in enumerate(
+        {"gif": {}, "webp": {"lossless": True}, "pgm": {}, "bmp": {}}.items()
+    ):
+        save(tmp_path / f"{i}.{name}", shades, **options)
+    config = ImageConfig(str(tmp_path), valid=0.25, test=0.25, grey=True)
+    for image in np.concatenate(splits(config)):
+        np.testing.assert_array_equal(image[0], shades)
+
+
 def test_images_that_cannot_be_read(tmp_path: Path) -> None:
     shades = np.arange(12, dtype=np.uint8).reshape(3, 4)
     clear = np.zeros((3, 4, 4), dtype=np.uint8)
@@ -601,9 +641,9 @@ def test_images_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"1 rows are too few for valid=0\.05 and test=0\.05"):
         load_images(config)
     put(path, path.read_bytes()[:-30])
-    refused("damaged, truncated or no image")
+    refused("damaged, truncated or no picture")
     put(path, b"P")
-    refused("damaged, truncated or no image")
+    refused("damaged, truncated or no picture")
     save(path, clear)
     refused("partly transparent")
     save(path, Image.fromarray(shades), transparency=0)
@@ -615,9 +655,14 @@ def test_images_that_cannot_be_read(tmp_path: Path) -> None:
         assert image.mode == "RGB"  # as if it had 8 bits
     refused("more than 8 bits a value")
     save(tmp_path / "b.tif", Image.fromarray(shades), save_all=True, append_images=[Image.fromarray(shades)])
-    refused("holds several images", tmp_path / "b.tif")
+    refused("several pictures", tmp_path / "b.tif")
     save(tmp_path / "b.jpg", Image.new("CMYK", (4, 3)))
-    refused("mode CMYK", tmp_path / "b.jpg")
+    refused("4 channels", tmp_path / "b.jpg")
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)
+    put(path, png.SIGNATURE + png._chunk(b"IHDR", header) + png._chunk(b"IEND", b""))
+    refused(r"20,000 x 20,000 pixels, more than 134,217,728")
+    put(tmp_path / "a.tif", b"II*\0\x08\0\0\0\xff\xff\0\0")
+    refused("a directory beyond the end", tmp_path / "a.tif")
     put(tmp_path / "table.txt", b"x")
     with pytest.raises(InputError, match=r"neither a folder of images nor a \.csv table"):
         load_images(ImageConfig(str(tmp_path / "table.txt")))

@@ -13,16 +13,17 @@ import numpy as np
 from dflow import hf
 from dflow.compare.codecs import Clock, Material, ModelCodec, pictures, texts
 from dflow.compare.peers import Array
-from dflow.compress import BitsBackCoder, ImageCoder, TextCoder, compress_images, compress_text, png
+from dflow.compress import BitsBackCoder, ImageCoder, TextCoder, compress_images, compress_text
 from dflow.compress import clock as clocks
 from dflow.compress.images import decompress_images
 from dflow.compress.pixels import read
 from dflow.compress.text import decompress_text
 from dflow.config import InputError
 from dflow.data import Bytes, DataConfig, ImageConfig, image_sets, images, load, load_images, splits
+from dflow.data.formats import SUFFIXES, png
 
 #: Files that hold pictures; all others are texts.
-_PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".npy"}
+_PICTURES = SUFFIXES | {".npy"}
 
 
 def of_files(paths: Sequence[Path], limit: int | None = None) -> Material[Array] | Material[bytes]:

@@ -14,8 +14,9 @@ import functools
 import os
 import platform
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, inf, log10, prod
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,17 @@ class Report:
     random: int = 0
 
     @property
+    def lines(self) -> list[str]:
+        """``notes``, one line a kind: the first three files that it is of, and how many more."""
+        files: dict[str, list[str]] = {}
+        for file, note in self.notes:
+            files.setdefault(note, []).append(file)
+        return [
+            ", ".join(names[:3]) + f" and {len(names) - 3:,} more" * (len(names) > 3) + f": {note}"
+            for note, names in files.items()
+        ]
+
+    @property
     def bits_per_value(self) -> float:
         """Bits of the file a value."""
         return 8 * self.bytes / self.values
@@ -126,12 +138,9 @@ def compress_images(
     coder = model if isinstance(model, ImageCoder) else ImageCoder.load(model, mode, batch)
     if not files:
         raise InputError("no files to compress")
-    pictures = [pixels.read(file) for file in files]
-    names: dict[str, Path] = {}
+    pictures = _named(files, [pixels.read(file) for file in files])
     for file, picture in zip(files, pictures, strict=True):
-        if (back := picture.form.file) in names:
-            raise InputError(f"{names[back]} and {file} would both come back as {back}; rename one")
-        names[back] = file
+        back = picture.form.file
         if isinstance(coder, BitsBackCoder) and coder.lend and coder.lend[0] == back:
             raise InputError(f"{file} and the auxiliary file would both come back as {back}; rename one")
         try:
@@ -164,10 +173,32 @@ def compress_images(
     )
 
 
+def _named(files: Sequence[Path], pictures: Sequence[Picture]) -> list[Picture]:
+    """Pictures with names of their own: beside ``x.png`` a file ``x.jpg`` comes back as ``x.jpg.png``."""
+    often = Counter(picture.form.file for picture in pictures)
+    renamed, names = [], dict[str, Path]()
+    for file, picture in zip(files, pictures, strict=True):
+        back = picture.form.file
+        if often[back] > 1 and file.suffix.lower() != Path(back).suffix:
+            form = replace(picture.form, name=file.name)
+            note = f"comes back as {form.file}, since another file comes back as {back}"
+            picture, back = replace(picture, form=form, notes=(*picture.notes, note)), form.file
+        if wrong := pixels.check_name(picture.form.name):
+            raise InputError(f"{str(file)!r}: its name {wrong}; rename the file")
+        if back in names:
+            raise InputError(
+                f"{names[back]} and {file} would both come back as {back}; rename one, or compress each into "
+                "a .dfl file of its own"
+            )
+        names[back] = file
+        renamed.append(picture)
+    return renamed
+
+
 def _verify(
     data: bytes, coder: ImageCoder, files: Sequence[Path], pictures: Sequence[Picture], progress: bool
 ) -> Clock:
-    """Decode what was written; `InputError` where it is not what it was made from."""
+    """Decode the result, and read the files by another way: `InputError` where they are not the same."""
     reason = ""
     try:
         back, timed = _decode(container.read(data), coder, None, 1 << 62, progress)
@@ -179,6 +210,13 @@ def _verify(
             f"{wrong[0]}: what was coded in mode {coder.mode} does not decode to it on this machine{reason}; "
             "nothing is written: use --mode fixed, which does not hang on how floats are rounded"
         )
+    for file, picture in zip(files, pictures, strict=True):
+        again = pixels.read(file, again=True)
+        if not picture.same(replace(again, form=replace(again.form, name=picture.form.name))):
+            raise InputError(
+                f"{file}: two readers of its format find different values in it, or it has changed "
+                "meanwhile; nothing is written: try again, or compress the array of its values as .npy"
+            )
     return timed
 
 

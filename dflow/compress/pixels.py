@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from dflow.compress import png
 from dflow.config import InputError
+from dflow.data import formats
 from dflow.data.arrays import from_npy
+from dflow.data.formats import png
 
 Array = NDArray[Any]
 
@@ -21,9 +21,8 @@ Array = NDArray[Any]
 SOURCES = ("grey", "colour", "uint8", "uint16")
 GREY, COLOUR, UINT8, UINT16 = range(4)
 
-#: Formats of Pillow that it reads without rounding, or in which what it reads is what there is.
-_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
-_CONVERTED = {"1": "L", "L": "L", "LA": "LA", "P": "RGB", "PA": "RGBA", "RGB": "RGB", "RGBA": "RGBA"}
+#: What to do about a picture that cannot be read exactly.
+_WAY = f"{formats.WAY}, or compress the array of its values as .npy"
 
 
 @dataclass(frozen=True)
@@ -95,8 +94,12 @@ class Picture:
         return self.alpha is other.alpha is None or np.array_equal(self.alpha, other.alpha)  # type: ignore[arg-type]
 
 
-def read(path: Path) -> Picture:
+def read(path: Path, again: bool = False) -> Picture:
     """The values in a file.
+
+    Args:
+        path: of a picture, or of an array (``.npy``).
+        again: read a picture by another way than the usual one, see `dflow.data.formats.read_again`.
 
     Raises:
         InputError: no picture, or one that cannot be read exactly.
@@ -105,15 +108,7 @@ def read(path: Path) -> Picture:
     data = path.read_bytes()
     if path.suffix.lower() == ".npy":
         return _array(path, data)
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return _picture(path, data, image)
-    except InputError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{path}: {error}; cut it, or give it as a .npy array") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: damaged, truncated or no picture ({error})") from None
+    return _picture(path, (formats.read_again if again else formats.read)(data, str(path), _WAY))
 
 
 def write(picture: Picture) -> bytes:
@@ -172,62 +167,15 @@ def _array(path: Path, data: bytes) -> Picture:
     return Picture(form, values.reshape(form.full))
 
 
-def _picture(path: Path, data: bytes, image: Image.Image) -> Picture:
-    kind, notes = image.format, []
-    if kind not in _FORMATS:
-        raise InputError(f"{path}: a picture of format {kind}; convert it to PNG")
-    if getattr(image, "n_frames", 1) > 1:
-        raise InputError(
-            f"{path}: holds several pictures; save each to a file of its own, or use a .npy array"
-        )
-    lost = [
-        name for key, name in (("icc_profile", "ICC profile"), ("exif", "EXIF data")) if key in image.info
-    ]
-    if lost:
-        notes.append(f"its {' and '.join(lost)} are not kept")
-    if kind != "PNG":
-        notes.append(f"a {kind} file: its pixels are kept, not its bytes")
-    tiles: list[Any] = getattr(image, "tile", [])
-    raw = [str(tile[3]) for tile in tiles]
-    depth = 8
-    if kind == "PNG" and png.depth_of(data) == 16:
-        values, depth = png.read(data), 16
-    elif image.mode.startswith("I;16") or (image.mode == "I" and all("I;16" in mode for mode in raw)):
-        values = np.asarray(image).astype(np.uint16)[..., None]
-        depth = 16
-    elif (
-        image.mode not in _CONVERTED
-        or any(";16" in mode for mode in raw)
-        or (kind == "PPM" and any(tile[0] != "raw" for tile in tiles))
-    ):
-        raise InputError(
-            f"{path}: a {kind} file of mode {image.mode} ({', '.join(raw)}) cannot be read exactly; convert "
-            "it to PNG, in grey or RGB"
-        )
-    else:
-        mode, clear = _CONVERTED[image.mode], "transparency" in image.info
-        if clear and mode in ("L", "RGB"):
-            mode = "LA" if mode == "L" else "RGBA"
-        if image.mode in ("P", "PA"):
-            notes.append("its palette became colours")
-        elif clear:
-            notes.append("its transparent colour became an alpha channel")
-        values = np.asarray(image.convert(mode))
-        values = values.reshape(*values.shape[:2], -1)
-        if mode == "L" and image.mode == "1":
-            values, depth = values // 255, 1
-        elif mode == "L" and kind == "PNG" and png.depth_of(data) in (2, 4):
-            depth = png.depth_of(data)
-            values = values // np.uint8(255 // ((1 << depth) - 1))
+def _picture(path: Path, stored: formats.Stored) -> Picture:
+    depth, plane, alpha = stored.depth, stored.alpha, None
     if depth == 16:
         # A picture of 16 bits often has fewer; but one of 8 would come back as another.
-        depth = max(9, int(values.max()).bit_length())
-    plane, alpha = None, None
-    if values.shape[2] in (2, 4):
-        last, values = values[..., -1], values[..., :-1]
-        alpha = int(last[0, 0])
-        if (last != alpha).any():
-            plane, alpha = last, -1
-    source = GREY if values.shape[2] == 1 else COLOUR
-    form = Form(_name(path), source, depth, values.shape[:2], alpha)
-    return Picture(form, values[None], plane, tuple(notes))
+        largest = max(int(part.max()) for part in (stored.values, plane) if part is not None)
+        depth = max(9, largest.bit_length())
+    if plane is not None:
+        alpha = int(plane[0, 0])
+        alpha, plane = (-1, plane) if (plane != alpha).any() else (alpha, None)
+    source = GREY if stored.values.shape[2] == 1 else COLOUR
+    form = Form(_name(path), source, depth, stored.values.shape[:2], alpha)
+    return Picture(form, stored.values[None], plane, stored.notes)

@@ -7,7 +7,6 @@ of unit size; nothing is divided by 256, so bits a dimension need no offset.
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,11 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from dflow.config import InputError, nearest
-from dflow.data import files, image_sets, sets, splits, synthetic, tables
+from dflow.data import files, formats, image_sets, sets, splits, synthetic, tables
 from dflow.data.image_sets import CHECKERBOARD, Pixels
 from dflow.data.known import from_hub
 from dflow.data.splits import SPLITS, Arranged
@@ -28,9 +26,9 @@ from dflow.data.splits import SPLITS, Arranged
 Array = NDArray[Any]
 
 HUB = "hub:"
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
-#: Modes of Pillow that are read, and as what.
-_MODES = {"L": "L", "LA": "L", "P": "RGB", "PA": "RGB", "RGB": "RGB", "RGBA": "RGB"}
+_SUFFIXES = formats.SUFFIXES
+#: What version 0.1.0 read of a folder.
+_SUFFIXES_BEFORE = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 _OWN = "of your own data (default 0.05)"
 
 
@@ -373,7 +371,7 @@ def _arrange(path: Path) -> Arranged:
 
 def _arrange_before(path: Path) -> Arranged:
     """The same as version 0.1.0 had it: folders ``train``, ``valid`` and ``test``, else one pool."""
-    sources = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+    sources = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES_BEFORE and p.is_file())
     parts: dict[str, list[Path]] = {}
     for source in sources:
         parts.setdefault(source.relative_to(path).parts[0], []).append(source)
@@ -474,31 +472,22 @@ def _tiles(image: Array, size: Sequence[int] | None, overlap: bool) -> Array:
     return found.transpose(1, 2, 0, 3, 4).reshape(-1, len(image), *size)
 
 
-def _decode(where: str, source: Path | bytes) -> tuple[Array, int]:
-    """An image file as uint8 ``(C, H, W)``, C of 1 or 3, and its depth: 1 or 8 bits."""
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            # Pillow reads 16-bit colours as 8-bit ones without a word: the raw mode tells.
-            if image.mode.startswith(("I", "F")) or any(";16" in str(tile[3]) for tile in image.tile):
-                raise InputError(f"{where}: more than 8 bits a value; convert the image to 8 bits")
-            if getattr(image, "n_frames", 1) > 1:
-                raise InputError(f"{where}: holds several images; put each into a file of its own")
-            if image.mode == "1":
-                return np.asarray(image).astype(np.uint8)[None], 1
-            if image.mode not in _MODES:
-                raise InputError(f"{where}: colours of mode {image.mode}; convert the image to RGB or grey")
-            # An alpha channel that is the same everywhere says nothing.
-            alpha = "A" in image.mode or "transparency" in image.info
-            if alpha and np.ptp(np.asarray(image.convert("RGBA"))[..., 3]):
-                raise InputError(f"{where}: partly transparent; lay the image on a background")
-            values = np.asarray(image.convert(_MODES[image.mode]))
-    except InputError:
-        raise
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+def _decode(where: str, source: Path | bytes) -> tuple[Array, int, bool]:
+    """An image file as uint8 ``(C, H, W)``, C of 1 or 3, its depth (1 or 8 bits), whether it was turned."""
+    data = source if isinstance(source, bytes) else source.read_bytes()
+    stored = formats.read(data, where, f"{formats.WAY} of 8 bits")
+    if stored.depth > 8:
+        raise InputError(f"{where}: more than 8 bits a value; convert the image to 8 bits")
+    # An alpha channel that is the same everywhere says nothing.
+    if stored.alpha is not None and np.ptp(stored.alpha):
         raise InputError(
-            f"{where}: damaged, truncated or no image ({error}); replace or remove it"
-        ) from error
-    return values.reshape(*values.shape[:2], -1).transpose(2, 0, 1), 8
+            f"{where}: partly transparent; lay the image on a background, for example by ImageMagick: "
+            "mogrify -background white -alpha remove -alpha off FILE"
+        )
+    values = formats.turned(stored.values, stored.layout.orientation).transpose(2, 0, 1)
+    if 1 < stored.depth < 8:
+        values = values * np.uint8(255 // ((1 << stored.depth) - 1))
+    return values, 1 if stored.depth == 1 else 8, stored.layout.orientation != 1
 
 
 def _own(
@@ -509,15 +498,17 @@ def _own(
     depths: list[int] = []
     counts: dict[str, int] = {}
     all_sources: list[tuple[str, Path | bytes]] = []
-    first = ""
+    first, num_turned = "", 0
     for split, pairs in sources.items():
         before = len(images)
         for where, source in pairs:
-            image, depth = _decode(where, source)
+            image, depth, turned = _decode(where, source)
+            num_turned += turned
             if config.grey:
                 image = grey(image)
             if config.crop:
-                image = _centre(image, config.crop, "crop", where)
+                # A copy: a view would keep the whole image in memory.
+                image = _centre(image, config.crop, "crop", where).copy()
             if config.tiles and (image.shape[1] < config.tiles[0] or image.shape[2] < config.tiles[1]):
                 raise InputError(
                     f"tiles={config.tiles} are larger than {where}, which has {image.shape[1]} x "
@@ -527,11 +518,11 @@ def _own(
             alike = slice(1 if config.tiles else 3)
             if images and image.shape[alike] != images[0].shape[alike]:
                 (c, h, w), (C, H, W) = image.shape, images[0].shape
-                way = (
-                    "set data.grey to true"
-                    if (h, w) == (H, W)
-                    else "set data.crop to [height, width] to cut each at its centre"
+                ways = ["set data.grey to true, or turn all into colours"] * (c != C)
+                ways += ["set data.crop to [height, width] to cut each at its centre"] * (
+                    (h, w) != (H, W) and not config.tiles
                 )
+                way = ", and ".join(ways)
                 raise InputError(
                     f"images of unequal sizes: {first} has {H} x {W} pixels in {C} channels, {where} "
                     f"{h} x {w} in {c}; {way}"
@@ -549,6 +540,9 @@ def _own(
     # Whole images are dealt: tiles of one may not lie in two splits.
     numbers = np.split(np.arange(len(images)), np.cumsum([*counts.values()])[:-1])
     dealt, note = _deal(dict(zip(counts, numbers, strict=True)), config, partial)
+    if num_turned:
+        turn = f"{num_turned:,} images turned as their EXIF orientation says"
+        note = f"{note}; {turn}" if note else turn
     # A split may be empty, and has the shape of the others.
     none = _tiles(images[0], config.tiles, False)[:0]
     parts = {
@@ -659,10 +653,10 @@ def _table(path: Path, config: ImageConfig, partial: bool) -> ImageSet:
         values = [part.astype(kind) for part in values]
     shape = (len(table.columns), 1, 1)
     notes = "; ".join(filter(None, (note, table.note, units.note)))
-    found = _image_set(
+    images = _image_set(
         config.name, shape, levels, lowest, values, "rows", notes, columns=table.columns, pooled=True
     )
-    return replace(found, loc=units.loc, scale=units.scale, unfit=units.unfit) if any(table.real) else images
+    return replace(images, loc=units.loc, scale=units.scale, unfit=units.unfit) if any(table.real) else images
 
 
 def _image_set(
