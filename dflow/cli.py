@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import errno
 import io
 import json
 import os
+import signal
 import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TextIO, Union
 
 import dflow
 from dflow.config import InputError, convert, nearest
+from dflow.terminal import shown, visible
+from dflow.threads import wait_passively
 
 if TYPE_CHECKING:
     import torch
@@ -31,11 +35,23 @@ if TYPE_CHECKING:
     from dflow.data import Corpus, DataConfig, ImageConfig, Tokenizer
     from dflow.evaluate import Evaluation, ExactEvaluation, ImageEvaluation, LawEvaluation
     from dflow.hf import DflowModel
+    from dflow.train import Recipe
 
 
-def flag(help: str, default: Any = dataclasses.MISSING, short: str | None = None) -> Any:
-    """A field that is the flag ``--name``, required where it has no default; ``short`` is one like ``-o``."""
-    return field(default=default, metadata={"help": help, "short": short})
+def flag(
+    help: str, default: Any = dataclasses.MISSING, short: str | None = None, long: str | None = None
+) -> Any:
+    """A field that is the flag ``--name``, required where it has no default.
+
+    ``short`` is another name like ``-o``, ``long`` another one like ``--samples``, which is shown first.
+    """
+    return field(default=default, metadata={"help": help, "short": short, "long": long})
+
+
+def options_of(f: dataclasses.Field[Any]) -> list[str]:
+    """The flags by which a field is set, those that are shown first in front."""
+    names = [f.metadata.get("short"), f.metadata.get("long"), "--" + f.name.replace("_", "-")]
+    return [name for name in names if name]
 
 
 def argument(help: str) -> Any:
@@ -145,9 +161,9 @@ class Source:
 
 @dataclass(kw_only=True)
 class Train:
-    """Train a model by a recipe."""
+    """Train a model by a recipe, or go on with a training: dflow train --resume FOLDER."""
 
-    recipe: str = argument("recipe, a YAML file")
+    recipe: str = argument("recipe, a YAML file; with --resume also the folder of a training")
     set: list[str] = field(
         default_factory=list,
         metadata={
@@ -155,7 +171,11 @@ class Train:
         },
     )
     output: str | None = flag("folder of the model (default: that of the recipe)", None, short="-o")
-    resume: bool = flag("go on with the training in the output folder", False)
+    resume: bool = flag(
+        "go on: with the training in FOLDER by the recipe that it keeps (--resume FOLDER), or with that of a "
+        "recipe in its output (RECIPE --resume)",
+        False,
+    )
     threads: int | None = flag("threads of torch on the CPU (default: as many as torch takes)", None)
 
 
@@ -202,7 +222,11 @@ class Generate(Machine):
     """Draw text, images or rows from a model. Seed and batch size fix the result on one kind of machine."""
 
     model: str = flag("folder of the model")
-    n: int = flag("how many samples", 1)
+    n: int = flag(
+        "how many samples (--n is its older name, which torchrun takes for one of its own)",
+        1,
+        long="--samples",
+    )
     length: int | None = flag("symbols of each (default: the model's length)", None)
     seed: int = flag("seed of the draws", 0)
     batch_size: int = flag("samples drawn at a time", 100)
@@ -387,19 +411,48 @@ class DataCheck:
 
 
 def train(flags: Train) -> int:
-    """`dflow train`; asked by a scheduler to make room it ends with 0, so that it may be queued again."""
-    from dflow.train import Preempted, load_recipe
+    """`dflow train`; asked by SIGUSR1 to make room it ends with 0, so that it may be queued again."""
+    from dflow.train import Preempted
     from dflow.train import train as run
 
     set_threads(flags.threads)
-    recipe = load_recipe(flags.recipe, flags.set)
-    if flags.output is not None:
-        recipe = dataclasses.replace(recipe, output=Path(flags.output))
+    recipe = recipe_to_train(flags)
     try:
         run(recipe, resume=flags.resume)
     except Preempted as stop:
-        print(stop, file=sys.stderr)
+        say_once(str(stop))
+        return 128 + signal.SIGTERM if stop.signal == signal.SIGTERM else 0
     return 0
+
+
+def recipe_to_train(flags: Train) -> Recipe:
+    """The recipe that the flags of `dflow train` name; --resume never begins what was not asked for."""
+    from dflow.train import STATE, load_recipe, resume_command, resumed_recipe
+
+    path = Path(flags.recipe)
+    if path.is_dir():
+        if not flags.resume:
+            raise InputError(
+                f"{path}: a folder; name a recipe, or go on with the training in it: {resume_command(path)}"
+            )
+        if flags.output is not None:
+            raise InputError(f"--output {flags.output}: the training in {path} stays there; leave it out")
+        return resumed_recipe(path, flags.set)
+    recipe = load_recipe(path, flags.set)
+    if flags.output is not None:
+        recipe = dataclasses.replace(recipe, output=Path(flags.output))
+    empty = not recipe.output.exists() or (recipe.output.is_dir() and not any(recipe.output.iterdir()))
+    if not (flags.resume and empty):
+        return recipe
+    if flags.output is None and not any(word.startswith("output=") for word in flags.set):
+        # Whoever trained into another folder would train from the beginning, into this one.
+        named = path.parent if (path.parent / STATE).is_file() else Path("FOLDER")
+        raise InputError(
+            f"{recipe.output}: nothing to resume; go on with a training by its folder: "
+            f"{resume_command(named)}, or leave out --resume to begin one"
+        )
+    say_once(f"{recipe.output}: nothing to resume yet; a new training begins")
+    return recipe
 
 
 def evaluate(flags: Evaluate) -> int:
@@ -1168,7 +1221,7 @@ VERBS: tuple[tuple[str, type[Any], Callable[[Any], int], str], ...] = (
         "generate",
         Generate,
         generate,
-        "dflow generate --model runs/grouped --n 100 --seed 1 --output samples.txt",
+        "dflow generate --model runs/grouped --samples 100 --seed 1 --output samples.txt",
     ),
     ("compare", Compare, compare, "dflow compare runs/grouped runs/lstm --output comparison"),
     ("compress", Compress, compress, "dflow compress *.png -o pictures.dfl --model runs/images/idf"),
@@ -1249,7 +1302,42 @@ def print_records(records: Sequence[Any]) -> None:
 
 def complain(message: str) -> None:
     """One error on stderr."""
-    print(f"error: {message}", file=sys.stderr)
+    remark(f"error: {message}")
+
+
+def remark(message: str) -> None:
+    """One line on stderr that is no error."""
+    print(shown(message, sys.stderr), file=sys.stderr)
+
+
+def say_once(message: str) -> None:
+    """One line on stderr, by the first of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        remark(message)
+
+
+class _Terminal(io.TextIOBase):
+    """A terminal to which nothing is written that it would obey."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+    def write(self, text: str) -> int:
+        self._stream.write(visible(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        return True
 
 
 # -- flags -----------------------------------------------------------------------------------------------
@@ -1270,9 +1358,9 @@ def add_flags(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
                 nargs = {"nargs": "+"} if required else {"nargs": "*", "default": argparse.SUPPRESS}
             parser.add_argument(f.name, metavar=f.name.upper(), **options, **nargs)
             continue
-        name = ["--" + f.name.replace("_", "-")]
-        if f.metadata.get("short"):
-            name.insert(0, f.metadata["short"])
+        name = options_of(f)
+        if len(name) > 1:
+            options["dest"] = f.name
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if f.default not in (None, dataclasses.MISSING) and kind is not bool:
             options["help"] += f" (default: {f.default})"
@@ -1296,14 +1384,24 @@ def add_flags(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
             )
 
 
+#: Fields that name files.
+_FILES = ("file", "files", "models", "output", "auxiliary")
+
+
 def read_flags(cls: type[Any], values: dict[str, Any]) -> Any:
     """``cls`` from the texts given, each as the type of its field."""
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     converted = {}
     for name, value in values.items():
-        shown = name if fields[name].metadata.get("positional") else "--" + name.replace("_", "-")
-        converted[name] = convert(hints[name], value, shown)
+        options = [option for option in options_of(fields[name]) if option.startswith("--")]
+        label = name if fields[name].metadata.get("positional") else " or ".join(options)
+        converted[name] = convert(hints[name], value, label)
+        if name in _FILES and "-" in (value if isinstance(value, list) else [value]):
+            raise InputError(
+                f"{label} -: neither standard input nor standard output can be named here; for a file that "
+                "is called - write ./-"
+            )
         if name == "seed" and converted[name] is not None and not 0 <= converted[name] < 1 << 63:
             raise InputError(f"seed {value} must be from 0 to {(1 << 63) - 1}")
     return cls(**converted)
@@ -1317,7 +1415,7 @@ class _Parser(argparse.ArgumentParser):
         greedy = [a.option_strings[-1] for a in self._actions if a.option_strings and a.nargs == "+"]
         if "required" in message and greedy:
             message += f"; all words after {' or '.join(greedy)} belong to it, so give these before"
-        super().error(message)
+        super().error(shown(message, sys.stderr))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -1355,23 +1453,41 @@ def hint(word: str, cls: type[Any]) -> str:
         if name in {f.name for f in dataclasses.fields(TrainConfig)}:
             return f"; settings of the recipe are given by --set train.{name}=VALUE"
     flags = [
-        "--" + f.name.replace("_", "-") for f in dataclasses.fields(cls) if "positional" not in f.metadata
+        option for f in dataclasses.fields(cls) if "positional" not in f.metadata for option in options_of(f)
     ]
     return f"; {nearest(word.partition('=')[0], flags)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; exit code 0, 1 (a check failed), 2 (what was given cannot be used) or 130 (Ctrl-C)."""
+    """Run a verb; returns its exit code.
+
+    0, 1 (a check failed), 2 (what was given cannot be used), 130 (stopped by Ctrl-C), 143 (a training that
+    was stopped by SIGTERM).
+    """
     # What a terminal or a log cannot show must not end a training of hours.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    found, unknown = build_parser().parse_known_args(argv)
-    values = vars(found)
-    parser = values.pop("_parser")
-    if unknown:
-        parser.error(f"unknown: {' '.join(unknown)}{hint(unknown[0], values['_cls'])}")
+    wait_passively()
+    values = vars(parse_words(argv))
     cls, function = values.pop("_cls"), values.pop("_function")
+    screen = _Terminal(sys.stdout) if sys.stdout.isatty() else sys.stdout
+    with contextlib.redirect_stdout(screen):
+        return run(function, cls, values)
+
+
+def parse_words(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The verb and its flags; ends with exit code 2 where they are none."""
+    found, unknown = build_parser().parse_known_args(argv)
+    parser = found._parser
+    del found._parser
+    if unknown:
+        parser.error(f"unknown: {' '.join(unknown)}{hint(unknown[0], found._cls)}")
+    return found
+
+
+def run(function: Callable[[Any], int], cls: type[Any], values: dict[str, Any]) -> int:
+    """Run a verb; what goes wrong outside of dflow becomes a line on stderr and an exit code."""
     try:
         code = function(read_flags(cls, values))
         sys.stdout.flush()  # a closed pipe or a full disk shows here, not when nobody can say so any more
@@ -1390,8 +1506,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(f"{error.filename}: {what}" if error.filename else what)
         return 2
     except KeyboardInterrupt as error:
-        complain(str(error) or "interrupted")
-        return 130
+        # Stopping is no error.
+        say_once(str(error) or "interrupted")
+        return 128 + signal.SIGINT
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
