@@ -12,6 +12,7 @@ import dataclasses
 import errno
 import io
 import json
+import math
 import os
 import signal
 import sys
@@ -57,6 +58,28 @@ def options_of(f: dataclasses.Field[Any]) -> list[str]:
 def argument(help: str) -> Any:
     """A field that is a positional argument; a list takes one or more."""
     return field(metadata={"help": help, "positional": True})
+
+
+@dataclass(kw_only=True)
+class Results:
+    """Flag of every verb that prints results."""
+
+    json: bool = flag("print one JSON document on standard output, and no table", False)
+
+    def show(self, record: object, *tables: Sequence[Sequence[str]], last_line: bool = False) -> None:
+        """Print the record as JSON where it is asked for, else the tables.
+
+        ``last_line``: into files and pipes the record follows the tables, as one line.
+        """
+        if not self.json:
+            for rows in tables:
+                print_table(rows)
+        self.end(record, last_line)
+
+    def end(self, record: object, last_line: bool = False) -> None:
+        """Print the record alone, where it is asked for."""
+        if self.json or (last_line and not sys.stdout.isatty()):
+            print(json.dumps(finite(record)))
 
 
 @dataclass(kw_only=True)
@@ -123,27 +146,31 @@ class Source:
 
         How a text is cut is no choice: a model is one of sentences or of a stream.
         """
-        from dflow.data import DataConfig
+        from dflow.data import DataConfig, load
         from dflow.hf import split_calls
         from dflow.train import recipe_of
 
-        path, trained = split_calls(folder)[0], None
+        path, trained, fresh = split_calls(folder)[0], None, None
         if self.data is None or (path / "recipe.yaml").is_file():
             found = recipe_of(path).data
             if not isinstance(found, DataConfig):
                 raise InputError(f"{path}: its recipe.yaml tells of images; restore both files from one run")
             trained = found
-        if trained is None or self.data not in (None, trained.name):
+        if trained is None or not self.names(trained):
             kept = None if trained is None else trained.folder
-            trained = DataConfig(name=str(self.data), folder=kept)
+            fresh = DataConfig(name=str(self.data), folder=self.folder or kept)
         protocol: Literal["stream", "sentence"] = "sentence" if model.config.explicit_length else "stream"
+        if trained is not None and fresh is not None and is_same(load, trained, fresh):
+            trained, fresh = dataclasses.replace(trained, name=fresh.name), None
+        found = fresh or trained
+        assert found is not None
         if self.data is not None:  # whatever it is by now
-            trained = dataclasses.replace(trained, checksum=None)
-        return dataclasses.replace(trained, protocol=protocol, folder=self.folder or trained.folder)
+            found = dataclasses.replace(found, checksum=None)
+        return dataclasses.replace(found, protocol=protocol, folder=self.folder or found.folder)
 
     def images(self, folder: str) -> ImageConfig:
         """Images or the table on which the model in ``folder`` was trained, changed by the flags."""
-        from dflow.data import ImageConfig
+        from dflow.data import ImageConfig, load_images
         from dflow.train import recipe_of
 
         trained = ImageConfig()
@@ -152,11 +179,21 @@ class Source:
             if not isinstance(found, ImageConfig):
                 raise InputError(f"{folder}: its recipe.yaml tells of text; restore both files from one run")
             trained = found
-        if self.data not in (None, trained.name):
-            trained = trained.of(str(self.data))
+        if not self.names(trained):
+            fresh = dataclasses.replace(trained.of(str(self.data)), folder=self.folder or trained.folder)
+            same = is_same(load_images, trained, fresh)
+            trained = dataclasses.replace(trained, name=fresh.name) if same else fresh
         if self.data is not None:
             trained = dataclasses.replace(trained, checksum=None)
         return dataclasses.replace(trained, folder=self.folder or trained.folder)
+
+    def names(self, trained: DataConfig | ImageConfig) -> bool:
+        """Whether the data are those that a model was trained on, by their name or path."""
+        from dflow.data.files import absolute
+
+        if self.data is None or self.data == trained.name:
+            return True
+        return trained.is_path and absolute(self.data) == absolute(trained.name)
 
 
 @dataclass(kw_only=True)
@@ -180,7 +217,7 @@ class Train:
 
 
 @dataclass(kw_only=True)
-class Evaluate(Source, Machine):
+class Evaluate(Source, Machine, Results):
     """Exact bits of a model on a text or on images, or bounds of them; its distance from a synthetic law.
 
     Of a classifier accuracy, nll and calibration: of the propagated law, of the network of its most probable
@@ -199,7 +236,7 @@ class Evaluate(Source, Machine):
 
 
 @dataclass(kw_only=True)
-class Export(Machine):
+class Export(Machine, Results):
     """Write a network of signs as bits: one file, small and fast, of a model that `dflow train` made.
 
     Its normalisations are estimated anew on training images, and it is compared with the network it was made
@@ -244,7 +281,7 @@ class Generate(Machine):
 
 
 @dataclass(kw_only=True)
-class Compare(Source, Machine):
+class Compare(Source, Machine, Results):
     """Bits, network calls and speed of several models, with ratios to the LSTM among them.
 
     With --codec: what classical codecs, and models given by --model, make of pictures or texts: bytes, bits,
@@ -279,7 +316,7 @@ class Compare(Source, Machine):
 
 
 @dataclass(kw_only=True)
-class PlotDensity(Machine):
+class PlotDensity(Machine, Results):
     """Density p(v) and dequantized data q(v) of a model of two dimensions, as pictures side by side."""
 
     model: str = flag("folder of the model")
@@ -288,7 +325,7 @@ class PlotDensity(Machine):
 
 
 @dataclass(kw_only=True)
-class PlotCoverage(Source, Machine):
+class PlotCoverage(Source, Machine, Results):
     """Error of an ensemble of drawn networks on the share of the data where its members agree most."""
 
     model: str = flag("folder of the model, a network of random signs")
@@ -298,7 +335,7 @@ class PlotCoverage(Source, Machine):
 
 
 @dataclass(kw_only=True)
-class Compress:
+class Compress(Results):
     """Compress pictures by a flow, integer or dequantized, or any files by a model of text, without loss.
 
     Every value of a picture or an array (.npy of uint8 or uint16) comes back; ICC profiles, EXIF data and the
@@ -339,7 +376,7 @@ class Compress:
 
 
 @dataclass(kw_only=True)
-class Decompress:
+class Decompress(Results):
     """Give back what was compressed, or with --levels coarse pictures from a beginning of the file."""
 
     files: list[str] = field(metadata={"help": ".dfl files", "positional": True})
@@ -352,21 +389,21 @@ class Decompress:
 
 
 @dataclass(kw_only=True)
-class Info:
+class Info(Results):
     """What is in a .dfl file: model, mode, files, bytes and bits of each level. Needs no model."""
 
     file: str = argument(".dfl file")
 
 
 @dataclass(kw_only=True)
-class Check:
+class Check(Results):
     """Say whether a model folder is whole: every file as it was saved, and a model that loads."""
 
     model: str = argument("folder of the model")
 
 
 @dataclass(kw_only=True)
-class PlotProgressive:
+class PlotProgressive(Results):
     """Pictures of a .dfl file as they are seen after each level, with their share of the file and PSNR."""
 
     file: str = argument(".dfl file")
@@ -377,7 +414,7 @@ class PlotProgressive:
 
 
 @dataclass(kw_only=True)
-class PlotTraining:
+class PlotTraining(Results):
     """What the validation data cost while models were trained, by steps and by minutes."""
 
     runs: list[str] = field(metadata={"help": "folders of the models", "positional": True})
@@ -385,14 +422,14 @@ class PlotTraining:
 
 
 @dataclass(kw_only=True)
-class DataList:
+class DataList(Results):
     """The texts and images known by name, and which are there."""
 
     folder: str | None = flag("folder of the data (default: DFLOW_DATA)", None)
 
 
 @dataclass(kw_only=True)
-class DataPrepare:
+class DataPrepare(Results):
     """Fetch a text or a set of images into the folder, unless it is there, and check it."""
 
     name: str = argument("name of the set")
@@ -400,7 +437,7 @@ class DataPrepare:
 
 
 @dataclass(kw_only=True)
-class DataCheck:
+class DataCheck(Results):
     """Check the files of a text or a set of images against their known sizes and checksums."""
 
     name: str = argument("name of the set")
@@ -494,9 +531,8 @@ def evaluate(flags: Evaluate) -> int:
     checked = "draws" if isinstance(text, Draws) else "chunks"
     rows = [("model", flags.model), *rows, ("round trip", f"{status} on {result.num_checked} {checked}")]
     if accelerator is None or accelerator.is_main_process:
-        print_table(rows)
         about = {"model": flags.model, "data": corpus.name, "split": flags.split, "checksum": corpus.checksum}
-        print(json.dumps(about | dataclasses.asdict(result)))
+        flags.show(about | dataclasses.asdict(result), rows, last_line=True)
     if accelerator is not None:
         accelerator.end_training()
     if not result.round_trip:
@@ -524,14 +560,14 @@ def evaluate_classifier(flags: Evaluate) -> int:
     result = evaluate_labels(
         model, images.split(flags.split), images.train, limit=flags.limit, progress=True, **options
     )
-    print_table(
+    about = {"model": flags.model, "data": images.name, "split": flags.split, "checksum": images.checksum}
+    flags.show(
+        about | dataclasses.asdict(result),
         [
             ("model", flags.model),
             ("data", f"{images.name}, {flags.split}: {result.num_rows:,} images"),
             ("estimated on", f"{result.num_estimated:,} training images"),
-        ]
-    )
-    print_table(
+        ],
         [
             ("network", "accuracy %", "standard error", "nll (nats)", "ece %"),
             *(
@@ -544,10 +580,9 @@ def evaluate_classifier(flags: Evaluate) -> int:
                 )
                 for s in result.scores
             ),
-        ]
+        ],
+        last_line=True,
     )
-    about = {"model": flags.model, "data": images.name, "split": flags.split, "checksum": images.checksum}
-    print(json.dumps(about | dataclasses.asdict(result)))
     return 0
 
 
@@ -577,14 +612,23 @@ def export(flags: Export) -> int:
     content = program.to_bytes()
     write_whole(output, content)
     small, whole = (4 * program.num_weights / size for size in (program.num_bytes, len(content)))
-    print_table(
+    about = {
+        "file": flags.output,
+        "rule": flags.rule,
+        "weights": program.num_weights,
+        "bytes": len(content),
+        "bytes_of_weights": program.num_bytes,
+        "compared_images": min(len(x), _COMPARED),
+    }
+    flags.show(
+        about,
         [
             ("file", flags.output),
             ("weights", f"{program.num_weights:,}, {flags.rule}"),
             ("bytes", f"{len(content):,}, of these {program.num_bytes:,} of weights and thresholds"),
             ("smaller than float32", f"{small:.1f} times, {whole:.1f} with the header"),
             ("compared", f"every sum of {min(len(x), _COMPARED)} images"),
-        ]
+        ],
     )
     return 0
 
@@ -633,8 +677,7 @@ def plot_coverage(flags: PlotCoverage) -> int:
         output,
         plot.coverage(result.coverage, {s.name: 1 - s.accuracy for s in (propagated, binarized, ensemble)}),
     )
-    print(output)
-    return 0
+    return show_file(flags, output)
 
 
 def evaluate_pictures(flags: Evaluate, device: torch.device, accelerator: Accelerator | None) -> int:
@@ -666,9 +709,8 @@ def evaluate_pictures(flags: Evaluate, device: torch.device, accelerator: Accele
         rows, sound = image_rows(result, images.name, flags.split), result.intact
         wrong = "a draw left the cell of its datum; the figures above do not hold"
     if accelerator is None or accelerator.is_main_process:
-        print_table([("model", flags.model), *rows])
         about = {"model": flags.model, "data": images.name, "split": flags.split, "checksum": images.checksum}
-        print(json.dumps(about | dataclasses.asdict(result)))
+        flags.show(about | dataclasses.asdict(result), [("model", flags.model), *rows], last_line=True)
     if accelerator is not None:
         accelerator.end_training()
     if not sound:
@@ -838,8 +880,7 @@ def plot_density(flags: PlotDensity) -> int:
     model = load(flags.model, flags.settle(), DflowImageModel)
     data = load_images(Source().images(flags.model)).train
     write_whole(output, plot.density(model, data, flags.cells))
-    print(output)
-    return 0
+    return show_file(flags, output)
 
 
 def compare(flags: Compare) -> int:
@@ -873,18 +914,17 @@ def compare(flags: Compare) -> int:
         text=f"{config.name}, {flags.split}",
         progress=True,
     )
-    print(comparing.markdown(result))
-    if folder is not None:
-        for path in comparing.write(result, folder):
-            print(path)
-    print(comparing.record(result))
+    paths = [] if folder is None else comparing.write(result, folder)
+    if not flags.json:
+        print(comparing.markdown(result))
+        print_paths(paths)
+    flags.end(json.loads(comparing.record(result)), last_line=True)
     return 0
 
 
 def compress(flags: Compress) -> int:
     """`dflow compress`."""
-    from dflow.compress import LIMIT, BitsBackCoder, ImageCoder, compress_images
-    from dflow.generate import check_output, write_whole
+    from dflow.generate import check_output
     from dflow.hf import DflowClassifier, DflowImageModel, kind_of
 
     set_threads(flags.threads)
@@ -896,31 +936,53 @@ def compress(flags: Compress) -> int:
     if flags.separate:
         make_folder(output)
         jobs = [(output / f"{file.name if is_text else file.stem}.dfl", [file]) for file in files]
-        if len({target for target, _ in jobs}) < len(jobs):
-            raise InputError("two of the files have the same name; leave out --separate, or rename one")
+        check_distinct(files, [target for target, _ in jobs], "be written to")
     for target, _ in jobs:
         check_output(target)
-    if is_text:
-        return compress_files(flags, jobs)
+    return compress_files(flags, jobs) if is_text else compress_pictures(flags, jobs)
+
+
+def compress_pictures(flags: Compress, jobs: list[tuple[Path, list[Path]]]) -> int:
+    """`dflow compress` by a model of images."""
+    from dflow.compress import LIMIT, BitsBackCoder, ImageCoder, compress_images
+    from dflow.generate import write_whole
+
     coder = tuned(ImageCoder.load(flags.model, flags.mode, flags.batch_size), flags)
-    reports = []
+    reports, notes = [], list[str]()
     for target, group in jobs:
         data, report = compress_images(
             group, coder, tiles=flags.tiles, verify=not flags.no_verify, progress=True
         )
         write_whole(target, data)
         reports.append(report)
-        for name, note in report.notes:
-            print(f"{name}: {note}")
+        notes += [f"{name}: {note}" for name, note in report.notes]
         if report.declared > LIMIT:
-            print(f"{target}: to decompress it takes --limit {report.declared}")
+            notes.append(f"{target}: to decompress it takes --limit {report.declared}")
     total, values = sum(r.bytes for r in reports), sum(r.values for r in reports)
     encode, network = sum(r.encode.total for r in reports), sum(r.encode.network for r in reports)
     given, random = sum(r.given for r in reports), sum(r.random for r in reports)
     net = total - given - random
-    print_table(
+    show_notes(flags, notes)
+    about: dict[str, Any] = {
+        "outputs": [str(target) for target, _ in jobs],
+        "files": sum(len(group) for _, group in jobs),
+        "bytes": total,
+        "header_bytes": sum(r.header for r in reports),
+        "values": values,
+        "bits_a_dimension": 8 * total / values,
+        "random_bytes": random,
+        "given_bytes": given,
+        "segments": sum(r.segments for r in reports),
+        "raw_segments": sum(r.raw for r in reports),
+        "seconds": encode,
+        "network_seconds": network,
+        "verified": not flags.no_verify,
+        "notes": notes,
+    }
+    flags.show(
+        about,
         [
-            ("files", f"{len(files):,} in {len(jobs):,}"),
+            ("files", f"{about['files']:,} in {len(jobs):,}"),
             ("bytes", f"{total:,}, of these {sum(r.header for r in reports):,} of headers"),
             ("bits a dimension", f"{8 * total / values:.4f} of {values:,}"),
             *[
@@ -934,9 +996,28 @@ def compress(flags: Compress) -> int:
             ),
             ("encoded in", f"{encode:.2f} s, networks {network:.2f}, coder {encode - network:.2f}"),
             ("verified", "no (--no-verify)" if flags.no_verify else "decoded and compared"),
-        ]
+        ],
     )
     return 0
+
+
+def check_distinct(files: Sequence[Path], names: Sequence[object], would: str) -> None:
+    """`InputError` for two of the files that ``would`` (be written to, come back as) one of the names."""
+    first: dict[object, Path] = {}
+    for file, name in zip(files, names, strict=True):
+        if name in first:
+            raise InputError(
+                f"{first[name]} and {file} would both {would} {name}; rename one, or compress them by two "
+                "commands, each with an --output of its own"
+            )
+        first[name] = file
+
+
+def show_notes(flags: Results, notes: Sequence[str]) -> None:
+    """A line each, where they are not part of a JSON document."""
+    if not flags.json:
+        for note in notes:
+            print(note)
 
 
 def tuned(coder: ImageCoder, flags: Compress) -> ImageCoder:
@@ -980,10 +1061,10 @@ def compress_files(flags: Compress, jobs: list[tuple[Path, list[Path]]]) -> int:
         what = "--tiles" if flags.tiles is not None else f"--mode {flags.mode}"
         raise InputError(f"{what} is for models of images; {flags.model} is one of text")
     check_no_bits_back(flags, "one of text")
-    coder, reports = TextCoder.load(flags.model), []
+    for _, group in jobs:
+        check_distinct(group, [file.name for file in group], "come back as")
+    coder, reports, notes = TextCoder.load(flags.model), [], list[str]()
     for target, group in jobs:
-        if len({file.name for file in group}) < len(group):
-            raise InputError("two of the files have the same name; use --separate, or rename one")
         data, report = compress_text(
             {file.name: file.read_bytes() for file in group},
             coder,
@@ -993,11 +1074,25 @@ def compress_files(flags: Compress, jobs: list[tuple[Path, list[Path]]]) -> int:
         )
         write_whole(target, data)
         reports.append(report)
-        for note in report.notes:
-            print(f"{target}: {note}")
+        notes += [f"{target}: {note}" for note in report.notes]
     total, raw = sum(r.bytes for r in reports), sum(r.raw for r in reports)
     encode, network = sum(r.encode.total for r in reports), sum(r.encode.network for r in reports)
-    print_table(
+    show_notes(flags, notes)
+    about = {
+        "outputs": [str(target) for target, _ in jobs],
+        "files": sum(r.files for r in reports),
+        "bytes": total,
+        "header_bytes": sum(r.header for r in reports),
+        "raw_bytes": raw,
+        "bits_a_byte": 8 * total / raw if raw else None,
+        "symbols": sum(r.symbols for r in reports),
+        "seconds": encode,
+        "network_seconds": network,
+        "verified": not flags.no_verify,
+        "notes": notes,
+    }
+    flags.show(
+        about,
         [
             ("files", f"{sum(r.files for r in reports):,} in {len(jobs):,}"),
             ("bytes", f"{total:,}, of these {sum(r.header for r in reports):,} of headers"),
@@ -1005,7 +1100,7 @@ def compress_files(flags: Compress, jobs: list[tuple[Path, list[Path]]]) -> int:
             ("symbols", f"{sum(r.symbols for r in reports):,}"),
             ("encoded in", f"{encode:.2f} s, networks {network:.2f}, coder {encode - network:.2f}"),
             ("verified", "no (--no-verify)" if flags.no_verify else "decoded and compared"),
-        ]
+        ],
     )
     return 0
 
@@ -1020,6 +1115,16 @@ def decompress(flags: Decompress) -> int:
     set_threads(flags.threads)
     folder = Path(flags.output)
     make_folder(folder)
+    written: list[str] = []
+
+    def keep(file: str, content: bytes) -> None:
+        # Once more: a folder may take two names for one.
+        check_output(folder / file)
+        write_whole(folder / file, content)
+        written.append(str(folder / file))
+        if not flags.json:
+            print(folder / file)
+
     for name in flags.files:
         data = Path(name).read_bytes()
         if kind_of(data) == TEXT:
@@ -1029,8 +1134,7 @@ def decompress(flags: Decompress) -> int:
             for file in files:
                 check_output(folder / file)
             for file, content in files.items():
-                write_whole(folder / file, content)
-                print(folder / file)
+                keep(file, content)
             continue
         lent: dict[str, bytes] = {}
         pictures = decompress_images(
@@ -1046,13 +1150,10 @@ def decompress(flags: Decompress) -> int:
         for file in (*(picture.form.file for picture in pictures), *lent):
             check_output(folder / file)
         for file, content in lent.items():
-            write_whole(folder / file, content)
-            print(folder / file)
+            keep(file, content)
         for picture in pictures:
-            # Once more: a folder may take two names for one.
-            check_output(folder / picture.form.file)
-            write_whole(folder / picture.form.file, write(picture))
-            print(folder / picture.form.file)
+            keep(picture.form.file, write(picture))
+    flags.end({"files": written})
     return 0
 
 
@@ -1062,7 +1163,9 @@ def info(flags: Info) -> int:
     from dflow.compress import describe_images, describe_text
 
     data = Path(flags.file).read_bytes()
-    print_table((describe_text if kind_of(data) == TEXT else describe_images)(data, flags.file))
+    rows = (describe_text if kind_of(data) == TEXT else describe_images)(data, flags.file)
+    # Two files may be called as a line of the table is, so the lines are pairs.
+    flags.show({"file": flags.file, "rows": rows}, rows)
     return 0
 
 
@@ -1073,7 +1176,8 @@ def check(flags: Check) -> int:
 
     kind = kind_of(flags.model)
     found = hf.check(Path(flags.model))
-    print_records(found)
+    if not flags.json:
+        print_table(table_of(found))
     wrong = [f"{f.name} {f.status}" for f in found if f.status in ("damaged", "missing")]
     if all(f.status == "unlisted" for f in found):
         complain(f"{flags.model}: there is no {hf.MANIFEST}, and no way to tell whether its files are whole")
@@ -1081,10 +1185,13 @@ def check(flags: Check) -> int:
         hf.load(flags.model, kind=kind)  # type: ignore[type-var]
     except InputError as error:
         wrong.append(str(error))
+    files = [dataclasses.asdict(f) for f in found]
+    flags.end({"model": flags.model, "whole": not wrong, "wrong": wrong, "files": files})
     if wrong:
         complain(f"{flags.model}: not whole: " + "; ".join(wrong))
         return 1
-    print(f"{flags.model}: whole; the model loads")
+    if not flags.json:
+        print(f"{flags.model}: whole; the model loads")
     return 0
 
 
@@ -1102,8 +1209,7 @@ def plot_training(flags: PlotTraining) -> int:
         raise InputError("; ".join(f"{f} is measured in {u}" for u, f in units.items()) + ": plot them apart")
     data = plot.training({folder: run.rows for folder, run in runs.items()}, next(iter(units), "bits"))
     write_whole(output, data)
-    print(output)
-    return 0
+    return show_file(flags, output)
 
 
 def plot_progressive(flags: PlotProgressive) -> int:
@@ -1127,8 +1233,7 @@ def plot_progressive(flags: PlotProgressive) -> int:
             [[stage.psnr[i] for stage in found] for i in range(len(names))],
         ),
     )
-    print(output)
-    return 0
+    return show_file(flags, output)
 
 
 def make_folder(folder: Path) -> None:
@@ -1177,11 +1282,11 @@ def compare_codecs(flags: Compare) -> int:
         memory=flags.memory,
         progress=True,
     )
-    print(codecs.markdown(result))
-    if folder is not None:
-        for path in codecs.write(result, folder):
-            print(path)
-    print(codecs.record(result))
+    paths = [] if folder is None else codecs.write(result, folder)
+    if not flags.json:
+        print(codecs.markdown(result))
+        print_paths(paths)
+    flags.end(json.loads(codecs.record(result)), last_line=True)
     failed = [row.name for row in result.rows if row.error and "FAILED" in row.error]
     if failed:
         complain(f"round trip failed: {', '.join(failed)}")
@@ -1192,24 +1297,21 @@ def data_list(flags: DataList) -> int:
     """`dflow data list`."""
     from dflow.data import list_sets
 
-    print_records(list_sets(flags.folder))
-    return 0
+    return show_records(flags, list_sets(flags.folder))
 
 
 def data_prepare(flags: DataPrepare) -> int:
     """`dflow data prepare`."""
     from dflow.data import prepare
 
-    print_records(prepare(flags.name, flags.folder))
-    return 0
+    return show_records(flags, prepare(flags.name, flags.folder))
 
 
 def data_check(flags: DataCheck) -> int:
     """`dflow data check`."""
     from dflow.data import check
 
-    print_records(check(flags.name, flags.folder))
-    return 0
+    return show_records(flags, check(flags.name, flags.folder))
 
 
 #: Verb, flags, function, example.
@@ -1271,6 +1373,21 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+def is_same(load: Callable[[Any], Any], trained: Any, fresh: Any) -> bool:
+    """Whether ``fresh`` names what a model was trained on, moved to another place: by the checksum.
+
+    Then its splits are those of the training, whatever their shares.
+    """
+    moved = dataclasses.replace(trained, name=fresh.name, folder=fresh.folder)
+    if trained.checksum is None or not (trained.is_path and fresh.is_path):
+        return False
+    try:
+        load(moved)
+    except InputError:
+        return False
+    return True
+
+
 def load_model(folder: str, device: torch.device) -> tuple[DflowModel, Tokenizer]:
     """The model and the tokenizer in ``folder``."""
     from dflow import hf
@@ -1293,11 +1410,42 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def print_records(records: Sequence[Any]) -> None:
+def table_of(records: Sequence[Any]) -> list[list[str]]:
     """Dataclasses of one kind, under the names of their fields."""
     names = [f.name for f in dataclasses.fields(records[0])]
     cells = [[getattr(record, name) for name in names] for record in records]
-    print_table([names, *([f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in cells)])
+    return [names, *([f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in cells)]
+
+
+def show_records(flags: Results, records: Sequence[Any]) -> int:
+    """Print dataclasses of one kind as a table, or as a JSON list."""
+    flags.show([dataclasses.asdict(record) for record in records], table_of(records))
+    return 0
+
+
+def show_file(flags: Results, output: Path) -> int:
+    """Print which file was written."""
+    flags.show({"file": str(output)}, [[str(output)]])
+    return 0
+
+
+def print_paths(paths: Sequence[Path]) -> None:
+    """A line each."""
+    for path in paths:
+        print(path)
+
+
+def finite(record: object) -> object:
+    """``record`` with null for numbers that JSON lacks: infinite ones, and those that are none.
+
+    >>> finite({"bits": [1.5, float("inf")]})
+    {'bits': [1.5, None]}
+    """
+    if isinstance(record, float):
+        return record if math.isfinite(record) else None
+    if isinstance(record, dict):
+        return {key: finite(value) for key, value in record.items()}
+    return [finite(value) for value in record] if isinstance(record, (list, tuple)) else record
 
 
 def complain(message: str) -> None:

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -77,7 +77,7 @@ class Source:
     lowercase: bool
 
     def stamp(self) -> dict[str, Any]:
-        """What tells one text from another without reading it."""
+        """What shows, without reading the text, that it is the one that a store was made of."""
         found: dict[str, Any] = {"name": self.name, "lowercase": self.lowercase}
         if self.path is not None:
             stats = [(p, p.stat()) for p in self._files()]
@@ -88,6 +88,13 @@ class Source:
         """The text."""
         for piece in self._raw():
             yield piece.lower() if self.lowercase else piece
+
+    def checksum(self) -> str:
+        """Of the whole text, which is read for it."""
+        digest = hashlib.sha256()
+        for piece in _shown(self.pieces(), "check"):
+            digest.update(piece.encode("utf-8"))
+        return f"sha256:{digest.hexdigest()}"
 
     def _files(self) -> list[Path]:
         assert self.path is not None
@@ -209,11 +216,7 @@ def open_store(
         raise InputError(
             f"{path}: truncated or damaged ({error}); remove the folder to make it anew"
         ) from None
-    if about.source != json.loads(json.dumps(stamp)):
-        raise InputError(
-            f"{folder}: a store of another text, or of one that has changed since; name another folder as "
-            "data.store, or remove this one"
-        )
+    _check_source(folder, about, json.loads(json.dumps(stamp)), source)
     found = Tokenizer.load(folder)
     if tokenizer is not None and found != tokenizer:
         raise InputError(
@@ -231,6 +234,30 @@ def open_store(
         # Copy on write: what is read is shared, and nothing written to the disk.
         ids[split] = torch.from_numpy(np.memmap(file, dtype, "c"))
     return Stored(found, about, ids)
+
+
+#: What a stamp says of where and when the text was written, which does not change it.
+_PLACE = ("name", "files")
+
+
+def _check_source(folder: Path, about: About, stamp: dict[str, Any], source: Source) -> None:
+    """Raise `InputError` unless the store is one of this text.
+
+    A text that was copied, moved or touched is read once to compare its checksum; the store then notes the
+    new place and time, where it can be written to.
+    """
+    if about.source == stamp:
+        return
+    settings, expected = ({k: v for k, v in s.items() if k not in _PLACE} for s in (stamp, about.source))
+    local = source.path is not None and "files" in about.source
+    if settings != expected or not local or source.checksum() != about.checksum:
+        raise InputError(
+            f"{folder}: a store of another text, or of one that has changed since; name another folder as "
+            "data.store, or remove this one"
+        )
+    with suppress(OSError):
+        content = json.dumps(replace(about, source=stamp).__dict__, indent=1).encode()
+        files.write(folder / ABOUT, content)
 
 
 def _wait(folder: Path) -> None:

@@ -270,7 +270,7 @@ def _located(recipe: Recipe, path: Path) -> DataConfig | ImageConfig:
     if not recipe.output.is_absolute() and output and folder.parts[-len(output) :] == output:
         places.append(Path(*folder.parts[: -len(output)]))
     names = [*(["name"] if data.is_path else []), "folder", *(["store"] if hasattr(data, "store") else [])]
-    moved: dict[str, str] = {}
+    moved: dict[str, Any] = {}
     for field_name in names:
         value = getattr(data, field_name)
         if value is None or Path(value).expanduser().exists():
