@@ -150,7 +150,8 @@ class Source:
         from dflow.hf import split_calls
         from dflow.train import recipe_of
 
-        path, trained, fresh = split_calls(folder)[0], None, None
+        path = split_calls(folder)[0]
+        trained: DataConfig | None = None
         if self.data is None or (path / "recipe.yaml").is_file():
             found = recipe_of(path).data
             if not isinstance(found, DataConfig):
@@ -159,14 +160,12 @@ class Source:
         if trained is None or not self.names(trained):
             kept = None if trained is None else trained.folder
             fresh = DataConfig(name=str(self.data), folder=self.folder or kept)
+            same = trained is not None and is_same(load, trained, fresh)
+            trained = dataclasses.replace(trained, name=fresh.name) if trained and same else fresh
         protocol: Literal["stream", "sentence"] = "sentence" if model.config.explicit_length else "stream"
-        if trained is not None and fresh is not None and is_same(load, trained, fresh):
-            trained, fresh = dataclasses.replace(trained, name=fresh.name), None
-        found = fresh or trained
-        assert found is not None
         if self.data is not None:  # whatever it is by now
-            found = dataclasses.replace(found, checksum=None)
-        return dataclasses.replace(found, protocol=protocol, folder=self.folder or found.folder)
+            trained = dataclasses.replace(trained, checksum=None)
+        return dataclasses.replace(trained, protocol=protocol, folder=self.folder or trained.folder)
 
     def images(self, folder: str) -> ImageConfig:
         """Images or the table on which the model in ``folder`` was trained, changed by the flags."""
@@ -180,7 +179,8 @@ class Source:
                 raise InputError(f"{folder}: its recipe.yaml tells of text; restore both files from one run")
             trained = found
         if not self.names(trained):
-            fresh = dataclasses.replace(trained.of(str(self.data)), folder=self.folder or trained.folder)
+            fresh = trained.of(str(self.data))
+            fresh = dataclasses.replace(fresh, folder=self.folder or fresh.folder)
             same = is_same(load_images, trained, fresh)
             trained = dataclasses.replace(trained, name=fresh.name) if same else fresh
         if self.data is not None:

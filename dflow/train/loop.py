@@ -920,7 +920,7 @@ def _differences(recipe: Recipe) -> str:
         return "its own recipe.yaml cannot be read"
     now, found = _fixed(recipe), []
     for part in now:
-        for name in sorted(before[part].keys() | now[part].keys()):
+        for name in sorted(before[part].keys() | now[part].keys(), key=lambda n: (n != "family", n)):
             old, new = (values[part].get(name) for values in (before, now))
             if old != new:
                 found.append(f"{part}.{name}: {old} then, {new} now")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from dflow import zoo
+from dflow import hf, zoo
 from dflow.config import InputError, convert, nearest, parse
 from dflow.data import DataConfig, ImageConfig, files
 from dflow.ops.straight_through import SCHEDULES, scheduled
@@ -397,9 +397,11 @@ def resumed_recipe(folder: str | Path, overrides: list[str] | None = None) -> Re
         InputError: no training is there.
     """
     path = Path(folder) / RECIPE
-    if not path.is_file():
+    # Of a training that was stopped before its first state there are two files; of a recipe of one's own, one.
+    begun = any((path.parent / name).is_file() for name in (STATE, hf.MANIFEST))
+    if not (begun and path.is_file()):
         raise InputError(
-            f"{folder}: no training to go on with (no {RECIPE}); name the folder that dflow train wrote, or "
+            f"{folder}: no training to go on with (no {RECIPE} with {STATE} beside it); name the folder that dflow train wrote, or "
             "begin with a recipe: dflow train RECIPE --output FOLDER"
         )
     return dataclasses.replace(load_recipe(path, overrides), output=Path(folder))
