@@ -397,11 +397,11 @@ def resumed_recipe(folder: str | Path, overrides: list[str] | None = None) -> Re
         InputError: no training is there.
     """
     path = Path(folder) / RECIPE
-    # Of a training that was stopped before its first state there are two files; of a recipe of one's own, one.
+    # A recipe of one's own, in a folder of one's own, is no training.
     begun = any((path.parent / name).is_file() for name in (STATE, hf.MANIFEST))
     if not (begun and path.is_file()):
         raise InputError(
-            f"{folder}: no training to go on with (no {RECIPE} with {STATE} beside it); name the folder that dflow train wrote, or "
-            "begin with a recipe: dflow train RECIPE --output FOLDER"
+            f"{folder}: no training to go on with (no {RECIPE} with {STATE} beside it); name the folder "
+            "that dflow train wrote, or begin with a recipe: dflow train RECIPE --output FOLDER"
         )
     return dataclasses.replace(load_recipe(path, overrides), output=Path(folder))
