@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TextIO, Union
 import dflow
 from dflow.config import InputError, convert, nearest
 from dflow.terminal import shown, visible
-from dflow.threads import wait_passively
+from dflow.threads import processors, wait_passively
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +86,7 @@ class Results:
 class Machine:
     """Flags of every verb that computes."""
 
-    threads: int | None = flag("threads of torch on the CPU (default: as many as torch takes)", None)
+    threads: int | None = flag("threads of torch on the CPU (default: one a processor)", None)
     device: str = flag("device to compute on; auto: the first GPU, else the CPU", "auto")
 
     def settle(self) -> torch.device:
@@ -213,7 +213,7 @@ class Train:
         "recipe in its output (RECIPE --resume)",
         False,
     )
-    threads: int | None = flag("threads of torch on the CPU (default: as many as torch takes)", None)
+    threads: int | None = flag("threads of torch on the CPU (default: one a processor)", None)
 
 
 @dataclass(kw_only=True)
@@ -372,7 +372,7 @@ class Compress(Results):
     sigma: int | None = flag("of a dequantized flow: local deviations of 2^-SIGMA (default: 14)", None)
     noise: int | None = flag("of a dequantized flow: bits of noise a dimension (default: 12)", None)
     batch_size: int = flag("tiles, or chunks of a text, that the networks see at a time", 64)
-    threads: int | None = flag("threads of torch on the CPU (default: as many as torch takes)", None)
+    threads: int | None = flag("threads of torch on the CPU (default: one a processor)", None)
 
 
 @dataclass(kw_only=True)
@@ -385,7 +385,7 @@ class Decompress(Results):
     levels: int | None = flag("levels to use, the coarsest first; the file may be cut off behind them", None)
     limit: int = flag("values, or bytes of text, that a file may declare", 1 << 28)
     batch_size: int = flag("tiles that the networks see at a time", 64)
-    threads: int | None = flag("threads of torch on the CPU (default: as many as torch takes)", None)
+    threads: int | None = flag("threads of torch on the CPU (default: one a processor)", None)
 
 
 @dataclass(kw_only=True)
@@ -410,7 +410,7 @@ class PlotProgressive(Results):
     model: str = flag("folder of the model that compressed it")
     output: str = flag("PNG file to write, whole or not at all", "progressive.png", short="-o")
     rows: int = flag("pictures to show, the first ones", 6)
-    threads: int | None = flag("threads of torch on the CPU (default: as many as torch takes)", None)
+    threads: int | None = flag("threads of torch on the CPU (default: one a processor)", None)
 
 
 @dataclass(kw_only=True)
@@ -1361,7 +1361,7 @@ GROUPS = {
 
 
 def set_threads(threads: int | None) -> None:
-    """Set the threads of torch, where the flag is given; and keep memory between steps."""
+    """Set the threads of torch: as given, else no more than processors; and keep memory between steps."""
     import torch
 
     from dflow.memory import keep_memory
@@ -1371,6 +1371,8 @@ def set_threads(threads: int | None) -> None:
         if threads < 1:
             raise InputError(f"--threads {threads} must be at least 1")
         torch.set_num_threads(threads)
+    elif "OMP_NUM_THREADS" not in os.environ and processors() < torch.get_num_threads():
+        torch.set_num_threads(processors())
 
 
 def is_same(load: Callable[[Any], Any], trained: Any, fresh: Any) -> bool:

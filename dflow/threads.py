@@ -1,9 +1,11 @@
-"""Threads of torch: how they wait for each other."""
+"""Threads of torch: how they wait for each other, and how many there is work for."""
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+from pathlib import Path
 
 #: Variables by which the user may have chosen how the threads of OpenMP wait.
 _CHOSEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
@@ -22,3 +24,17 @@ def wait_passively() -> bool:
         return False
     os.environ["OMP_WAIT_POLICY"] = "passive"
     return True
+
+
+def processors(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Processors whose time this process may have at once, at least 1.
+
+    torch counts those that it may run on, but not the share to which a container limits it (``limit``, the
+    file of Linux that has microseconds of processor time and the period): more threads than that take turns.
+    """
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = limit.read_text(encoding="ascii").split()
+        return max(1, min(there, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError, ZeroDivisionError):
+        return there  # no such file, or "max": no limit

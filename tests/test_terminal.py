@@ -17,6 +17,7 @@ from folders import image_recipe, write_model, write_pictures, write_text
 from dflow import cli
 from dflow.cli import VERBS, build_parser, main, options_of
 from dflow.terminal import shown, visible
+from dflow.threads import processors
 from dflow.train import load_recipe, train
 
 EVIL = "line \x1b]0;owned\x07 of\x9b2J a\u202etext\r\n"
@@ -260,3 +261,19 @@ def test_the_command_lets_threads_sleep_and_the_library_changes_nothing(
     )
     found = {k for k in eval(done.stdout.splitlines()[-1]) if not k.startswith(("TORCH", "KINETO", "HF_"))}
     assert found == changed
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("max 100000", None),
+        ("150000 100000", 2),
+        ("1000 100000", 1),
+        ("10000000 100000", None),
+        ("odd", None),
+    ],
+)
+def test_threads_keep_to_the_share_of_a_container(content: str, expected: int | None, tmp_path: Path) -> None:
+    there = processors(tmp_path / "none")
+    (tmp_path / "cpu.max").write_text(content + "\n")
+    assert processors(tmp_path / "cpu.max") == (there if expected is None else min(there, expected))
