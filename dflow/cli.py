@@ -7,22 +7,27 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import errno
 import io
 import json
+import math
 import os
+import signal
 import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TextIO, Union
 
 import dflow
 from dflow import plugins
 from dflow.config import InputError, convert, nearest
+from dflow.terminal import shown, visible
+from dflow.threads import processors, wait_passively
 
 if TYPE_CHECKING:
     import torch
@@ -32,11 +37,23 @@ if TYPE_CHECKING:
     from dflow.data import Corpus, DataConfig, ImageConfig, ImageSet, Tokenizer
     from dflow.evaluate import Evaluation, ExactEvaluation, ImageEvaluation, LawEvaluation
     from dflow.hf import DflowModel
+    from dflow.train import Recipe
 
 
-def flag(help: str, default: Any = dataclasses.MISSING, short: str | None = None) -> Any:
-    """A field that is the flag ``--name``, required where it has no default; ``short`` is one like ``-o``."""
-    return field(default=default, metadata={"help": help, "short": short})
+def flag(
+    help: str, default: Any = dataclasses.MISSING, short: str | None = None, long: str | None = None
+) -> Any:
+    """A field that is the flag ``--name``, required where it has no default.
+
+    ``short`` is another name like ``-o``, ``long`` another one like ``--samples``, which is shown first.
+    """
+    return field(default=default, metadata={"help": help, "short": short, "long": long})
+
+
+def options_of(f: dataclasses.Field[Any]) -> list[str]:
+    """The flags by which a field is set, those that are shown first in front."""
+    names = [f.metadata.get("short"), f.metadata.get("long"), "--" + f.name.replace("_", "-")]
+    return [name for name in names if name]
 
 
 def argument(help: str) -> Any:
@@ -45,10 +62,32 @@ def argument(help: str) -> Any:
 
 
 @dataclass(kw_only=True)
+class Results:
+    """Flag of every verb that prints results."""
+
+    json: bool = flag("print one JSON document on standard output, and no table", False)
+
+    def show(self, record: object, *tables: Sequence[Sequence[str]], last_line: bool = False) -> None:
+        """Print the record as JSON where it is asked for, else the tables.
+
+        ``last_line``: into files and pipes the record follows the tables, as one line.
+        """
+        if not self.json:
+            for rows in tables:
+                print_table(rows)
+        self.end(record, last_line)
+
+    def end(self, record: object, last_line: bool = False) -> None:
+        """Print the record alone, where it is asked for."""
+        if self.json or (last_line and not sys.stdout.isatty()):
+            print(json.dumps(finite(record)))
+
+
+@dataclass(kw_only=True)
 class Machine:
     """Flags of every verb that computes."""
 
-    threads: int | None = flag("threads of torch on the CPU (default: as many as torch takes)", None)
+    threads: int | None = flag("threads of torch on the CPU (default: one a processor)", None)
     device: str = flag("device to compute on; auto: the first GPU, else the CPU", "auto")
 
     def settle(self) -> torch.device:
@@ -111,19 +150,22 @@ class Source:
 
         How a text is cut is no choice: a model is one of sentences or of a stream.
         """
-        from dflow.data import DataConfig
+        from dflow.data import DataConfig, load
         from dflow.hf import split_calls
         from dflow.train import recipe_of
 
-        path, trained = split_calls(folder)[0], None
+        path = split_calls(folder)[0]
+        trained: DataConfig | None = None
         if self.data is None or (path / "recipe.yaml").is_file():
             found = recipe_of(path).data
             if not isinstance(found, DataConfig):
                 raise InputError(f"{path}: its recipe.yaml tells of images; restore both files from one run")
             trained = found
-        if trained is None or self.data not in (None, trained.name):
+        if trained is None or not self.names(trained):
             kept = None if trained is None else trained.folder
-            trained = DataConfig(name=str(self.data), folder=kept)
+            fresh = DataConfig(name=str(self.data), folder=self.folder or kept)
+            same = trained is not None and is_same(load, trained, fresh)
+            trained = dataclasses.replace(trained, name=fresh.name) if trained and same else fresh
         protocol: Literal["stream", "sentence"] = "sentence" if model.config.explicit_length else "stream"
         if self.data is not None:  # whatever it is by now
             trained = dataclasses.replace(trained, checksum=None)
@@ -165,7 +207,7 @@ class Source:
 
     def images(self, folder: str) -> ImageConfig:
         """Images or the table on which the model in ``folder`` was trained, changed by the flags."""
-        from dflow.data import ImageConfig
+        from dflow.data import ImageConfig, load_images
         from dflow.train import recipe_of
 
         trained = ImageConfig()
@@ -174,18 +216,29 @@ class Source:
             if not isinstance(found, ImageConfig):
                 raise InputError(f"{folder}: its recipe.yaml tells of text; restore both files from one run")
             trained = found
-        if self.data not in (None, trained.name):
-            trained = trained.of(str(self.data))
+        if not self.names(trained):
+            fresh = trained.of(str(self.data))
+            fresh = dataclasses.replace(fresh, folder=self.folder or fresh.folder)
+            same = is_same(load_images, trained, fresh)
+            trained = dataclasses.replace(trained, name=fresh.name) if same else fresh
         if self.data is not None:
             trained = dataclasses.replace(trained, checksum=None)
         return dataclasses.replace(trained, folder=self.folder or trained.folder)
 
+    def names(self, trained: DataConfig | ImageConfig) -> bool:
+        """Whether the data are those that a model was trained on, by their name or path."""
+        from dflow.data.files import absolute
+
+        if self.data is None or self.data == trained.name:
+            return True
+        return trained.is_path and absolute(self.data) == absolute(trained.name)
+
 
 @dataclass(kw_only=True)
 class Train:
-    """Train a model by a recipe."""
+    """Train a model by a recipe, or go on with a training: dflow train --resume FOLDER."""
 
-    recipe: str = argument("recipe, a YAML file")
+    recipe: str = argument("recipe, a YAML file; with --resume also the folder of a training")
     set: list[str] = field(
         default_factory=list,
         metadata={
@@ -193,12 +246,16 @@ class Train:
         },
     )
     output: str | None = flag("folder of the model (default: that of the recipe)", None, short="-o")
-    resume: bool = flag("go on with the training in the output folder", False)
-    threads: int | None = flag("threads of torch on the CPU (default: as many as torch takes)", None)
+    resume: bool = flag(
+        "go on: with the training in FOLDER by the recipe that it keeps (--resume FOLDER), or with that of a "
+        "recipe in its output (RECIPE --resume)",
+        False,
+    )
+    threads: int | None = flag("threads of torch on the CPU (default: one a processor)", None)
 
 
 @dataclass(kw_only=True)
-class Evaluate(Source, Machine):
+class Evaluate(Source, Machine, Results):
     """Exact bits of a model on a text or on images, or bounds of them; its distance from a synthetic law.
 
     Of a classifier accuracy, nll and calibration: of the propagated law, of the network of its most probable
@@ -217,7 +274,7 @@ class Evaluate(Source, Machine):
 
 
 @dataclass(kw_only=True)
-class Export(Machine):
+class Export(Machine, Results):
     """Write a network of signs as bits: one file, small and fast, of a model that `dflow train` made.
 
     Its normalisations are estimated anew on training images, and it is compared with the network it was made
@@ -240,7 +297,11 @@ class Generate(Machine):
     """Draw text, images or rows from a model. Seed and batch size fix the result on one kind of machine."""
 
     model: str = flag("folder of the model")
-    n: int = flag("how many samples", 1)
+    n: int = flag(
+        "how many samples (--n is its older name, which torchrun takes for one of its own)",
+        1,
+        long="--samples",
+    )
     length: int | None = flag("symbols of each (default: the model's length)", None)
     seed: int = flag("seed of the draws", 0)
     batch_size: int = flag("samples drawn at a time", 100)
@@ -258,7 +319,7 @@ class Generate(Machine):
 
 
 @dataclass(kw_only=True)
-class Compare(Source, Machine):
+class Compare(Source, Machine, Results):
     """Bits, network calls and speed of several models, with ratios to the LSTM among them.
 
     With --codec: what classical codecs, and models given by --model, make of pictures or texts: bytes, bits,
@@ -293,7 +354,7 @@ class Compare(Source, Machine):
 
 
 @dataclass(kw_only=True)
-class PlotDensity(Machine):
+class PlotDensity(Machine, Results):
     """Density p(v) and dequantized data q(v) of a model of two dimensions, as pictures side by side."""
 
     model: str = flag("folder of the model")
@@ -302,7 +363,7 @@ class PlotDensity(Machine):
 
 
 @dataclass(kw_only=True)
-class PlotCoverage(Source, Machine):
+class PlotCoverage(Source, Machine, Results):
     """Error of an ensemble of drawn networks on the share of the data where its members agree most."""
 
     model: str = flag("folder of the model, a network of random signs")
@@ -312,7 +373,7 @@ class PlotCoverage(Source, Machine):
 
 
 @dataclass(kw_only=True)
-class Compress:
+class Compress(Results):
     """Compress pictures by a flow, integer or dequantized, or any files by a model of text, without loss.
 
     Every value of a picture or an array (.npy of uint8 or uint16) comes back; ICC profiles, EXIF data and the
@@ -349,11 +410,11 @@ class Compress:
     sigma: int | None = flag("of a dequantized flow: local deviations of 2^-SIGMA (default: 14)", None)
     noise: int | None = flag("of a dequantized flow: bits of noise a dimension (default: 12)", None)
     batch_size: int = flag("tiles, or chunks of a text, that the networks see at a time", 64)
-    threads: int | None = flag("threads of torch on the CPU (default: as many as torch takes)", None)
+    threads: int | None = flag("threads of torch on the CPU (default: one a processor)", None)
 
 
 @dataclass(kw_only=True)
-class Decompress:
+class Decompress(Results):
     """Give back what was compressed, or with --levels coarse pictures from a beginning of the file."""
 
     files: list[str] = field(metadata={"help": ".dfl files", "positional": True})
@@ -362,36 +423,36 @@ class Decompress:
     levels: int | None = flag("levels to use, the coarsest first; the file may be cut off behind them", None)
     limit: int = flag("values, or bytes of text, that a file may declare", 1 << 28)
     batch_size: int = flag("tiles that the networks see at a time", 64)
-    threads: int | None = flag("threads of torch on the CPU (default: as many as torch takes)", None)
+    threads: int | None = flag("threads of torch on the CPU (default: one a processor)", None)
 
 
 @dataclass(kw_only=True)
-class Info:
+class Info(Results):
     """What is in a .dfl file: model, mode, files, bytes and bits of each level. Needs no model."""
 
     file: str = argument(".dfl file")
 
 
 @dataclass(kw_only=True)
-class Check:
+class Check(Results):
     """Say whether a model folder is whole: every file as it was saved, and a model that loads."""
 
     model: str = argument("folder of the model")
 
 
 @dataclass(kw_only=True)
-class PlotProgressive:
+class PlotProgressive(Results):
     """Pictures of a .dfl file as they are seen after each level, with their share of the file and PSNR."""
 
     file: str = argument(".dfl file")
     model: str = flag("folder of the model that compressed it")
     output: str = flag("PNG file to write, whole or not at all", "progressive.png", short="-o")
     rows: int = flag("pictures to show, the first ones", 6)
-    threads: int | None = flag("threads of torch on the CPU (default: as many as torch takes)", None)
+    threads: int | None = flag("threads of torch on the CPU (default: one a processor)", None)
 
 
 @dataclass(kw_only=True)
-class PlotTraining:
+class PlotTraining(Results):
     """What the validation data cost while models were trained, by steps and by minutes."""
 
     runs: list[str] = field(metadata={"help": "folders of the models", "positional": True})
@@ -399,14 +460,14 @@ class PlotTraining:
 
 
 @dataclass(kw_only=True)
-class DataList:
+class DataList(Results):
     """The texts and images known by name, and which are there."""
 
     folder: str | None = flag("folder of the data (default: DFLOW_DATA)", None)
 
 
 @dataclass(kw_only=True)
-class DataPrepare:
+class DataPrepare(Results):
     """Fetch a text or a set of images into the folder, unless it is there, and check it."""
 
     name: str = argument("name of the set")
@@ -414,7 +475,7 @@ class DataPrepare:
 
 
 @dataclass(kw_only=True)
-class DataCheck:
+class DataCheck(Results):
     """Check the files of a text or a set of images against their known sizes and checksums."""
 
     name: str = argument("name of the set")
@@ -425,19 +486,48 @@ class DataCheck:
 
 
 def train(flags: Train) -> int:
-    """`dflow train`; asked by a scheduler to make room it ends with 0, so that it may be queued again."""
-    from dflow.train import Preempted, load_recipe
+    """`dflow train`; asked by SIGUSR1 to make room it ends with 0, so that it may be queued again."""
+    from dflow.train import Preempted
     from dflow.train import train as run
 
     set_threads(flags.threads)
-    recipe = load_recipe(flags.recipe, flags.set)
-    if flags.output is not None:
-        recipe = dataclasses.replace(recipe, output=Path(flags.output))
+    recipe = recipe_to_train(flags)
     try:
         run(recipe, resume=flags.resume)
     except Preempted as stop:
-        print(stop, file=sys.stderr)
+        say_once(str(stop))
+        return 128 + signal.SIGTERM if stop.signal == signal.SIGTERM else 0
     return 0
+
+
+def recipe_to_train(flags: Train) -> Recipe:
+    """The recipe that the flags of `dflow train` name; --resume never begins what was not asked for."""
+    from dflow.train import STATE, load_recipe, resume_command, resumed_recipe
+
+    path = Path(flags.recipe)
+    if path.is_dir():
+        if not flags.resume:
+            raise InputError(
+                f"{path}: a folder; name a recipe, or go on with the training in it: {resume_command(path)}"
+            )
+        if flags.output is not None:
+            raise InputError(f"--output {flags.output}: the training in {path} stays there; leave it out")
+        return resumed_recipe(path, flags.set)
+    recipe = load_recipe(path, flags.set)
+    if flags.output is not None:
+        recipe = dataclasses.replace(recipe, output=Path(flags.output))
+    empty = not recipe.output.exists() or (recipe.output.is_dir() and not any(recipe.output.iterdir()))
+    if not (flags.resume and empty):
+        return recipe
+    if flags.output is None and not any(word.startswith("output=") for word in flags.set):
+        # Whoever trained into another folder would train from the beginning, into this one.
+        named = path.parent if (path.parent / STATE).is_file() else Path("FOLDER")
+        raise InputError(
+            f"{recipe.output}: nothing to resume; go on with a training by its folder: "
+            f"{resume_command(named)}, or leave out --resume to begin one"
+        )
+    say_once(f"{recipe.output}: nothing to resume yet; a new training begins")
+    return recipe
 
 
 def evaluate(flags: Evaluate) -> int:
@@ -481,9 +571,8 @@ def evaluate(flags: Evaluate) -> int:
     rows = [("model", flags.model), *rows, ("round trip", verdict(result, checked))]
     rows += data_rows(flags, corpus, split)
     if accelerator is None or accelerator.is_main_process:
-        print_table(rows)
         about = {"model": flags.model, "data": corpus.name, "split": split, "checksum": corpus.checksum}
-        print(json.dumps(about | dataclasses.asdict(result)))
+        flags.show(about | dataclasses.asdict(result), rows, last_line=True)
     if accelerator is not None:
         accelerator.end_training()
     if result.round_trip is False:
@@ -537,14 +626,14 @@ def evaluate_classifier(flags: Evaluate) -> int:
     result = evaluate_labels(
         model, images.split(split), images.train, limit=flags.limit, progress=True, **options
     )
-    print_table(
+    about = {"model": flags.model, "data": images.name, "split": split, "checksum": images.checksum}
+    flags.show(
+        about | dataclasses.asdict(result),
         [
             ("model", flags.model),
             ("data", f"{images.name}, {split}: {result.num_rows:,} images"),
             ("estimated on", f"{result.num_estimated:,} training images"),
-        ]
-    )
-    print_table(
+        ],
         [
             ("network", "accuracy %", "standard error", "nll (nats)", "ece %"),
             *(
@@ -557,10 +646,9 @@ def evaluate_classifier(flags: Evaluate) -> int:
                 )
                 for s in result.scores
             ),
-        ]
+        ],
+        last_line=True,
     )
-    about = {"model": flags.model, "data": images.name, "split": split, "checksum": images.checksum}
-    print(json.dumps(about | dataclasses.asdict(result)))
     return 0
 
 
@@ -590,14 +678,23 @@ def export(flags: Export) -> int:
     content = program.to_bytes()
     write_whole(output, content)
     small, whole = (4 * program.num_weights / size for size in (program.num_bytes, len(content)))
-    print_table(
+    about = {
+        "file": flags.output,
+        "rule": flags.rule,
+        "weights": program.num_weights,
+        "bytes": len(content),
+        "bytes_of_weights": program.num_bytes,
+        "compared_images": min(len(x), _COMPARED),
+    }
+    flags.show(
+        about,
         [
             ("file", flags.output),
             ("weights", f"{program.num_weights:,}, {flags.rule}"),
             ("bytes", f"{len(content):,}, of these {program.num_bytes:,} of weights and thresholds"),
             ("smaller than float32", f"{small:.1f} times, {whole:.1f} with the header"),
             ("compared", f"every sum of {min(len(x), _COMPARED)} images"),
-        ]
+        ],
     )
     return 0
 
@@ -646,8 +743,7 @@ def plot_coverage(flags: PlotCoverage) -> int:
         output,
         plot.coverage(result.coverage, {s.name: 1 - s.accuracy for s in (propagated, binarized, ensemble)}),
     )
-    print(output)
-    return 0
+    return show_file(flags, output)
 
 
 def evaluate_pictures(flags: Evaluate, device: torch.device, accelerator: Accelerator | None) -> int:
@@ -681,9 +777,12 @@ def evaluate_pictures(flags: Evaluate, device: torch.device, accelerator: Accele
         rows, sound = image_rows(result, images.name, split), result.intact
         wrong = "a draw left the cell of its datum; the figures above do not hold"
     if accelerator is None or accelerator.is_main_process:
-        print_table([("model", flags.model), *rows, *data_rows(flags, images, split)])
         about = {"model": flags.model, "data": images.name, "split": split, "checksum": images.checksum}
-        print(json.dumps(about | dataclasses.asdict(result)))
+        flags.show(
+            about | dataclasses.asdict(result),
+            [("model", flags.model), *rows, *data_rows(flags, images, split)],
+            last_line=True,
+        )
     if accelerator is not None:
         accelerator.end_training()
     if not sound:
@@ -860,8 +959,7 @@ def plot_density(flags: PlotDensity) -> int:
     model = load(flags.model, flags.settle(), DflowImageModel)
     data = load_images(Source().images(flags.model)).train
     write_whole(output, plot.density(model, data, flags.cells))
-    print(output)
-    return 0
+    return show_file(flags, output)
 
 
 def compare(flags: Compare) -> int:
@@ -899,18 +997,17 @@ def compare(flags: Compare) -> int:
         text=f"{config.name}, {split}",
         progress=True,
     )
-    print(comparing.markdown(result))
-    if folder is not None:
-        for path in comparing.write(result, folder):
-            print(path)
-    print(comparing.record(result))
+    paths = [] if folder is None else comparing.write(result, folder)
+    if not flags.json:
+        print(comparing.markdown(result))
+        print_paths(paths)
+    flags.end(json.loads(comparing.record(result)), last_line=True)
     return 0
 
 
 def compress(flags: Compress) -> int:
     """`dflow compress`."""
-    from dflow.compress import LIMIT, BitsBackCoder, ImageCoder, compress_images
-    from dflow.generate import check_output, write_whole
+    from dflow.generate import check_output
     from dflow.hf import DflowClassifier, DflowImageModel, kind_of
 
     set_threads(flags.threads)
@@ -924,33 +1021,53 @@ def compress(flags: Compress) -> int:
         stems = [file.stem for file in files]
         names = [file.name if is_text or stems.count(file.stem) > 1 else file.stem for file in files]
         jobs = [(output / f"{name}.dfl", [file]) for name, file in zip(names, files, strict=True)]
-        if len({target for target, _ in jobs}) < len(jobs):
-            raise InputError(
-                "two of the files have the same name; compress each into an output of its own, or rename one"
-            )
+        check_distinct(files, [target for target, _ in jobs], "be written to")
     for target, _ in jobs:
         check_output(target)
-    if is_text:
-        return compress_files(flags, jobs)
+    return compress_files(flags, jobs) if is_text else compress_pictures(flags, jobs)
+
+
+def compress_pictures(flags: Compress, jobs: list[tuple[Path, list[Path]]]) -> int:
+    """`dflow compress` by a model of images."""
+    from dflow.compress import LIMIT, BitsBackCoder, ImageCoder, compress_images
+    from dflow.generate import write_whole
+
     coder = tuned(ImageCoder.load(flags.model, flags.mode, flags.batch_size), flags)
-    reports = []
+    reports, notes = [], list[str]()
     for target, group in jobs:
         data, report = compress_images(
             group, coder, tiles=flags.tiles, verify=not flags.no_verify, progress=True
         )
         write_whole(target, data)
         reports.append(report)
-        for line in report.lines:
-            print(line)
+        notes += report.lines
         if report.declared > LIMIT:
-            print(f"{target}: to decompress it takes --limit {report.declared}")
+            notes.append(f"{target}: to decompress it takes --limit {report.declared}")
     total, values = sum(r.bytes for r in reports), sum(r.values for r in reports)
     encode, network = sum(r.encode.total for r in reports), sum(r.encode.network for r in reports)
     given, random = sum(r.given for r in reports), sum(r.random for r in reports)
     net = total - given - random
-    print_table(
+    show_notes(flags, notes)
+    about: dict[str, Any] = {
+        "outputs": [str(target) for target, _ in jobs],
+        "files": sum(len(group) for _, group in jobs),
+        "bytes": total,
+        "header_bytes": sum(r.header for r in reports),
+        "values": values,
+        "bits_a_dimension": 8 * total / values,
+        "random_bytes": random,
+        "given_bytes": given,
+        "segments": sum(r.segments for r in reports),
+        "raw_segments": sum(r.raw for r in reports),
+        "seconds": encode,
+        "network_seconds": network,
+        "verified": not flags.no_verify,
+        "notes": notes,
+    }
+    flags.show(
+        about,
         [
-            ("files", f"{len(files):,} in {len(jobs):,}"),
+            ("files", f"{about['files']:,} in {len(jobs):,}"),
             ("bytes", f"{total:,}, of these {sum(r.header for r in reports):,} of headers"),
             ("bits a dimension", f"{8 * total / values:.4f} of {values:,}"),
             *[
@@ -964,9 +1081,28 @@ def compress(flags: Compress) -> int:
             ),
             ("encoded in", f"{encode:.2f} s, networks {network:.2f}, coder {encode - network:.2f}"),
             ("verified", "no (--no-verify)" if flags.no_verify else "decoded and compared"),
-        ]
+        ],
     )
     return 0
+
+
+def check_distinct(files: Sequence[Path], names: Sequence[object], would: str) -> None:
+    """`InputError` for two of the files that ``would`` (be written to, come back as) one of the names."""
+    first: dict[object, Path] = {}
+    for file, name in zip(files, names, strict=True):
+        if name in first:
+            raise InputError(
+                f"{first[name]} and {file} would both {would} {name}; rename one, or compress them by two "
+                "commands, each with an --output of its own"
+            )
+        first[name] = file
+
+
+def show_notes(flags: Results, notes: Sequence[str]) -> None:
+    """A line each, where they are not part of a JSON document."""
+    if not flags.json:
+        for note in notes:
+            print(note)
 
 
 def tuned(coder: ImageCoder, flags: Compress) -> ImageCoder:
@@ -1010,12 +1146,10 @@ def compress_files(flags: Compress, jobs: list[tuple[Path, list[Path]]]) -> int:
         what = "--tiles" if flags.tiles is not None else f"--mode {flags.mode}"
         raise InputError(f"{what} is for models of images; {flags.model} is one of text")
     check_no_bits_back(flags, "one of text")
-    coder, reports = TextCoder.load(flags.model), []
+    for _, group in jobs:
+        check_distinct(group, [file.name for file in group], "come back as")
+    coder, reports, notes = TextCoder.load(flags.model), [], list[str]()
     for target, group in jobs:
-        if len({file.name for file in group}) < len(group):
-            raise InputError(
-                "two of the files have the same name; compress each into an output of its own, or rename one"
-            )
         data, report = compress_text(
             {file.name: file.read_bytes() for file in group},
             coder,
@@ -1025,11 +1159,25 @@ def compress_files(flags: Compress, jobs: list[tuple[Path, list[Path]]]) -> int:
         )
         write_whole(target, data)
         reports.append(report)
-        for note in report.notes:
-            print(f"{target}: {note}")
+        notes += [f"{target}: {note}" for note in report.notes]
     total, raw = sum(r.bytes for r in reports), sum(r.raw for r in reports)
     encode, network = sum(r.encode.total for r in reports), sum(r.encode.network for r in reports)
-    print_table(
+    show_notes(flags, notes)
+    about = {
+        "outputs": [str(target) for target, _ in jobs],
+        "files": sum(r.files for r in reports),
+        "bytes": total,
+        "header_bytes": sum(r.header for r in reports),
+        "raw_bytes": raw,
+        "bits_a_byte": 8 * total / raw if raw else None,
+        "symbols": sum(r.symbols for r in reports),
+        "seconds": encode,
+        "network_seconds": network,
+        "verified": not flags.no_verify,
+        "notes": notes,
+    }
+    flags.show(
+        about,
         [
             ("files", f"{sum(r.files for r in reports):,} in {len(jobs):,}"),
             ("bytes", f"{total:,}, of these {sum(r.header for r in reports):,} of headers"),
@@ -1037,7 +1185,7 @@ def compress_files(flags: Compress, jobs: list[tuple[Path, list[Path]]]) -> int:
             ("symbols", f"{sum(r.symbols for r in reports):,}"),
             ("encoded in", f"{encode:.2f} s, networks {network:.2f}, coder {encode - network:.2f}"),
             ("verified", "no (--no-verify)" if flags.no_verify else "decoded and compared"),
-        ]
+        ],
     )
     return 0
 
@@ -1052,6 +1200,16 @@ def decompress(flags: Decompress) -> int:
     set_threads(flags.threads)
     folder = Path(flags.output)
     make_folder(folder)
+    written: list[str] = []
+
+    def keep(file: str, content: bytes) -> None:
+        # Once more: a folder may take two names for one.
+        check_output(folder / file)
+        write_whole(folder / file, content)
+        written.append(str(folder / file))
+        if not flags.json:
+            print(folder / file)
+
     for name in flags.files:
         data = Path(name).read_bytes()
         if kind_of(data) == TEXT:
@@ -1061,8 +1219,7 @@ def decompress(flags: Decompress) -> int:
             for file in files:
                 check_output(folder / file)
             for file, content in files.items():
-                write_whole(folder / file, content)
-                print(folder / file)
+                keep(file, content)
             continue
         lent: dict[str, bytes] = {}
         pictures = decompress_images(
@@ -1078,13 +1235,10 @@ def decompress(flags: Decompress) -> int:
         for file in (*(picture.form.file for picture in pictures), *lent):
             check_output(folder / file)
         for file, content in lent.items():
-            write_whole(folder / file, content)
-            print(folder / file)
+            keep(file, content)
         for picture in pictures:
-            # Once more: a folder may take two names for one.
-            check_output(folder / picture.form.file)
-            write_whole(folder / picture.form.file, write(picture))
-            print(folder / picture.form.file)
+            keep(picture.form.file, write(picture))
+    flags.end({"files": written})
     return 0
 
 
@@ -1094,7 +1248,9 @@ def info(flags: Info) -> int:
     from dflow.compress import describe_images, describe_text
 
     data = Path(flags.file).read_bytes()
-    print_table((describe_text if kind_of(data) == TEXT else describe_images)(data, flags.file))
+    rows = (describe_text if kind_of(data) == TEXT else describe_images)(data, flags.file)
+    # Two files may be called as a line of the table is, so the lines are pairs.
+    flags.show({"file": flags.file, "rows": rows}, rows)
     return 0
 
 
@@ -1106,17 +1262,22 @@ def check(flags: Check) -> int:
     kind = kind_of(flags.model)
     folder, _ = hf.split_calls(flags.model)
     found = hf.check(folder)
-    print_records(found)
+    if not flags.json:
+        print_table(table_of(found))
     wrong = [f"{f.name} {f.status}" for f in found if f.status in ("damaged", "missing")]
     try:
         needed = {"config.json", *(file.name for file in hf.weight_files(folder))}
         hf.load(flags.model, kind=kind)  # type: ignore[type-var]
     except InputError as error:
         wrong.append(str(error))
+    files = [dataclasses.asdict(f) for f in found]
+    flags.end({"model": flags.model, "whole": not wrong, "wrong": wrong, "files": files})
     if wrong:
         complain(f"{flags.model}: not whole: " + "; ".join(wrong))
         return 1
     unlisted = sorted(needed & {f.name for f in found if f.status == "unlisted"})
+    if flags.json:
+        return 0
     if unlisted:
         print(
             f"{flags.model}: the model loads; that {', '.join(unlisted)} are as they were saved cannot be "
@@ -1141,8 +1302,7 @@ def plot_training(flags: PlotTraining) -> int:
         raise InputError("; ".join(f"{f} is measured in {u}" for u, f in units.items()) + ": plot them apart")
     data = plot.training({folder: run.rows for folder, run in runs.items()}, next(iter(units), "bits"))
     write_whole(output, data)
-    print(output)
-    return 0
+    return show_file(flags, output)
 
 
 def plot_progressive(flags: PlotProgressive) -> int:
@@ -1166,8 +1326,7 @@ def plot_progressive(flags: PlotProgressive) -> int:
             [[stage.psnr[i] for stage in found] for i in range(len(names))],
         ),
     )
-    print(output)
-    return 0
+    return show_file(flags, output)
 
 
 def make_folder(folder: Path) -> None:
@@ -1216,11 +1375,11 @@ def compare_codecs(flags: Compare) -> int:
         memory=flags.memory,
         progress=True,
     )
-    print(codecs.markdown(result))
-    if folder is not None:
-        for path in codecs.write(result, folder):
-            print(path)
-    print(codecs.record(result))
+    paths = [] if folder is None else codecs.write(result, folder)
+    if not flags.json:
+        print(codecs.markdown(result))
+        print_paths(paths)
+    flags.end(json.loads(codecs.record(result)), last_line=True)
     failed = [row.name for row in result.rows if row.error and "FAILED" in row.error]
     if failed:
         complain(f"round trip failed: {', '.join(failed)}")
@@ -1231,24 +1390,21 @@ def data_list(flags: DataList) -> int:
     """`dflow data list`."""
     from dflow.data import list_sets
 
-    print_records(list_sets(flags.folder))
-    return 0
+    return show_records(flags, list_sets(flags.folder))
 
 
 def data_prepare(flags: DataPrepare) -> int:
     """`dflow data prepare`."""
     from dflow.data import prepare
 
-    print_records(prepare(flags.name, flags.folder))
-    return 0
+    return show_records(flags, prepare(flags.name, flags.folder))
 
 
 def data_check(flags: DataCheck) -> int:
     """`dflow data check`."""
     from dflow.data import check
 
-    print_records(check(flags.name, flags.folder))
-    return 0
+    return show_records(flags, check(flags.name, flags.folder))
 
 
 #: Verb, flags, function, example.
@@ -1260,7 +1416,7 @@ VERBS: tuple[tuple[str, type[Any], Callable[[Any], int], str], ...] = (
         "generate",
         Generate,
         generate,
-        "dflow generate --model runs/grouped --n 100 --seed 1 --output samples.txt",
+        "dflow generate --model runs/grouped --samples 100 --seed 1 --output samples.txt",
     ),
     ("compare", Compare, compare, "dflow compare runs/grouped runs/lstm --output comparison"),
     ("compress", Compress, compress, "dflow compress *.png -o pictures.dfl --model runs/images/idf"),
@@ -1298,7 +1454,7 @@ GROUPS = {
 
 
 def set_threads(threads: int | None) -> None:
-    """Set the threads of torch, where the flag is given; and keep memory between steps."""
+    """Set the threads of torch: as given, else no more than processors; and keep memory between steps."""
     import torch
 
     from dflow.memory import keep_memory
@@ -1308,6 +1464,23 @@ def set_threads(threads: int | None) -> None:
         if threads < 1:
             raise InputError(f"--threads {threads} must be at least 1")
         torch.set_num_threads(threads)
+    elif "OMP_NUM_THREADS" not in os.environ and processors() < torch.get_num_threads():
+        torch.set_num_threads(processors())
+
+
+def is_same(load: Callable[[Any], Any], trained: Any, fresh: Any) -> bool:
+    """Whether ``fresh`` names what a model was trained on, moved to another place: by the checksum.
+
+    Then its splits are those of the training, whatever their shares.
+    """
+    moved = dataclasses.replace(trained, name=fresh.name, folder=fresh.folder)
+    if trained.checksum is None or not (trained.is_path and fresh.is_path):
+        return False
+    try:
+        load(moved)
+    except InputError:
+        return False
+    return True
 
 
 def load_model(folder: str, device: torch.device) -> tuple[DflowModel, Tokenizer]:
@@ -1332,16 +1505,82 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def print_records(records: Sequence[Any]) -> None:
+def table_of(records: Sequence[Any]) -> list[list[str]]:
     """Dataclasses of one kind, under the names of their fields."""
     names = [f.name for f in dataclasses.fields(records[0])]
     cells = [[getattr(record, name) for name in names] for record in records]
-    print_table([names, *([f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in cells)])
+    return [names, *([f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in cells)]
+
+
+def show_records(flags: Results, records: Sequence[Any]) -> int:
+    """Print dataclasses of one kind as a table, or as a JSON list."""
+    flags.show([dataclasses.asdict(record) for record in records], table_of(records))
+    return 0
+
+
+def show_file(flags: Results, output: Path) -> int:
+    """Print which file was written."""
+    flags.show({"file": str(output)}, [[str(output)]])
+    return 0
+
+
+def print_paths(paths: Sequence[Path]) -> None:
+    """A line each."""
+    for path in paths:
+        print(path)
+
+
+def finite(record: object) -> object:
+    """``record`` with null for numbers that JSON lacks: infinite ones, and those that are none.
+
+    >>> finite({"bits": [1.5, float("inf")]})
+    {'bits': [1.5, None]}
+    """
+    if isinstance(record, float):
+        return record if math.isfinite(record) else None
+    if isinstance(record, dict):
+        return {key: finite(value) for key, value in record.items()}
+    return [finite(value) for value in record] if isinstance(record, (list, tuple)) else record
 
 
 def complain(message: str) -> None:
     """One error on stderr."""
-    print(f"error: {message}", file=sys.stderr)
+    remark(f"error: {message}")
+
+
+def remark(message: str) -> None:
+    """One line on stderr that is no error."""
+    print(shown(message, sys.stderr), file=sys.stderr)
+
+
+def say_once(message: str) -> None:
+    """One line on stderr, by the first of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        remark(message)
+
+
+class _Terminal(io.TextIOBase):
+    """A terminal to which nothing is written that it would obey."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+    def write(self, text: str) -> int:
+        self._stream.write(visible(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        return True
 
 
 # -- flags -----------------------------------------------------------------------------------------------
@@ -1362,9 +1601,9 @@ def add_flags(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
                 nargs = {"nargs": "+"} if required else {"nargs": "*", "default": argparse.SUPPRESS}
             parser.add_argument(f.name, metavar=f.name.upper(), **options, **nargs)
             continue
-        name = ["--" + f.name.replace("_", "-")]
-        if f.metadata.get("short"):
-            name.insert(0, f.metadata["short"])
+        name = options_of(f)
+        if len(name) > 1:
+            options["dest"] = f.name
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if f.default not in (None, dataclasses.MISSING) and kind is not bool:
             options["help"] += f" (default: {f.default})"
@@ -1388,14 +1627,24 @@ def add_flags(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
             )
 
 
+#: Fields that name files.
+_FILES = ("file", "files", "models", "output", "auxiliary")
+
+
 def read_flags(cls: type[Any], values: dict[str, Any]) -> Any:
     """``cls`` from the texts given, each as the type of its field."""
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     converted = {}
     for name, value in values.items():
-        shown = name if fields[name].metadata.get("positional") else "--" + name.replace("_", "-")
-        converted[name] = convert(hints[name], value, shown)
+        options = [option for option in options_of(fields[name]) if option.startswith("--")]
+        label = name if fields[name].metadata.get("positional") else " or ".join(options)
+        converted[name] = convert(hints[name], value, label)
+        if name in _FILES and "-" in (value if isinstance(value, list) else [value]):
+            raise InputError(
+                f"{label} -: neither standard input nor standard output can be named here; for a file that "
+                "is called - write ./-"
+            )
         if name == "seed" and converted[name] is not None and not 0 <= converted[name] < 1 << 63:
             raise InputError(f"seed {value} must be from 0 to {(1 << 63) - 1}")
     return cls(**converted)
@@ -1409,7 +1658,7 @@ class _Parser(argparse.ArgumentParser):
         greedy = [a.option_strings[-1] for a in self._actions if a.option_strings and a.nargs == "+"]
         if "required" in message and greedy:
             message += f"; all words after {' or '.join(greedy)} belong to it, so give these before"
-        super().error(message)
+        super().error(shown(message, sys.stderr))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -1455,23 +1704,43 @@ def hint(word: str, cls: type[Any]) -> str:
         if name in {f.name for f in dataclasses.fields(TrainConfig)}:
             return f"; settings of the recipe are given by --set train.{name}=VALUE"
     flags = [
-        "--" + f.name.replace("_", "-") for f in dataclasses.fields(cls) if "positional" not in f.metadata
+        option for f in dataclasses.fields(cls) if "positional" not in f.metadata for option in options_of(f)
     ]
     return f"; {nearest(word.partition('=')[0], flags)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; exit code 0, 1 (a check failed), 2 (what was given cannot be used) or 130 (Ctrl-C)."""
+    """Run a verb; returns its exit code.
+
+    0, 1 (a check failed), 2 (what was given cannot be used), 130 (stopped by Ctrl-C), 143 (a training that
+    was stopped by SIGTERM).
+    """
     # What a terminal or a log cannot show must not end a training of hours.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    found, unknown = build_parser().parse_known_args(argv)
-    values = vars(found)
-    parser = values.pop("_parser")
-    if unknown:
-        parser.error(f"unknown: {' '.join(unknown)}{hint(unknown[0], values['_cls'])}")
+    wait_passively()
+    values = vars(parse_words(argv))
     cls, function, modules = (values.pop(name) for name in ("_cls", "_function", "_modules"))
+    screen = _Terminal(sys.stdout) if sys.stdout.isatty() else sys.stdout
+    with contextlib.redirect_stdout(screen):
+        return run(function, cls, values, modules)
+
+
+def parse_words(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The verb and its flags; ends with exit code 2 where they are none."""
+    found, unknown = build_parser().parse_known_args(argv)
+    parser = found._parser
+    del found._parser
+    if unknown:
+        parser.error(f"unknown: {' '.join(unknown)}{hint(unknown[0], found._cls)}")
+    return found
+
+
+def run(
+    function: Callable[[Any], int], cls: type[Any], values: dict[str, Any], modules: Sequence[str] = ()
+) -> int:
+    """Run a verb; what goes wrong outside of dflow becomes a line on stderr and an exit code."""
     try:
         plugins.load_installed()
         for module in modules:
@@ -1493,8 +1762,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(f"{error.filename}: {what}" if error.filename else what)
         return 2
     except KeyboardInterrupt as error:
-        complain(str(error) or "interrupted")
-        return 130
+        # Stopping is no error.
+        say_once(str(error) or "interrupted")
+        return 128 + signal.SIGINT
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from dflow.config import InputError
 from dflow.data import Tokenizer, files, pictures
 from dflow.hf import DflowImageModel, DflowModel
+from dflow.terminal import shown
 
 Format = Literal["text", "jsonl"]
 ImageFormat = Literal["png", "npy", "csv"]
@@ -220,7 +221,7 @@ def write(samples: Iterator[Tensor], tokenizer: Tokenizer, kind: Format, output:
             text = spell(ids, tokenizer, kind, number)
             # What the terminal cannot show must not end a long draw.
             encoding = sys.stdout.encoding or "utf-8"
-            sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+            sys.stdout.write(shown(text.encode(encoding, "replace").decode(encoding), sys.stdout))
             sys.stdout.flush()
         return
     check_output(output)

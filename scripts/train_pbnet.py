@@ -14,7 +14,8 @@ FLOATS = Path("runs/binary/mnist_float")
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
-    if arguments and arguments[0].endswith(".yaml"):
+    resumed = "--resume" in arguments[:-1] and not arguments[arguments.index("--resume") + 1].startswith("-")
+    if resumed or (arguments and arguments[0].endswith(".yaml")):
         sys.exit(main(["train", *arguments]))
     if not (FLOATS / "config.json").is_file():
         code = main(["train", str(RECIPES / "mnist_float.yaml")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import string
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -482,3 +483,44 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         code, _, error = run(*argv)
         assert (code, named in error) == (2, True), error
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_two_files_of_one_name_are_told_a_way_that_works(
+    separate: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = str(write_model(tmp_path / "model", "lstm", write_text(tmp_path)))
+    for folder in ("a", "b"):
+        Path(folder).mkdir()
+        Path(folder, "s.txt").write_text(f"line of {folder}\n")
+    words = ["--model", model, *["--separate"] * separate]
+    assert cli.main(["compress", "a/s.txt", "b/s.txt", "-o", "both", *words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: a/s.txt and b/s.txt would both")
+    assert "rename one, or compress them by two commands, each with an --output of its own" in said
+    for folder in ("a", "b"):
+        packed = f"{folder}.dfl"
+        assert cli.main(["compress", f"{folder}/s.txt", "-o", packed, *words]) == 0
+        file = f"{packed}/s.txt.dfl" if separate else packed
+        assert cli.main(["decompress", file, "-o", f"{folder}_back", "--model", model]) == 0
+        assert Path(f"{folder}_back/s.txt").read_text() == f"line of {folder}\n"
+    Path("b/s.txt").rename("b/t.txt")
+    assert cli.main(["compress", "a/s.txt", "b/t.txt", "-o", "both2", *words]) == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="names of Windows")
+@pytest.mark.parametrize("name", ["10:30.log", "-", " s.txt", "a b:c", "-o"])
+def test_odd_names_of_files_come_back(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = str(write_model(tmp_path / "model", "lstm", write_text(tmp_path)))
+    Path(name).write_text("line 1 of a text\n")
+    if name == "-":
+        for words in (["-", "-o", "x.dfl"], ["./-", "-o", "-"]):
+            assert cli.main(["compress", *words, "--model", model]) == 2
+            assert "for a file that is called - write ./-" in capsys.readouterr().err
+    assert cli.main(["compress", f"./{name}", "-o", "x.dfl", "--model", model]) == 0
+    assert cli.main(["decompress", "x.dfl", "-o", "back", "--model", model]) == 0
+    assert (Path("back") / name).read_text() == "line 1 of a text\n"

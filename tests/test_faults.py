@@ -108,8 +108,10 @@ def test_killed_at_fifty_random_moments_it_ends_with_the_same_bits(text: Path, t
         assert not list(out.glob(".*"))
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_scheduler_that_asks_for_room_gets_it_and_0(name: str, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 0)])
+def test_a_signal_stops_the_training_and_is_told_by_the_exit_code(
+    name: str, code: int, text: Path, tmp_path: Path
+) -> None:
     path, out = recipe_file(tmp_path, text, steps=100_000, eval_every=100_000), tmp_path / "out"
     process = start(path, out)
     while not (out / "state.safetensors").is_file():
@@ -118,7 +120,7 @@ def test_a_scheduler_that_asks_for_room_gets_it_and_0(name: str, text: Path, tmp
     time.sleep(0.3)
     assert process.pid is not None
     os.kill(process.pid, getattr(signal, name))
-    assert ended(process) == 0
+    assert ended(process) == code
     assert hf.check(out)
     run = _state(out)
     assert 0 < run["step"] < 100_000

@@ -191,7 +191,7 @@ def test_two_processes_of_which_one_dies_come_back(dead: int, tmp_path: Path) ->
 
 
 def stop_one(tmp_path: Path, *words: str) -> None:
-    """SIGTERM to one of two processes that train: both save and end well."""
+    """SIGTERM to one of two processes that train: both save and end alike, and one tells how to go on."""
     recipe, out = recipe_file(tmp_path, steps=100_000, eval_every=100_000), tmp_path / "out"
     found = start(train(recipe, out, *words), tmp_path / "log")
     while not (out / "state.safetensors").is_file():
@@ -202,8 +202,11 @@ def stop_one(tmp_path: Path, *words: str) -> None:
     os.kill(found[1].pid, signal.SIGTERM)
     for process in found:
         process.join(60)
-        assert process.exitcode == 0
-    assert 0 < state_step(out) < 100_000
+        assert process.exitcode == 143
+    step = state_step(out)
+    assert 0 < step < 100_000
+    said = f"stopped at step {step} and saved; go on with: dflow train --resume {out}\n"
+    assert [log.read_text().count(said) for log in (tmp_path / "log.0", tmp_path / "log.1")] == [1, 0]
 
 
 def test_a_signal_to_one_stops_all(tmp_path: Path) -> None:

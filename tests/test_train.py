@@ -231,7 +231,7 @@ def stop_after(recipe, step):
 
     _Run._one_step = interrupting
     try:
-        with pytest.raises(KeyboardInterrupt, match=f"step {step}; add --resume"):
+        with pytest.raises(KeyboardInterrupt, match=f"step {step} and saved; go on with: dflow train"):
             train(recipe)
     finally:
         _Run._one_step = once
@@ -505,7 +505,7 @@ def test_validation_is_measured_as_before(text, tmp_path):
         InputError, match=r"model.hidden_size: 8 then, 16 now; train.seed: 0 then, 5 now"
     ) as told:
         run(path, "train.seed=5", "model.hidden_size=16", resume=True)
-    assert f"dflow train {out / 'recipe.yaml'} --output {out} --resume" in str(told.value)
+    assert f"With its own: dflow train --resume {out}" in str(told.value)
     train(load_recipe(out / "recipe.yaml", ["train.steps=3"]), resume=True)
     assert metrics(out)[-1]["step"] == 3
 

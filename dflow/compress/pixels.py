@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,12 +128,21 @@ def write(picture: Picture) -> bytes:
     return png.write(values, form.file_depth)
 
 
+#: The drive of a path of Windows.
+_DRIVE = re.compile("[A-Za-z]:")
+
+
 def check_name(name: str) -> str | None:
-    """What is wrong with a name of a file that is to be written into a folder, or None."""
-    if not name or name in (".", "..") or name.strip() != name:
+    """What is wrong with a name of a file that is to be written into a folder, or None.
+
+    A colon is allowed, but not in a drive (``C:``), nor on Windows, where it separates parts of a file.
+    """
+    if not name.strip() or name in (".", ".."):
         return "is none"
-    if "/" in name or "\\" in name or ":" in name:
+    if "/" in name or "\\" in name or _DRIVE.match(name) or (os.name == "nt" and ":" in name):
         return "names a place, not a file"
+    if os.name == "nt" and name.rstrip(" .") != name:
+        return "ends with a space or a dot, which Windows leaves out"
     if not name.isprintable():
         return "has characters that cannot be shown"
     return "is longer than 200 bytes" if len(name.encode("utf-8", "replace")) > 200 else None

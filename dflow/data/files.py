@@ -109,10 +109,28 @@ def verify(data: bytes, size: int, expected: str, source: str) -> bytes:
     )
 
 
+class Changed(InputError):
+    """Data have another checksum than those that were expected."""
+
+
+def absolute(path: str | os.PathLike[str]) -> str:
+    """A path from the root; ``~`` is expanded, links are not followed."""
+    return os.path.abspath(Path(path).expanduser())
+
+
+def gone(name: str, checksum: str) -> InputError:
+    """What to say of data by their path that are no longer there."""
+    return InputError(
+        f"{name}: no such file or folder; the model was trained on the data that were there, whose checksum "
+        f"is {checksum}. If they were moved, name their place: --data PATH (in dflow train --set "
+        "data.name=PATH)"
+    )
+
+
 def check_same(name: str, found: str, expected: str | None) -> None:
-    """Raise `InputError` unless the checksum of data is the one expected, if one is."""
+    """Raise `Changed` unless the checksum of data is the one expected, if one is."""
     if expected not in (None, found):
-        raise InputError(
+        raise Changed(
             f"{name}: the data have changed, their checksum is {found} and not {expected}, and what was "
             "trained on may be in another split now; restore them, or score what they are now with --data"
         )

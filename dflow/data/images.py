@@ -106,6 +106,24 @@ class ImageConfig:
             return replace(kept, crop=None, tiles=None, continuous=None)
         return replace(kept, folder=None) if name.startswith(HUB) else kept
 
+    @property
+    def is_path(self) -> bool:
+        """Whether `name` is the path of a folder or table, not the name of a known set."""
+        known = self.name == CHECKERBOARD or self.name in image_sets.KNOWN
+        return not (known or self.name.startswith(HUB))
+
+    def located(self) -> ImageConfig:
+        """The same data by absolute paths, so that they are found from any working directory.
+
+        Raises:
+            InputError: no such folder or table.
+        """
+        return replace(
+            self,
+            name=files.absolute(_path(self)) if self.is_path else self.name,
+            folder=None if self.folder is None else files.absolute(self.folder),
+        )
+
     def refuse(self, what: str, *settings: str) -> None:
         """Raise `InputError` if one of the settings is given: ``what`` has no use for it."""
         default = ImageConfig()
@@ -389,6 +407,8 @@ def _path(config: ImageConfig) -> Path:
             raise InputError(
                 f"{config.name}: a text, and this is a model of images or tables; use a model.family of text"
             )
+        if config.checksum is not None:
+            raise files.gone(config.name, config.checksum)
         raise InputError(
             f"{config.name}: neither a set of images nor a folder or table; "
             + nearest(config.name, [CHECKERBOARD, *image_sets.KNOWN])

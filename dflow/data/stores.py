@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -96,6 +96,15 @@ class Source:
         """
         for split, piece in self._raw(Counter() if crlf is None else crlf):
             yield split, piece.lower() if self.lowercase else piece
+
+    def checksum(self, characters: dict[str, int]) -> str:
+        """Of the whole text, which is read for it, cut into splits of so many characters."""
+        digest = hashlib.sha256()
+        for _, piece in _shown(self.pieces(), "check"):
+            digest.update(piece.encode("utf-8"))
+        if self.found is not None and self.found.named:
+            digest.update(own_text.seal(characters).encode("utf-8"))
+        return f"sha256:{digest.hexdigest()}"
 
     def _raw(self, crlf: Counter[str]) -> Iterator[tuple[str, str]]:
         if self.found is None:
@@ -211,11 +220,7 @@ def open_store(
         raise InputError(
             f"{path}: truncated or damaged ({error}); remove the folder to make it anew"
         ) from None
-    if about.source != json.loads(json.dumps(stamp)):
-        raise InputError(
-            f"{folder}: a store of another text, or of one that has changed since; name another folder as "
-            "data.store, or remove this one"
-        )
+    _check_source(folder, about, json.loads(json.dumps(stamp)), source)
     found = Tokenizer.load(folder)
     if tokenizer is not None and found != tokenizer:
         raise InputError(
@@ -233,6 +238,30 @@ def open_store(
         # Copy on write: what is read is shared, and nothing written to the disk.
         ids[split] = torch.from_numpy(np.memmap(file, dtype, "c"))
     return Stored(found, about, ids)
+
+
+#: What a stamp says of where and when the text was written, which does not change it.
+_PLACE = ("name", "files")
+
+
+def _check_source(folder: Path, about: About, stamp: dict[str, Any], source: Source) -> None:
+    """Raise `InputError` unless the store is one of this text.
+
+    A text that was copied, moved or touched is read once to compare its checksum; the store then notes the
+    new place and time, where it can be written to.
+    """
+    if about.source == stamp:
+        return
+    settings, expected = ({k: v for k, v in s.items() if k not in _PLACE} for s in (stamp, about.source))
+    local = source.found is not None and "files" in about.source
+    if settings != expected or not local or source.checksum(about.characters) != about.checksum:
+        raise InputError(
+            f"{folder}: a store of another text, or of one that has changed since; name another folder as "
+            "data.store, or remove this one"
+        )
+    with suppress(OSError):
+        content = json.dumps(replace(about, source=stamp).__dict__, indent=1).encode()
+        files.write(folder / ABOUT, content)
 
 
 def _wait(folder: Path) -> None:

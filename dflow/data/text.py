@@ -93,6 +93,25 @@ class DataConfig:
                 f"a law: {', '.join(synthetic.PREFIX + name for name in synthetic.LAWS)}"
             )
 
+    @property
+    def is_path(self) -> bool:
+        """Whether `name` is the path of a file or folder, not the name of a known text or law."""
+        known = self.name in sets.KNOWN or self.name == sets.PYDOC or synthetic.is_law(self.name)
+        return not (known or self.name.startswith(stores.HUB))
+
+    def located(self) -> DataConfig:
+        """The same text by absolute paths, so that it is found from any working directory.
+
+        Raises:
+            InputError: no such file or folder.
+        """
+        return replace(
+            self,
+            name=files.absolute(_path(self)) if self.is_path else self.name,
+            folder=None if self.folder is None else files.absolute(self.folder),
+            store=None if self.store is None else files.absolute(self.store),
+        )
+
     def law(self, where: str = "data") -> Law | None:
         """The synthetic law that `name` and `parameters` say, or None when a text is named.
 
@@ -591,6 +610,8 @@ def _path(config: DataConfig) -> Path:
                 f"{config.name}: images, and this is a model of text; use model.family dequantized (a text "
                 "of the hub needs data.store)"
             )
+        if config.checksum is not None:
+            raise files.gone(config.name, config.checksum)
         raise InputError(
             f"{config.name}: neither a data set nor a file or folder; "
             + nearest(config.name, [sets.PYDOC, *sets.KNOWN])

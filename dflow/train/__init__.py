@@ -1,6 +1,6 @@
 """Training: recipes, and one loop for every model."""
 
-from dflow.train.loop import Preempted, train
+from dflow.train.loop import Preempted, resume_command, train
 from dflow.train.recipe import (
     METRICS,
     RECIPE,
@@ -13,6 +13,7 @@ from dflow.train.recipe import (
     load_recipe,
     recipe_from,
     recipe_of,
+    resumed_recipe,
 )
 
 __all__ = [
@@ -28,5 +29,7 @@ __all__ = [
     "load_recipe",
     "recipe_from",
     "recipe_of",
+    "resume_command",
+    "resumed_recipe",
     "train",
 ]

@@ -13,8 +13,10 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -29,16 +31,18 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
 from dflow import hf, objectives, zoo
-from dflow.config import InputError
+from dflow.config import InputError, nearest
 from dflow.data import files
 from dflow.memory import keep_memory
 from dflow.nn.binary import StochasticBatchNorm
+from dflow.terminal import shown
 from dflow.train import shards
 from dflow.train.recipe import METRICS, RECIPE, STATE, Recipe, load_recipe
 from dflow.train.tasks import Batch, Task, mix, task_of
@@ -50,7 +54,15 @@ except ImportError:  # of systems other than Unix
 
 
 class Preempted(KeyboardInterrupt):
-    """A scheduler asked the training to make room: its state is saved, and it can be resumed."""
+    """A signal other than Ctrl-C asked the training to make room: its state is saved, and it can be resumed.
+
+    Attributes:
+        signal: the number of the signal, SIGTERM or SIGUSR1.
+    """
+
+    def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
+        super().__init__(message)
+        self.signal = number
 
 
 def train(recipe: Recipe, resume: bool = False) -> Path:
@@ -68,16 +80,20 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
             into it, other settings or data than it was begun with, unusable ones; too many steps in a row
             without a finite loss, or no finite evaluation.
     """
+    check_trackers(recipe.train.trackers)
     keep_memory()
     output = recipe.output
     if not resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output}: exists already; add --resume to go on, or choose another output")
+        raise InputError(
+            f"{output}: exists already; add --resume to go on ({resume_command(output)}), or choose another "
+            "output"
+        )
     states = _states(output)
     if resume and not states and (output / "config.json").exists():
         raise InputError(f"{output}: a model, but nothing to resume (no {STATE}); choose another output")
     if resume and not states and not _begun(output):
         raise InputError(f"{output}: nothing to resume, and not the beginning of a training; choose another")
-    run = _Run(task_of(recipe, bool(states)))
+    run = _Run(_resumed_task(recipe) if states else task_of(recipe, False))
     try:
         run.clean(resume)
         if states:
@@ -89,7 +105,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
             raise
         raise InputError(
             f"another process of this run is gone ({str(error).splitlines()[0]}); start all again with "
-            f"--resume to go on from step {_step_of(output)}"
+            f"--resume to go on from step {_step_of(output)}: {resume_command(output)}"
         ) from error
     finally:
         run.close()
@@ -169,8 +185,8 @@ class _Run:
         self.next_eval = self.next_save = 0.0
         # Steps left out, one after another up to now; the loss at which an evaluation was broken off.
         self.skipped, self.pending = 0, math.nan
-        self.interrupted: int | None = None
-        self.stop = False
+        #: The signal that asked this process to stop, and when; and that on which all of them agreed.
+        self.interrupted, self.interrupted_at, self.stop = 0, 0.0, 0
         # A folder with anything in it is not this run's to remove.
         self.saved = recipe.output.is_dir() and any(recipe.output.iterdir())
         self.wrapped: Any
@@ -204,15 +220,15 @@ class _Run:
         if not resumed:
             if self.accelerator.is_main_process:
                 with hf.replacing(out) as folder:
-                    # With it, whoever evaluates the model hears if the data have changed since.
-                    data = replace(self.recipe.data, checksum=self.task.checksum)
-                    own = replace(self.recipe, data=data)
-                    recipe = yaml.safe_dump(own.as_dict(), sort_keys=False)
-                    (folder / RECIPE).write_text(recipe, encoding="utf-8")
+                    (folder / RECIPE).write_text(self._recipe_text(), encoding="utf-8")
                     self.task.save(folder)
                 self._lock()
             # Whenever it is killed from here on, it can be resumed.
             self.save_state()
+        elif self.accelerator.is_main_process and not self._is_recipe(out / RECIPE):
+            # The budget may have changed, or the place of the data: the next time, --resume goes on by these.
+            with hf.replacing(out) as folder:
+                (folder / RECIPE).write_text(self._recipe_text(), encoding="utf-8")
         self.accelerator.wait_for_everyone()
         self.accelerator.init_trackers("logs")
         self.say(
@@ -221,6 +237,21 @@ class _Run:
             f"{'each with a piece of the model, ' * self.sharded}"
             f"precision {self.config.mixed_precision}, {torch.get_num_threads()} threads each; output {out}"
         )
+
+    def _recipe_text(self) -> str:
+        """The recipe as the output folder keeps it: with absolute paths, and the checksum of the data.
+
+        With the checksum, whoever evaluates the model hears if the data have changed since.
+        """
+        data = replace(self.recipe.data.located(), checksum=self.task.checksum)
+        return yaml.safe_dump(replace(self.recipe, data=data).as_dict(), sort_keys=False)
+
+    def _is_recipe(self, path: Path) -> bool:
+        """Whether a file holds the recipe of this run."""
+        try:
+            return path.read_text(encoding="utf-8") == self._recipe_text()
+        except (OSError, UnicodeDecodeError):
+            return False
 
     def loop(self) -> None:
         """Steps until the budget is spent."""
@@ -241,7 +272,7 @@ class _Run:
                 self.loss = loss
                 self.step += 1
                 if self.world == 1:
-                    self.stop = bool(self.interrupted)  # at once, where nobody else has to know
+                    self.stop = self.interrupted  # at once, where nobody else has to know
                 shown, counted = loss, counted + count
                 now = time.monotonic()
                 if now - since > 1.0 or self.fraction() >= 1:
@@ -260,8 +291,12 @@ class _Run:
                     self.save_state()
             if self.stop and (self.fraction() < 1 or not math.isnan(self.pending)):
                 self.save_state()
-                said = f"stopped at step {self.step}; add --resume to go on"
-                raise KeyboardInterrupt(said) if self.interrupted == signal.SIGINT else Preempted(said)
+                message = (
+                    f"stopped at step {self.step} and saved; go on with: {resume_command(self.recipe.output)}"
+                )
+                if self.stop == signal.SIGINT:
+                    raise KeyboardInterrupt(message)
+                raise Preempted(message, self.stop)
         if self.accelerator.is_main_process:
             # Killed before it removed the last one, a run that is resumed has no step left to do it after.
             self._prune()
@@ -400,14 +435,15 @@ class _Run:
         The time is that of the main process, and a signal to one stops all.
         """
         device = self.accelerator.device
-        mine = [elapsed if self.accelerator.is_main_process else 0.0, float(bool(self.interrupted))]
+        mine = [elapsed if self.accelerator.is_main_process else 0.0]
+        mine += [float(self.interrupted == number) for number in _SIGNALS]
         told = torch.tensor([0.0, *mine], dtype=torch.float64 if device.type != "mps" else None)
         told = told.to(device)
         told[0] = nats
         if self.world > 1:
             told = self.accelerator.reduce(told)
-        total, self.elapsed, stop = told.tolist()
-        self.stop = stop > 0
+        total, self.elapsed, *stops = told.tolist()
+        self.stop = next((number for number, stop in zip(_SIGNALS, stops, strict=True) if stop), 0)
         return total, 0.0 if norm is None else float(norm)
 
     def _leave_out(self, value: float) -> None:
@@ -427,7 +463,8 @@ class _Run:
         self.save_state()
         raise InputError(
             f"{what}, and of the {self.config.skip} steps before it: stopped with the last good weights; "
-            f"add --resume to try the next steps, or start anew with {way}"
+            f"add --resume to try the next steps ({resume_command(self.recipe.output)}), or start anew with "
+            f"{way}"
         )
 
     # -- evaluation ------------------------------------------------------------------------------------------
@@ -600,12 +637,8 @@ class _Run:
                 about = json.loads((file.metadata() or {})["dflow"])
         except (InputError, SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise _Damaged(str(error) if isinstance(error, InputError) else f"{path}: {error}") from None
-        if about.get("recipe") != _fingerprint(self.recipe):
-            raise InputError(
-                f"{self.recipe.output}: was trained with other settings ({_differences(self.recipe)}); only "
-                "the budget, the times of evaluation and the output may differ. With its own: dflow train "
-                f"{self.recipe.output / RECIPE} --output {self.recipe.output} --resume"
-            )
+        if about.get("recipe") != _fingerprint(self.recipe) and not _same_run(self.recipe):
+            raise _other_settings(self.recipe)
         files.check_same(self.recipe.data.name, self.task.checksum, about.get("data"))
         try:
             with safetensors.safe_open(path, "pt") as file:
@@ -674,15 +707,17 @@ class _Run:
     def say(self, text: str) -> None:
         """Print above the progress bar, on the main process."""
         if self.accelerator.is_main_process:
-            tqdm.write(text)
+            tqdm.write(shown(text, sys.stdout))
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         def note(number: int, frame: FrameType | None) -> None:
-            if self.interrupted:
-                raise KeyboardInterrupt("stopped without saving")
-            self.interrupted = number
-            self.say("stopping after this step; once more stops at once, without saving")
+            now = time.monotonic()
+            if not self.interrupted:
+                self.interrupted, self.interrupted_at = number, now
+                self.say("stopping after this step; once more stops at once, without saving")
+            elif now - self.interrupted_at > _ECHO:
+                raise KeyboardInterrupt(self._without_saving())
 
         try:
             old = {s: signal.signal(s, note) for s in _SIGNALS}
@@ -693,6 +728,13 @@ class _Run:
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
+
+    def _without_saving(self) -> str:
+        """What is left of a run that is stopped for the second time."""
+        out = self.recipe.output
+        if not self.saved:
+            return "stopped at once, before anything was saved"
+        return f"stopped at once, without saving; go on from step {_step_of(out)} with: {resume_command(out)}"
 
     def close(self) -> None:
         """Flush trackers, leave the other processes; a folder in which nothing was ever saved is removed."""
@@ -714,6 +756,10 @@ _FORMATS = {"step": None, "s": "{l_bar}{bar}| {n_fmt}/{total_fmt} s [{elapsed}<{
 
 #: Ways of accelerate to distribute a model of which no process has the whole.
 _OTHERS = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+#: Seconds within which a second signal is the first one again: of Ctrl-C under a launcher a process hears
+#: from the terminal and from the launcher.
+_ECHO = 1.0
 
 #: By which people and schedulers ask a training to stop; not every system has the last.
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
@@ -780,8 +826,76 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
+def resume_command(output: Path) -> str:
+    """The command that goes on with the training in ``output``."""
+    name = str(output)
+    return shlex.join(["dflow", "train", "--resume", "./" + name if name.startswith("-") else name])
+
+
+def check_trackers(names: list[str]) -> None:
+    """Raise `InputError` unless accelerate knows each tracker and what it needs is installed.
+
+    Accelerate itself warns of one that is missing and goes on without any.
+    """
+    known = {str(kind): kind for kind in LOGGER_TYPE_TO_CLASS}
+    ready = {str(kind) for kind in get_available_trackers()}
+    for name in filter(None, names):
+        if name not in known and name != "all":
+            raise InputError(f"train.trackers: no tracker {name!r}; {nearest(name, [*known, 'all'])}")
+    missing = [name for name in names if name in known and name not in ready]
+    if missing:
+        packages = " ".join(name.replace("_", "-") for name in missing)
+        rest = ",".join(name for name in names if name not in missing)
+        raise InputError(
+            f"train.trackers: {', '.join(missing)} not installed; pip install {packages}, or leave out "
+            f"{'it' if len(missing) == 1 else 'them'}: --set 'train.trackers=[{rest}]'"
+        )
+
+
+def _resumed_task(recipe: Recipe) -> Task:
+    """The task of a run that goes on; other settings or data are refused before anything is built."""
+    try:
+        before = load_recipe(recipe.output / RECIPE)
+    except InputError:
+        return task_of(recipe, True)  # the state tells whether it is the same run
+    then, now = _fixed(before), _fixed(recipe)
+    if before.family != recipe.family or any(then[part] != now[part] for part in ("data", "train")):
+        raise _other_settings(recipe)
+    expected = recipe.data.checksum or before.data.checksum
+    try:
+        return task_of(replace(recipe, data=replace(recipe.data, checksum=expected)), True)
+    except files.Changed:
+        if files.absolute(before.data.name) == files.absolute(recipe.data.name):
+            raise
+        raise _other_settings(recipe, f"data.name: {before.data.name} then, {recipe.data.name} now") from None
+
+
+def _same_run(recipe: Recipe) -> bool:
+    """Whether the output is that of ``recipe``, by the recipe that it keeps.
+
+    Fingerprints of versions that had other settings, or kept the name of a file, are others.
+    """
+    try:
+        hf.verify(recipe.output, [RECIPE])
+        return _fixed(load_recipe(recipe.output / RECIPE)) == _fixed(recipe)
+    except InputError:
+        return False
+
+
+def _other_settings(recipe: Recipe, differences: str = "") -> InputError:
+    """What to say where the output holds another run."""
+    return InputError(
+        f"{recipe.output}: was trained with other settings ({differences or _differences(recipe)}); only the "
+        "budget, the times of evaluation and the output may differ. With its own: "
+        f"{resume_command(recipe.output)}"
+    )
+
+
 def _fixed(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """What has to be the same for a run to go on: all that the result hangs on but the budget."""
+    """What has to be the same for a run to go on: all that the result depends on but the budget.
+
+    Files may have moved: they are known by their checksum, which the state has.
+    """
     values = recipe.as_dict()
     free = {"steps", "minutes", "accumulation", "samples", "trackers", "shard", "compile"}
     free |= {"eval_every", "eval_minutes", "save_every", "keep", "skip"}
@@ -791,6 +905,8 @@ def _fixed(recipe: Recipe) -> dict[str, dict[str, Any]]:
     values["data"] = {k: v for k, v in values["data"].items() if k not in ("folder", "store", "checksum")}
     # Runs that were begun before there was this setting go on.
     values["data"] = {k: v for k, v in values["data"].items() if (k, v) != ("split_by", "tail")}
+    if recipe.data.is_path:
+        values["data"]["name"] = "a path"
     return {k: values[k] for k in ("data", "model", "train")}
 
 
@@ -806,7 +922,7 @@ def _differences(recipe: Recipe) -> str:
         return "its own recipe.yaml cannot be read"
     now, found = _fixed(recipe), []
     for part in now:
-        for name in sorted(before[part].keys() | now[part].keys()):
+        for name in sorted(before[part].keys() | now[part].keys(), key=lambda n: (n != "family", n)):
             old, new = (values[part].get(name) for values in (before, now))
             if old != new:
                 found.append(f"{part}.{name}: {old} then, {new} now")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,9 +14,9 @@ from typing import Any, Literal
 
 import yaml
 
-from dflow import plugins, zoo
+from dflow import hf, plugins, zoo
 from dflow.config import InputError, convert, nearest, parse
-from dflow.data import DataConfig, ImageConfig
+from dflow.data import DataConfig, ImageConfig, files
 from dflow.ops.straight_through import SCHEDULES, scheduled
 from dflow.zoo import setting
 
@@ -255,7 +257,38 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
             node[last] = yaml.load(text, _Loader)
         except (yaml.YAMLError, RecursionError, ValueError):
             raise InputError(f"--set {override}: {text!r} is not a YAML value") from None
-    return recipe_from(tree, str(path))
+    recipe = recipe_from(tree, str(path))
+    return dataclasses.replace(recipe, data=_located(recipe, Path(path)))
+
+
+def _located(recipe: Recipe, path: Path) -> DataConfig | ImageConfig:
+    """The data of the recipe in the file ``path``, where its relative paths lead somewhere.
+
+    A relative path is that from the working directory, else that from the folder of the recipe. Folders of
+    version 0.1.0 keep paths from the directory in which they were trained: it is known while a folder still
+    lies where its recipe says.
+    """
+    data, folder = recipe.data, Path(files.absolute(path)).parent
+    places, output = [folder], recipe.output.parts
+    if not recipe.output.is_absolute() and output and folder.parts[-len(output) :] == output:
+        places.append(Path(*folder.parts[: -len(output)]))
+    names = [*(["name"] if data.is_path else []), "folder", *(["store"] if hasattr(data, "store") else [])]
+    moved: dict[str, Any] = {}
+    for field_name in names:
+        value = getattr(data, field_name)
+        if value is None or Path(value).expanduser().exists():
+            continue
+        if field_name == "name" and any(Path(root, value).exists() for root in _roots(data)):
+            continue
+        beside = next((place / value for place in places if (place / value).exists()), None)
+        if beside is not None:
+            moved[field_name] = str(beside)
+    return dataclasses.replace(data, **moved)
+
+
+def _roots(data: DataConfig | ImageConfig) -> list[str]:
+    """Folders in which data are looked for by their name."""
+    return [root for root in (data.folder, os.environ.get("DFLOW_DATA")) if root]
 
 
 def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
@@ -352,3 +385,20 @@ def recipe_of(folder: str | Path) -> Recipe:
     if not path.is_file():
         raise InputError(f"{folder}: no {RECIPE}; name the data yourself")
     return load_recipe(path)
+
+
+def resumed_recipe(folder: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """The recipe by which the training in ``folder`` goes on: that it keeps, and ``overrides``.
+
+    Raises:
+        InputError: no training is there.
+    """
+    path = Path(folder) / RECIPE
+    # A recipe of one's own, in a folder of one's own, is no training.
+    begun = any((path.parent / name).is_file() for name in (STATE, hf.MANIFEST))
+    if not (begun and path.is_file()):
+        raise InputError(
+            f"{folder}: no training to go on with (no {RECIPE} with {STATE} beside it); name the folder "
+            "that dflow train wrote, or begin with a recipe: dflow train RECIPE --output FOLDER"
+        )
+    return dataclasses.replace(load_recipe(path, overrides), output=Path(folder))
