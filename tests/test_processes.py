@@ -25,13 +25,18 @@ pytestmark = pytest.mark.usefixtures("forks")
 CONFIGS = sorted((Path(__file__).parent.parent / "recipes" / "accelerate").glob("*.yaml"))
 
 
-def work(rank: int, world: int, port: int, words: list[str], log: Path) -> None:
-    """`dflow` as one of several processes, as a launcher starts it."""
-    torch.set_num_threads(1)
+def environ(rank: int, world: int, port: int) -> None:
+    """What a launcher tells one of several processes."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
+
+
+def work(rank: int, world: int, port: int, words: list[str], log: Path) -> None:
+    """`dflow` as one of several processes, as a launcher starts it."""
+    torch.set_num_threads(1)
+    environ(rank, world, port)
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
