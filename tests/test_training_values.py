@@ -333,6 +333,21 @@ def test_any_order_models_learn_from_all_places_and_from_all_shares_known(tmp_pa
     assert float((share - 15 / 32).abs().max()) < 4 * math.sqrt(0.25 / 96)
 
 
+def test_pictures_are_turned_round_half_of_the_time_where_asked_for(tmp_path: Path) -> None:
+    pictures = write_pictures(tmp_path / "pictures", 24, 3)
+    data = {"name": str(pictures), "valid": 0.2, "test": 0.2}
+    plain, turning = (
+        task_of(load_recipe(image_recipe(tmp_path, data | {"flip": flip}, batch_size=400)), False)
+        for flip in (False, True)
+    )
+    rows, turned = plain.batch(7)[0], turning.batch(7)[0]
+    assert torch.equal(rows, plain.images.train.crops(400, 192, torch.Generator().manual_seed(7))[0])  # type: ignore[attr-defined]
+    mirrored = rows.view(-1, 3, 8, 8).flip(3).flatten(1)
+    one, other = (turned == rows).all(1), (turned == mirrored).all(1)
+    assert (one ^ other).all()
+    assert abs(int(other.sum()) - 200) < 5 * 10
+
+
 # -- moving average ------------------------------------------------------------------------------------------
 
 
