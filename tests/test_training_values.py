@@ -390,6 +390,8 @@ def test_without_an_average_the_weights_themselves_are_saved(gumbel: Watched) ->
 
 def test_noise_temperature_and_pull_follow_their_schedules(gumbel: Watched) -> None:
     assert len(gumbel.calls) == 8
+    # The model itself was evaluated after the fourth step, and trained again.
+    assert all(call.training for call in gumbel.calls)
     noise, temperature, peak = zip(
         *[(call.noise, call.temperature, call.peak) for call in gumbel.calls], strict=True
     )
@@ -499,41 +501,65 @@ def observe(rank: int, port: int, recipe: Path, report: Path) -> None:
     environ(rank, 2, port)
     with Watch() as watch:
         train(load_recipe(recipe))
-    calls = [{"x": call.x, "loss": call.loss} for call in watch.calls]
     steps = [{"gradients": step.gradients, "before": step.before} for step in watch.steps]
+    calls = [vars(call) for call in watch.calls]
     torch.save({"calls": calls, "steps": steps, "dropped": watch.dropped}, report)
 
 
-@pytest.mark.usefixtures("forks")
-def test_two_processes_drop_out_differently_and_share_the_gradient_of_the_whole(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory, forks: None) -> tuple[Path, list[dict[str, Any]]]:
+    """A flow trained by two processes, in two pieces each, under dropout and Gumbel noise; what each saw."""
+    folder = tmp_path_factory.mktemp("pair")
     recipe = recipe_file(
-        tmp_path, "transformer", {"dropout": 0.25}, steps=3, eval_every=3, warmup=1, clip=0.0, seed=4
-    )
-    port, files = free_port(), [tmp_path / f"{rank}.pt" for rank in range(2)]
+        folder, "bipartite", {"dropout": 0.25}, rule="gumbel", base_momentum=0.9,
+        steps=3, eval_every=3, warmup=1, accumulation=2, clip=0.0, seed=4, learning_rate=0.03,
+    )  # fmt: skip
+    port, files = free_port(), [folder / f"{rank}.pt" for rank in range(2)]
     processes = [FORKS.Process(target=observe, args=(r, port, recipe, file)) for r, file in enumerate(files)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(120)
         assert process.exitcode == 0
-    one, two = (torch.load(file) for file in files)
-    # Two layers of dropout a step: no two masks of the two processes, or of two steps, are the same.
-    masks = [mask.flatten() for seen in (one, two) for mask in seen["dropped"][:6]]
-    assert len({tuple(mask.tolist()) for mask in masks}) == len(masks) == 12
-    assert abs(float(torch.cat(masks).double().mean()) - 0.25) < 0.03
-    objective = task_of(load_recipe(recipe), False).objective.train()
-    text = load(DataConfig(str(tmp_path / "text.txt"))).train
+    return recipe, [torch.load(file) for file in files]
+
+
+def test_no_two_pieces_steps_or_processes_drop_the_same(pair: tuple[Path, list[dict[str, Any]]]) -> None:
+    masks = [mask for seen in pair[1] for mask in seen["dropped"]]
+    # Of three steps, two processes, two pieces, two layers, two dropouts each.
+    assert len(masks) == 48
+    entries = torch.cat([mask.flatten() for mask in masks])
+    assert abs(float(entries.double().mean()) - 0.25) < 5 * math.sqrt(0.25 * 0.75 / len(entries))
+    assert len({tuple(mask.flatten().tolist()) for mask in masks}) == len(masks)
+
+
+def test_two_processes_have_the_gradient_and_the_counts_of_the_whole_batch(
+    pair: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    recipe, reports = pair
+    objective: Any = task_of(load_recipe(recipe), False).objective.train()
+    base, [estimator] = objectives.closed_form(objective.distribution), objectives.estimators(objective)
+    assert base is not None
+    text = load(DataConfig(str(recipe.parent / "text.txt"))).train
     for number in range(3):
         x, _ = text.crops(8, LENGTH, torch.Generator().manual_seed(mix(4, number)))
-        objective.distribution.load_state_dict(one["steps"][number]["before"], strict=False)  # type: ignore[union-attr, operator]
+        calls = [seen["calls"][2 * number : 2 * number + 2] for seen in reports]
+        objective.distribution.load_state_dict(reports[0]["steps"][number]["before"], strict=False)
+        base.assign(calls[0][0]["counts"])
+        estimator.noise = 1 - number / 3
         objective.zero_grad()
-        for rank, seen in enumerate((one, two)):
-            assert torch.equal(seen["calls"][number]["x"], x[rank::2])
+        total = torch.zeros_like(base.counts)
+        for rank in range(2):
             torch.manual_seed(mix(4 + 1 + rank, number))
-            loss, _ = objective(x[rank::2], None)
-            assert float(loss.detach()) == pytest.approx(float(seen["calls"][number]["loss"]), rel=1e-5)
-            (loss / x.numel()).backward()
-        named = objective.distribution.named_parameters()  # type: ignore[union-attr, operator]
-        whole = {n: p.grad for n, p in named}
-        for seen in (one, two):
+            for piece, call in zip(x[rank::2].chunk(2), calls[rank], strict=True):
+                assert torch.equal(call["x"], piece)
+                loss, counts = objective(piece)
+                assert float(loss.detach()) == pytest.approx(float(call["loss"]), rel=1e-5)
+                (loss / x.numel()).backward()
+                total += counts
+        whole = {n: p.grad for n, p in objective.distribution.named_parameters()}
+        for seen in reports:
             close(seen["steps"][number]["gradients"], whole)
+            if number < 2:
+                after = seen["calls"][2 * number + 2]["counts"]
+                torch.testing.assert_close(after, 0.9 * base.counts + total)

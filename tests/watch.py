@@ -92,7 +92,7 @@ class Watch:
         )
 
     def _result(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-        if isinstance(module, nn.Dropout) and module.p:
+        if isinstance(module, nn.Dropout) and module.p and module.training:
             self.dropped.append(result == 0)
         if isinstance(module, objectives.Objective):
             self.calls[-1].loss, self.calls[-1].statistics = result[0].detach(), result[1]
