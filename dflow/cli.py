@@ -486,7 +486,7 @@ class DataCheck(Results):
 
 
 def train(flags: Train) -> int:
-    """`dflow train`; asked by SIGUSR1 to make room it ends with 0, so that it may be queued again."""
+    """`dflow train`; asked by a scheduler to make room it ends with 0, so that it may be queued again."""
     from dflow.train import Preempted
     from dflow.train import train as run
 
@@ -496,7 +496,6 @@ def train(flags: Train) -> int:
         run(recipe, resume=flags.resume)
     except Preempted as stop:
         say_once(str(stop))
-        return 128 + signal.SIGTERM if stop.signal == signal.SIGTERM else 0
     return 0
 
 
@@ -1712,8 +1711,7 @@ def hint(word: str, cls: type[Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns its exit code.
 
-    0, 1 (a check failed), 2 (what was given cannot be used), 130 (stopped by Ctrl-C), 143 (a training that
-    was stopped by SIGTERM).
+    0, 1 (a check failed), 2 (what was given cannot be used), 130 (stopped by Ctrl-C).
     """
     # What a terminal or a log cannot show must not end a training of hours.
     for stream in (sys.stdout, sys.stderr):

@@ -240,6 +240,37 @@ def test_coverage_by_hand() -> None:
     assert errors.tolist() == [0, 0, 0, 0.25]
 
 
+def test_coverage_goes_by_agreement_and_not_by_confidence() -> None:
+    # Both members are moderately sure of the first and agree; of the second they are surer, and do not.
+    first = torch.tensor([0.60, 0.80, 0.55, 0.70], dtype=torch.float64)
+    second = torch.tensor([0.61, 0.98, 0.55, 0.64], dtype=torch.float64)
+    members = torch.stack([torch.stack([p, 1 - p], 1) for p in (first, second)])
+    # By agreement: rows 2, 0, 3, 1; by confidence it would be 1, 3, 0, 2.
+    shares, errors = coverage(members, torch.tensor([1, 0, 0, 0]))
+    assert shares.tolist() == [0.25, 0.5, 0.75, 1.0]
+    assert errors.tolist() == [0, 1 / 2, 1 / 3, 1 / 4]
+    _, errors = coverage(members, torch.tensor([0, 1, 0, 0]))
+    assert errors.tolist() == [0, 0, 0, 1 / 4]
+    # Of those that agree alike, the more confident come first.
+    alike = torch.tensor([0.55, 0.9, 0.7], dtype=torch.float64)
+    members = torch.stack([torch.stack([alike, 1 - alike], 1)] * 2)
+    _, errors = coverage(members, torch.tensor([0, 0, 1]))
+    assert errors.tolist() == [0, 1 / 2, 1 / 3]
+
+
+def test_coverage_of_three_members_is_by_their_variance() -> None:
+    """Not by their range, nor by how far one of them is off the others' label."""
+    rows = torch.tensor([[0.5, 0.9, 0.9], [0.6, 0.6, 0.96], [0.55, 0.75, 0.95]], dtype=torch.float64)
+    members = torch.stack([rows, 1 - rows], 2).transpose(0, 1)
+    order = torch.argsort(rows.var(1))
+    for wrong in range(3):
+        labels = torch.zeros(3, dtype=torch.int64)
+        labels[wrong] = 1
+        _, errors = coverage(members, labels)
+        place = int((order == wrong).nonzero())
+        assert errors.tolist() == [float(i >= place) / (i + 1) for i in range(3)]
+
+
 def test_figures_are_those_of_a_seed(trained: Path) -> None:
     images, model = load_images(recipe_of(trained).data), load(trained)
     options: dict[str, Any] = {"ensembles": (1, 2), "limit": 30}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from dflow.compare import (
     compare,
     markdown,
     measure,
+    models,
     num_calls,
     plot,
     record,
@@ -82,9 +82,20 @@ def test_ratios_are_to_the_first_lstm_else_to_the_first_model(comparison: Compar
     assert other.reference == "runs/bipartite"
 
 
+class Clock:
+    """Stands still but for what a model takes."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
 class Slow(DflowModel):
     """Draws nothing, in a known time that depends on the threads."""
 
+    clock: Clock
     log: list[tuple[str, int, int]]
     name: str
     seconds: dict[int, float]
@@ -93,35 +104,44 @@ class Slow(DflowModel):
         assert torch.is_inference_mode_enabled()
         assert not self.training
         self.log.append((self.name, torch.get_num_threads(), num_return_sequences))
-        time.sleep(self.seconds[torch.get_num_threads()])
+        self.clock.now += self.seconds[torch.get_num_threads()]
         x = torch.zeros(num_return_sequences, 8, dtype=torch.int64)
         x[:, 6:] = -1
         return x
 
 
-def slow(text: Text, name: str, seconds: dict[int, float], log: list[tuple[str, int, int]]) -> Contestant:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(models, "time", found)
+    return found
+
+
+def slow(
+    text: Text, name: str, seconds: dict[int, float], log: list[tuple[str, int, int]], clock: Clock
+) -> Contestant:
     [c] = contestants(text, "lstm")
     c.model.__class__ = Slow
-    c.model.name, c.model.seconds, c.model.log = name, seconds, log
+    c.model.name, c.model.seconds, c.model.log, c.model.clock = name, seconds, log, clock
     return Contestant(name, c.model, text)
 
 
-def test_models_take_turns_and_keep_their_better_threads(text: Text) -> None:
+def test_models_take_turns_and_keep_their_better_threads(text: Text, clock: Clock) -> None:
     log: list[tuple[str, int, int]] = []
-    a = slow(text, "a", {1: 0.01, 2: 0.03}, log)
-    b = slow(text, "b", {1: 0.04, 2: 0.02}, log)
+    a = slow(text, "a", {1: 0.25, 2: 0.75}, log, clock)
+    b = slow(text, "b", {1: 1.0, 2: 0.5}, log, clock)
     a.model.train()
     first, second = measure([a, b], 5, 8, rounds=3, seed=0, progress=False)
     assert log == [("a", 1, 5), ("a", 2, 5), ("b", 1, 5), ("b", 2, 5)] * 4
     assert (first.threads, second.threads) == (1, 2)
-    assert 0.01 <= first.seconds < 0.02 <= second.seconds < 0.03
+    assert (first.seconds, second.seconds) == (0.25, 0.5)
     assert first.characters == 30  # absent entries are no text
     assert torch.get_num_threads() == 2
     assert a.model.training
 
 
-def test_threads_and_modes_are_restored_after_an_error(text: Text) -> None:
-    a = slow(text, "a", {}, [])
+def test_threads_and_modes_are_restored_after_an_error(text: Text, clock: Clock) -> None:
+    a = slow(text, "a", {}, [], clock)
     a.model.train()
     with pytest.raises(KeyError):
         measure([a], 1, 8, rounds=1, seed=0, progress=False)

@@ -96,6 +96,39 @@ def test_the_likelihood_is_that_of_the_model(family: str) -> None:
     )
 
 
+@pytest.mark.parametrize("family", ["grouped", "lstm", "bipartite"])
+def test_texts_are_coded_and_decoded_on_one_thread(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of several threads depend on how many these are; the setting is restored, after an error too."""
+    coder, before = peaked(family, LETTERS), torch.get_num_threads()
+    text, seen = drawn(coder, 100), []
+    push, pop = texts.codec.push, texts.codec.pop
+
+    def spy(call: Any) -> Any:
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            seen.append(torch.get_num_threads())
+            return call(*args, **kwargs)
+
+        return noting
+
+    monkeypatch.setattr(texts.codec, "push", spy(push))
+    monkeypatch.setattr(texts.codec, "pop", spy(pop))
+    try:
+        torch.set_num_threads(3)
+        data, _ = compress_text({"a": text}, coder, verify=False)
+        assert set(seen) == {1}
+        assert torch.get_num_threads() == 3
+        seen.clear()
+        assert back(data, coder) == text
+        assert set(seen) == {1}
+        assert torch.get_num_threads() == 3
+        monkeypatch.setattr(texts.codec, "pop", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            back(data, coder)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_network_calls_are_chosen_and_told(tmp_path: Path) -> None:
     torch.manual_seed(0)
     text = write_text(tmp_path)

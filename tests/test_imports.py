@@ -13,32 +13,33 @@ import dflow
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "sentencepiece", "matplotlib", "tensorboard")
 
 
-def loaded(statements: str) -> tuple[set[str], float]:
-    """The heavy libraries that a fresh interpreter holds after ``statements``, and the seconds they took."""
+def loaded(statements: str) -> set[str]:
+    """The modules that a fresh interpreter loads for ``statements``."""
     code = (
-        "import json, sys, time; start = time.perf_counter()\n"
+        "import json, sys; before = set(sys.modules)\n"
         f"{statements}\n"
-        f"print(json.dumps([[m for m in {HEAVY!r} if m in sys.modules], time.perf_counter() - start]))"
+        "print(json.dumps(sorted(set(sys.modules) - before)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    found, seconds = json.loads(result.stdout.splitlines()[-1])
-    return set(found), seconds
+    return set(json.loads(result.stdout.splitlines()[-1]))
 
 
 def test_the_package_loads_nothing() -> None:
-    found, seconds = loaded("import dflow")
-    assert not found
-    assert seconds < 1
+    """Counted in modules, since seconds depend on the machine and on what else it does."""
+    found = loaded("import dflow")
+    assert "dflow" in found
+    assert {name.partition(".")[0] for name in found} <= {"dflow", *sys.stdlib_module_names}
+    assert len(found) < 40
 
 
 def test_the_lower_floors_load_torch_alone() -> None:
-    found, _ = loaded("import dflow.zoo, dflow.objectives, dflow.data")
-    assert found == {"torch"}
+    assert loaded("import dflow.zoo, dflow.objectives, dflow.data") & set(HEAVY) == {"torch"}
 
 
 def test_the_check_can_fail() -> None:
-    found, _ = loaded("import dflow, datasets")
+    found = loaded("import dflow, datasets")
     assert "datasets" in found
+    assert len(found) > 100
 
 
 def test_every_name_is_there() -> None:

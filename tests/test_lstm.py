@@ -211,3 +211,58 @@ def test_single_position() -> None:
 def test_wrong_arguments_are_named(settings: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         make(**settings)
+
+
+def test_each_rate_drops_its_share_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs, weights and outputs of layers, by how many zeros they hold, and how much larger the rest is."""
+    rates = {"dropout": 0.1, "dropout_hidden": 0.2, "dropout_input": 0.3, "weight_drop": 0.4}
+    net, kernel = make(num_layers=2, hidden_size=40, embedding_size=30, **rates), torch.lstm
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def spy(h: Tensor, state: Any, weights: list[Tensor], *rest: Any) -> Any:
+        seen.append((h, weights[1]))
+        return kernel(h, state, weights, *rest)
+
+    monkeypatch.setattr(torch, "lstm", spy)
+    net.head.register_forward_pre_hook(lambda _, args: seen.append((args[0], args[0])))
+    x = torch.randint(K, (400, 3))
+    with torch.no_grad():
+        net(x)
+        plain = seen.copy()
+        seen.clear()
+        net.train()(x)
+    found = {
+        "dropout_input": (seen[0][0], plain[0][0]),
+        "weight_drop": (seen[0][1], plain[0][1]),
+        "dropout_hidden": (seen[1][0], None),
+        "dropout": (seen[2][0], None),
+    }
+    for name, (some, whole) in found.items():
+        rate, kept = rates[name], some != 0
+        # Masks are shared by positions: 400 rows or 160 rows of weights of 30 features or more are free.
+        entries = kept.numel() / (1 if name == "weight_drop" else 3)
+        assert abs(float(kept.double().mean()) - (1 - rate)) < 5 * (rate * (1 - rate) / entries) ** 0.5
+        if whole is not None:
+            torch.testing.assert_close(some[kept], whole[kept] / (1 - rate))
+    hidden = seen[1][0]
+    assert float(hidden.abs().max()) > 1  # of tanh, so larger by 1 / 0.8
+
+
+def test_whole_symbols_are_dropped_from_the_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net, kernel, seen = LSTM(600, P, 6, 1, 5, 0.0, 0.0, 0.0, 0.25, 0.0), torch.lstm, []
+
+    def spy(h: Tensor, *rest: Any) -> Any:
+        seen.append(h)
+        return kernel(h, *rest)
+
+    monkeypatch.setattr(torch, "lstm", spy)
+    x = torch.arange(600).expand(2, -1)
+    with torch.no_grad():
+        net(x)
+    first = seen[0][:, 1:]
+    assert torch.equal(first[0], first[1])
+    kept = (first[0] != 0).any(1)
+    assert torch.equal(first[0] != 0, kept[:, None].expand_as(first[0]))
+    torch.testing.assert_close(first[0][kept], net.embedding[:-1][kept].detach() / 0.75)
+    assert abs(float(kept.double().mean()) - 0.75) < 5 * (0.25 * 0.75 / 599) ** 0.5

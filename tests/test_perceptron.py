@@ -56,3 +56,23 @@ def test_a_head_of_zeros_is_the_identity_and_empty_parts_are_refused():
     assert net(enumerate_all(3, 3)).abs().max() == 0
     with pytest.raises(ValueError, match="found 0 and 2"):
         InfillPerceptron(3, 5, KNOWN[:0], HIDDEN)
+
+
+@torch.no_grad()
+def test_what_a_layer_adds_is_dropped_at_the_rate_in_training_alone():
+    torch.manual_seed(0)
+    net, seen = make(num_layers=2, dropout=0.25), []
+    for layer in net.layers:
+        layer.register_forward_hook(lambda _, args, out: seen.append(out))
+    x = torch.tensor([[0, 1, 2]]).expand(2000, 3)
+    net.eval()(x)
+    whole = seen[0]
+    assert torch.equal(net(x), net(x))
+    assert (whole != 0).all()
+    seen.clear()
+    net.train()(x)
+    for some in seen:
+        # 16,000 entries: within five standard deviations.
+        assert abs(float((some == 0).double().mean()) - 0.25) < 5 * (0.25 * 0.75 / 16_000) ** 0.5
+    kept = seen[0] != 0
+    torch.testing.assert_close(seen[0][kept], whole[kept] / 0.75)

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from cases import alternate, enumerate_all, randomize, transformer
 from torch.nn import functional as F
 
 from dflow.core import Context
-from dflow.nn.transformer import Attention, GroupCausalTransformer, InfillTransformer
+from dflow.nn.transformer import Attention, Block, GroupCausalTransformer, InfillTransformer
 from dflow.ops.lookup import lookup
 from dflow.ops.modular import one_hot
 from dflow.ops.orders import ORDERS, check_order, lockstep
@@ -151,3 +153,30 @@ def test_wrong_arguments_name_the_value():
         check_order(torch.tensor([[0, 0]]), 2)
     with pytest.raises(ValueError, match="int64 matrix"):
         check_order(torch.tensor([0, 1]), 2)
+
+
+@pytest.mark.parametrize("path", ["attention", "perceptron"])
+@torch.no_grad()
+def test_a_block_drops_what_either_path_adds_in_training_alone(path):
+    torch.manual_seed(1)
+    block, rate, n = Block(32, 2, 48, dropout=0.3).double(), 0.3, 9
+    # The other path adds nothing.
+    (block.down if path == "attention" else block.attention.out).weight.zero_()
+    h = torch.randn(40, n, 32, dtype=torch.float64)
+    rotation = torch.ones(n, 2, 1, 8, dtype=torch.complex128)
+    whole = block.eval()(h, rotation, None) - h
+    assert torch.equal(block(h, rotation, None) - h, whole)
+    assert (whole != 0).all()
+    some = block.train()(h, rotation, None) - h
+    kept = some.abs() > 1e-12
+    torch.testing.assert_close(some[kept], whole[kept] / (1 - rate))
+    for share in (kept.double().mean(), kept[:, 0].double().mean(), kept[..., 0].double().mean()):
+        # Five standard deviations of the smallest of these, of 360 entries.
+        assert abs(float(share) - (1 - rate)) < 5 * math.sqrt(rate * (1 - rate) / 360)
+    assert not torch.equal(block(h, rotation, None) - h, some)
+
+
+def test_attention_itself_drops_nothing():
+    attention = Attention(16, 2).double().train()
+    h, rotation = torch.randn(2, 5, 16, dtype=torch.float64), torch.ones(5, 2, 1, 4, dtype=torch.complex128)
+    assert torch.equal(attention(h, rotation, None), attention.eval()(h, rotation, None))

@@ -12,6 +12,8 @@ from dflow.config import InputError
 from dflow.distributions import Categorical, SequenceCategorical
 from dflow.elementwise import ModAffine
 from dflow.flows import Flow, Split
+from dflow.nn.embed import Neighbours
+from dflow.nn.lstm import LSTM
 
 VARIANTS = [(family, {}) for family in zoo.names("text")] + [
     ("grouped", {"order": "bit_reversed"}),
@@ -203,3 +205,52 @@ def test_levels_of_a_multiscale_law_are_the_couplings_of_a_bipartite_flow(length
         law = law.base
     assert isinstance(law, Categorical)
     assert law.dim == 1
+
+
+RATES = {"dropout": 0.25, "ngram_dropout": 0.125, "ngram_rows": 9}
+LSTM_RATES = {
+    "dropout": 0.1, "dropout_hidden": 0.2, "dropout_input": 0.3, "dropout_embedding": 0.4, "weight_drop": 0.5
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        *[(family, RATES) for family in zoo.FAMILIES if family != "lstm"],
+        ("bipartite", {"dropout": 0.25, "conditioner": "perceptron"}),
+        ("grouped", RATES | {"calls": [1, 4]}),
+        ("multiscale", RATES | {"conditional": "categorical"}),
+        ("autoregressive", RATES | {"base": "autoregressive"}),
+        ("lstm", LSTM_RATES),
+    ],
+)
+@torch.no_grad()
+def test_every_network_drops_out_at_the_rates_of_the_settings_in_training_alone(family, changes):
+    config = zoo.settings(family, SETTINGS[family] | {"length": 8} | changes)
+    model = randomize(zoo.build(family, config, 3))
+    modules = list(model.modules())
+    if family == "lstm":
+        [net] = [m for m in modules if isinstance(m, LSTM)]
+        assert {name: getattr(net, name) for name in LSTM_RATES} == LSTM_RATES
+    else:
+        assert {m.p for m in modules if isinstance(m, torch.nn.Dropout)} == {0.25}
+        tables = {m.ngram_dropout for m in modules if isinstance(m, Neighbours) and m.hash.shape[1]}
+        assert tables == ({0.125} if "ngram_rows" in changes else set())
+    for module in modules:
+        if isinstance(module, Categorical) and not module.learned:
+            # A uniform base costs the same at every latent.
+            module.assign(20 * torch.rand(module.counts.shape, dtype=torch.float64))
+    x = torch.randint(0, 3, (32, 8))
+    once, again = model.eval().log_prob(x), model.log_prob(x)
+    assert torch.equal(once, again)
+    assert not torch.equal(model.train().log_prob(x), once)
+    assert not torch.equal(model.log_prob(x), model.log_prob(x))
+
+
+def test_nothing_is_dropped_unless_asked_for():
+    for family in zoo.FAMILIES:
+        config = zoo.settings(family, {"length": 64})
+        if family == "lstm":
+            assert not any(value for name, value in dataclasses.asdict(config).items() if "drop" in name)
+        else:
+            assert config.dropout == config.ngram_dropout == 0

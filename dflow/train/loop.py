@@ -43,7 +43,7 @@ from dflow.data import files
 from dflow.memory import keep_memory
 from dflow.nn.binary import StochasticBatchNorm
 from dflow.terminal import shown
-from dflow.train import shards
+from dflow.train import schedule, shards
 from dflow.train.recipe import METRICS, RECIPE, STATE, Recipe, load_recipe
 from dflow.train.tasks import Batch, Task, mix, task_of
 
@@ -166,12 +166,7 @@ class _Run:
         if config.ema:
             of = self.model if self.sharded else self.shown
             self.averages = [p.detach().clone() if self.sharded else p for p in of.parameters()]
-        matrices = [p for p in objective.parameters() if p.ndim >= 2]
-        others = [p for p in objective.parameters() if p.ndim < 2]
-        groups = [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
+        groups = schedule.parameter_groups(objective.parameters(), config.weight_decay)
         self.optimizer = torch.optim.AdamW(
             groups if self.learned else [torch.zeros(())],
             lr=config.learning_rate,
@@ -207,10 +202,7 @@ class _Run:
 
     def fraction(self) -> float:
         """How much of the budget is spent, in [0, 1]."""
-        c = self.config
-        spent = [self.step / c.steps] if c.steps else []
-        spent += [self.elapsed / (60 * c.minutes)] if c.minutes else []
-        return min(1.0, max(spent))
+        return schedule.fraction(self.config, self.step, self.elapsed)
 
     # -- the loop --------------------------------------------------------------------------------------------
 
@@ -394,40 +386,28 @@ class _Run:
             momentum = self.task.momentum(self.step, self.fraction())
             self.base.update(accelerator.reduce(counts) if self.world > 1 else counts, momentum)
         if config.ema and self.learned:
-            # A young average would be mostly the random start.
-            decay = min(config.ema, (1 + self.step) / (10 + self.step))
+            decay = schedule.average_decay(config.ema, self.step)
             with torch.no_grad():
                 torch._foreach_lerp_(self.averages, list(self.model.parameters()), 1 - decay)
         return value, count
 
     def _schedules(self) -> None:
-        config, fraction = self.config, self.fraction()
-        decay = config.final_learning_rate
-        cosine = decay + (1 - decay) * (1 + math.cos(math.pi * fraction)) / 2
-        rate = config.learning_rate * cosine * min(1.0, (self.step + 1) / max(1, config.warmup))
+        fraction = self.fraction()
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = schedule.learning_rate(self.config, self.step, fraction)
         self.task.schedule(self.step, fraction)
 
-    def _interval(self, every: int | None) -> tuple[str, float]:
-        """Between two evaluations or saves, in steps or in seconds."""
-        config = self.config
-        if every is not None:
-            return "steps", every
-        if config.eval_minutes is None and config.minutes is None:
-            return "steps", math.ceil((config.steps or 10) / 10)
-        return "seconds", 60 * (config.eval_minutes or (config.minutes or 0) / 10)
-
     def _intervals(self) -> list[Any]:
-        return [list(self._interval(self.config.eval_every)), self.config.save_every]
+        return [list(schedule.interval(self.config, self.config.eval_every)), self.config.save_every]
 
     def _next(self, every: int | None) -> float:
         """The next evaluation or save: a step, or a time in seconds."""
-        unit, size = self._interval(every)
+        unit, size = schedule.interval(self.config, every)
         return size + (self.step if unit == "steps" else self.elapsed)
 
     def _due(self, when: float, every: int | None) -> bool:
-        return (self.step if self._interval(every)[0] == "steps" else self.elapsed) >= when
+        unit, _ = schedule.interval(self.config, every)
+        return (self.step if unit == "steps" else self.elapsed) >= when
 
     def _agree(self, nats: Tensor, norm: Tensor | float | None, elapsed: float) -> tuple[float, float]:
         """Add up the loss of all processes; set the time spent and whether to stop, alike on all of them.
