@@ -175,7 +175,7 @@ def test_start_from_floats(tmp_path: Path) -> None:
 
 
 def test_rules_and_families() -> None:
-    with pytest.raises(InputError, match="trains no classifier; use auto"):
+    with pytest.raises(InputError, match="trains no model of family 'pbnet'; use auto"):
         load_recipe(RECIPES[0], ["train.rule=elbo"])
     with pytest.raises(InputError, match="did you mean 'pbnet'"):
         load_recipe(RECIPES[0], ["model.family=pbnett"])
@@ -209,7 +209,7 @@ def test_folder_comes_back(trained: Path, tmp_path: Path) -> None:
 def test_folders_of_other_kinds(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a model of labels of images; this takes a model of text"):
         hf.load(trained)
-    with pytest.raises(InputError, match="no family of classifiers"):
+    with pytest.raises(InputError, match="unknown family 'other'; known: pbnet"):
         DflowClassifier(DflowClassifierConfig(family="other"))
     with pytest.raises(InputError, match="missing"):
         DflowClassifier(DflowClassifierConfig())

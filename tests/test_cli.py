@@ -73,6 +73,7 @@ def test_every_example_parses(verb: str, cls: type[Any], function: Any, example:
     values = vars(build_parser().parse_args(example.split()[1:]))
     assert values.pop("_cls") is cls
     assert values.pop("_function") is function
+    assert values.pop("_modules") == []
     assert values.pop("_parser").prog == f"dflow {verb}"
     assert isinstance(read_flags(cls, values), cls)
 

@@ -470,9 +470,11 @@ def test_unfit_data_are_refused(pictures: Path, table: Path) -> None:
 
 
 def test_families_are_those_of_the_kind() -> None:
-    with pytest.raises(InputError, match="no family of models of images; known: dequantized, integer"):
+    with pytest.raises(InputError, match="'grouped' is one of models of text, and this takes one of images"):
         hf.DflowImageModel(hf.DflowImageConfig(family="grouped"))
-    with pytest.raises(InputError, match="no family of models of text"):
+    with pytest.raises(
+        InputError, match="'dequantized' is one of models of images or tables, and this takes one of text"
+    ):
         hf.DflowModel(hf.DflowConfig(family="dequantized"))
     with pytest.raises(InputError, match="shape and levels are missing"):
         hf.DflowImageModel(hf.DflowImageConfig())

@@ -54,15 +54,7 @@ except ImportError:  # of systems other than Unix
 
 
 class Preempted(KeyboardInterrupt):
-    """A signal other than Ctrl-C asked the training to make room: its state is saved, and it can be resumed.
-
-    Attributes:
-        signal: the number of the signal, SIGTERM or SIGUSR1.
-    """
-
-    def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
-        super().__init__(message)
-        self.signal = number
+    """A signal other than Ctrl-C asked the training to make room: its state is saved, and it can be resumed."""
 
 
 def train(recipe: Recipe, resume: bool = False) -> Path:
@@ -288,7 +280,7 @@ class _Run:
                 )
                 if self.stop == signal.SIGINT:
                     raise KeyboardInterrupt(message)
-                raise Preempted(message, self.stop)
+                raise Preempted(message)
         if self.accelerator.is_main_process:
             # Killed before it removed the last one, a run that is resumed has no step left to do it after.
             self._prune()
