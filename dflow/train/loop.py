@@ -54,7 +54,7 @@ except ImportError:  # of systems other than Unix
 
 
 class Preempted(KeyboardInterrupt):
-    """A signal other than Ctrl-C asked the training to make room: its state is saved, and it can be resumed."""
+    """A signal other than Ctrl-C asked for room: the state is saved, and the training can be resumed."""
 
 
 def train(recipe: Recipe, resume: bool = False) -> Path:

@@ -1,0 +1,103 @@
+"""What version 0.1.0 wrote is read as before: model folders, recipes, drawn text and pictures, .dfl files.
+
+``golden/v0.1.0.tar.xz`` holds small models of every family that version 0.1.0 trained, with the data,
+the recipes, what ``dflow evaluate`` and ``dflow generate`` printed and what ``dflow compress`` wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dflow import cli, hf
+from dflow.hf import DflowClassifier
+
+ARCHIVE = Path(__file__).parent / "golden" / "v0.1.0.tar.xz"
+#: Draws of the dequantizer for which the bounds were computed.
+DRAWS = ["--draws", "8"]
+
+
+def expectations() -> dict[str, dict[str, Any]]:
+    with tarfile.open(ARCHIVE) as archive:
+        file = archive.extractfile("./expected.json")
+        assert file is not None
+        values: dict[str, dict[str, Any]] = json.load(file)
+    return values
+
+
+EXPECTED = expectations()
+FLOWS = [name for name in EXPECTED if name != "pbnet"]
+FIGURES = ["bpc", "nats", "vi", "nll", "exact"]
+
+
+@pytest.fixture
+def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with everything that version 0.1.0 left, which is also the working directory."""
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*words: str) -> None:
+    assert cli.main([*words, "--threads", "1"]) == 0
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_figures_are_those_of_before(old: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = EXPECTED[name]["evaluate"]
+    draws = DRAWS if "vi" in before else []
+    run("evaluate", "--model", name, "--limit", "8", "--json", *draws)
+    now = json.loads(capsys.readouterr().out)
+    figures = [figure for figure in FIGURES if before.get(figure) is not None]
+    assert figures
+    for figure in figures:
+        assert now[figure] == pytest.approx(before[figure], rel=1e-5), figure
+    assert now["kind"] == before["kind"]
+    assert now["checksum"] == before["checksum"]
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_draws_are_those_of_before(old: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = EXPECTED[name]["draws"]
+    command = ["generate", "--model", name, "--n", "3", "--seed", "1"]
+    if not before.startswith("draws."):
+        run(*command, "--format", "jsonl")
+        rows = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+        assert rows == [json.loads(line)["text"] for line in before.splitlines()]
+        return
+    run(*command, "-o", f"again{Path(before).suffix}")
+    first, again = Path(name, before), Path(f"again{Path(before).suffix}")
+    if first.suffix == ".csv":
+        assert np.allclose(*(np.loadtxt(f, delimiter=",", skiprows=1) for f in (first, again)), atol=1e-5)
+    else:
+        assert np.array_equal(np.load(first), np.load(again))
+
+
+@pytest.mark.parametrize("name", [name for name in FLOWS if "file" in EXPECTED[name]])
+def test_files_decode_as_before(old: Path, name: str) -> None:
+    run("decompress", f"{name}/{EXPECTED[name]['file']}", "-o", "back", "--model", name)
+    if EXPECTED[name]["file"] == "note.dfl":
+        assert Path("back/note.txt").read_bytes() == Path("note.txt").read_bytes()
+        return
+    for picture in ("000.png", "001.png"):
+        assert np.array_equal(*(np.asarray(Image.open(Path(f, picture))) for f in ("back", "pictures")))
+
+
+def test_a_classifier_gives_what_it_gave(old: Path) -> None:
+    model = hf.load("pbnet", kind=DflowClassifier)
+    x = (torch.arange(4 * 64) * 37 % 256).view(4, 64)
+    assert torch.allclose(model(x).logits, torch.tensor(EXPECTED["pbnet"]["log_prob"]), atol=1e-5)
+
+
+def test_a_training_of_before_goes_on(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("train", "--resume", "grouped", "--set", "train.steps=44")
+    steps = [json.loads(line)["step"] for line in Path("grouped/metrics.jsonl").read_text().splitlines()]
+    assert steps == [40, 44]
