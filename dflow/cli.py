@@ -1472,11 +1472,10 @@ def is_same(load: Callable[[Any], Any], trained: Any, fresh: Any) -> bool:
 
     Then its splits are those of the training, whatever their shares.
     """
-    moved = dataclasses.replace(trained, name=fresh.name, folder=fresh.folder)
     if trained.checksum is None or not (trained.is_path and fresh.is_path):
         return False
     try:
-        load(moved)
+        load(dataclasses.replace(trained, name=fresh.name, folder=fresh.folder))
     except InputError:
         return False
     return True

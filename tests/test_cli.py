@@ -356,19 +356,19 @@ def test_what_goes_wrong_outside_is_said_in_words(
     assert said in fails(capsys, "generate", "--model", lstm, code=code)
 
 
-@pytest.mark.parametrize("text", ["", "stopped at step 3 and saved; go on with: dflow train --resume out"])
+@pytest.mark.parametrize("said", ["", "stopped at step 3 and saved; go on with: dflow train --resume out"])
 def test_ctrl_c_is_no_error(
-    text: str, lstm: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    said: str, lstm: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt(*[text] * bool(text))
+        raise KeyboardInterrupt(*[said] * bool(said))
 
     monkeypatch.setattr(dflow.generate, "generate", stop)
     assert main(["generate", "--model", lstm]) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == (text or "interrupted")
+    assert capsys.readouterr().err.splitlines()[-1] == (said or "interrupted")
     monkeypatch.setenv("RANK", "1")  # the first of several processes says it for all
     assert main(["generate", "--model", lstm]) == 130
-    assert text not in capsys.readouterr().err or not text
+    assert said not in capsys.readouterr().err or not said
 
 
 def test_a_bug_keeps_its_traceback(lstm: str, monkeypatch: pytest.MonkeyPatch) -> None:

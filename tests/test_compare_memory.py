@@ -44,9 +44,9 @@ def test_peaks_are_those_of_the_codec() -> None:
 
 def test_what_fails_there_is_told_here() -> None:
     here, there = multiprocessing.Pipe()
-    memory._work(there, partial(Holder, 1), (), [b"none"], 1)
+    memory._work(there, partial(Holder, 1), (), [b"none"], 1, ())
     assert "AssertionError" in here.recv()
-    memory._work(there, peers.find, ("none", "such"), None, 1)
+    memory._work(there, peers.find, ("none", "such"), None, 1, ())
     assert here.recv() == "ValueError: no codec none (such)"
 
 

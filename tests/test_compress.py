@@ -405,7 +405,7 @@ def hostile(**changes: object) -> bytes:
         (hostile(name="a\\b"), "names a place"),
         (hostile(name=".."), "is none"),
         (hostile(name=""), "is none"),
-        (hostile(name="a\n"), "is none"),
+        (hostile(name="a\n"), "cannot be shown"),
         (hostile(name="a\x1b[2Jb"), "cannot be shown"),
         (hostile(name="x" * 201), "longer than"),
         (hostile(alpha=300), "alpha that is none"),

@@ -509,7 +509,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (("decompress", packed, "-o", tmp_path / "b2", "--model", folder, "--limit", "9"), "--limit"),
         (("compress", text, "-o", tmp_path / "x", "--model", folder, "--mode", "fixed"), "--mode fixed"),
         (("compress", text, "-o", tmp_path / "x", "--model", folder, "--tiles", "3"), "--tiles"),
-        (("compress", text, text, "-o", tmp_path / "x", "--model", folder), "same name"),
+        (("compress", text, text, "-o", tmp_path / "x", "--model", folder), "would both come back as"),
         (("compress", text, "-o", tmp_path / "x", "--model", folder, "--batch-size", "0"), "batch size 0"),
         (("plot", "progressive", packed, "--model", folder, "-o", tmp_path / "p.png"), "text"),
     ):

@@ -19,7 +19,7 @@ from dflow.distributions import Categorical
 K = 5
 
 #: Further settings of families of text: other rules, bases in closed form, several numbers of calls.
-TEXTS = [(family, {}) for family in zoo.FAMILIES] + [
+TEXTS = [(family, {}) for family in zoo.names("text")] + [
     ("grouped", {"calls": [1, 4]}),
     ("grouped", {"block": 2}),
     ("any_order", {"order": "random", "schedule": "dp"}),

@@ -129,7 +129,7 @@ def test_training_lowers_the_bound_and_the_folder_holds_the_best_model(
     assert [r["step"] for r in rows] == [10, 20, 30]
     assert rows[-1]["valid_bits"] < rows[0]["valid_bits"]
     assert {p.name for p in out.iterdir()} == {
-        "config.json", "manifest.json", "metrics.jsonl", "model.safetensors", "recipe.yaml",
+        "config.json", "data.json", "manifest.json", "metrics.jsonl", "model.safetensors", "recipe.yaml",
         "state.safetensors",
     }  # fmt: skip
     images, trained = load_images(recipe_of(out).data), load_image(out)
@@ -675,7 +675,7 @@ def test_evaluate_on_other_data(
     assert recipe_of(pictures).data.valid == 0.2
     grey = write_pictures(tmp_path / "grey", 30, depth=1, size=4)
     assert cli.main([*base, str(pictures), "--data", str(grey)]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["num_rows"] == 1
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["num_rows"] == 30
     for name, said in [
         ("checkerboard", "(2,); this model takes (1, 4, 4)"),
         (str(write_pictures(tmp_path / "deep", 30, size=4)), "is none of 0..1"),

@@ -216,7 +216,7 @@ LSTM_RATES = {
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
-        *[(family, RATES) for family in zoo.FAMILIES if family != "lstm"],
+        *[(family, RATES) for family in zoo.names("text") if family != "lstm"],
         ("bipartite", {"dropout": 0.25, "conditioner": "perceptron"}),
         ("grouped", RATES | {"calls": [1, 4]}),
         ("multiscale", RATES | {"conditional": "categorical"}),
@@ -248,7 +248,7 @@ def test_every_network_drops_out_at_the_rates_of_the_settings_in_training_alone(
 
 
 def test_nothing_is_dropped_unless_asked_for():
-    for family in zoo.FAMILIES:
+    for family in zoo.names("text"):
         config = zoo.settings(family, {"length": 64})
         if family == "lstm":
             assert not any(value for name, value in dataclasses.asdict(config).items() if "drop" in name)
