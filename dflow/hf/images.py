@@ -157,7 +157,7 @@ class DflowImageModel(Pretrained):
     @property
     def _symbols(self) -> bool:
         """Whether entries are symbols of Z/K (modular), whose floats are one-hot rows."""
-        return zoo.MAPS[0] in self.config.record.rules
+        return zoo.MAPS[0] in (self.config.record.rules or ())
 
     def initialize(self, pixel_values: Tensor) -> None:
         """Start from data, as `dflow train` does: scales of layers, and what has a closed form.
