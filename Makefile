@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench clean
+.PHONY: help install demo test test-slow check bench clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED)  ## Make the environment (the other targets do so by themselves)
 
@@ -29,8 +29,11 @@ demo: $(INSTALLED)  ## Train a grouped model and an LSTM on Python's help, draw 
 	$(BIN)/dflow compare demo/grouped demo/lstm --output demo
 	@echo "100 samples: demo/samples.txt; table and plot: demo/compare.md, demo/compare.png"
 
-test: $(INSTALLED)  ## Run all tests and the examples in docstrings
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+test: $(INSTALLED)  ## Run the tests and the examples in docstrings (under eight minutes on two cores)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-slow: $(INSTALLED)  ## Run the tests that kill, damage and run in several processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 check: $(INSTALLED)  ## Lint, formatting, types, floors
 	$(BIN)/ruff check .

@@ -197,10 +197,10 @@ class Source:
         trained = recipe_of(path).data
         if self.data == trained.name or data.checksum == trained.checksum:
             return True
-        places = [Path(name).expanduser() for name in (self.data, trained.name)]
+        places = [files.expanded(name) for name in (self.data, trained.name)]
         bases = [files.data_folder(f) for f in (self.folder or trained.folder, trained.folder)]
         resolved = [
-            {p.resolve() for p in (place, base / place if base else place) if p.exists()}
+            {p.resolve() for p in (place, base / place if base else place) if files.exists(p)}
             for place, base in zip(places, bases, strict=True)
         ]
         return bool(resolved[0] & resolved[1])

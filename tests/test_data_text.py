@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from dflow.config import InputError, parse
 from dflow.data import MAX_SENTENCE, Bytes, Characters, Corpus, DataConfig, Text, load
+from dflow.train import load_recipe
 
 STREAM = Text("train", torch.arange(23, dtype=torch.uint8), None, 23)
 SENTENCES = Text(
@@ -314,3 +316,15 @@ def test_the_default_text_in_lower_case_and_in_sentences() -> None:
     assert lower.tokenizer.size < load(DataConfig()).tokenizer.size
     lines = load(DataConfig(protocol="sentence"))
     assert lines.train.longest <= MAX_SENTENCE
+
+
+@pytest.mark.parametrize(
+    "name", ["a" * 5000, "a/" * 3000, "~nobody-of-this-name/x.txt"], ids=["long", "deep", "user"]
+)
+def test_a_path_that_no_file_can_have_is_refused_like_any_other(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="neither a data set nor a file"):
+        load(DataConfig(name=name))
+    recipe = {"data": {"name": name, "store": name}, "model": {"family": "lstm"}, "train": {"steps": 1}}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe | {"output": str(tmp_path / "out")}))
+    assert load_recipe(path).data.name == name

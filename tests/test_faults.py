@@ -26,7 +26,7 @@ from dflow.objectives import Objective
 from dflow.train import Preempted, load_recipe, train
 from dflow.train.loop import _Run
 
-pytestmark = pytest.mark.usefixtures("forks")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forks")]
 
 
 @pytest.fixture

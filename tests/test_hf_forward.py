@@ -273,7 +273,8 @@ def test_what_lengths_cannot_say_is_refused(family: str) -> None:
         ({"labels": prompt}, "before others that are present; a whole sequence is scored"),
         ({"labels": last, "attention_mask": ones}, "attention_mask says that 8 symbols of row 1 are present"),
         ({"lengths": torch.tensor([8, 8]), "labels": last}, "lengths says that 8 .* labels that 7 are"),
-        ({"attention_mask": 0 * ones}, r"lengths must lie in 1\.\.8"),
+        ({"attention_mask": 0 * ones}, "attention_mask: no symbol of row 0 is present; leave the row out"),
+        ({"labels": -100 * ones}, "labels: no symbol of row 0 is present"),
     ]:
         with pytest.raises(InputError, match=message):
             model(x, **arguments)

@@ -27,6 +27,8 @@ INTEGER = {
     "hidden_size": 8, "num_hidden_layers": 2,
 }  # fmt: skip
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:

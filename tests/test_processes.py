@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from dflow import cli
 from dflow.nn.binary import Moments, StochasticBatchNorm
 
-pytestmark = pytest.mark.usefixtures("forks")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forks")]
 
 CONFIGS = sorted((Path(__file__).parent.parent / "recipes" / "accelerate").glob("*.yaml"))
 

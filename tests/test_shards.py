@@ -28,7 +28,7 @@ from dflow.nn.rescaled import Rescaled
 from dflow.ops.orders import lockstep
 from dflow.train import load_recipe, shards
 
-pytestmark = pytest.mark.usefixtures("forks")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forks")]
 
 
 def objective_of(name: str) -> tuple[nn.Module, torch.Tensor]:

@@ -25,8 +25,8 @@ def data_folder(folder: str | os.PathLike[str] | None = None) -> Path | None:
     named = os.fspath(folder) if folder is not None else os.environ.get("DFLOW_DATA")
     if not named:
         return None
-    path = Path(named).expanduser()
-    if not path.is_dir():
+    path = expanded(named)
+    if not os.path.isdir(path):
         source = "the setting 'folder'" if folder is not None else "the environment variable DFLOW_DATA"
         raise InputError(f"{path}: no such folder ({source} names it); create it or correct the name")
     return path
@@ -113,9 +113,19 @@ class Changed(InputError):
     """Data have another checksum than those that were expected."""
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """A path with ``~`` expanded, where there is such a user."""
+    return Path(os.path.expanduser(path))
+
+
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Whether there is such a file or folder; there is none whose name no file can have."""
+    return os.path.exists(path)
+
+
 def absolute(path: str | os.PathLike[str]) -> str:
     """A path from the root; ``~`` is expanded, links are not followed."""
-    return os.path.abspath(Path(path).expanduser())
+    return os.path.abspath(expanded(path))
 
 
 def gone(name: str, checksum: str) -> InputError:

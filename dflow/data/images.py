@@ -399,10 +399,10 @@ def _arrange_before(path: Path) -> Arranged:
 
 
 def _path(config: ImageConfig) -> Path:
-    path = Path(config.name).expanduser()
-    if not path.exists() and (folder := files.data_folder(config.folder)):
+    path = files.expanded(config.name)
+    if not files.exists(path) and (folder := files.data_folder(config.folder)):
         path = folder / config.name
-    if not path.exists():
+    if not files.exists(path):
         if config.name in (sets.PYDOC, *sets.KNOWN) or synthetic.is_law(config.name):
             raise InputError(
                 f"{config.name}: a text, and this is a model of images or tables; use a model.family of text"

@@ -575,7 +575,7 @@ def _stored(config: DataConfig, tokenizer: Tokenizer | None, arrange: Arrange) -
     if found is not None and config.split_by == "files":
         found = splits.by_files(found, shares)
     stored = stores.open_store(
-        Path(str(config.store)).expanduser(),
+        files.expanded(str(config.store)),
         stores.Source(config.name, found, config.lowercase),
         config.tokenizer,
         config.vocab_size,
@@ -601,10 +601,10 @@ def _stored(config: DataConfig, tokenizer: Tokenizer | None, arrange: Arrange) -
 
 def _path(config: DataConfig) -> Path:
     """Of the user's text."""
-    path = Path(config.name).expanduser()
-    if not path.exists() and (folder := files.data_folder(config.folder)):
+    path = files.expanded(config.name)
+    if not files.exists(path) and (folder := files.data_folder(config.folder)):
         path = folder / config.name
-    if not path.exists():
+    if not files.exists(path):
         if config.name in (image_sets.CHECKERBOARD, *image_sets.KNOWN) or config.name.startswith("hub:"):
             raise InputError(
                 f"{config.name}: images, and this is a model of text; use model.family dequantized (a text "

@@ -96,7 +96,10 @@ def present_lengths(
             )
     if lengths is not None or not counted:
         return lengths
-    *_, last = counted.values()
+    name, last = list(counted.items())[-1]
+    if not bool((last > 0).all()):
+        row = int((last <= 0).nonzero()[0])
+        raise InputError(f"{name}: no symbol of row {row} is present; leave the row out of the batch")
     return None if bool((last == input_ids.shape[1]).all()) else last
 
 

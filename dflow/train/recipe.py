@@ -276,11 +276,11 @@ def _located(recipe: Recipe, path: Path) -> DataConfig | ImageConfig:
     moved: dict[str, Any] = {}
     for field_name in names:
         value = getattr(data, field_name)
-        if value is None or Path(value).expanduser().exists():
+        if value is None or files.exists(files.expanded(value)):
             continue
-        if field_name == "name" and any(Path(root, value).exists() for root in _roots(data)):
+        if field_name == "name" and any(files.exists(Path(root, value)) for root in _roots(data)):
             continue
-        beside = next((place / value for place in places if (place / value).exists()), None)
+        beside = next((place / value for place in places if files.exists(place / value)), None)
         if beside is not None:
             moved[field_name] = str(beside)
     return dataclasses.replace(data, **moved)
