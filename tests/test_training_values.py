@@ -319,6 +319,21 @@ def test_every_budget_of_a_model_has_its_turns_and_is_evaluated_by_its_own(group
     assert hf.load(grouped.out).num_calls == 2
 
 
+def test_an_evaluation_after_another_budget_is_by_the_models_own(tmp_path: Path) -> None:
+    run = watched(
+        tmp_path, "grouped", {"calls": [1, 4], "block": 2}, steps=6, eval_every=6, seed=3, learning_rate=0.05
+    )
+    assert run.calls[-1].budgets == [1]
+    [row] = metrics(run.out)
+    model = hf.load(run.out)
+    costs = {}
+    for calls in BUDGETS:
+        model.choose(calls)
+        costs[calls] = run.valid_bits(model)
+    assert row["valid_bits"] == pytest.approx(costs[2], abs=2e-5)
+    assert len({round(cost, 3) for cost in costs.values()}) == 3
+
+
 def test_any_order_models_learn_from_all_places_and_from_all_shares_known(tmp_path: Path) -> None:
     run = watched(tmp_path, "any_order", {"order": "random"}, steps=12, eval_every=12)
     assert len(run.watch.known) == 12
