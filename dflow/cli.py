@@ -512,6 +512,8 @@ def recipe_to_train(flags: Train) -> Recipe:
         if flags.output is not None:
             raise InputError(f"--output {flags.output}: the training in {path} stays there; leave it out")
         return resumed_recipe(path, flags.set)
+    if flags.resume and not path.exists():
+        raise InputError(f"{path}: neither the folder of a training nor a recipe; name one of these")
     recipe = load_recipe(path, flags.set)
     if flags.output is not None:
         recipe = dataclasses.replace(recipe, output=Path(flags.output))

@@ -426,6 +426,9 @@ def test_train_hands_on_recipe_overrides_and_output(
 def test_train_refuses(lstm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(Path(lstm) / "recipe.yaml")
     assert "no such recipe" in fails(capsys, "train", str(tmp_path / "none.yaml"))
+    assert "neither the folder of a training nor" in fails(
+        capsys, "train", "--resume", str(tmp_path / "none")
+    )
     assert "did you mean 'steps'" in fails(capsys, "train", recipe, "--set", "train.stpes=3")
     assert "exists already" in fails(capsys, "train", recipe)
 

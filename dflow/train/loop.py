@@ -819,8 +819,8 @@ def check_trackers(names: list[str]) -> None:
         packages = " ".join(name.replace("_", "-") for name in missing)
         rest = ",".join(name for name in names if name not in missing)
         raise InputError(
-            f"train.trackers: {', '.join(missing)} not installed; pip install {packages}, or leave out "
-            f"{'it' if len(missing) == 1 else 'them'}: --set 'train.trackers=[{rest}]'"
+            f"train.trackers: {', '.join(missing)} not installed; pip install {packages}, or train "
+            f"without {'it' if len(missing) == 1 else 'them'}: --set 'train.trackers=[{rest}]'"
         )
 
 
