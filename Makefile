@@ -32,7 +32,7 @@ demo: $(INSTALLED)  ## Train a grouped model and an LSTM on Python's help, draw 
 test: $(INSTALLED)  ## Run the tests and the examples in docstrings (under eight minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-test-slow: $(INSTALLED)  ## Run the tests that kill, damage and run in several processes
+test-slow: $(INSTALLED)  ## Run the slow tests: kills, damage, several processes, resuming, plug-ins
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 check: $(INSTALLED)  ## Lint, formatting, types, floors

@@ -13,6 +13,8 @@ import pytest
 from dflow.compare import codecs, memory, peers
 from dflow.compare.codecs import compare_codecs, texts
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 
 

@@ -33,7 +33,7 @@ from dflow.nn.perceptron import InfillPerceptron
 from dflow.ops.modular import one_hot
 from dflow.train import load_recipe
 
-pytestmark = pytest.mark.usefixtures("registries")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("registries")]
 
 MODULES = {code.split("\n", 1)[0].removeprefix("# "): code for code in blocks("docs/guide.md", "python")}
 TRAIN = {"steps": 3, "batch_size": 4, "eval_chunks": 4, "eval_every": 2, "trackers": [], "samples": 0}

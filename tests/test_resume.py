@@ -26,6 +26,8 @@ from dflow.data import DataConfig, load
 from dflow.train import load_recipe, loop, resume_command, train
 from dflow.train.loop import _Run
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -20,6 +20,8 @@ from dflow.terminal import shown, visible
 from dflow.threads import processors, wait_passively
 from dflow.train import load_recipe, train
 
+pytestmark = pytest.mark.slow
+
 EVIL = "line \x1b]0;owned\x07 of\x9b2J a\u202etext\r\n"
 
 
