@@ -55,6 +55,25 @@ LAYOUTS = [
 ]
 
 
+def test_folders_that_are_links_are_read(tmp_path: Path) -> None:
+    put(tmp_path / "elsewhere", **{"x.txt": VALID})
+    put(tmp_path / "data", **{"train/x.txt": APPLES, "test.txt": TEST})
+    (tmp_path / "data" / "valid").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "train" / "loop").symlink_to(tmp_path / "data")
+    assert parts(load(DataConfig(str(tmp_path / "data")))) == [APPLES, VALID, TEST]
+    (tmp_path / "elsewhere").rename(tmp_path / "moved")
+    with pytest.raises(
+        InputError, match="data/valid: a link to what is not there; correct the link or remove"
+    ):
+        load(DataConfig(str(tmp_path / "data")))
+
+
+def test_an_empty_file_of_a_split_is_named(tmp_path: Path) -> None:
+    put(tmp_path, **{"train.txt": APPLES, "valid.txt": "", "test.txt": TEST})
+    with pytest.raises(InputError, match=r"valid\.txt: no text in it \(valid\)"):
+        load(DataConfig(str(tmp_path)))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=[layout[0] for layout in LAYOUTS])
 @pytest.mark.parametrize("store", [False, True])
 def test_names_of_texts_tell_the_splits(layout: tuple[str, str, str], store: bool, tmp_path: Path) -> None:

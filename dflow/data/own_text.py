@@ -105,7 +105,8 @@ def _read(found: Arranged, lowercase: bool) -> tuple[dict[str, list[str]], int]:
     for split, pieces in texts.items():
         if not any(piece.strip() for piece in pieces):
             which = f" ({split})" if found.named else ""
-            raise InputError(f"{found.root}: no text in it{which}; name a file that has some")
+            [where] = found.parts[split] if len(pieces) == 1 else [found.root]
+            raise InputError(f"{where}: no text in it{which}; put text there, or leave it out")
     return texts, crlf
 
 

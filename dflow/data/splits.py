@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -132,8 +133,26 @@ def is_text(path: Path, split: str | None = None) -> bool:
 
 def holds_text(root: Path) -> bool:
     """Whether a file of the folder is read as text."""
-    inside = ((p, p.relative_to(root)) for p in root.rglob("*") if p.is_file())
+    inside = ((p, p.relative_to(root)) for p in below(root) if p.is_file())
     return any(is_text(p, place(i)) and not hidden(i) for p, i in inside)
+
+
+def below(folder: Path, above: frozenset[str] = frozenset()) -> list[Path]:
+    """The files in a folder and in those inside it, and links that lead nowhere, in the order of their names.
+
+    Links to folders are followed, but for those that lead back to a folder in which they lie, one of which
+    ``above`` names.
+    """
+    place = os.path.realpath(folder)
+    if place in above:
+        return []
+    listed = list[Path]()
+    for path in folder.iterdir():
+        if path.is_dir():
+            listed += below(path, above | {place})
+        elif path.is_file() or path.is_symlink():
+            listed.append(path)
+    return sorted(listed)
 
 
 def texts(root: Path) -> Arranged:
@@ -178,16 +197,18 @@ def arrange(root: Path, is_read: Callable[[Path, str | None], bool]) -> Arranged
         is_read: whether a file of this name, in this split, is of a kind that is read.
 
     Raises:
-        InputError: a file of which it is not clear what it is, beside others whose names tell it; or
-            validation or test data without training data.
+        InputError: a file of which it is not clear what it is, beside others whose names tell it;
+            validation or test data without training data; or a link to such data that leads nowhere.
     """
     parts: dict[str | None, list[Path]] = {}
     unread, passed = list[Path](), 0
-    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+    for path in below(root):
         inside = path.relative_to(root)
         split = place(inside)
         if hidden(inside):
             passed += is_read(path, split)
+        elif not path.exists() and (split is not None or is_read(path, split)):
+            raise InputError(f"{path}: a link to what is not there; correct the link or remove it")
         elif is_read(path, split):
             parts.setdefault(split, []).append(path)
         else:
