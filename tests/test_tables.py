@@ -287,6 +287,11 @@ ROWS = [(i % 4, round(float(a), 3)) for i, a in enumerate(NORMAL)]
         ("tabs.tsv", "count\treal\n" + "".join(f"{a}\t{b}\n" for a, b in ROWS)),
         ("mark.csv", "\ufeffcount,real\r\n" + "".join(f"{a},{b}\r\n" for a, b in ROWS)),
         ("pandas.csv", ",count,real\n" + "".join(f"{i},{a},{b}\n" for i, (a, b) in enumerate(ROWS))),
+        (
+            "pandas_twice.csv",
+            ",Unnamed: 0,count,real\n" + "".join(f"{i},{i},{a},{b}\n" for i, (a, b) in enumerate(ROWS)),
+        ),
+        ("returns.csv", "count,real\r" + "".join(f"{a},{b}\r" for a, b in ROWS)),
         ("again.csv", "Unnamed: 0,count,real\n" + "".join(f"{i},{a},{b}\n" for i, (a, b) in enumerate(ROWS))),
     ],
 )
@@ -311,6 +316,14 @@ def test_tables_are_read_as_they_are_written(name: str, text: str, tmp_path: Pat
         ("a,b,\n1,2,\n", "every column, and column 3 has no name; name it, or delete"),
         ("a,b;c\n1,2\n", "the first line has commas and semicolons, found 'a,b;c'; separate by one"),
         ("a b\n1 2\n", "no comma, semicolon or tab, found 'a b'; separate by commas"),
+        ("a|b\n1|2\n", "no comma, semicolon or tab, found 'a|b'; separate by commas".replace("|", r"\|")),
+        ("\na,b\n1,2\n", "the first line must name the columns, and is empty; remove empty lines above it"),
+        ("# by x\na,b\n1,2\n", "line 2: 2 values, and the header names 1 columns, '# by x'; correct one"),
+        (
+            "a,b\n1,red\n",
+            "'red' is no finite number; .*write a number for each word, or leave the column out",
+        ),
+        ("a,b\n1,NA\n", "'NA' is no finite number; leave the row out or fill"),
         ("a,b\n1,5,2,5\n", "4 values, and the header names 2 columns.*separate columns by semicolons"),
         ('a,b\n1,"2,5"\n', "'2,5' is no finite number; write numbers with a decimal point"),
         ("a;b\n1;2,5\n1;2.5\n", "line 3, column 'b': '2.5' is no finite .*have decimal commas"),
@@ -322,6 +335,30 @@ def test_other_tables_are_refused_with_a_way_out(text: str, message: str, tmp_pa
     path.write_text(text)
     with pytest.raises(InputError, match=rf"table\.csv.*{message}"):
         load_images(ImageConfig(str(path)))
+
+
+def test_a_model_of_version_0_1_0_keeps_a_column_that_counts_the_rows(tmp_path: Path) -> None:
+    path = tmp_path / "again.csv"
+    path.write_text("Unnamed: 0,count\n" + "".join(f"{i},{i % 5}\n" for i in range(60)))
+    assert load_images(ImageConfig(str(path))).columns == ("count",)
+    # The checksum of version 0.1.0, which took the column.
+    checksum = "sha256:f9ba9b9de68ae46cff4d9916febb28e3e17f0d082887835ebe8d2a40b96c4c88"
+    found = load_images(ImageConfig(str(path), checksum=checksum))
+    assert found.columns == ("Unnamed: 0", "count")
+    with pytest.raises(InputError, match="the data have changed"):
+        load_images(ImageConfig(str(path), checksum="sha256:0"))
+
+
+@pytest.mark.parametrize("continuous", [None, ["real"], ["large"]])
+def test_all_columns_that_have_to_be_real_are_told_at_once(
+    continuous: list[str] | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text("count,large,real\n" + "".join(f"{i % 5},{2_000_000 + i},{i / 7}\n" for i in range(60)))
+    with pytest.raises(InputError, match=r"or correct the value") as told:
+        load_images(ImageConfig(str(path), continuous=continuous))
+    assert "data.continuous=[large,real]" in str(told.value)
+    assert load_images(ImageConfig(str(path), continuous=["large", "real"])).lowest == (0, None, None)
 
 
 # -- draws are scored ----------------------------------------------------------------------------------------

@@ -325,12 +325,15 @@ def load_images(config: ImageConfig, partial: bool = False) -> ImageSet:
 
 
 def _load_before(config: ImageConfig, partial: bool) -> ImageSet | None:
-    """A folder as version 0.1.0 read it, if the checksum that a model keeps is that of this reading."""
-    own = config.name not in (CHECKERBOARD, *image_sets.KNOWN) and not config.name.startswith(HUB)
-    if config.checksum is None or not own or not _path(config).is_dir():
+    """A folder or table as version 0.1.0 read it, if the checksum that a model keeps is that reading's."""
+    if config.checksum is None or not config.is_path:
         return None
     try:
-        found = _load(config, partial, _arrange_before)
+        path = _path(config)
+        if not tables.is_table(path) or path.is_dir():
+            found = _load(config, partial, _arrange_before)
+        else:
+            found = _table(path, config, partial, whole=True)
     except InputError:
         return None
     return found if found.checksum == config.checksum else None
@@ -658,8 +661,8 @@ def _from_hub(config: ImageConfig, partial: bool) -> tuple[Pixels, ImageConfig, 
 # -- tables ----------------------------------------------------------------------------------------------
 
 
-def _table(path: Path, config: ImageConfig, partial: bool) -> ImageSet:
-    table = tables.read(path, config.continuous)
+def _table(path: Path, config: ImageConfig, partial: bool, whole: bool = False) -> ImageSet:
+    table = tables.read(path, config.continuous, whole)
     dealt, note = _deal({"train": table.values}, config, partial)
     low, high = table.values.min(0), table.values.max(0)
     discrete = [not real for real in table.real]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,12 +50,12 @@ def is_table(path: Path) -> bool:
     return any(suffix.lower() in SUFFIXES for suffix in path.suffixes)
 
 
-def read(path: Path, continuous: Sequence[str] | None = None) -> Table:
+def read(path: Path, continuous: Sequence[str] | None = None, whole: bool = False) -> Table:
     """The table of a file with a header row (plain, ``.xz`` or ``.gz``).
 
     Columns are separated by commas, semicolons or tabs, whichever the header has; between semicolons a comma
-    is a decimal comma. A first column that has no name and counts the rows, as pandas writes one, is left
-    out.
+    is a decimal comma. First columns that have no name and count the rows, as pandas writes them, are left
+    out unless ``whole``.
 
     ``continuous`` names the columns of real numbers; by default they are those with any value that is not an
     integer. All other columns hold integers.
@@ -66,7 +67,7 @@ def read(path: Path, continuous: Sequence[str] | None = None) -> Table:
     header, numbered, comma = _cells(path)
     values = np.array([_row(path, number, header, row, comma) for number, row in numbered])
     note = ""
-    if _unnamed(header[0]):
+    while _unnamed(header[0]) and not (whole and header[0]):
         if len(header) == 1 or (values[:, 0] != np.arange(len(values))).any():
             raise InputError(
                 f"{path}: the first column has no name; name it, or leave the column out (with pandas: "
@@ -78,15 +79,20 @@ def read(path: Path, continuous: Sequence[str] | None = None) -> Table:
     for name in continuous or ():
         if name not in header:
             raise InputError(f"continuous: {path} has no column {name!r}; {nearest(name, header)}")
-    whole = values == np.floor(values)
-    real = (~whole).any(0) if continuous is None else np.isin(header, continuous)
-    out = ~whole | (np.abs(values) > LARGEST)
+    integer = values == np.floor(values)
+    real = (~integer).any(0) if continuous is None else np.isin(header, continuous)
+    out = ~integer | (np.abs(values) > LARGEST)
     for i, j in np.argwhere(out & ~real)[:1]:
-        reason = f"above {LARGEST:,} in size" if whole[i, j] else "no integer"
+        reason = f"above {LARGEST:,} in size" if integer[i, j] else "no integer"
         number, row = numbered[i]
+        # All at once: who names this column alone makes the others discrete.
+        names = [
+            name for name, is_real, wrong in zip(header, real, out.any(0), strict=True) if is_real or wrong
+        ]
         raise InputError(
             f"{path}, line {number}: {row[j].strip()} in the discrete column {header[j]!r} is "
-            f"{reason}; name the column in data.continuous, or correct the value"
+            f"{reason}; name the column in data.continuous, data.continuous=[{','.join(names)}], or correct "
+            "the value"
         )
     return Table(tuple(header), tuple(real.tolist()), values, note)
 
@@ -152,6 +158,8 @@ def _unfit(column: NDArray[np.float64], scale: float) -> str | None:
             "could grow there without limit; multiply the column so that its values are integers and do not "
             "name it in data.continuous, or leave it out"
         )
+    if scale < np.finfo(float).tiny or scale == np.inf:
+        return f"has a standard deviation of {scale:.3g}, beyond 64 bits; multiply the column by a constant"
     step = float(np.spacing(np.abs(column).max()))
     if not step * _STEPS < scale < np.inf:
         return (
@@ -186,6 +194,9 @@ def _dependent(
 def _cells(path: Path) -> tuple[list[str], list[tuple[int, list[str]]], bool]:
     """Names of the columns, rows with the numbers of their lines, and whether there are decimal commas."""
     text = files.decode(files.read(path), path)
+    if "\n" not in text:
+        # Line ends of old Macintosh programs, which spreadsheets still offer.
+        text = text.replace("\r", "\n")
     delimiter = _delimiter(path, text)
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
@@ -215,7 +226,8 @@ def _delimiter(path: Path, text: str) -> str:
             f"{path}: the first line has {' and '.join(_SEPARATORS[d] for d in several)}, found "
             f"{line[:80]!r}; separate by one of them, and put a name that holds another into double quotes"
         )
-    if not several and " " in line.strip() and all(_number(w) is not None for w in _second(text).split()):
+    others = [other for other in (None, "|", ":") if len(line.split(other)) > 1]
+    if not several and any(all(_number(w) is not None for w in _second(text).split(o)) for o in others):
         raise InputError(
             f"{path}: the first line has no comma, semicolon or tab, found {line[:80]!r}; separate by commas"
         )
@@ -231,11 +243,16 @@ def _second(text: str) -> str:
 
 def _unnamed(name: str) -> bool:
     """Whether a name is none, as pandas writes that of its index, and as it reads and writes it again."""
-    return not name or name == "Unnamed: 0"
+    return not name or re.fullmatch(r"Unnamed: 0(\.\d+)*", name) is not None
 
 
 def _check_header(path: Path, header: list[str]) -> None:
-    if not header or not any(header) or all(_number(name) is not None for name in header):
+    if not any(header):
+        raise InputError(
+            f"{path}: the first line must name the columns, and is empty; remove empty lines above it, "
+            "or write a line of names, such as a,b,c"
+        )
+    if all(_number(name) is not None for name in header):
         raise InputError(
             f"{path}: the first line must name the columns, found {','.join(header)[:80]!r}; add a line of "
             "names, such as a,b,c, above it"
@@ -254,8 +271,9 @@ def _check_header(path: Path, header: list[str]) -> None:
 def _row(path: Path, number: int, header: list[str], row: list[str], comma: bool) -> list[float]:
     if len(row) != len(header):
         raise InputError(
-            f"{path}, line {number}: {len(row)} values, and the header names {len(header)} columns; correct "
-            "the line (where commas are decimal commas, separate columns by semicolons)"
+            f"{path}, line {number}: {len(row)} values, and the header names {len(header)} columns, "
+            f"{','.join(header)[:80]!r}; correct one of the lines (where commas are decimal commas, separate "
+            "columns by semicolons)"
         )
     values = []
     for name, cell in zip(header, row, strict=True):
@@ -263,6 +281,8 @@ def _row(path: Path, number: int, header: list[str], row: list[str], comma: bool
         if value is None or not np.isfinite(value):
             what = f"{cell.strip()[:80]!r} is no finite number" if cell.strip() else "the value is missing"
             way = "leave the row out or fill the value in"
+            if cell.strip() and value is None:
+                way += "; in a column of words write a number for each word, or leave the column out"
             if comma and "." in cell:
                 way = "other numbers of the file have decimal commas, so write all of them with a point"
             elif "," in cell:
