@@ -77,6 +77,7 @@ SHORT = "{'descr': '|u1', 'fortran_order': False, 'shape': (%s), }"
             with_header(SHORT % "2, 2", bytes(8)),
             "8 bytes follow its header, which says 4.*each array to its own",
         ),
+        (with_header(SHORT % "True, 4", bytes(4)), "damaged, its header says that it is of shape"),
         (with_header(SHORT % "-2, -2", bytes(4)), "damaged, its header says that it is of shape"),
         (npy(np.array([{}, 1]), allow_pickle=True), "no array of numbers but one of object"),
         (npy(np.zeros(2, [("a", "u1"), ("b", "<f4")])), "no array of numbers"),
@@ -164,6 +165,33 @@ def test_every_value_of_an_array_comes_back(dtype: str, order: str, tmp_path: Pa
     found = np.load(io.BytesIO(pixels.write(pixels.read(tmp_path / "a.npy"))))
     assert np.array_equal(found, array)
     assert found.dtype == array.dtype.newbyteorder("=")
+
+
+@pytest.mark.parametrize("dtype", ["|i1", "<i2", ">i2", "<i4", "<f4", "<f2", ">f8"])
+def test_an_array_of_another_type_is_saved_by_its_bits(dtype: str, tmp_path: Path) -> None:
+    array, path = np.arange(-40, 40).reshape(8, 10).astype(dtype), tmp_path / "a.npy"
+    np.save(path, array)
+    with pytest.raises(
+        InputError, match=r"a\.npy: .*only uint8 and uint16.*array\.view\(numpy\.uint(8|16)\)"
+    ) as told:
+        pixels.read(path)
+    view = np.uint8 if "numpy.uint8" in str(told.value) else np.uint16
+    # The way out is taken as it says, and gives every value back.
+    np.save(path, array.view(view))
+    back = np.load(io.BytesIO(pixels.write(pixels.read(path))))
+    assert np.array_equal(back.view(array.dtype), array)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "top", "name"), [("?", 1, "uint8"), ("<i8", 255, "uint8"), ("<i4", 256, "uint16")]
+)
+def test_whole_numbers_that_fit_are_saved_as_such(dtype: str, top: int, name: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.array([[0, top]], dtype))
+    with pytest.raises(InputError, match=rf"array\.astype\(numpy\.{name}\)"):
+        pixels.read(tmp_path / "a.npy")
+    np.savez(tmp_path / "a.npz", np.zeros((4, 4), np.uint8))
+    with pytest.raises(InputError, match=r"a\.npz: an archive of arrays"):
+        pixels.read(tmp_path / "a.npz")
 
 
 # -- weights -------------------------------------------------------------------------------------------------

@@ -481,6 +481,9 @@ def test_what_cannot_be_read_exactly_is_refused(tmp_path):
     np.save(tmp_path / "two.npy", np.zeros((1, 8, 8, 2), np.uint8))
     with pytest.raises(InputError, match="2 channels for a model of 3"):
         compress_images([tmp_path / "two.npy"], COLOUR)
+    # The way out that is told.
+    np.save(tmp_path / "two.npy", np.moveaxis(np.load(tmp_path / "two.npy"), -1, 1).reshape(-1, 8, 8, 1))
+    assert compress_images([tmp_path / "two.npy"], COLOUR)[1].values == 128
     save(tmp_path, "same.png", GREYS)
     (tmp_path / "b").mkdir()
     save(tmp_path / "b", "same.png", GREYS)

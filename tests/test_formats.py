@@ -139,6 +139,14 @@ def test_a_transparent_colour_of_png(kind: int, depth: int) -> None:
     assert any("bits became 8 bits" in note for note in stored.notes) == (depth < 8)
 
 
+def test_bits_beyond_the_depth_of_a_transparent_colour_do_not_count() -> None:
+    samples = noise(8, 8, 3)
+    key = samples[3, 4].astype(np.uint16) + 0x100
+    stored = both(png_file(samples, 8, 2, (b"tRNS", key.astype(">u2").tobytes())))
+    assert stored.alpha is not None
+    assert stored.alpha[3, 4] == 0
+
+
 def test_a_palette_with_alpha() -> None:
     samples, palette = noise(6, 6, 1, top=4), noise(4, 3)
     stored = both(png_file(samples, 2, 3, (b"PLTE", palette.tobytes()), (b"tRNS", b"\0\x80")))

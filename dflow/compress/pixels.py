@@ -108,7 +108,7 @@ def read(path: Path, again: bool = False) -> Picture:
         OSError: no such file.
     """
     data = path.read_bytes()
-    if path.suffix.lower() == ".npy":
+    if path.suffix.lower() in (".npy", ".npz"):
         return _array(path, data)
     return _picture(path, (formats.read_again if again else formats.read)(data, str(path), _WAY))
 
@@ -160,11 +160,13 @@ _CHANNELS = (1, 2, 3, 4)
 
 def _array(path: Path, data: bytes) -> Picture:
     values = from_npy(data, path)
-    if values.dtype not in (np.uint8, np.uint16):
-        raise InputError(f"{path}: an array of {values.dtype}; only uint8 and uint16 are compressed")
     if values.ndim not in (2, 3, 4) or not values.size:
         raise InputError(
             f"{path}: an array of shape {values.shape}; expected (H, W), (N, H, W) or (N, H, W, C), not empty"
+        )
+    if values.dtype not in (np.uint8, np.uint16):
+        raise InputError(
+            f"{path}: an array of {values.dtype}; only uint8 and uint16 are compressed: {_other_type(values)}"
         )
     if values.ndim == 3 and values.shape[2] in _CHANNELS and min(values.shape[:2]) > max(_CHANNELS):
         a, b, c = values.shape
@@ -176,6 +178,15 @@ def _array(path: Path, data: bytes) -> Picture:
     depth = max(1, int(values.max()).bit_length())
     form = Form(_name(path), UINT8 if values.dtype == np.uint8 else UINT16, depth, values.shape)
     return Picture(form, values.reshape(form.full))
+
+
+def _other_type(values: Array) -> str:
+    """How an array of another type is saved as one that is compressed, with nothing lost."""
+    for kind in (np.uint8, np.uint16):
+        if values.dtype.kind in "biu" and values.min() >= 0 and values.max() <= np.iinfo(kind).max:
+            return f"save it as array.astype(numpy.{kind.__name__}), which holds all of its values"
+    bits = "uint8" if values.dtype.itemsize == 1 else "uint16"
+    return f"save its bits as array.view(numpy.{bits}), of which .view(array.dtype) gives the array back"
 
 
 def _picture(path: Path, stored: formats.Stored) -> Picture:

@@ -87,7 +87,8 @@ def _grid(full: tuple[int, int, int, int], tile: tuple[int, int, int]) -> Grid:
     (_, h, w, c), (C, H, W) = full, tile
     if c != C and C != 1 and c != 1:
         raise ValueError(
-            f"{c} channels for a model of {C}; use a model of {c} or of 1, or an array of another shape"
+            f"{c} channels for a model of {C}; use a model of {c} or of 1, or save an array with "
+            f"its channels as grey pictures: numpy.moveaxis(array, -1, 1).reshape(-1, {h}, {w}, 1)"
         )
     return Grid(full, tile, c if C == 1 else 1, C if c == C else 1, ceil(h / H), ceil(w / W))
 

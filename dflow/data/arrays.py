@@ -53,7 +53,7 @@ def from_npy(data: bytes, where: str | Path) -> Array:
         raise InputError(
             f"{where}: no array of numbers but one of {dtype}, which is not read; save integers or floats"
         )
-    if any(not isinstance(n, int) or n < 0 for n in shape):
+    if any(type(n) is not int or n < 0 for n in shape):
         raise InputError(f"{where}: damaged, its header says that it is of shape {shape}; save it again")
     size, expected = len(data) - start, math.prod(shape) * dtype.itemsize
     if size != expected:

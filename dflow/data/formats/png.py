@@ -99,7 +99,9 @@ def layout(data: bytes) -> Layout:
     turn = tiff.orientation(names.get(b"eXIf", b""))
     palette, key = _palette(names) if kind == 3 else None, None
     if b"tRNS" in names and kind in (0, 2):
-        key = struct.unpack(f">{_SAMPLES[kind]}H", names[b"tRNS"])
+        # Of the two bytes of each sample only the bits of the depth count.
+        stored = struct.unpack(f">{_SAMPLES[kind]}H", names[b"tRNS"])
+        key = tuple(value & ((1 << depth) - 1) for value in stored)
     return Layout(
         "PNG",
         (H, W),
