@@ -514,7 +514,7 @@ def recipe_to_train(flags: Train) -> Recipe:
         return resumed_recipe(path, flags.set)
     if flags.resume and not path.exists():
         raise InputError(f"{path}: neither the folder of a training nor a recipe; name one of these")
-    recipe = load_recipe(path, flags.set)
+    recipe = load_recipe(path, flags.set, flags.output)
     if flags.output is not None:
         recipe = dataclasses.replace(recipe, output=Path(flags.output))
     empty = not recipe.output.exists() or (recipe.output.is_dir() and not any(recipe.output.iterdir()))
@@ -1013,6 +1013,8 @@ def compress(flags: Compress) -> int:
 
     set_threads(flags.threads)
     files, output = [Path(name) for name in flags.files], Path(flags.output)
+    if folder := next((file for file in files if file.is_dir()), None):
+        raise InputError(f"{folder}: a folder; name the files in it, for example {folder / '*'}")
     if kind_of(flags.model) is DflowClassifier:
         raise InputError(f"{flags.model}: a model of labels, which codes nothing; give one of text or images")
     is_text = kind_of(flags.model) is not DflowImageModel

@@ -7,6 +7,7 @@ import errno
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -431,6 +432,14 @@ def test_train_refuses(lstm: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     )
     assert "did you mean 'steps'" in fails(capsys, "train", recipe, "--set", "train.stpes=3")
     assert "exists already" in fails(capsys, "train", recipe)
+    bare = tmp_path / "bare.yaml"
+    bare.write_text(re.sub("(?m)^output:.*$", "", Path(recipe).read_text(encoding="utf-8")), encoding="utf-8")
+    assert "key 'output' is missing" in fails(capsys, "train", str(bare))
+    # An output on the command line is one.
+    assert "exists already" in fails(capsys, "train", str(bare), "--output", lstm)
+    assert "a folder; name the files in it" in fails(
+        capsys, "compress", lstm, "-o", str(tmp_path / "a.dfl"), "--model", lstm
+    )
 
 
 def test_data_verbs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -224,8 +224,10 @@ class _Loader(yaml.SafeLoader):
         return found
 
 
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(path: str | Path, overrides: list[str] | None = None, output: str | None = None) -> Recipe:
     """Read a recipe strictly; ``overrides`` are ``key=value`` with dotted keys and YAML values.
+
+    A recipe without an ``output`` gets the one given here.
 
     Raises:
         InputError: no such file, no YAML, an unknown key or a value of the wrong type.
@@ -257,6 +259,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
             node[last] = yaml.load(text, _Loader)
         except (yaml.YAMLError, RecursionError, ValueError):
             raise InputError(f"--set {override}: {text!r} is not a YAML value") from None
+    if output is not None:
+        tree.setdefault("output", output)
     recipe = recipe_from(tree, str(path))
     return dataclasses.replace(recipe, data=_located(recipe, Path(path)))
 
