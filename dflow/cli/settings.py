@@ -19,8 +19,8 @@ from dflow.cli.shared import Results
 #: Columns of the table; between two of them stand two spaces.
 _HEAD = ("name", "type", "default", "meaning")
 
-#: Characters that a column of types or of defaults takes at most, and one of meanings at least.
-_NARROW, _LEAST = 16, 20
+#: Characters that a column of types or of defaults takes, and those that one of meanings takes at least.
+_NARROW, _LEAST = (8, 16), 20
 
 
 @dataclass(kw_only=True)
@@ -166,8 +166,9 @@ def print_parts(parts: Sequence[tuple[str, Sequence[Setting]]]) -> None:
     cells = {title: [(s.name, s.type, spelled(s), s.help) for s in rows] for title, rows in parts}
     every = [_HEAD, *(row for rows in cells.values() for row in rows)]
     widths = [max(len(row[i]) for row in every) for i in range(3)]
-    widths = [widths[0], *(min(width, _NARROW) for width in widths[1:])]
     width = shutil.get_terminal_size().columns
+    most = min(_NARROW[1], max(_NARROW[0], (width - widths[0] - _LEAST - 6) // 2))
+    widths = [widths[0], *(min(longest, most) for longest in widths[1:])]
     widths.append(max(_LEAST, width - sum(widths) - 2 * len(widths)))
     for title, rows in cells.items():
         print(title)
