@@ -327,7 +327,7 @@ def test_refuses() -> None:
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     capsys.readouterr()
-    code = cli.main(["compare", "--codec", *argv])
+    code = cli.main(["codecs", *argv])
     out = capsys.readouterr()
     return code, out.out, out.err
 

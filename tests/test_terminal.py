@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import io
 import json
 import os
@@ -186,7 +188,7 @@ def test_a_real_terminal(tmp_path: Path) -> None:
 
 def flags_of(cls: type[Any]) -> list[list[str]]:
     """Each flag of a verb alone, with a value."""
-    parser = cli.argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False)
     cli.add_flags(parser, cls)
     return [
         [option, *(["1"] if action.nargs != 0 else [])]
@@ -225,7 +227,7 @@ def test_launchers_take_no_flag_for_one_of_theirs(launcher: str) -> None:
 
 
 def test_a_flag_with_two_names_is_one(tmp_path: Path) -> None:
-    [f] = [f for f in cli.dataclasses.fields(cli.Generate) if f.name == "n"]
+    [f] = [f for f in dataclasses.fields(cli.Generate) if f.name == "n"]
     assert options_of(f) == ["--samples", "--n"]
     for name in options_of(f):
         values = vars(build_parser().parse_args(["generate", "--model", "m", name, "7"]))

@@ -1,0 +1,117 @@
+"""The command: words in, an exit code out, and errors in place of tracebacks."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TextIO
+
+from dflow import plugins
+from dflow.cli.flags import read_flags
+from dflow.cli.parser import build_parser, hint
+from dflow.cli.shared import complain, say_once
+from dflow.config import InputError
+from dflow.terminal import visible
+from dflow.threads import wait_passively
+
+
+class _Terminal(io.TextIOBase):
+    """A terminal to which nothing is written that it would obey."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+    def write(self, text: str) -> int:
+        self._stream.write(visible(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        return True
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; returns its exit code.
+
+    0, 1 (a check failed), 2 (what was given cannot be used), 130 (stopped by Ctrl-C).
+    """
+    # What a terminal or a log cannot show must not end a training of hours.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    wait_passively()
+    values = vars(parse_words(argv))
+    cls, function, modules = (values.pop(name) for name in ("_cls", "_function", "_modules"))
+    screen = _Terminal(sys.stdout) if sys.stdout.isatty() else sys.stdout
+    with contextlib.redirect_stdout(screen):
+        return run(function, cls, values, modules)
+
+
+def parse_words(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The verb and its flags; ends with exit code 2 where they are none."""
+    found, unknown = build_parser().parse_known_args(argv)
+    parser = found._parser
+    del found._parser
+    if unknown:
+        parser.error(f"unknown: {' '.join(unknown)}{hint(unknown[0], found._cls)}")
+    return found
+
+
+def run(
+    function: Callable[[Any], int], cls: type[Any], values: dict[str, Any], modules: Sequence[str] = ()
+) -> int:
+    """Run a verb; what goes wrong outside of dflow becomes a line on stderr and an exit code."""
+    try:
+        plugins.load_installed()
+        for module in modules:
+            plugins.load(module)
+        code = function(read_flags(cls, values))
+        sys.stdout.flush()  # a closed pipe or a full disk shows here, not when nobody can say so any more
+        return int(code)
+    except InputError as error:
+        complain(str(error))
+        return 2
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough; the interpreter must not fail on its last flush either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        what = error.strerror or str(error)
+        if error.errno == errno.ENOSPC:
+            what += "; free some space and run again"
+        complain(f"{error.filename}: {what}" if error.filename else what)
+        return 2
+    except KeyboardInterrupt as error:
+        # Stopping is no error.
+        say_once(str(error) or "interrupted")
+        return 128 + signal.SIGINT
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        complain("out of memory; choose a smaller batch size")
+        return 2
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch or Python ran out of memory; torch says so on the CPU in words only."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in text
+    )

@@ -1,0 +1,83 @@
+"""``dflow decompress``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dflow.cli.flags import Verbs, flag
+from dflow.cli.shared import Results, make_folder, set_threads
+from dflow.config import InputError
+
+
+@dataclass(kw_only=True)
+class Decompress(Results):
+    """Give back what was compressed.
+
+    With --levels coarse pictures from a beginning of the file.
+    """
+
+    files: list[str] = field(metadata={"help": ".dfl files", "positional": True})
+    output: str = flag("folder to write into; nothing in it is replaced", short="-o")
+    model: str = flag("folder of the model that compressed them")
+    levels: int | None = flag("levels to use, the coarsest first; the file may be cut off behind them", None)
+    limit: int = flag("values, or bytes of text, that a file may declare", 1 << 28)
+    batch_size: int = flag("tiles that the networks see at a time", 64)
+    threads: int | None = flag("threads of torch on the CPU (default: one a processor)", None)
+
+
+def decompress(flags: Decompress) -> int:
+    """`dflow decompress`."""
+    from dflow.coding.container import TEXT, kind_of
+    from dflow.compress import decompress_images, decompress_text
+    from dflow.compress.pixels import write
+    from dflow.generate import check_output, write_whole
+
+    set_threads(flags.threads)
+    folder = Path(flags.output)
+    make_folder(folder)
+    written: list[str] = []
+
+    def keep(file: str, content: bytes) -> None:
+        # Once more: a folder may take two names for one.
+        check_output(folder / file)
+        write_whole(folder / file, content)
+        written.append(str(folder / file))
+        if not flags.json:
+            print(folder / file)
+
+    for name in flags.files:
+        data = Path(name).read_bytes()
+        if kind_of(data) == TEXT:
+            if flags.levels is not None:
+                raise InputError(f"--levels is for pictures; {name} holds text")
+            files = decompress_text(data, flags.model, name=name, limit=flags.limit, progress=True)
+            for file in files:
+                check_output(folder / file)
+            for file, content in files.items():
+                keep(file, content)
+            continue
+        lent: dict[str, bytes] = {}
+        pictures = decompress_images(
+            data,
+            flags.model,
+            name=name,
+            levels=flags.levels,
+            limit=flags.limit,
+            batch=flags.batch_size,
+            progress=True,
+            lent=lent,
+        )
+        for file in (*(picture.form.file for picture in pictures), *lent):
+            check_output(folder / file)
+        for file, content in lent.items():
+            keep(file, content)
+        for picture in pictures:
+            keep(picture.form.file, write(picture))
+    flags.end({"files": written})
+    return 0
+
+
+VERBS: Verbs = (
+    ("decompress", Decompress, decompress, "dflow decompress pictures.dfl -o back --model runs/images/idf"),
+)

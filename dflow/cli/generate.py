@@ -1,0 +1,144 @@
+"""``dflow generate``."""
+
+from __future__ import annotations
+
+import collections
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dflow.cli.flags import Verbs, flag
+from dflow.cli.shared import Machine, load_model
+from dflow.config import InputError
+
+
+@dataclass(kw_only=True)
+class Generate(Machine):
+    """Draw text, images or rows from a model. Seed and batch size fix the result on one kind of machine."""
+
+    model: str = flag("folder of the model")
+    n: int = flag(
+        "how many samples (--n is its older name, which torchrun takes for one of its own)",
+        1,
+        long="--samples",
+    )
+    length: int | None = flag("symbols of each (default: the model's length)", None)
+    seed: int = flag("seed of the draws", 0)
+    batch_size: int = flag("samples drawn at a time", 100)
+    prompt: str | None = flag("text that each sample begins with, for models that can continue one", None)
+    format: Literal["text", "jsonl", "png", "npy", "csv"] | None = flag(
+        "text (default), or jsonl: a JSON object a line; of images png (default), a grid, or npy, csv; of "
+        "tables csv (default) or npy",
+        None,
+    )
+    output: str | None = flag(
+        "file to write, whole or not at all (default: standard output; of images samples.FORMAT)",
+        None,
+        short="-o",
+    )
+
+
+def generate(flags: Generate) -> int:
+    """`dflow generate`; under ``accelerate launch`` the batches are spread over the processes."""
+    from dflow.generate import check_output, write
+    from dflow.generate import generate as run
+    from dflow.hf import DflowClassifier, DflowImageModel, kind_of
+
+    if kind_of(flags.model) is DflowClassifier:
+        raise InputError(f"{flags.model}: a model of labels, which draws nothing; give one of text or images")
+    if kind_of(flags.model) is DflowImageModel:
+        return generate_pictures(flags)
+    if flags.format not in (None, "text", "jsonl"):
+        raise InputError(f"--format {flags.format}: this is a model of text; use text or jsonl")
+    output = None if flags.output is None else Path(flags.output)
+    if output is not None:
+        check_output(output)
+    device, accelerator = flags.processes()
+    model, tokenizer = load_model(flags.model, device)
+    prompt = None
+    if flags.prompt is not None:
+        try:
+            prompt = tokenizer.encode(flags.prompt)
+        except InputError as error:
+            raise InputError(f"--prompt: {error}") from None
+    samples = run(
+        model,
+        flags.n,
+        length=flags.length,
+        seed=flags.seed,
+        batch_size=flags.batch_size,
+        prompt=prompt,
+        progress=output is not None or not sys.stdout.isatty(),
+        accelerator=accelerator,
+    )
+    if accelerator is None or accelerator.is_main_process:
+        write(samples, tokenizer, flags.format or "text", output)
+    else:
+        collections.deque(samples, 0)
+    if accelerator is not None:
+        accelerator.end_training()
+    return 0
+
+
+def _format_of(
+    output: str | None, asked: Literal["png", "npy", "csv"] | None
+) -> Literal["png", "npy", "csv"] | None:
+    """The format that is asked for, or that the name of a file tells of."""
+    if output is None:
+        return asked
+    known: dict[str, Literal["png", "npy", "csv"]] = {".png": "png", ".npy": "npy", ".csv": "csv"}
+    told = known.get(Path(output).suffix.lower())
+    if (told is None and asked is None) or (told and asked and told != asked):
+        raise InputError(
+            f"--output {output}: no name of a file of format {asked or 'png, npy or csv'}; let it end with "
+            f".{asked or 'png, .npy or .csv, or give --format'}"
+        )
+    return asked or told
+
+
+def generate_pictures(flags: Generate) -> int:
+    """`dflow generate` of a model of images or a table."""
+    from dflow import generate as drawing
+    from dflow.hf import DflowImageModel, load
+
+    for name in ("length", "prompt"):
+        if getattr(flags, name) is not None:
+            raise InputError(f"--{name} is for models of text; {flags.model} is one of images or tables")
+    if flags.format == "text" or flags.format == "jsonl":
+        raise InputError(f"--format {flags.format}: this is a model of images or tables; use png, npy or csv")
+    device, accelerator = flags.processes()
+    model = load(flags.model, device, DflowImageModel)
+    pictures = drawing.is_picture(model.config.shape)
+    kind = _format_of(flags.output, flags.format) or ("png" if pictures else "csv")
+    if kind == "png" and not pictures:
+        raise InputError(f"--format png: {flags.model} draws no pictures; use csv or npy")
+    output = Path(flags.output or f"samples.{kind}")
+    drawing.check_output(output)
+    x = drawing.generate_images(
+        model,
+        flags.n,
+        seed=flags.seed,
+        batch_size=flags.batch_size,
+        progress=True,
+        accelerator=accelerator,
+    )
+    if accelerator is None or accelerator.is_main_process:
+        levels, real = set(model.config.levels), [r is None for r in model.config.settings().ranges]
+        most = max(levels) if None not in levels else None
+        data = drawing.encode_images(x, kind, most, model.config.columns, real)
+        drawing.write_whole(output, data)
+        print(output)
+    if accelerator is not None:
+        accelerator.end_training()
+    return 0
+
+
+VERBS: Verbs = (
+    (
+        "generate",
+        Generate,
+        generate,
+        "dflow generate --model runs/grouped --samples 100 --seed 1 --output samples.txt",
+    ),
+)

@@ -1,0 +1,192 @@
+"""What verbs share: flags of many of them, models, and what reaches the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dflow.cli.flags import flag
+from dflow.config import InputError
+from dflow.terminal import shown
+from dflow.threads import processors
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+    from dflow.data import Tokenizer
+    from dflow.hf import DflowModel
+
+
+@dataclass(kw_only=True)
+class Results:
+    """Flag of every verb that prints results."""
+
+    json: bool = flag("print one JSON document on standard output, and no table", False)
+
+    def show(self, record: object, *tables: Sequence[Sequence[str]], last_line: bool = False) -> None:
+        """Print the record as JSON where it is asked for, else the tables.
+
+        ``last_line``: into files and pipes the record follows the tables, as one line.
+        """
+        if not self.json:
+            for rows in tables:
+                print_table(rows)
+        self.end(record, last_line)
+
+    def end(self, record: object, last_line: bool = False) -> None:
+        """Print the record alone, where it is asked for."""
+        if self.json or (last_line and not sys.stdout.isatty()):
+            print(json.dumps(finite(record)))
+
+
+@dataclass(kw_only=True)
+class Machine:
+    """Flags of every verb that computes."""
+
+    threads: int | None = flag("threads of torch on the CPU (default: one a processor)", None)
+    device: str = flag("device to compute on; auto: the first GPU, else the CPU", "auto")
+
+    def settle(self) -> torch.device:
+        """Set the threads, and find the device."""
+        import torch
+
+        set_threads(self.threads)
+        name = self.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            device = torch.device(name)
+            torch.empty(1, device=device).tolist()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"--device {self.device}: not to be had here ({reason}); try --device cpu"
+            ) from None
+        return device
+
+    def processes(self) -> tuple[torch.device, Accelerator | None]:
+        """The device, and under a launcher the processes among which the work is shared."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return self.settle(), None
+        import torch
+        from accelerate import Accelerator
+
+        set_threads(self.threads)
+        if self.device not in ("auto", "cpu", "cuda") or (
+            self.device == "cuda" and not torch.cuda.is_available()
+        ):
+            raise InputError(
+                f"--device {self.device}: under a launcher each process takes a device of its own; give cpu, "
+                "cuda where there is one, or nothing"
+            )
+        accelerator = Accelerator(cpu=self.device == "cpu" or not torch.cuda.is_available())
+        return accelerator.device, accelerator
+
+
+def make_folder(folder: Path) -> None:
+    """A folder to write into, made if its own folder is there."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: a file; name a folder")
+    if not folder.exists():
+        if not folder.parent.is_dir():
+            raise InputError(f"{folder}: the folder {folder.parent} does not exist; create it")
+        folder.mkdir()
+
+
+def set_threads(threads: int | None) -> None:
+    """Set the threads of torch: as given, else no more than processors; and keep memory between steps."""
+    import torch
+
+    from dflow.memory import keep_memory
+
+    keep_memory()
+    if threads is not None:
+        if threads < 1:
+            raise InputError(f"--threads {threads} must be at least 1")
+        torch.set_num_threads(threads)
+    elif "OMP_NUM_THREADS" not in os.environ and processors() < torch.get_num_threads():
+        torch.set_num_threads(processors())
+
+
+def load_model(folder: str, device: torch.device) -> tuple[DflowModel, Tokenizer]:
+    """The model and the tokenizer in ``folder``."""
+    from dflow import hf
+    from dflow.data import Tokenizer
+
+    model = hf.load(folder, device)
+    tokenizer = Tokenizer.load(hf.split_calls(folder)[0])
+    if tokenizer.size != model.config.vocab_size:
+        raise InputError(
+            f"{folder}: the vocabulary has {tokenizer.size} symbols and the model {model.config.vocab_size}; "
+            "restore both files from one run"
+        )
+    return model, tokenizer
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as their widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def table_of(records: Sequence[Any]) -> list[list[str]]:
+    """Dataclasses of one kind, under the names of their fields."""
+    names = [f.name for f in dataclasses.fields(records[0])]
+    cells = [[getattr(record, name) for name in names] for record in records]
+    return [names, *([f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in cells)]
+
+
+def show_records(flags: Results, records: Sequence[Any]) -> int:
+    """Print dataclasses of one kind as a table, or as a JSON list."""
+    flags.show([dataclasses.asdict(record) for record in records], table_of(records))
+    return 0
+
+
+def show_file(flags: Results, output: Path) -> int:
+    """Print which file was written."""
+    flags.show({"file": str(output)}, [[str(output)]])
+    return 0
+
+
+def print_paths(paths: Sequence[Path]) -> None:
+    """A line each."""
+    for path in paths:
+        print(path)
+
+
+def finite(record: object) -> object:
+    """``record`` with null for numbers that JSON lacks: infinite ones, and those that are none.
+
+    >>> finite({"bits": [1.5, float("inf")]})
+    {'bits': [1.5, None]}
+    """
+    if isinstance(record, float):
+        return record if math.isfinite(record) else None
+    if isinstance(record, dict):
+        return {key: finite(value) for key, value in record.items()}
+    return [finite(value) for value in record] if isinstance(record, (list, tuple)) else record
+
+
+def complain(message: str) -> None:
+    """One error on stderr."""
+    remark(f"error: {message}")
+
+
+def remark(message: str) -> None:
+    """One line on stderr that is no error."""
+    print(shown(message, sys.stderr), file=sys.stderr)
+
+
+def say_once(message: str) -> None:
+    """One line on stderr, by the first of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        remark(message)

@@ -1,0 +1,145 @@
+"""``dflow train``."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dflow.cli.flags import Verbs, argument, flag
+from dflow.cli.shared import say_once, set_threads
+from dflow.config import InputError, nearest
+
+if TYPE_CHECKING:
+    from dflow.train import Recipe
+
+
+@dataclass(kw_only=True)
+class Train:
+    """Train a model by a recipe, or go on with a training.
+
+    To go on: dflow train --resume FOLDER.
+    """
+
+    recipe: str = argument("recipe, a YAML file; with --resume also the folder of a training")
+    set: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "settings that replace those of the recipe: train.minutes=3 model.num_calls=16 ...; or "
+            "one by one: --train.minutes 3 --model.num_calls=16 (`dflow settings` lists them)"
+        },
+    )
+    output: str | None = flag("folder of the model (default: that of the recipe)", None, short="-o")
+    resume: bool = flag(
+        "go on: with the training in FOLDER by the recipe that it keeps (--resume FOLDER), or with that of a "
+        "recipe in its output (RECIPE --resume)",
+        False,
+    )
+    threads: int | None = flag("threads of torch on the CPU (default: one a processor)", None)
+
+
+def train(flags: Train) -> int:
+    """`dflow train`; asked by a scheduler to make room it ends with 0, so that it may be queued again."""
+    from dflow.train import Preempted
+    from dflow.train import train as run
+
+    set_threads(flags.threads)
+    recipe = recipe_to_train(flags)
+    try:
+        run(recipe, resume=flags.resume)
+    except Preempted as stop:
+        say_once(str(stop))
+    return 0
+
+
+def recipe_to_train(flags: Train) -> Recipe:
+    """The recipe that the flags of `dflow train` name; --resume never begins what was not asked for."""
+    from dflow.train import STATE, load_recipe, resume_command, resumed_recipe
+
+    path = Path(flags.recipe)
+    if path.is_dir():
+        if not flags.resume:
+            raise InputError(
+                f"{path}: a folder; name a recipe, or go on with the training in it: {resume_command(path)}"
+            )
+        if flags.output is not None:
+            raise InputError(f"--output {flags.output}: the training in {path} stays there; leave it out")
+        return resumed_recipe(path, flags.set)
+    if flags.resume and not path.exists():
+        raise InputError(f"{path}: neither the folder of a training nor a recipe; name one of these")
+    recipe = load_recipe(path, flags.set, flags.output)
+    if flags.output is not None:
+        recipe = dataclasses.replace(recipe, output=Path(flags.output))
+    empty = not recipe.output.exists() or (recipe.output.is_dir() and not any(recipe.output.iterdir()))
+    if not (flags.resume and empty):
+        return recipe
+    if flags.output is None and not any(word.startswith("output=") for word in flags.set):
+        # Whoever trained into another folder would train from the beginning, into this one.
+        named = path.parent if (path.parent / STATE).is_file() else Path("FOLDER")
+        raise InputError(
+            f"{recipe.output}: nothing to resume; go on with a training by its folder: "
+            f"{resume_command(named)}, or leave out --resume to begin one"
+        )
+    say_once(f"{recipe.output}: nothing to resume yet; a new training begins")
+    return recipe
+
+
+#: Sections of a recipe whose settings are flags of their own, as ``--train.steps`` is.
+SECTIONS = ("data", "model", "train")
+
+
+def as_set(words: Sequence[str]) -> list[str]:
+    """``words`` with each setting of a recipe that is given as a flag of its own given by ``--set``.
+
+    >>> as_set(["--train.steps", "100", "recipe.yaml", "--model.num_calls=8"])
+    ['--set=train.steps=100', 'recipe.yaml', '--set=model.num_calls=8']
+
+    Raises:
+        InputError: a flag without a value.
+    """
+    rewritten, rest = list[str](), collections.deque(words)
+    while rest:
+        word = rest.popleft()
+        if word == "--":
+            return [*rewritten, word, *rest]
+        key, equals, value = word.removeprefix("--").partition("=")
+        section, dot, _ = key.partition(".")
+        if word.startswith("--") and dot and section in SECTIONS:
+            if not equals:
+                if not rest or _is_flag(rest[0]):
+                    raise InputError(f"{word}: a value is missing; write {word} VALUE, or {word}=VALUE")
+                value = rest.popleft()
+            # In one word: --set takes all words after it, and the recipe may be one of these.
+            word = f"--set={key}={value}"
+        rewritten.append(word)
+    return rewritten
+
+
+def _is_flag(word: str) -> bool:
+    """Whether a word is a flag, and neither a value nor a negative number."""
+    with contextlib.suppress(ValueError):
+        float(word)
+        return False
+    return word.startswith("-")
+
+
+def hint_of_setting(option: str) -> str:
+    """How the setting of a recipe is given that a flag may stand for; "" where it may be none."""
+    from dflow.train import TrainConfig
+
+    section, dot, name = option.lstrip("-").partition(".")
+    if dot:
+        return nearest(option, [f"--{known}.{name}" for known in SECTIONS])
+    name = section.replace("-", "_")
+    if name in {f.name for f in dataclasses.fields(TrainConfig)}:
+        return f"settings of the recipe are given by --set train.{name}=VALUE"
+    return ""
+
+
+VERBS: Verbs = (
+    ("train", Train, train, "dflow train recipes/grouped.yaml --set train.minutes=3 --output runs/quick"),
+)
