@@ -70,9 +70,15 @@ def check_lengths(lengths: object, batch: int | None = None, name: str = "length
         and batch in (None, len(lengths))
     ):
         expected = "batch" if batch is None else batch
+        if not isinstance(lengths, Tensor):
+            way = f"torch.as_tensor({name}) is a tensor"
+        elif lengths.dtype != torch.int64:
+            way = f"{name}.long() has the right dtype"
+        else:
+            way = "give a vector with one number for each row"
         raise InputError(
             f"{name} must be int64 ({expected},), one for each row of the batch, found {_shown(lengths)}; "
-            f"{name}.long() has the right dtype"
+            f"{way}"
         )
 
 

@@ -7,6 +7,7 @@ recipe says is never imported: such files may come from strangers.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -91,8 +92,10 @@ def _run(path: Path) -> None:
 
 def _import(what: str, action: Callable[[], object]) -> None:
     try:
-        action()
-    except Exception as error:
+        # Standard output is for the results of the command: with --json they are one document.
+        with contextlib.redirect_stdout(sys.stderr):
+            action()
+    except (Exception, SystemExit) as error:
         # The last line that is neither Python's nor dflow's own.
         ours = str(Path(__file__).parent)
         frames = [

@@ -31,6 +31,7 @@ from dflow.elementwise import ModRank
 from dflow.flows import Flow
 from dflow.nn.perceptron import InfillPerceptron
 from dflow.ops.modular import one_hot
+from dflow.ops.orders import ORDERS
 from dflow.train import load_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("registries")]
@@ -288,6 +289,38 @@ def test_an_order_and_a_data_set_by_name(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["data", "check", "zen", *flag]) == 2
 
 
+def test_what_a_module_prints_is_no_part_of_the_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flag = ["--import", module(tmp_path, "loud.py", "print('hello')\n")]
+    assert main(["data", "list", "--json", *flag]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)
+    assert captured.err == "hello\n"
+
+
+@pytest.mark.parametrize("family", ["grouped", "any_order"])
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        (lambda dim, G: torch.zeros(G, dim // G, dtype=torch.int64), "each of the 8 positions exactly once"),
+        (lambda dim, G: torch.arange(dim), r"matrix \(G, S\), found torch.int64 \(8,\)"),
+        (lambda dim, G: [[0, 1], [2, 3]], "found list"),
+    ],
+)
+def test_orders_that_are_none(family: str, order: Any, message: str) -> None:
+    ORDERS["mine"] = order
+    settings = zoo.settings(family, {"length": 8, "num_calls": 2, "order": "mine", "hidden_size": 8})
+    with pytest.raises(InputError, match=f"model.order 'mine': .*{message}"):
+        zoo.build(family, settings, 5)
+
+
+@pytest.mark.parametrize(("family", "name"), [("grouped", "order"), ("bipartite", "elementwise")])
+def test_a_choice_that_no_module_has_added_tells_of_the_flag(family: str, name: str) -> None:
+    with pytest.raises(InputError, match=f"unknown {name} 'of_mine'.*give --import MODULE"):
+        zoo.settings(family, {name: "of_mine"})
+
+
 def test_a_flow_learns_in_a_loop_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
     [code] = [code for code in blocks("docs/guide.md", "python") if "optimizer.step()" in code]
     scope: dict[str, Any] = {}
@@ -317,6 +350,7 @@ def test_a_flow_learns_in_a_loop_of_ones_own(capsys: pytest.CaptureFixture[str])
             f"{PLAIN}\n".replace('"unigram"', '"lstm"'),
             r"'lstm' exists already.*taken.py, line 24",
         ),
+        ("leaves.py", "raise SystemExit(3)\n", r"SystemExit: 3 \(.*leaves.py, line 1\)"),
         ("no_such_module", None, "No module named 'no_such_module'"),
     ],
 )

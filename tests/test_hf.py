@@ -95,9 +95,20 @@ def test_prompts_are_kept_or_refused(model):
     for bad, message in [
         (torch.zeros(LENGTH, dtype=torch.int64), "fewer than the length 8"),
         (torch.tensor([K]), "symbol 5"),
+        (prompt[None], r"int64 \(n,\), one for all samples, found torch.int64 \(1, 2\).*Tokenizer"),
+        (prompt.int(), r"found torch.int32 \(2,\)"),
+        ([3, 1], "found list"),
+        ("ab", "found str"),
     ]:
         with pytest.raises(InputError, match=message):
             model.generate(prompt=bad)
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(LENGTH, dtype=torch.int64), [3, 1], torch.tensor(3)])
+def test_prompts_are_refused_where_lengths_are_drawn_too(bad):
+    model = make_model("transformer", K, explicit_length=True)
+    with pytest.raises(InputError, match="prompt"):
+        model.generate(2, prompt=bad)
 
 
 def test_unfit_sequences_are_refused(model):

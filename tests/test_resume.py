@@ -23,7 +23,7 @@ from test_faults import recipe_file, same, weights
 from dflow import cli
 from dflow.config import InputError
 from dflow.data import DataConfig, load
-from dflow.train import load_recipe, loop, resume_command, train
+from dflow.train import load_recipe, loop, recipe_of, resume_command, train
 from dflow.train.loop import _Run
 
 pytestmark = pytest.mark.slow
@@ -360,3 +360,8 @@ def test_a_tracker_that_is_not_installed_is_an_error_before_anything_else(
 
 def test_names_of_folders_are_quoted() -> None:
     assert resume_command(Path("-a b")) == "dflow train --resume './-a b'"
+
+
+def test_a_folder_without_a_recipe_tells_how_to_name_the_data(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no recipe.yaml, which names the data; name them with --data PATH"):
+        recipe_of(tmp_path)

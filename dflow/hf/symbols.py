@@ -200,6 +200,8 @@ class DflowModel(Pretrained):
             raise InputError(f"cannot draw {num_return_sequences} samples; ask for 1 or more")
         if length is not None and not 1 <= length <= longest:
             raise InputError(f"length {length} is not in 1..{longest}, what this model can draw")
+        if prompt is not None:
+            prompt = self._prompt(prompt, length or longest)
         lengths = None
         if self.config.explicit_length:
             if length is None:
@@ -210,20 +212,6 @@ class DflowModel(Pretrained):
             else:
                 lengths = torch.full((num_return_sequences,), length, device=self.device)
         context = Context(lengths=lengths)
-        if prompt is not None:
-            if self.config.record.prompt == "no":
-                able = [name for name in zoo.names("text") if zoo.find(name).prompt != "no"]
-                raise InputError(
-                    f"a {self.config.family} model cannot continue a prompt; use one of family "
-                    f"{', '.join(able)}"
-                )
-            if not 1 <= len(prompt) < (length or longest):
-                raise InputError(
-                    f"the prompt has {len(prompt)} symbols; it needs at least 1 and fewer than the length "
-                    f"{length or longest}"
-                )
-            self._check(prompt[None], None, complete=False)
-            prompt = prompt.to(self.device)
         # A law that takes a prompt takes the length too, and may stop there.
         options = {} if self.config.record.prompt == "no" else {"prompt": prompt, "length": length}
         x = self.distribution.sample(num_return_sequences, context, generator, **options)
@@ -231,6 +219,31 @@ class DflowModel(Pretrained):
             x = x.masked_fill(torch.arange(longest, device=x.device) >= lengths[:, None], -1)
             return x[:, : length or max(1, int(lengths.max()))]
         return x[:, : length or longest]
+
+    def _prompt(self, prompt: Tensor, length: int) -> Tensor:
+        """A prompt of draws of ``length`` symbols, checked, on the device of the model."""
+        if self.config.record.prompt == "no":
+            able = [name for name in zoo.names("text") if zoo.find(name).prompt != "no"]
+            raise InputError(
+                f"a {self.config.family} model cannot continue a prompt; use one of family {', '.join(able)}"
+            )
+        if not (isinstance(prompt, Tensor) and (prompt.dtype, prompt.ndim) == (torch.int64, 1)):
+            what = (
+                f"{prompt.dtype} {tuple(prompt.shape)}"
+                if isinstance(prompt, Tensor)
+                else type(prompt).__name__
+            )
+            raise InputError(
+                f"a prompt is a tensor of symbols int64 (n,), one for all samples, found {what}; of a text "
+                "dflow.data.Tokenizer.load(FOLDER).encode(text) makes it"
+            )
+        if not 1 <= len(prompt) < length:
+            raise InputError(
+                f"the prompt has {len(prompt)} symbols; it needs at least 1 and fewer than the length "
+                f"{length}"
+            )
+        self._check(prompt[None], None, complete=False)
+        return prompt.to(self.device)
 
     @torch.no_grad()
     def round_trip(self, input_ids: Tensor, lengths: Tensor | None = None) -> bool | None:

@@ -108,6 +108,8 @@ ORDERS: dict[str, Callable[[int, int], Tensor]] = {
 
 def check_order(order: Tensor, dim: int) -> None:
     """Raise ValueError unless every position in ``range(dim)`` stands in ``order`` exactly once."""
+    if not isinstance(order, Tensor):
+        raise ValueError(f"an order is an int64 matrix (G, S), found {type(order).__name__}")
     if order.ndim != 2 or order.is_floating_point():
         raise ValueError(f"an order is an int64 matrix (G, S), found {order.dtype} {tuple(order.shape)}")
     positions = order[order < dim].flatten()

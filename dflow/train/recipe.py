@@ -387,7 +387,7 @@ def recipe_of(folder: str | Path) -> Recipe:
     """The recipe that the model in ``folder`` was trained by."""
     path = Path(folder) / RECIPE
     if not path.is_file():
-        raise InputError(f"{folder}: no {RECIPE}; name the data yourself")
+        raise InputError(f"{folder}: no {RECIPE}, which names the data; name them with --data PATH")
     return load_recipe(path)
 
 

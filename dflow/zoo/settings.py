@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import field, fields
 from typing import Any
 
+from dflow import plugins
 from dflow.config import InputError, nearest
 
 
@@ -25,4 +26,5 @@ def check_choices(settings: Any) -> None:
     for f in fields(settings):
         value, known = getattr(settings, f.name), f.metadata.get("known")
         if known is not None and value not in known:
-            raise InputError(f"unknown {f.name} {value!r}; {nearest(str(value), list(known))}")
+            hint = nearest(str(value), list(known))
+            raise InputError(f"unknown {f.name} {value!r}; {hint}; {plugins.WAY}")

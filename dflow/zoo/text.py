@@ -30,7 +30,7 @@ from dflow.nn.lstm import LSTM
 from dflow.nn.perceptron import InfillPerceptron
 from dflow.nn.table import LARGEST, InfillTable, PrefixTable
 from dflow.nn.transformer import GroupCausalTransformer, InfillTransformer, MaskedTransformer
-from dflow.ops.orders import ORDERS, lockstep, shuffled
+from dflow.ops.orders import ORDERS, check_order, lockstep, shuffled
 from dflow.ops.straight_through import StraightThrough
 from dflow.zoo.family import Family, register
 from dflow.zoo.settings import check_choices, choice, setting
@@ -408,11 +408,21 @@ def multiscale(config: MultiscaleConfig, K: int) -> Distribution:
     return law
 
 
+def _order(name: str, dim: int, num_groups: int) -> Tensor:
+    """The order of that name, checked: a module of users may have added it."""
+    order = _ANY_ORDERS[name](dim, num_groups)
+    try:
+        check_order(order, dim)
+    except ValueError as error:
+        raise InputError(f"model.order {name!r}: {error}; mend it or choose another") from error
+    return order
+
+
 def grouped(config: GroupedConfig, K: int) -> Distribution:
     """The sequence in groups, exact likelihood in one pass; see `dflow.ops.orders`."""
 
     def rows(calls: int) -> Tensor:
-        return ORDERS[config.order](config.length, min(config.length, calls * config.block))
+        return _order(config.order, config.length, min(config.length, calls * config.block))
 
     order, others = rows(config.num_calls), [rows(calls) for calls in config.calls]
     ahead = config.window if any(o.shape[1] > 1 for o in (order, *others)) else 0
@@ -434,7 +444,7 @@ def walk(config: AnyOrderConfig, model: AnyOrder) -> Walk:
         return Confident(model, config.num_calls, config.schedule == "dp")
     if config.schedule == "dp":
         return Ordered(model, shuffled(config.length, config.length), config.num_calls)
-    return Ordered(model, _ANY_ORDERS[config.order](config.length, config.num_calls))
+    return Ordered(model, _order(config.order, config.length, config.num_calls))
 
 
 def transformer(config: TransformerConfig, K: int) -> Distribution:
