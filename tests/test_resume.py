@@ -363,5 +363,5 @@ def test_names_of_folders_are_quoted() -> None:
 
 
 def test_a_folder_without_a_recipe_tells_how_to_name_the_data(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no recipe.yaml, which names the data; name them with --data PATH"):
+    with pytest.raises(InputError, match=r"no recipe\.yaml, which names the data; name them with --data"):
         recipe_of(tmp_path)
