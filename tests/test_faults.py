@@ -108,6 +108,39 @@ def test_killed_at_fifty_random_moments_it_ends_with_the_same_bits(text: Path, t
         assert not list(out.glob(".*"))
 
 
+def work_until(words: list[str], number: int, names: Path) -> None:
+    """`work`, killed when file ``number`` is about to get its name; the names before it are kept."""
+    replace = Path.replace
+
+    def named(path: Path, target: Path) -> Path:
+        before = names.read_text().split() if names.exists() else []
+        if len(before) == number:
+            os._exit(9)
+        names.write_text(" ".join([*before, target.name]))
+        return replace(path, target)
+
+    Path.replace = named  # type: ignore[method-assign, assignment]
+    work(words)
+
+
+def test_killed_at_any_of_its_first_files_it_goes_on(text: Path, tmp_path: Path) -> None:
+    """Files get their names one after another: whatever is there already, ``--resume`` goes on from it."""
+    path = recipe_file(tmp_path, text, steps=2)
+    assert ended(start(path, tmp_path / "whole")) == 0
+    before: list[str] = []
+    while before[-3:] != ["manifest.json", "state.safetensors", "manifest.json"]:
+        number = len(before)
+        out, names = tmp_path / f"run{number}", tmp_path / f"names{number}"
+        words = ["train", str(path), "--output", str(out)]
+        process = FORKS.Process(target=work_until, args=(words, number + 1, names))
+        process.start()
+        assert ended(process) == 9
+        before = names.read_text().split()
+        assert ended(start(path, out, "--resume")) == 0, before
+        assert same(weights(out), weights(tmp_path / "whole")), before
+    assert {"vocabulary.json", "data.json", "recipe.yaml"} <= set(before)
+
+
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 0), ("SIGUSR1", 0)])
 def test_a_signal_stops_the_training_and_is_told_by_the_exit_code(
     name: str, code: int, text: Path, tmp_path: Path
