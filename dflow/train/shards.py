@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dflow.bijectors import Autoregressive, Coupling
 from dflow.config import InputError
-from dflow.nn.transformer import Block
+from dflow.nn.attention import Block
 
 try:
     from torch.distributed.device_mesh import init_device_mesh

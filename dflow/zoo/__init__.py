@@ -33,14 +33,9 @@ from dflow.zoo.integer import IntegerConfig
 from dflow.zoo.modular import ModularConfig
 from dflow.zoo.settings import setting
 from dflow.zoo.text import (
-    MASKS,
     AnyOrderConfig,
     GroupedConfig,
     ModelConfig,
-    blocks,
-    halves,
-    single,
-    strides,
     walk,
 )
 from dflow.zoo.values import ValuesConfig
@@ -54,7 +49,6 @@ __all__ = [
     "KINDS",
     "LIKELIHOOD",
     "MAPS",
-    "MASKS",
     "SYMBOLS",
     "UNIFORM",
     "AnyOrderConfig",
@@ -69,18 +63,14 @@ __all__ = [
     "Rule",
     "Settings",
     "ValuesConfig",
-    "blocks",
     "build",
     "build_classifier",
     "build_image",
     "find",
-    "halves",
     "names",
     "register",
     "setting",
     "settings",
-    "single",
-    "strides",
     "to_deterministic",
     "transfer",
     "walk",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,10 +27,13 @@ from dflow.distributions import (
 )
 from dflow.elementwise import DISCRETE
 from dflow.flows import Flow, Split
+from dflow.nn.attention import TransformerSize
+from dflow.nn.infill import InfillTransformer, MaskedTransformer
 from dflow.nn.lstm import LSTM
 from dflow.nn.perceptron import InfillPerceptron
 from dflow.nn.table import LARGEST, InfillTable, PrefixTable
-from dflow.nn.transformer import GroupCausalTransformer, InfillTransformer, MaskedTransformer
+from dflow.nn.transformer import GroupCausalTransformer
+from dflow.ops.masks import MASKS
 from dflow.ops.orders import ORDERS, check_order, lockstep, shuffled
 from dflow.ops.straight_through import StraightThrough
 from dflow.zoo.family import Family, register
@@ -72,34 +76,15 @@ class AttentionConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_attention_heads < 1 or self.hidden_size % (2 * self.num_attention_heads):
-            raise InputError(
-                f"hidden_size {self.hidden_size} must be a multiple of twice num_attention_heads "
-                f"{self.num_attention_heads}"
-            )
-        if self.window < 1:
-            raise InputError(f"window must be at least 1, found {self.window}")
-        if not 0 <= self.ngram_dropout < 1:
-            raise InputError(f"ngram_dropout must lie in [0, 1), found {self.ngram_dropout}")
-        if self.ngram_rows < 0 or self.ngram_size < 2:
-            raise InputError(
-                f"ngram_rows must be at least 0 and ngram_size at least 2, found {self.ngram_rows} and "
-                f"{self.ngram_size}"
-            )
+        try:
+            self.size()
+        except ValueError as error:
+            raise InputError(str(error)) from None
 
-    def network(self) -> dict[str, Any]:
-        """Named arguments of the networks in `dflow.nn.transformer`."""
-        return {
-            "hidden_size": self.hidden_size,
-            "num_layers": self.num_hidden_layers,
-            "num_heads": self.num_attention_heads,
-            "intermediate_size": self.intermediate_size,
-            "window": self.window,
-            "ngram_rows": self.ngram_rows,
-            "ngram_size": self.ngram_size,
-            "ngram_dropout": self.ngram_dropout,
-            "dropout": self.dropout,
-        }
+    def size(self, **other: Any) -> TransformerSize:
+        """Size of the Transformers of this model, with ``other`` in place of some settings."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(TransformerSize)}
+        return TransformerSize(**fields | other)
 
 
 @dataclass
@@ -250,73 +235,6 @@ class LstmConfig(ModelConfig):
     weight_drop: float = setting(0.0, "DropConnect of the recurrent weights")
 
 
-def strides(dim: int, num_flows: int) -> list[tuple[Tensor, Tensor]]:
-    """Masks (known, hidden) of couplings from fine to coarse.
-
-    Coupling l of the first round hides the positions that are 2^l mod 2^(l+1) and knows those that are
-    0 mod 2^(l+1): every coupling conditions on symbols that none has transformed, since one that
-    conditions on transformed symbols gains next to nothing. Rounds after the first swap the two sets.
-
-    >>> [(k.nonzero().flatten().tolist(), h.nonzero().flatten().tolist()) for k, h in strides(4, 3)]
-    [([0, 2], [1, 3]), ([0], [2]), ([1, 3], [0, 2])]
-    """
-    positions = torch.arange(dim)
-    levels = (dim - 1).bit_length()
-    masks = []
-    for i in range(num_flows):
-        stride = 1 << (i % levels)
-        known, hidden = positions % (2 * stride) == 0, positions % (2 * stride) == stride
-        masks.append((known, hidden) if (i // levels) % 2 == 0 else (hidden, known))
-    return masks
-
-
-def halves(dim: int, num_flows: int) -> list[tuple[Tensor, Tensor]]:
-    """Masks of couplings that hide the odd positions and the even ones by turns, and know all others.
-
-    >>> [(k.nonzero().flatten().tolist(), h.nonzero().flatten().tolist()) for k, h in halves(4, 2)]
-    [([0, 2], [1, 3]), ([1, 3], [0, 2])]
-    """
-    odd = torch.arange(dim) % 2 == 1
-    return [(~odd, odd) if i % 2 == 0 else (odd, ~odd) for i in range(num_flows)]
-
-
-def single(dim: int, num_flows: int) -> list[tuple[Tensor, Tensor]]:
-    """Masks of couplings that hide one position in turn, the last first, and know all others.
-
-    With ``dim`` of them nothing that an autoregressive layer can use is lost, and one position given *all*
-    others has the least entropy of all.
-
-    >>> [(k.nonzero().flatten().tolist(), h.nonzero().flatten().tolist()) for k, h in single(3, 2)]
-    [([0, 1], [2]), ([0, 2], [1])]
-    """
-    positions = torch.arange(dim)
-    return [(positions != p, positions == p) for p in (dim - 1 - i % dim for i in range(num_flows))]
-
-
-def blocks(dim: int, num_flows: int) -> list[tuple[Tensor, Tensor]]:
-    """Masks of couplings that hide one of ``num_flows + 1`` blocks, the last first, and know all before it.
-
-    Every coupling conditions on symbols that none has transformed. With ``dim - 1`` of them it is the
-    autoregressive layer; couplings beyond that begin again with the last block.
-
-    >>> [(k.nonzero().flatten().tolist(), h.nonzero().flatten().tolist()) for k, h in blocks(5, 2)]
-    [([0, 1, 2, 3], [4]), ([0, 1], [2, 3])]
-    """
-    positions = torch.arange(dim)
-    parts = list(torch.tensor_split(positions, min(num_flows, dim - 1) + 1))[:0:-1]
-    found = [parts[i % len(parts)] for i in range(num_flows)]
-    return [(positions < part[0], (positions >= part[0]) & (positions <= part[-1])) for part in found]
-
-
-#: Masks (known, hidden) of couplings by name, from the number of positions and of couplings.
-MASKS: dict[str, Callable[[int, int], list[tuple[Tensor, Tensor]]]] = {
-    "strides": strides,
-    "halves": halves,
-    "single": single,
-    "blocks": blocks,
-}
-
-
 def bipartite(config: BipartiteConfig, K: int) -> Distribution:
     """Tran et al. 2019 (arXiv 1905.10347), couplings; ranks as in Lindt and Hoogeboom 2021."""
     estimator = StraightThrough()
@@ -395,9 +313,9 @@ def multiscale(config: MultiscaleConfig, K: int) -> Distribution:
                 K if config.conditional == "categorical" else outputs,
                 positions[kept],
                 positions[~kept],
-                zero_head=True,
                 # As in `bipartite`: fewer entries a level, and n-grams that tell less.
-                **config.network() | {"ngram_rows": config.ngram_rows >> level},
+                config.size(ngram_rows=config.ngram_rows >> level),
+                zero_head=True,
             ),
             stride,
         )
@@ -426,15 +344,13 @@ def grouped(config: GroupedConfig, K: int) -> Distribution:
 
     order, others = rows(config.num_calls), [rows(calls) for calls in config.calls]
     ahead = config.window if any(o.shape[1] > 1 for o in (order, *others)) else 0
-    net = GroupCausalTransformer(
-        K, K, order, config.length, block=config.block, ahead=ahead, **config.network()
-    )
+    net = GroupCausalTransformer(K, K, order, config.length, config.size(), block=config.block, ahead=ahead)
     return SequenceCategorical(net, order, config.length, config.block, others)
 
 
 def any_order(config: AnyOrderConfig, K: int) -> Distribution:
     """Hoogeboom et al. 2022 (arXiv 2110.02037), walked along one order, where its likelihood is exact."""
-    net = MaskedTransformer(K, K, config.length, **config.network())
+    net = MaskedTransformer(K, K, config.length, config.size())
     return walk(config, AnyOrder(net, config.length, K))
 
 
@@ -472,9 +388,7 @@ def lstm(config: LstmConfig, K: int) -> Distribution:
 
 def _causal(config: TransformerConfig, K: int, num_params: int, zero_head: bool = False) -> nn.Module:
     order = lockstep(config.length, config.length)
-    return GroupCausalTransformer(
-        K, num_params, order, config.length, zero_head=zero_head, **config.network()
-    )
+    return GroupCausalTransformer(K, num_params, order, config.length, config.size(), zero_head=zero_head)
 
 
 def _infill(config: BipartiteConfig, K: int, num_params: int, known: Tensor, hidden: Tensor) -> nn.Module:
@@ -499,9 +413,9 @@ def _infill(config: BipartiteConfig, K: int, num_params: int, known: Tensor, hid
         num_params,
         known,
         hidden,
-        zero_head=True,
         # Fewer entries, and n-grams of symbols that lie further off: both call for less.
-        **config.network() | {"ngram_rows": config.ngram_rows * 2 * len(hidden) // config.length},
+        config.size(ngram_rows=config.ngram_rows * 2 * len(hidden) // config.length),
+        zero_head=True,
     )
 
 
