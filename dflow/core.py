@@ -8,7 +8,7 @@ out; floats in, floats out. Both modes agree on every hard input.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -166,6 +166,10 @@ class Bijector(nn.Module, ABC):
         """Sequential network evaluations that one `inverse` costs."""
         return 0
 
+    def layers(self) -> Iterator[Bijector]:
+        """The layers that it is made of, in the order in which data pass through them."""
+        yield self
+
 
 class Elementwise(nn.Module, ABC):
     """A family of one-dimensional bijections that holds no weights.
@@ -221,6 +225,33 @@ class Distribution(nn.Module, ABC):
     def num_calls(self) -> int:
         """Sequential network evaluations that one `sample` costs."""
         return 0
+
+    def needed(self, length: int) -> int:
+        """Network evaluations after which the first ``length`` entries of a sequence are drawn."""
+        return self.num_calls
+
+    @property
+    def budgets(self) -> Sequence[int]:
+        """The numbers of network evaluations in which the law can be drawn: those that `at` takes."""
+        return [self.num_calls]
+
+    def at(self, calls: int) -> Distribution:
+        """The law that is drawn in ``calls`` network evaluations; it shares the network with this one.
+
+        Raises:
+            ValueError: there is no such law.
+        """
+        if calls != self.num_calls:
+            raise ValueError(f"no law of {calls} calls; there are {list(self.budgets)}")
+        return self
+
+    def rounded_mean(self, context: Context | None = None) -> Tensor:
+        """The mean of each entry of a law of integers, rounded: int64 ``(batch, dim)``.
+
+        Raises:
+            ValueError: it is not known.
+        """
+        raise ValueError(f"the mean of {type(self).__name__} is not known: ask for all levels")
 
 
 def agreed(*checks: bool | None) -> bool | None:

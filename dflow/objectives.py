@@ -29,7 +29,8 @@ Dequantized images and tables are trained by a bound (``elbo``, ``iwbo``, ``reny
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from functools import singledispatch
 from typing import Any, Literal
 
 import torch
@@ -37,14 +38,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflow import bijectors
-from dflow.bijectors import Autoregressive, Chain, Coupling, Permute, Reverse
+from dflow.bijectors import Permute, Reverse
+from dflow.bijectors.conditioner import Conditioned
 from dflow.config import InputError
-from dflow.core import Context, Distribution, Elementwise, only_given, present
+from dflow.core import Bijector, Context, Distribution, Elementwise, only_given, present
 from dflow.dequantize import Bound, Dequantized, Elbo, Iwbo, Renyi, TruncatedNormal
-from dflow.distributions import Categorical, Gaussian, SequenceCategorical, Spectra, Walk
+from dflow.distributions import Categorical, Gaussian, Spectra, Walk
 from dflow.distributions.logistic import Logistics
 from dflow.distributions.window import ConditionalWindow
 from dflow.flows import Flow, Split
+from dflow.flows.walk import innermost, scattered
 from dflow.nn.binary import Head
 from dflow.ops.modular import one_hot
 from dflow.ops.straight_through import StraightThrough
@@ -131,8 +134,8 @@ def _obstacle(rule: Rule, distribution: Distribution) -> str | None:
             f"rule {rule!r} trains no base; let that be a Categorical with learned=False (base 'factorized')"
         )
     for flow in flows:
-        for layer in _layers(flow.bijector):
-            if not isinstance(layer, (Coupling, Autoregressive)) and any(True for _ in layer.parameters()):
+        for layer in flow.bijector.layers():
+            if not isinstance(layer, Conditioned) and any(True for _ in layer.parameters()):
                 return f"rule {rule!r} trains no {type(layer).__name__}, but Coupling and Autoregressive"
     return None
 
@@ -182,29 +185,24 @@ def _trained_bases(distribution: nn.Module) -> bool:
     return any(not isinstance(f.base, Categorical) or f.base.learned for f in flows)
 
 
-def base_of(distribution: Distribution) -> Distribution:
-    """The innermost base: what is left when all bijectors and all parts factored out are taken away."""
-    while isinstance(distribution, (Flow, Split)):
-        distribution = distribution.base
-    return distribution
-
-
 def closed_form(distribution: Distribution) -> Categorical | None:
     """The factorized innermost base that is a running average of latents, where there is one."""
-    base = base_of(distribution)
+    base = innermost(distribution)
     return base if isinstance(base, Categorical) and not base.learned else None
 
 
 def estimators(distribution: nn.Module) -> set[StraightThrough]:
     """The straight-through estimators in use; a schedule moves them all."""
-    found = {getattr(m, "estimator", None) for m in _maps(distribution)}
-    return {e for e in found if isinstance(e, StraightThrough)}
+    estimators = {getattr(m, "estimator", None) for m in _maps(distribution)}
+    return {e for e in estimators if isinstance(e, StraightThrough)}
 
 
-def elastic(distribution: nn.Module) -> list[SequenceCategorical]:
-    """The laws that can be drawn in several numbers of calls; training takes these by turns."""
-    laws = (m for m in distribution.modules() if isinstance(m, SequenceCategorical))
-    return [law for law in laws if len(law.budgets) > 1]
+def turns(distribution: Distribution) -> int:
+    """How many numbers of calls the network of a law is trained for, one of them a step; 1 for most laws.
+
+    An any-order network is trained for all orders at once (rule ``masked``).
+    """
+    return 1 if isinstance(distribution, Walk) else len(distribution.budgets)
 
 
 class Objective(nn.Module):
@@ -221,48 +219,65 @@ class Objective(nn.Module):
         check_rule(rule, distribution)
         self.distribution, self.rule = distribution, rule
 
-    def forward(self, x: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, lengths: Tensor | None = None, turn: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
         """Loss in nats summed over the batch, and counts of latents for a base in closed form.
 
         Args:
             x: symbols, int64 ``(batch, dim)``.
             lengths: int64 ``(batch,)``, or None.
+            turn: below `turns`: which of the law's budgets, in ascending order, the loss is of.
         """
-        loss, z, own = _loss(self.distribution, x, Context(lengths=lengths), self.rule)
-        base = closed_form(self.distribution)
-        return loss, None if base is None else base.statistics(z, own)
+        law = self.distribution
+        if turns(law) > 1:
+            law = law.at(law.budgets[turn])
+        loss, z, of_base = _loss(law, x, Context(lengths=lengths), self.rule)
+        base = closed_form(law)
+        return loss, None if base is None else base.statistics(z, of_base)
 
 
-def _loss(
-    d: Distribution, x: Tensor, context: Context | None, rule: Rule
-) -> tuple[Tensor, Tensor, Context | None]:
-    """Loss of symbols ``x``; and what reaches the innermost base, with its context."""
-    if isinstance(d, Split):
-        kept, rest = d.parts(x, context)
-        loss, z, own = _loss(d.base, *kept, rule)
-        return loss + _loss(d.conditional, *rest, rule)[0], z, own
-    if isinstance(d, Walk):
-        return -d.model.elbo(x, context).sum(), x, context
-    if isinstance(d, Spectra):
-        return _spectra(d, x, context, rule), x, context
-    if not isinstance(d, Flow):
-        rows = rule in ("straight_through", "gumbel") and _maps(d)
-        return -d.log_prob(_rows(d, x) if rows else x, context).sum(), x, context
+#: A loss; and what reaches the innermost base, with its context.
+_Loss = tuple[Tensor, Tensor, Context | None]
+
+
+@singledispatch
+def _loss(law: Distribution, x: Tensor, context: Context | None, rule: Rule) -> _Loss:
+    """Loss of symbols ``x`` under a rule, in nats: of a leaf, the exact likelihood."""
+    rows = rule in ("straight_through", "gumbel") and _maps(law)
+    return -law.log_prob(_rows(law, x) if rows else x, context).sum(), x, context
+
+
+@_loss.register
+def _(law: Split, x: Tensor, context: Context | None, rule: Rule) -> _Loss:
+    (x_a, of_base), (x_b, of_conditional) = law.parts(x, context)
+    loss, z, of_innermost = _loss(law.base, x_a, of_base, rule)
+    return loss + _loss(law.conditional, x_b, of_conditional, rule)[0], z, of_innermost
+
+
+@_loss.register
+def _(law: Flow, x: Tensor, context: Context | None, rule: Rule) -> _Loss:
     if rule in ("layerwise", "expected"):
-        loss, z = _by_layers(d, x, context, rule)
+        loss, z = _by_layers(law, x, context, rule)
         return loss, z, context
-    z, log_det = d.transform(_rows(d, x), context)
-    return -(d.base.log_prob(z, context) + log_det).sum(), *_latent(d.base, z, context)
+    z, log_det = law.transform(_rows(law, x), context)
+    return -(law.base.log_prob(z, context) + log_det).sum(), *_latent(law.base, z, context)
+
+
+@_loss.register
+def _(law: Walk, x: Tensor, context: Context | None, rule: Rule) -> _Loss:
+    return -law.model.elbo(x, context).sum(), x, context
 
 
 def _rows(d: Distribution, x: Tensor) -> Tensor:
     return one_hot(x, _alphabet(d), next(d.parameters()).dtype)
 
 
-def _spectra(law: Spectra, x: Tensor, context: Context | None, rule: Rule) -> Tensor:
+@_loss.register
+def _(law: Spectra, x: Tensor, context: Context | None, rule: Rule) -> _Loss:
     """The map by the rule; weights and spectra always by the exact likelihood of the latents."""
     if rule in ("straight_through", "gumbel"):
-        return -law.log_prob(_rows(law, x), context).sum()
+        return -law.log_prob(_rows(law, x), context).sum(), x, context
     params, log_weights = law.params(context)
     if rule == "expected":
         elementwise: Any = law.elementwise
@@ -271,7 +286,7 @@ def _spectra(law: Spectra, x: Tensor, context: Context | None, rule: Rule) -> Te
         z, _ = law.elementwise.forward(x, params.detach())
         terms = _cross_entropy(params, x) - law.log_latent(z, log_weights)
     mask = present(context, *x.shape)
-    return (terms if mask is None else torch.where(mask, terms, 0.0)).sum()
+    return (terms if mask is None else torch.where(mask, terms, 0.0)).sum(), x, context
 
 
 def _cross_entropy(params: Tensor, x: Tensor) -> Tensor:
@@ -282,17 +297,14 @@ def _cross_entropy(params: Tensor, x: Tensor) -> Tensor:
 def _by_layers(flow: Flow, x: Tensor, context: Context | None, rule: Rule) -> tuple[Tensor, Tensor]:
     """Sum over layers of what each minimises by itself; and the latent of symbols ``x``."""
     loss = torch.zeros((), device=x.device)
-    layers = list(_layers(flow.bijector))
+    layers = list(flow.bijector.layers())
     places = _places(layers, x, context) if rule == "expected" else [x] * len(layers)
     base = closed_form(flow)
     for layer, place in zip(layers, places, strict=True):
-        if not isinstance(layer, (Coupling, Autoregressive)):
+        if not isinstance(layer, Conditioned):
             x, _ = layer(x, context)
             continue
-        params = layer.params(x, context)
-        moved = (
-            layer.hidden_index if isinstance(layer, Coupling) else torch.arange(x.shape[1], device=x.device)
-        )
+        params, moved = layer.params(x, context), layer.moved
         old = x.index_select(1, moved)
         elementwise: Any = layer.elementwise
         if rule == "expected" and base is not None:
@@ -310,7 +322,7 @@ def _by_layers(flow: Flow, x: Tensor, context: Context | None, rule: Rule) -> tu
     return loss, x
 
 
-def _places(layers: list[nn.Module], x: Tensor, context: Context | None) -> list[Tensor]:
+def _places(layers: list[Bijector], x: Tensor, context: Context | None) -> list[Tensor]:
     """For each layer, the place ``(batch, dim)`` of the latent at which each of its entries ends up."""
     place = torch.arange(x.shape[1], device=x.device).expand(x.shape)
     places = []
@@ -319,14 +331,6 @@ def _places(layers: list[nn.Module], x: Tensor, context: Context | None) -> list
         if isinstance(layer, (Permute, Reverse)):
             place, _ = layer.inverse(place, context)
     return places[::-1]
-
-
-def _layers(bijector: nn.Module) -> Iterator[nn.Module]:
-    if isinstance(bijector, Chain):
-        for child in bijector.bijectors:
-            yield from _layers(child)
-    else:
-        yield bijector
 
 
 @torch.no_grad()
@@ -349,13 +353,8 @@ def refit(distribution: Distribution, batches: Iterable[tuple[Tensor, Tensor | N
 
 def _latent(d: Distribution, x: Tensor, context: Context | None) -> tuple[Tensor, Context | None]:
     """What reaches the innermost base of ``x``, in either mode, with its context."""
-    while isinstance(d, (Flow, Split)):
-        if isinstance(d, Split):
-            x, context = d.parts(x, context)[0]
-        else:
-            x, _ = d.transform(x, context)
-        d = d.base
-    return x, context
+    *_, (_, z, of_base) = scattered(d, x, context)
+    return z, of_base
 
 
 # -- models of images and tables -----------------------------------------------------------------------------
@@ -464,11 +463,6 @@ class ExactObjective(nn.Module):
 @torch.no_grad()
 def initialize_integers(law: Distribution, x: Tensor, context: Context | None = None) -> None:
     """Start the laws of an integer flow from data: where they lie, and how wide, entry by entry."""
-    if isinstance(law, Split):
-        (kept, own), (rest, given) = law.parts(x, context)
-        initialize_integers(law.conditional, rest, given)
-        initialize_integers(law.base, kept, own)
-    elif isinstance(law, Flow):
-        initialize_integers(law.base, law.transform(x, context)[0], context)
-    elif isinstance(law, (Logistics, ConditionalWindow)):
-        law.initialize(x, context)
+    for leaf, values, of_leaf in scattered(law, x, context):
+        if isinstance(leaf, (Logistics, ConditionalWindow)):
+            leaf.initialize(values, of_leaf)

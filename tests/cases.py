@@ -264,11 +264,11 @@ BASES: dict[str, Callable[[int, int], Distribution]] = {
     "grouped": lambda K, dim: grouped(K, dim, 2),
     "grouped bit-reversed": lambda K, dim: grouped(K, dim, min(4, dim), "bit_reversed"),
     "grouped n-grams": lambda K, dim: SequenceCategorical(
-        transformer(K, K, lockstep(dim, 2), dim, 3, ngram_rows=7), lockstep(dim, 2), dim
+        transformer(K, K, lockstep(dim, 2), dim, window=3, ngram_rows=7), lockstep(dim, 2), dim
     ),
     "grouped islands": lambda K, dim: grouped(K, dim, 3, "islands"),
     "grouped blocks": lambda K, dim: SequenceCategorical(
-        transformer(K, K, lockstep(dim, 3), dim, 3, ngram_rows=7, block=2), lockstep(dim, 3), dim, 2
+        transformer(K, K, lockstep(dim, 3), dim, 2, window=3, ngram_rows=7), lockstep(dim, 3), dim, 2
     ),
     "autoregressive blocks": lambda K, dim: SequenceCategorical(
         transformer(K, K, lockstep(dim, dim), dim, block=2), lockstep(dim, dim), dim, 2

@@ -245,10 +245,9 @@ def test_an_any_order_model_of_another_budget_is_saved_as_such(tmp_path):
 
 def test_another_number_of_calls_goes_where_the_model_is():
     model = make_model("any_order", 3, length=8)
-    model.choose(4)
-    assert not any(part.training for part in model.modules())
-    model.to("meta").choose(2)
-    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
+    assert not any(part.training for part in model.at(4).modules())
+    other = model.to("meta").at(2)
+    assert {tensor.device.type for tensor in (*other.parameters(), *other.buffers())} == {"meta"}
 
 
 def test_what_are_no_symbols_is_told():

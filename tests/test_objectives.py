@@ -12,6 +12,7 @@ from dflow.bijectors import Autoregressive, Chain, Coupling, Reverse
 from dflow.config import InputError
 from dflow.core import Context
 from dflow.flows import Flow, Split
+from dflow.flows.walk import innermost
 
 K, LENGTH = 4, 8
 
@@ -200,7 +201,7 @@ def test_a_law_around_a_split_counts_what_reaches_the_innermost_base():
     x = torch.randint(0, K, (16, LENGTH))
     loss, counts = objectives.Objective(flow, "straight_through")(x)
     assert loss.item() == pytest.approx(-flow.log_prob(x).sum().item(), rel=1e-5)
-    assert torch.equal(counts, objectives.base_of(flow).statistics(coupling(x)[0][:, :1]))
+    assert torch.equal(counts, innermost(flow).statistics(coupling(x)[0][:, :1]))
     half = build("bipartite", length=4)
     with pytest.raises(InputError, match="part factored out"):
         objectives.Objective(Split(torch.arange(LENGTH) < 4, half, build("bipartite", length=4)), "gumbel")

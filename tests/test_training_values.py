@@ -243,11 +243,9 @@ def test_vectors_do_not_decay_and_matrices_do_even_without_a_gradient(grouped: W
 def gradient(run: Watched, step: int, batch: list[tuple[Tensor, Tensor | None]]) -> dict[str, Tensor]:
     """Of the mean nats an entry of a whole batch, by a single pass."""
     objective = run.objective(step)
-    for law, calls in zip(objectives.elastic(objective.distribution), run.calls[step].budgets, strict=True):
-        law.choose(calls)
     x = torch.cat([part for part, _ in batch])
     lengths = None if batch[0][1] is None else torch.cat([n for _, n in batch if n is not None])
-    loss, _ = objective(x, lengths)
+    loss, _ = objective(x, lengths, run.calls[step].turn)
     (loss / (x.numel() if lengths is None else lengths.sum())).backward()
     return {n: p.grad for n, p in objective.distribution.named_parameters() if p.grad is not None}
 
@@ -304,17 +302,14 @@ def test_batches_are_those_of_the_seed_and_the_step(grouped: Watched, sentences:
 
 
 def test_every_budget_of_a_model_has_its_turns_and_is_evaluated_by_its_own(grouped: Watched) -> None:
-    turns = [call.budgets for call in grouped.calls]
-    assert turns == [[BUDGETS[mix(3 + 2, step) % 3]] for step in range(40)]
-    assert min(turns.count([calls]) for calls in BUDGETS) >= 8
+    turns = [call.turn for call in grouped.calls]
+    assert turns == [mix(3 + 2, step) % 3 for step in range(40)]
+    assert min(turns.count(turn) for turn in range(3)) >= 8
     # And the loss of a step is that of its turn.
     for number in (0, 7, 20):
         call, law = grouped.calls[number], grouped.objective(number).distribution
-        costs, [elastic] = {}, objectives.elastic(law)
-        for calls in BUDGETS:
-            elastic.choose(calls)
-            costs[calls] = -float(law.log_prob(call.x).detach().sum())
-        assert float(call.loss) == pytest.approx(costs[call.budgets[0]], rel=1e-5)
+        costs = {calls: -float(law.at(calls).log_prob(call.x).detach().sum()) for calls in BUDGETS}
+        assert float(call.loss) == pytest.approx(costs[BUDGETS[call.turn]], rel=1e-5)
         assert len({round(cost, 2) for cost in costs.values()}) == 3
     assert hf.load(grouped.out).num_calls == 2
 
@@ -323,13 +318,10 @@ def test_an_evaluation_after_another_budget_is_by_the_models_own(tmp_path: Path)
     run = watched(
         tmp_path, "grouped", {"calls": [1, 4], "block": 2}, steps=6, eval_every=6, seed=3, learning_rate=0.05
     )
-    assert run.calls[-1].budgets == [1]
+    assert BUDGETS[run.calls[-1].turn] == 1
     [row] = metrics(run.out)
     model = hf.load(run.out)
-    costs = {}
-    for calls in BUDGETS:
-        model.choose(calls)
-        costs[calls] = run.valid_bits(model)
+    costs = {calls: run.valid_bits(model.at(calls)) for calls in BUDGETS}
     assert row["valid_bits"] == pytest.approx(costs[2], abs=2e-5)
     assert len({round(cost, 3) for cost in costs.values()}) == 3
 

@@ -7,12 +7,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dflow.bijectors.conditioner import check_params, full_precision
-from dflow.core import Bijector, Context, Elementwise, lengths_in, present
+from dflow.bijectors.conditioner import Conditioned, check_params, full_precision
+from dflow.core import Context, Elementwise, lengths_in, present
 from dflow.ops.lengths import keep_absent
 
 
-class Autoregressive(Bijector):
+class Autoregressive(Conditioned):
     """``z_i = elementwise(x_i; net(x_<i))``.
 
     `forward` costs one parallel call. `inverse` on symbols repeats ``x <- elementwise.inverse(z, net(x))``,
@@ -60,6 +60,11 @@ class Autoregressive(Bijector):
         self.dim = dim
         self.inversion = inversion
         self.calls = 0
+
+    @property
+    def moved(self) -> Tensor:
+        """All entries."""
+        return torch.arange(self.dim, device=next(self.net.parameters()).device)
 
     def params(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Parameters of all entries in one parallel call, ``(batch, dim, num_params)``."""

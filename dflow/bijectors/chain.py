@@ -39,6 +39,11 @@ class Chain(Bijector):
     def __iter__(self) -> Iterator[Bijector]:
         yield from self.bijectors  # type: ignore[misc]
 
+    def layers(self) -> Iterator[Bijector]:
+        """Those of each bijector in turn."""
+        for bijector in self:
+            yield from bijector.layers()
+
     def __len__(self) -> int:
         return len(self.bijectors)
 

@@ -2,8 +2,27 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
+
+from dflow.core import Bijector, Context, Elementwise
+
+
+class Conditioned(Bijector):
+    """A layer that maps some entries by a family of one dimension, whose parameters a net gives."""
+
+    elementwise: Elementwise
+
+    @abstractmethod
+    def params(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """Parameters of the entries that are `moved`, ``(batch, moved, num_params)``."""
+
+    @property
+    @abstractmethod
+    def moved(self) -> Tensor:
+        """The entries that are mapped, int64 ``(moved,)``."""
 
 
 def full_precision(x: Tensor) -> torch.autocast:

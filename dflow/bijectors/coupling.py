@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dflow.bijectors.conditioner import check_params, full_precision
-from dflow.core import Bijector, Context, Elementwise, lengths_in, present
+from dflow.bijectors.conditioner import Conditioned, check_params, full_precision
+from dflow.core import Context, Elementwise, lengths_in, present
 from dflow.ops.lengths import keep_absent
 from dflow.ops.memo import Memo
 
@@ -29,7 +29,7 @@ def _halves(known: Tensor, hidden: Tensor, dim: int) -> _Halves | None:
     return _Halves((len(hidden), len(known)), False) if hidden_first == line else None
 
 
-class Coupling(Bijector):
+class Coupling(Conditioned):
     """``z_hidden = elementwise(x_hidden; net(x_known))``, every other entry as it was.
 
     The net is called as ``net(x_known, context)`` with ``x_known`` ``(batch, n_known)`` or
@@ -133,6 +133,11 @@ class Coupling(Bijector):
             new = keep_absent(new, old, mask)
             log_det = torch.where(mask, log_det, 0)
         return self._join(x, known, new), log_det.sum(1)
+
+    @property
+    def moved(self) -> Tensor:
+        """The hidden entries."""
+        return self.hidden_index
 
     @property
     def num_calls(self) -> int:

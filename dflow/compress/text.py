@@ -110,7 +110,7 @@ class TextCoder:
             # Halves and integers add up exactly, in any order.
             counts = model.length_counts.double().cpu()[1:] + 0.5
             lengths = torch.cat([torch.tensor([_EMPTY]).double(), (1 - _EMPTY) * counts / counts.sum()])
-        law = model.distribution
+        law = model.law
         try:
             tables = frozen_tables(law)
             prepared = prepare(law, _MODE, tables)

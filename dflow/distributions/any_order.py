@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -200,12 +201,28 @@ class Walk(Distribution):
     an order that depends on nothing that is still hidden they add up to one (DUEL, arXiv 2603.01367).
     """
 
+    #: The walk of another number of calls, given the model and the number; None where there is none.
+    other: Callable[[AnyOrder, int], Walk] | None = None
+
     def __init__(self, model: AnyOrder, num_calls: int) -> None:
         """``num_calls`` lies in 1..model.dim."""
         super().__init__()
         if not 1 <= num_calls <= model.dim:
             raise ValueError(f"num_calls must lie in 1..{model.dim} (the length), found {num_calls}")
         self.model, self._num_calls = model, num_calls
+
+    @property
+    def budgets(self) -> Sequence[int]:
+        """Any number up to the length, where `other` is known."""
+        return [self.num_calls] if self.other is None else range(1, self.model.dim + 1)
+
+    def at(self, calls: int) -> Walk:
+        """The walk of ``calls`` network calls; it shares the model with this one."""
+        if calls == self.num_calls:
+            return self
+        if self.other is None or calls not in self.budgets:
+            raise ValueError(f"no walk of {calls} calls; there are {self.budgets}")
+        return self.other(self.model, calls).to(self.model.costs.device).train(self.training)
 
     @property
     def num_calls(self) -> int:

@@ -98,6 +98,13 @@ class Logistics(Distribution):
         """Numbers that are learned of each entry, or come from the net."""
         return 2 if self.components == 1 else 3 * self.components
 
+    def rounded_mean(self, context: Context | None = None) -> Tensor:
+        """See `Distribution.rounded_mean`: where the components lie, on average."""
+        loc, _, *log_weights = self.params(context)
+        if log_weights:
+            loc = (loc * log_weights[0].exp()).sum(-1)
+        return loc.double().round().long()
+
     @abstractmethod
     def _raw(self, context: Context | None) -> Tensor:
         """All r, all q and, of a mixture, all logits of weights: ``(n, dim, num_params)``."""

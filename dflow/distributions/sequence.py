@@ -30,7 +30,7 @@ class SequenceCategorical(Distribution):
         order: int64 ``(R, S)``, see `dflow.ops.orders`; the same that the network was built with.
         dim: longest sequence.
         block: rows that the network draws in one call.
-        others: further orders that the network can walk, each a law of its own: see `choose`.
+        others: further orders that the network can walk, each a law of its own: see `at`.
     """
 
     order: Tensor
@@ -47,50 +47,53 @@ class SequenceCategorical(Distribution):
         self.register_buffer("order", order.clone(memory_format=torch.contiguous_format))
         for i, other in enumerate(others):
             self.register_buffer(f"order_{i}", other.clone(memory_format=torch.contiguous_format))
-        self._names = {self._calls(order): "order"}
+        self._names = {-(-len(order) // block): "order"}
         for i, other in enumerate(others):
             check_order(other, dim)
-            self._names.setdefault(self._calls(other), f"order_{i}")
+            self._names.setdefault(-(-len(other) // block), f"order_{i}")
         check_order(order, dim)
-        self._chosen = self._own = self._calls(order)
-        self._plans: dict[int, Memo[Any]] = {calls: Memo() for calls in self._names}
-
-    def _calls(self, order: Tensor) -> int:
-        return -(-len(order) // self.block)
+        self._laws: dict[int, Memo[SequenceCategorical]] = {calls: Memo() for calls in self._names}
+        #: Whether the order is another than that which the network was built with, so that it needs a plan.
+        self._planned = False
+        self._plan: Memo[Any] = Memo()
 
     @property
     def budgets(self) -> list[int]:
         """Numbers of network calls for which there is an order."""
         return sorted(self._names)
 
-    def choose(self, calls: int | None) -> None:
-        """Score and draw by the order of ``calls`` network calls from now on; None for the law's own.
+    def at(self, calls: int) -> SequenceCategorical:
+        """The law of another order, drawn in ``calls`` network calls; it shares the network with this one.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is no such order.
         """
-        calls = self._own if calls is None else calls
+        if calls == self.num_calls:
+            return self
         if calls not in self._names:
             raise ValueError(f"no order of {calls} calls; there are {self.budgets}")
-        self._chosen = calls
+        order: Tensor = getattr(self, self._names[calls])
 
-    @property
-    def chosen(self) -> Tensor:
-        """The order in use, int64 ``(R, S)``."""
-        found: Tensor = getattr(self, self._names[self._chosen])
-        return found
+        def law() -> SequenceCategorical:
+            law = SequenceCategorical(self.net, order, self.dim, self.block)
+            law._planned = True
+            return law
+
+        other = self._laws[calls](law, order)
+        other.training = self.training
+        return other
 
     def _extra(self) -> tuple[Any, ...]:
-        """The plan of the order in use, where it is not the network's own, made once for each order."""
-        if self._chosen == self._own:
+        """The plan of the order, where it is not the network's own, made once."""
+        if not self._planned:
             return ()
-        order, dtype = self.chosen, next(self.net.parameters()).dtype
-        return (self._plans[self._chosen](lambda: self.net.plan(order), order, key=dtype),)
+        dtype = next(self.net.parameters()).dtype
+        return (self._plan(lambda: self.net.plan(self.order), self.order, key=dtype),)
 
     @property
     def num_calls(self) -> int:
         """One call a block of rows."""
-        return self._chosen
+        return -(-len(self.order) // self.block)
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact nats (batch,) of symbols ``(batch, n)`` or one-hot rows ``(batch, n, K)``."""
@@ -162,8 +165,8 @@ class SequenceCategorical(Distribution):
 
     def _drawn(self, length: int) -> list[Tensor]:
         """Positions of each row, up to the last that holds one below ``length``: later ones need no call."""
-        needed = (self.chosen < length).any(1).nonzero()
-        rows = self.chosen[: int(needed.max()) + 1 if len(needed) else 0]
+        needed = (self.order < length).any(1).nonzero()
+        rows = self.order[: int(needed.max()) + 1 if len(needed) else 0]
         return [row[row < self.dim] for row in rows]
 
     @torch.no_grad()

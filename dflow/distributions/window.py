@@ -148,7 +148,7 @@ class ConditionalWindow(Distribution):
         return self.low + offset
 
     @torch.no_grad()
-    def mean(self, context: Context | None) -> Tensor:
+    def rounded_mean(self, context: Context | None = None) -> Tensor:
         """The means of what lies in the window, rounded, int64 ``(batch, dim)``.
 
         Some rows of the context are looked at at a time, since they have many logits each.

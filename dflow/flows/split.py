@@ -80,6 +80,11 @@ class Split(Distribution):
             Context(lengths=total - kept, given=(*before, kept)),
         )
 
+    def rounded_mean(self, context: Context | None = None) -> Tensor:
+        """Of the conditional, given that of the base."""
+        x_a = self.base.rounded_mean(self.contexts(None, context)[0])
+        return self.join(x_a, self.conditional.rounded_mean(self.contexts(x_a, context)[1]))
+
     def round_trip(self, x: Tensor, context: Context | None = None) -> bool | None:
         """That of both parts, each by itself."""
         (x_a, own), (x_b, given) = self.parts(x, context)

@@ -144,7 +144,7 @@ def load(
             raise InputError(
                 f"{folder}: only a model of text is drawn in a number of calls; leave out @{calls}"
             )
-        loaded.choose(calls)
+        return loaded.at(calls)
     return loaded
 
 

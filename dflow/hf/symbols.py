@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class DflowModel(Pretrained):
     def __init__(self, config: DflowConfig) -> None:
         """Build the model that ``config`` describes, with fresh weights."""
         super().__init__(config)
-        self._settings = settings = config.settings()
+        settings = config.settings()
         # Masks and orders are computed, not loaded, so they need a real device even while transformers
         # builds everything else on the meta device.
         with torch.device("cpu"):
@@ -59,32 +60,43 @@ class DflowModel(Pretrained):
     def _init_weights(self, module: nn.Module) -> None:
         """Modules initialise themselves; the default would undo it."""
 
+    #: Network calls of the law in use, where they are not those of `distribution`.
+    _calls: int | None = None
+
+    @property
+    def law(self) -> Distribution:
+        """The law that is scored and drawn from: `distribution`, or one that shares its network, see `at`."""
+        return self.distribution if self._calls is None else self.distribution.at(self._calls)
+
     @property
     def num_calls(self) -> int:
         """Sequential network calls that drawing a sequence costs, at most."""
-        return self.distribution.num_calls
+        return self.law.num_calls
 
-    def choose(self, calls: int) -> None:
-        """Score and draw in ``calls`` network calls from now on.
+    def at(self, calls: int) -> DflowModel:
+        """The model that scores and draws in ``calls`` network calls; it shares all weights with this one.
 
         Raises:
             InputError: the model was not trained for that number.
         """
-        law, settings = self.distribution, self._settings
-        if isinstance(law, Walk) and isinstance(settings, zoo.AnyOrderConfig):
-            self._settings = settings = replace(settings, num_calls=calls)
-            walk = zoo.walk(settings, law.model)
-            self.distribution = walk.to(self.device).train(self.training)
-            # The order is saved with the model: the config has to tell of the same.
-            self.config.num_calls = calls
-            return
-        if not isinstance(law, SequenceCategorical) or calls not in law.budgets:
-            known = law.budgets if isinstance(law, SequenceCategorical) else [self.num_calls]
+        try:
+            law = self.distribution.at(calls)
+        except ValueError:
+            budgets = self.distribution.budgets
+            shown = f"1 to {budgets[-1]}" if isinstance(budgets, range) else ", ".join(map(str, budgets))
             raise InputError(
-                f"this {self.config.family} model is not drawn in {calls} calls, but in "
-                f"{', '.join(map(str, known))}; a grouped model can be trained for more (model.calls)"
-            )
-        law.choose(calls)
+                f"this {self.config.family} model is not drawn in {calls} calls, but in {shown}; a grouped "
+                "model can be trained for more (model.calls)"
+            ) from None
+        model = copy.copy(self)
+        if isinstance(law, Walk):
+            # The order is saved with the model, so that the config has to name its calls.
+            model._modules = dict(self._modules)
+            model.distribution, model.config = law, copy.copy(self.config)
+            model.config.num_calls = calls
+        else:
+            model._calls = calls
+        return model
 
     @labels_optional
     def forward(
@@ -118,12 +130,12 @@ class DflowModel(Pretrained):
         """
         refuse_unknown(kwargs, self.forward)
         lengths = present_lengths(input_ids, lengths, attention_mask, labels)
-        if self.training and not training.trained_by_likelihood(self.distribution):
+        if self.training and not training.trained_by_likelihood(self.law):
             log_prob, nats = None, self._objective(input_ids, lengths)
         else:
             log_prob = self.log_prob(input_ids, lengths)
             nats = -log_prob.sum()
-            if nats.requires_grad and not training.reached(self.distribution):
+            if nats.requires_grad and not training.reached(self.law):
                 nats = training.evaluated(nats)
         if self.training and torch.is_grad_enabled() and self.config.explicit_length:
             _, present = self._whole(input_ids, lengths)
@@ -140,7 +152,7 @@ class DflowModel(Pretrained):
     def _objective(self, input_ids: Tensor, lengths: Tensor | None) -> Tensor:
         """Loss in nats, summed over the batch, by the family's rule."""
         x, context = self._whole(input_ids, lengths)
-        loss = training.loss_of_symbols(self.distribution, x, context)
+        loss = training.loss_of_symbols(self.law, x, context)
         if context is None or not self.config.explicit_length:
             return loss
         return loss - self._length_log_prob()[context].sum()
@@ -154,7 +166,7 @@ class DflowModel(Pretrained):
             InputError: a symbol outside the alphabet, or lengths that this model cannot score.
         """
         x, lengths = self._whole(input_ids, lengths)
-        log_prob = self.distribution.log_prob(x, Context(lengths=lengths))
+        log_prob = self.law.log_prob(x, Context(lengths=lengths))
         if self.config.explicit_length:
             log_prob = log_prob + self._length_log_prob()[lengths]
         return log_prob
@@ -214,7 +226,7 @@ class DflowModel(Pretrained):
         context = Context(lengths=lengths)
         # A law that takes a prompt takes the length too, and may stop there.
         options = {} if self.config.record.prompt == "no" else {"prompt": prompt, "length": length}
-        x = self.distribution.sample(num_return_sequences, context, generator, **options)
+        x = self.law.sample(num_return_sequences, context, generator, **options)
         if lengths is not None:
             x = x.masked_fill(torch.arange(longest, device=x.device) >= lengths[:, None], -1)
             return x[:, : length or max(1, int(lengths.max()))]
@@ -255,7 +267,7 @@ class DflowModel(Pretrained):
         scored and drawn from alike, which leaves nothing to check.
         """
         self._check(input_ids, lengths)
-        return self.distribution.round_trip(self._padded(input_ids), Context(lengths=lengths))
+        return self.law.round_trip(self._padded(input_ids), Context(lengths=lengths))
 
     def _padded(self, x: Tensor) -> Tensor:
         """``x`` in the model's length, where its law takes no other."""

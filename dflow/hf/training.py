@@ -23,8 +23,12 @@ MOMENTUM = 0.98
 
 
 def trained_by_likelihood(law: Distribution) -> bool:
-    """Whether minus the exact log-likelihood of symbols is what trains every part of ``law``."""
-    return objectives.default_rule(law) == "likelihood" and objectives.closed_form(law) is None
+    """Whether minus the exact log-likelihood of symbols is what trains every part of ``law``.
+
+    A law of several numbers of calls has as many likelihoods, which training takes by turns.
+    """
+    likelihood = objectives.default_rule(law) == "likelihood" and objectives.closed_form(law) is None
+    return likelihood and objectives.turns(law) == 1
 
 
 def reached(law: Distribution) -> bool:
@@ -41,8 +45,11 @@ def loss_of_symbols(law: Distribution, x: Tensor, lengths: Tensor | None = None)
         # Of a uniform base every latent costs the same, and no map would learn from it.
         with _evaluating(law):
             objectives.refit(law, [(x, lengths)])
-    with _noise(law, float(rule == "gumbel")), _turn(law):
-        loss, counts = objective(x, lengths)
+    # Of the numbers of calls that a law is trained for one, at random: training takes all of them by turns.
+    several = objectives.turns(law)
+    turn = int(torch.randint(several, ())) if several > 1 else 0
+    with _noise(law, float(rule == "gumbel")):
+        loss, counts = objective(x, lengths, turn)
     if base is not None and counts is not None and moves:
         base.update(counts, MOMENTUM)
     found: Tensor = loss
@@ -131,19 +138,6 @@ def _noise(law: nn.Module, noise: float) -> Iterator[None]:
     finally:
         for estimator, value in before.items():
             estimator.noise = value
-
-
-@contextmanager
-def _turn(law: nn.Module) -> Iterator[None]:
-    """Within, a law of several numbers of calls takes one of them, at random: training takes all by turns."""
-    before = {part: part.num_calls for part in objectives.elastic(law)}
-    for part in before:
-        part.choose(part.budgets[int(torch.randint(len(part.budgets), ()))])
-    try:
-        yield
-    finally:
-        for part, calls in before.items():
-            part.choose(calls)
 
 
 @contextmanager

@@ -346,13 +346,14 @@ class _Run:
         torch.manual_seed(mix(config.seed + 1 + self.rank, self.step))
         self.model.train()
         nats, counts = torch.zeros((), device=accelerator.device), None
+        number = self.task.turn(self.step)
+        turn = () if number is None else (number,)
         for i, (piece, part) in enumerate(zip(xs, ls, strict=True)):
             last = i == len(xs) - 1
             alone = last or not self.learned
             with contextlib.nullcontext() if alone else accelerator.no_sync(self.wrapped):
-                loss, latents = self.wrapped(
-                    piece.to(accelerator.device), None if part is None else part.to(accelerator.device)
-                )
+                lengths = None if part is None else part.to(accelerator.device)
+                loss, latents = self.wrapped(piece.to(accelerator.device), lengths, *turn)
                 # Processes average their gradients: the mean over the whole batch needs the factor.
                 if self.learned:
                     accelerator.backward(loss * (self.world / total))

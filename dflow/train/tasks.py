@@ -21,6 +21,7 @@ from dflow.core import Distribution
 from dflow.data import Corpus, ImageConfig, ImageSet, Tokenizer, dealt, files, load, load_images, pictures
 from dflow.dequantize import Iwbo, TruncatedNormal
 from dflow.distributions import Categorical, Gaussian, Mixture
+from dflow.flows.walk import innermost
 from dflow.train.recipe import Recipe, Schedule
 
 Batch = tuple[Tensor, Tensor | None]
@@ -94,6 +95,10 @@ class Task(ABC):
         """What the best model has least of, the same on every process: what was told, ``found``."""
         return found
 
+    def turn(self, step: int) -> int | None:
+        """Of a model of several numbers of calls, the law that a step trains; None of other models."""
+        return None
+
     def closed_form(self, model: Any) -> Any:
         """What has a closed form and is moved by statistics, or None."""
         return None
@@ -142,7 +147,11 @@ class _Discrete(Task):
         self.rule = objectives.default_rule(distribution) if asked == "auto" else asked
         self.objective = objectives.Objective(distribution, cast(objectives.Rule, self.rule))
         self.estimators = objectives.estimators(distribution)
-        self.laws = objectives.elastic(distribution)
+        self.turns = objectives.turns(distribution)
+
+    def turn(self, step: int) -> int:
+        # From the seed and the step, so that all processes and resumed runs take the same.
+        return mix(self.recipe.train.seed + 2, step) % self.turns
 
     def closed_form(self, model: _Maps) -> Categorical | None:
         return objectives.closed_form(model.distribution)
@@ -153,16 +162,11 @@ class _Discrete(Task):
         for estimator in self.estimators:
             estimator.temperature = config.temperature.at(fraction)
             estimator.noise = noise.at(fraction)
-        for law in self.laws:
-            # From the seed and the step, so that all processes and resumed runs take the same.
-            law.choose(law.budgets[mix(config.seed + 2, step) % len(law.budgets)])
         base = self.closed_form(self.model)
         if base is not None:
             base.peak = config.peak.at(fraction) if config.peak and fraction < config.peak.until else 0.0
 
     def settle(self, model: _Maps, batches: Iterator[Batch]) -> Any:
-        for law in objectives.elastic(model.distribution):
-            law.choose(None)
         base, training = self.closed_form(model), self.closed_form(self.model)
         if base is None or training is None:
             return None
@@ -203,7 +207,7 @@ class _Text(_Discrete):
         )
         self.model = hf.DflowModel(settings)
         distribution = self.model.distribution
-        law = objectives.base_of(distribution)
+        law = innermost(distribution)
         if isinstance(law, (Categorical, Mixture)):
             law.initialize(corpus.train.marginals(corpus.tokenizer.size))
         if explicit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -357,10 +358,17 @@ def any_order(config: AnyOrderConfig, K: int) -> Distribution:
 def walk(config: AnyOrderConfig, model: AnyOrder) -> Walk:
     """``model`` along the order and in the number of calls that ``config`` names."""
     if config.order == "confidence":
-        return Confident(model, config.num_calls, config.schedule == "dp")
-    if config.schedule == "dp":
-        return Ordered(model, shuffled(config.length, config.length), config.num_calls)
-    return Ordered(model, _order(config.order, config.length, config.num_calls))
+        law: Walk = Confident(model, config.num_calls, config.schedule == "dp")
+    elif config.schedule == "dp":
+        law = Ordered(model, shuffled(config.length, config.length), config.num_calls)
+    else:
+        law = Ordered(model, _order(config.order, config.length, config.num_calls))
+    law.other = functools.partial(_walk_at, config)
+    return law
+
+
+def _walk_at(config: AnyOrderConfig, model: AnyOrder, calls: int) -> Walk:
+    return walk(dataclasses.replace(config, num_calls=calls), model)
 
 
 def transformer(config: TransformerConfig, K: int) -> Distribution:
