@@ -123,10 +123,10 @@ class Workshop:
 
     def make(self, name: str, recipe: str) -> None:
         """One model, trained by the first page that needs it."""
-        made = self.cache / name
-        if not made.exists():
-            words = ["train", recipe, "--output", str(made), "--threads", "1"]
+        cached = self.cache / name
+        if not cached.exists():
+            words = ["train", recipe, "--output", str(cached), "--threads", "1"]
             if recipe.startswith("recipes/binary"):
                 words += ["--set", "model.init=uniform"]
             assert cli.main(words) == 0
-        shutil.copytree(made, self.folder / name)
+        shutil.copytree(cached, self.folder / name)

@@ -33,8 +33,8 @@ SHORT = {
 def blocks(page: str, *languages: str) -> list[str]:
     text = (ROOT / page).read_text(encoding="utf-8")
     # Every block, so that the end of one in another language is not taken for a beginning.
-    found = re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M)
-    return [code for language, code in found if language in languages]
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M)
+    return [code for language, code in fenced if language in languages]
 
 
 CODE = [(page, i, code) for page in PAGES for i, code in enumerate(blocks(page, "python"))]
