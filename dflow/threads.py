@@ -15,7 +15,7 @@ def wait_passively() -> bool:
     """Let the threads of OpenMP sleep while they wait; returns whether this call arranged it.
 
     By default they spin. Where other programs use the same processors a spinning thread takes the time that
-    the thread it waits for needs, and training becomes several times slower (docs/guide.md, "Threads").
+    the thread it waits for needs, and training becomes several times slower (docs/guide/training.md).
     OpenMP reads the environment once, when torch is loaded, so this has to come before that. It changes the
     environment of the process and is therefore for commands, not for libraries. Nothing happens where the
     environment has a setting of its own.

@@ -36,7 +36,8 @@ from dflow.train import load_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("registries")]
 
-MODULES = {code.split("\n", 1)[0].removeprefix("# "): code for code in blocks("docs/guide.md", "python")}
+GUIDE = "docs/guide/extending.md"
+MODULES = {code.split("\n", 1)[0].removeprefix("# "): code for code in blocks(GUIDE, "python")}
 TRAIN = {"steps": 3, "batch_size": 4, "eval_chunks": 4, "eval_every": 2, "trackers": [], "samples": 0}
 
 # A law that has a likelihood and draws, and nothing else.
@@ -322,7 +323,7 @@ def test_a_choice_that_no_module_has_added_tells_of_the_flag(family: str, name: 
 
 
 def test_a_flow_learns_in_a_loop_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
-    [code] = [code for code in blocks("docs/guide.md", "python") if "optimizer.step()" in code]
+    [code] = [code for code in blocks(GUIDE, "python") if "optimizer.step()" in code]
     scope: dict[str, Any] = {}
     exec(compile(code, "loop", "exec", dont_inherit=True), scope)
     x, K = scope["x"], scope["K"]
