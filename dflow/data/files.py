@@ -12,7 +12,8 @@ from pathlib import Path
 
 from dflow.config import InputError
 
-SUFFIXES = ("", ".xz", ".gz")
+#: Endings of packed files, which the names of known files may have.
+SUFFIXES = ("", ".xz", ".gz", ".zip")
 _DAMAGED = (lzma.LZMAError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, NotImplementedError)
 
 
@@ -33,7 +34,7 @@ def data_folder(folder: str | os.PathLike[str] | None = None) -> Path | None:
 
 
 def find(folder: Path | None, name: str, under: str) -> Path | None:
-    """File ``name`` (or ``name.xz``, ``name.gz``) in ``folder`` or ``folder/under``, or None."""
+    """File ``name``, plain or packed (``name.xz``), in ``folder`` or ``folder/under``, or None."""
     if folder is None:
         return None
     candidates = (place / (name + suffix) for place in (folder, folder / under) for suffix in SUFFIXES)
