@@ -24,8 +24,9 @@ from dflow.config import InputError, parse
 from dflow.data import ImageConfig, Samples, check, image_sets, list_sets, load_images, prepare
 from dflow.data.files import digest
 from dflow.data.formats import png
-from dflow.data.images import SPLITS, grey
 from dflow.data.known import KnownFile
+from dflow.data.own_images import grey
+from dflow.data.splits import SPLITS
 
 RANDOM = np.random.default_rng(0)
 #: MNIST made small: 5 images to train on and 3 to test.

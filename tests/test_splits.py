@@ -18,8 +18,19 @@ from PIL import Image
 
 from dflow import cli
 from dflow.config import InputError
-from dflow.data import Corpus, DataConfig, ImageConfig, Text, Tokenizer, files, load, load_images, splits
-from dflow.data.tokenizers import Bytes, SentencePiece
+from dflow.data import (
+    Bytes,
+    Corpus,
+    DataConfig,
+    ImageConfig,
+    SentencePiece,
+    Text,
+    Tokenizer,
+    files,
+    load,
+    load_images,
+    splits,
+)
 from dflow.evaluate import evaluate
 from dflow.train import load_recipe, train
 from dflow.train.tasks import task_of

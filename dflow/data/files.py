@@ -129,15 +129,6 @@ def absolute(path: str | os.PathLike[str]) -> str:
     return os.path.abspath(expanded(path))
 
 
-def gone(name: str, checksum: str) -> InputError:
-    """What to say of data by their path that are no longer there."""
-    return InputError(
-        f"{name}: no such file or folder; the model was trained on the data that were there, whose checksum "
-        f"is {checksum}. If they were moved, name their place: --data PATH (in dflow train --set "
-        "data.name=PATH)"
-    )
-
-
 def check_same(name: str, found: str, expected: str | None) -> None:
     """Raise `Changed` unless the checksum of data is the one expected, if one is."""
     if expected not in (None, found):
