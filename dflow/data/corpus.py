@@ -29,7 +29,7 @@ NUM_DRAWS = 1 << 14
 class Text:
     """Symbols of one split, stored compactly: a stream ``(n,)``, or sentences ``(n, longest)`` with lengths.
 
-    Sentences are padded with 0; ``lengths`` says what is present. ``num_characters`` counts the characters
+    Sentences end at their ``lengths`` and are padded with 0. ``num_characters`` counts the characters
     that the symbols spell, ``dropped`` the sentences that the protocol left out for their length and
     ``dropped_characters`` the characters of these. ``starts``, int64 ``(K,)``, says how many characters begin
     in each symbol; None where each symbol is one.
@@ -55,7 +55,7 @@ class Text:
 
     @property
     def amount(self) -> str:
-        """What there is to train on, in words."""
+        """How much there is to train on, in words."""
         return f"{self.num_symbols:,} symbols to train on"
 
     @cached_property
@@ -90,7 +90,8 @@ class Text:
     def chunks(self, length: int, limit: int | None = None) -> tuple[Tensor, Tensor | None]:
         """All of the text to evaluate on: ids int64 ``(n, length)``, and lengths ``(n,)`` of sentences.
 
-        A stream is cut into chunks that do not overlap; the last `tail` symbols do not fill one and are left.
+        A stream is cut into chunks that do not overlap; the last `tail` symbols, which do not fill a chunk,
+        are left out.
 
         Args:
             length: of a chunk.
@@ -106,7 +107,7 @@ class Text:
         return self._padded(self.ids[:limit], length), self.lengths[:limit]
 
     def tail(self, length: int) -> int:
-        """Symbols at the end of a stream that `chunks` leaves."""
+        """Symbols at the end of a stream that `chunks` leaves out."""
         return len(self.ids) % length if self.lengths is None else 0
 
     def characters(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -190,8 +191,8 @@ class Draws(Text):
     def amount(self) -> str:
         """The law's entropy, and what independent entries cost."""
         costs = {"entropy": self.law.entropy, "factorized": self.law.factorized}
-        known = ", ".join(f"{name} {nats:.4f} nats" for name, nats in costs.items() if nats is not None)
-        return f"fresh draws of {self.law.dim} symbols ({known})"
+        terms = ", ".join(f"{name} {nats:.4f} nats" for name, nats in costs.items() if nats is not None)
+        return f"fresh draws of {self.law.dim} symbols ({terms})"
 
     def crops(
         self, batch: int, length: int, generator: torch.Generator | None = None

@@ -90,13 +90,8 @@ def from_folder(path: Path, config: ImageConfig, partial: bool, before: bool) ->
 
 def _arrange(path: Path) -> Arranged:
     """The images of a folder, by the splits that their names tell."""
-    arranged = splits.arrange(path, lambda p, _: p.suffix.lower() in formats.SUFFIXES)
-    if not arranged.paths:
-        raise InputError(
-            f"{path}: the folder holds no image ({', '.join(sorted(formats.SUFFIXES))}); put them there. "
-            + " ".join(arranged.notes)
-        )
-    return arranged
+    kind = f"image ({', '.join(sorted(formats.SUFFIXES))})"
+    return splits.arrange(path, lambda p, _: p.suffix.lower() in formats.SUFFIXES, kind, "put them there")
 
 
 def _arrange_before(path: Path) -> Arranged:

@@ -243,11 +243,11 @@ def list_sets(folder: str | os.PathLike[str] | None = None) -> list[SetRow]:
     """The known sets and whether their files are in ``folder`` (default: ``DFLOW_DATA``); nothing is read."""
     place = files.data_folder(folder)
     rows = [SetRow(PYDOC, "built in", "", "PSF", PYDOC_NOTE)]
-    for known in _known_sets().values():
-        local = known.local(place)
-        where = str(next(iter(local)).parent) if local else ""
+    for data_set in _known_sets().values():
+        local = data_set.local(place)
+        folder_of_files = str(next(iter(local)).parent) if local else ""
         state = "missing" if local is None else "found" if local else "built in"
-        rows.append(SetRow(known.name, state, where, known.license, known.note))
+        rows.append(SetRow(data_set.name, state, folder_of_files, data_set.license, data_set.note))
     rows.append(SetRow(image_sets.CHECKERBOARD, "drawn", "", "", image_sets.CHECKERBOARD_NOTE))
     rows += [SetRow(PREFIX + name, "drawn", "", "", law.note) for name, law in LAWS.items()]
     return rows
@@ -263,12 +263,12 @@ def check(name: str, folder: str | os.PathLike[str] | None = None) -> list[FileR
     if name == PYDOC:
         data = read_pydoc().encode()
         return [FileRow("pydoc_data.topics", len(data), files.digest(data))]
-    known = _known_set(name)
-    local = known.local(place)
+    data_set = _known_set(name)
+    local = data_set.local(place)
     if local is None:
-        way = f"with a network run `dflow data prepare {name}`, or " if known.published else ""
+        way = f"with a network run `dflow data prepare {name}`, or " if data_set.published else ""
         raise InputError(
-            f"{name}: no files in {place or 'any folder (none is named)'}; {way}put {known.files} there"
+            f"{name}: no files in {place or 'any folder (none is named)'}; {way}put {data_set.files} there"
         )
     if not local:
         raise InputError(f"{name} is made when it is read: there is no file to check; name it in a recipe")
@@ -277,7 +277,7 @@ def check(name: str, folder: str | os.PathLike[str] | None = None) -> list[FileR
         data = file.read(path)
         rows.append(FileRow(str(path), len(data), file.digest or files.digest(data)))
     if not all(file.digest for file in local.values()):
-        known.read(place)  # checks the files together
+        data_set.read(place)  # checks the files together
     return rows
 
 
@@ -288,7 +288,7 @@ def prepare(name: str, folder: str | os.PathLike[str] | None = None) -> list[Fil
         InputError: Unknown set, no folder named, no network, or damaged files.
     """
     if name != PYDOC:
-        known = _known_set(name)
+        data_set = _known_set(name)
         if folder is not None:
             Path(folder).expanduser().mkdir(parents=True, exist_ok=True)
         place = files.data_folder(folder)
@@ -297,8 +297,8 @@ def prepare(name: str, folder: str | os.PathLike[str] | None = None) -> list[Fil
                 f"{name}: no folder to put it in; name one with --folder or the environment variable "
                 "DFLOW_DATA"
             )
-        if known.local(place) is None:
-            for path, data in known.fetch(place).items():
+        if data_set.local(place) is None:
+            for path, data in data_set.fetch(place).items():
                 (place / path).parent.mkdir(parents=True, exist_ok=True)
                 files.write(place / path, data)
     return check(name, folder)

@@ -80,8 +80,8 @@ class DataConfig:
     @property
     def is_path(self) -> bool:
         """Whether `name` is the path of a file or folder, not the name of a known text or law."""
-        known = self.name in sets.KNOWN or self.name == sets.PYDOC or synthetic.is_law(self.name)
-        return not (known or self.name.startswith(HUB))
+        by_name = self.name in (sets.PYDOC, *sets.KNOWN) or synthetic.is_law(self.name)
+        return not (by_name or self.name.startswith(HUB))
 
     def path(self) -> Path:
         """The path of the user's text.
@@ -174,8 +174,8 @@ class ImageConfig:
     @property
     def is_path(self) -> bool:
         """Whether `name` is the path of a folder or table, not the name of a known set."""
-        known = self.name == image_sets.CHECKERBOARD or self.name in image_sets.KNOWN
-        return not (known or self.name.startswith(HUB))
+        by_name = self.name in (image_sets.CHECKERBOARD, *image_sets.KNOWN)
+        return not (by_name or self.name.startswith(HUB))
 
     def path(self) -> Path:
         """The path of the user's folder of images or table.

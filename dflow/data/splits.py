@@ -158,17 +158,13 @@ def texts(root: Path) -> Arranged:
     """The text files of a folder, or one file, by split.
 
     Raises:
-        InputError: as of `arrange`, or no text file.
+        InputError: as of `arrange`.
     """
-    if not root.is_dir():
-        return Arranged(root, {"train": [root]})
-    arranged = arrange(root, is_text)
-    if not arranged.paths:
-        raise InputError(
-            f"{root}: the folder holds no *.txt file; put the text there or name a file. "
-            + " ".join(arranged.notes)
-        )
-    return arranged
+    return (
+        arrange(root, is_text, "*.txt file", "put the text there or name a file")
+        if root.is_dir()
+        else Arranged(root, {"train": [root]})
+    )
 
 
 def texts_before(root: Path) -> Arranged:
@@ -185,7 +181,7 @@ BEFORE = (
 )
 
 
-def arrange(root: Path, is_read: Callable[[Path, str | None], bool]) -> Arranged:
+def arrange(root: Path, is_read: Callable[[Path, str | None], bool], kind: str, way: str) -> Arranged:
     """The files of a folder that are read, by the split that their names tell.
 
     Without a name that tells a split all are one pool. Hidden files are left out, files of other kinds are
@@ -194,10 +190,12 @@ def arrange(root: Path, is_read: Callable[[Path, str | None], bool]) -> Arranged
     Args:
         root: the folder.
         is_read: whether a file of this name, in this split, is of a kind that is read.
+        kind: what such a file is called, for errors.
+        way: what to do about a folder without one, for errors.
 
     Raises:
-        InputError: a file whose split is not clear, beside others whose names tell it; validation or test
-            data without training data; or a link to such data that leads nowhere.
+        InputError: no file that is read; a file whose split is not clear, beside others whose names tell it;
+            validation or test data without training data; or a link to such data that leads nowhere.
     """
     paths: dict[str | None, list[Path]] = {}
     unread, num_hidden = list[Path](), 0
@@ -215,9 +213,11 @@ def arrange(root: Path, is_read: Callable[[Path, str | None], bool]) -> Arranged
     notes = _left_out(unread, num_hidden)
     if set(paths) <= {None}:
         pool = paths.get(None, [])
+        if not pool:
+            raise InputError(f"{root}: the folder holds no {kind}; {way}. " + " ".join(notes))
         if len(pool) > 1:
             notes.append(f"No name in {root} tells a split: its {len(pool):,} files are one pool.")
-        return Arranged(root, {"train": pool} if pool else {}, notes=tuple(notes))
+        return Arranged(root, {"train": pool}, notes=tuple(notes))
     _refuse_unclear(root, paths)
     return Arranged(root, {s: paths[s] for s in SPLITS if s in paths}, named=True, notes=tuple(notes))
 
@@ -330,7 +330,7 @@ def by_rows(
         stop = len(pool) if split == "train" else start + int(len(pool) * share)
         dealt[split] = pool[sorted(order[start:stop])]
         start = stop
-    if not partial and not all(len(part) for part in dealt.values()):
+    if not partial and not all(map(len, dealt.values())):
         wanted = " and ".join(f"{split}={share}" for split, share in missing.items())
         raise InputError(
             f"{name}: {len(pool)} rows are too few for {wanted}; give more data, or larger shares"

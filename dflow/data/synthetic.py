@@ -111,7 +111,7 @@ class Addition(UniformLaw):
         return 3 * self.digits * math.log(10)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Digits at random, then added."""
+        """Digits at random, and their sum."""
         terms = torch.randint(10, (n, 2, self.digits), generator=generator)
         return torch.cat([terms.flatten(1), self._sum(terms)], 1)
 
