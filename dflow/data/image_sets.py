@@ -1,15 +1,5 @@
 """The images that dflow knows by name, and how each is found, fetched, checked and split.
 
-- ``mnist``: the four idx files; 50,000 / 10,000 / 10,000 images of 28 x 28 pixels of 8 bits; the last 10,000
-  of the training file validate.
-- ``binarized_mnist``: MNIST binarized once and for all (Larochelle and Murray 2011), 0 and 1, split
-  50,000 / 10,000 / 10,000 by its authors; the test rows are sorted by class.
-- ``cifar10``: the binary version, 40,000 / 10,000 / 10,000 images of 3 x 32 x 32 pixels of 8 bits as in
-  arXiv 2001.11235; the last 10,000 of the training files validate. The pickled version is not read: a pickle
-  can run code.
-- ``cifar10-subset``: 3,000 and 500 images of CIFAR-10 in a ``.npz`` file; *not* comparable with published
-  figures of CIFAR-10.
-
 Checksums are of the content, not of how it is packed, so that any packing of the same data passes.
 """
 
@@ -87,7 +77,10 @@ def from_idx(data: bytes) -> Array:
 
 
 def mnist(known: Sequence[KnownFile], num_valid: int) -> KnownSet[Pixels]:
-    """MNIST from its four files, or from the hub."""
+    """MNIST from its four idx files, or from the hub: images of 28 x 28 pixels of 8 bits.
+
+    The last ``num_valid`` images of the training file validate.
+    """
     wanted = "{train,t10k}-images-idx3-ubyte and {train,t10k}-labels-idx1-ubyte (or .gz, .xz)"
 
     def decode(contents: Mapping[KnownFile, bytes]) -> Pixels:
@@ -165,7 +158,10 @@ binarized_mnist_packbits.npz 54880000 sha256:07ad6da6ba6894a550cb68ae290ff3deb00
 
 
 def binarized_mnist(bits: KnownFile, texts: Sequence[KnownFile]) -> KnownSet[Pixels]:
-    """Binarized MNIST from one file of bits, or from a text file a split."""
+    """MNIST binarized once and for all (Larochelle and Murray 2011), 0 and 1, and split by its authors.
+
+    It is read from one file of bits, or from a text file a split; the test rows are sorted by class.
+    """
     valid, test, _ = np.cumsum([file.size // 784 for file in texts])
 
     def decode(contents: Mapping[KnownFile, bytes]) -> Pixels:
@@ -212,7 +208,11 @@ SUBSET_NUM_VALID = 200
 def cifar10(
     archive: KnownFile, batches: Sequence[KnownFile], sums: tuple[int, ...], num_valid: int
 ) -> KnownSet[Pixels]:
-    """CIFAR-10 from its archive, from the six files in it, or from the hub."""
+    """CIFAR-10 from its archive, from the six files in it, or from the hub: 3 x 32 x 32 pixels of 8 bits.
+
+    The last ``num_valid`` images of the training files validate, as in arXiv 2001.11235. The pickled version
+    is not read: a pickle can run code.
+    """
     wanted = f"{archive.name} of https://www.cs.toronto.edu/~kriz/cifar.html"
 
     def decode(contents: Mapping[KnownFile, bytes]) -> Pixels:
@@ -266,7 +266,7 @@ def _check_cifar10(train: Array, test: Array, expected: tuple[int, ...]) -> None
 
 
 def cifar10_subset(file: KnownFile, num_valid: int) -> KnownSet[Pixels]:
-    """3,500 images of CIFAR-10, which are on no hub."""
+    """3,500 images of CIFAR-10 in one file: *not* comparable with published figures of CIFAR-10."""
 
     def decode(contents: Mapping[KnownFile, bytes]) -> Pixels:
         arrays = np.load(io.BytesIO(contents[file]))

@@ -79,7 +79,13 @@ def centre(images: Array, size: Sequence[int], setting: str, name: str) -> Array
 
 def from_folder(path: Path, config: ImageConfig, partial: bool, before: bool) -> tuple[Pixels, str]:
     """The images of a folder, and a note on how they were read; see `load_images`."""
-    arranged = _arrange_before(path) if before else _arrange(path)
+    if before:
+        arranged = _arrange_before(path)
+    else:
+        kind = f"image ({', '.join(sorted(formats.SUFFIXES))})"
+        arranged = splits.arrange(
+            path, lambda p, _: p.suffix.lower() in formats.SUFFIXES, kind, "put them there"
+        )
     sources = {split: [(str(p), p) for p in paths] for split, paths in arranged.paths.items()}
     pixels, note = _from_files(sources, config, partial)
     names = {
@@ -88,14 +94,8 @@ def from_folder(path: Path, config: ImageConfig, partial: bool, before: bool) ->
     return replace(pixels, sources=names, notes=(*arranged.notes, *pixels.notes)), note
 
 
-def _arrange(path: Path) -> Arranged:
-    """The images of a folder, by the splits that their names tell."""
-    kind = f"image ({', '.join(sorted(formats.SUFFIXES))})"
-    return splits.arrange(path, lambda p, _: p.suffix.lower() in formats.SUFFIXES, kind, "put them there")
-
-
 def _arrange_before(path: Path) -> Arranged:
-    """The same as version 0.1.0 had it: folders ``train``, ``valid`` and ``test``, else one pool."""
+    """The images of a folder as version 0.1.0 took them: by folders called as the splits are, or one pool."""
     pool = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES_BEFORE and p.is_file())
     folders: dict[str, list[Path]] = {}
     for image in pool:

@@ -1,14 +1,7 @@
 r"""What dflow knows by name: how each text is found, fetched, checked and split; what `dflow data` does.
 
-- ``pydoc``: the English of Python's own help (`pydoc_data.topics`), always there; varies with the version of
-  Python.
-- ``ptb``: Penn Treebank in Mikolov's preprocessing, from the character files or from the word files.
-- ``text8``: the first 10^8 bytes of a cleaned Wikipedia, 90M/5M/5M characters, ``a-z`` and space.
-- ``synthetic/...``: laws to draw from, see `dflow.data.synthetic`.
-- ``text8-prefix``: the first 6,538,912 bytes of text8, for quick trials; *not* comparable with published
-  figures of text8.
-
-Known files are checked for size and checksum, wherever they come from. Images: `dflow.data.image_sets`.
+Known files are checked for size and checksum, wherever they come from. Images by name are in
+`dflow.data.image_sets`, laws to draw from in `dflow.data.synthetic`.
 """
 
 from __future__ import annotations
@@ -70,7 +63,7 @@ def ptb_from_words(data: bytes) -> str:
 
 
 def ptb(characters: Sequence[KnownFile], words: Sequence[KnownFile]) -> KnownSet[Splits]:
-    """Penn Treebank from its character files or its word files, or from the hub's words."""
+    """Penn Treebank in Mikolov's preprocessing, from its character or word files, or from the hub's words."""
     wanted = "ptb.char.{train,valid,test}.txt or ptb.{train,valid,test}.txt (or .xz, .gz)"
 
     def decode(contents: Mapping[KnownFile, bytes]) -> Splits:
@@ -112,7 +105,7 @@ def _three(texts: Iterable[str]) -> Splits:
 
 
 def text8(file: KnownFile, borders: tuple[int, int]) -> KnownSet[Splits]:
-    """The whole of text8, cut at ``borders``."""
+    """The first 10^8 bytes of a cleaned Wikipedia, ``a-z`` and space, cut at ``borders``."""
     wanted = "text8 (or .xz, .gz) or text8.zip"
 
     def source(folder: Path | None) -> list[tuple[KnownFile, bytes]]:
@@ -124,7 +117,7 @@ def text8(file: KnownFile, borders: tuple[int, int]) -> KnownSet[Splits]:
 
 
 def text8_prefix(file: KnownFile, borders: tuple[int, int], whole: KnownSet[Splits]) -> KnownSet[Splits]:
-    """The beginning of text8, from a file of its own or from ``whole``, cut at ``borders``."""
+    """The beginning of text8 for quick trials, from a file of its own or from ``whole``."""
 
     def source(folder: Path | None) -> list[tuple[KnownFile, bytes]]:
         return [(file, "".join(whole.read(folder)).encode()[: file.size])]
@@ -189,7 +182,7 @@ def pydoc_text(topics: dict[str, str]) -> str:
 
 
 def read_pydoc() -> str:
-    """The text of `pydoc_text` for this Python's help."""
+    """The text of `pydoc_text` for the help of this Python, which varies with its version."""
     try:
         from pydoc_data.topics import topics
     except ImportError as error:

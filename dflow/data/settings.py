@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import Field, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
 
 from dflow.config import InputError, nearest
 from dflow.data import files, image_sets, own_text, sets, synthetic
@@ -27,9 +27,69 @@ class _WithChecksum(Protocol):
 T = TypeVar("T", bound=_WithChecksum)
 
 
+class _Named:
+    """What the settings of texts and of images share: a name, of known data or of a path."""
+
+    name: str
+    folder: str | None
+    checksum: str | None
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    #: What to say of a name that is neither known nor a path.
+    _missing: ClassVar[str]
+    #: Beginnings of names that are no paths.
+    _prefixes: ClassVar[tuple[str, ...]]
+
+    def _known(self) -> list[str]:
+        """Names of data for this kind of model."""
+        raise NotImplementedError
+
+    def _of_other_kind(self) -> str:
+        """What to say of the name of data for another kind of model; empty for other names."""
+        raise NotImplementedError
+
+    @property
+    def is_path(self) -> bool:
+        """Whether `name` is the path of a file or folder, not the name of known data."""
+        return not (self.name in self._known() or self.name.startswith(self._prefixes))
+
+    def path(self) -> Path:
+        """The path of the user's data: `name` as it stands, or inside the folder of the data.
+
+        Raises:
+            InputError: there is no such file or folder.
+        """
+        path = files.expanded(self.name)
+        if not files.exists(path) and (folder := files.data_folder(self.folder)):
+            path = folder / self.name
+        if files.exists(path):
+            return path
+        if reason := self._of_other_kind():
+            raise InputError(f"{self.name}: {reason}")
+        if self.checksum is not None:
+            raise InputError(
+                f"{self.name}: no such file or folder; the model was trained on the data that were there, "
+                f"whose checksum is {self.checksum}. If they were moved, name their place: --data PATH (in "
+                "dflow train --set data.name=PATH)"
+            )
+        raise InputError(f"{self.name}: {self._missing}; {nearest(self.name, self._known())}")
+
+    def located(self) -> Self:
+        """The same data by absolute paths, so that they are found from any working directory.
+
+        Raises:
+            InputError: there is no such file or folder.
+        """
+        paths: dict[str, Any] = {"name": self.path()} if self.is_path else {}
+        paths |= {key: getattr(self, key, None) for key in ("folder", "store")}
+        return replace(self, **{key: files.absolute(path) for key, path in paths.items() if path is not None})
+
+
 @dataclass
-class DataConfig:
+class DataConfig(_Named):
     """What text, read and split how, spelled in what symbols."""
+
+    _missing = "neither a data set nor a file or folder"
+    _prefixes = (HUB, synthetic.PREFIX)
 
     name: str = setting(
         sets.PYDOC,
@@ -77,35 +137,16 @@ class DataConfig:
         """For validation and for the test."""
         return {"valid": self.valid, "test": self.test}
 
-    @property
-    def is_path(self) -> bool:
-        """Whether `name` is the path of a file or folder, not the name of a known text or law."""
-        by_name = self.name in (sets.PYDOC, *sets.KNOWN) or synthetic.is_law(self.name)
-        return not (by_name or self.name.startswith(HUB))
+    def _known(self) -> list[str]:
+        return [sets.PYDOC, *sets.KNOWN]
 
-    def path(self) -> Path:
-        """The path of the user's text.
-
-        Raises:
-            InputError: there is no such file or folder.
-        """
-        images = self.name in (image_sets.CHECKERBOARD, *image_sets.KNOWN) or self.name.startswith(HUB)
-        return _path(
-            self,
-            "neither a data set nor a file or folder",
-            [sets.PYDOC, *sets.KNOWN],
-            "images, and this is a model of text; use model.family dequantized (a text of the hub needs "
-            "data.store)" * images,
-        )
-
-    def located(self) -> DataConfig:
-        """The same text by absolute paths, so that it is found from any working directory.
-
-        Raises:
-            InputError: there is no such file or folder.
-        """
-        store = None if self.store is None else files.absolute(self.store)
-        return replace(self, name=_absolute_name(self), folder=_absolute_folder(self), store=store)
+    def _of_other_kind(self) -> str:
+        if self.name in (image_sets.CHECKERBOARD, *image_sets.KNOWN) or self.name.startswith(HUB):
+            return (
+                "images, and this is a model of text; use model.family dequantized (a text of the hub needs "
+                "data.store)"
+            )
+        return ""
 
     def law(self, where: str = "data") -> Law | None:
         """The synthetic law that `name` and `parameters` say, or None when a text is named.
@@ -117,8 +158,11 @@ class DataConfig:
 
 
 @dataclass
-class ImageConfig:
+class ImageConfig(_Named):
     """Which images or table, read how."""
+
+    _missing = "neither a set of images nor a folder or table"
+    _prefixes = (HUB,)
 
     name: str = setting(
         image_sets.CHECKERBOARD,
@@ -171,33 +215,13 @@ class ImageConfig:
             return replace(config, crop=None, tiles=None, continuous=None)
         return replace(config, folder=None) if name.startswith(HUB) else config
 
-    @property
-    def is_path(self) -> bool:
-        """Whether `name` is the path of a folder or table, not the name of a known set."""
-        by_name = self.name in (image_sets.CHECKERBOARD, *image_sets.KNOWN)
-        return not (by_name or self.name.startswith(HUB))
+    def _known(self) -> list[str]:
+        return [image_sets.CHECKERBOARD, *image_sets.KNOWN]
 
-    def path(self) -> Path:
-        """The path of the user's folder of images or table.
-
-        Raises:
-            InputError: there is no such folder or table.
-        """
-        text = self.name in (sets.PYDOC, *sets.KNOWN) or synthetic.is_law(self.name)
-        return _path(
-            self,
-            "neither a set of images nor a folder or table",
-            [image_sets.CHECKERBOARD, *image_sets.KNOWN],
-            "a text, and this is a model of images or tables; use a model.family of text" * text,
-        )
-
-    def located(self) -> ImageConfig:
-        """The same data by absolute paths, so that they are found from any working directory.
-
-        Raises:
-            InputError: there is no such folder or table.
-        """
-        return replace(self, name=_absolute_name(self), folder=_absolute_folder(self))
+    def _of_other_kind(self) -> str:
+        if self.name in (sets.PYDOC, *sets.KNOWN) or synthetic.is_law(self.name):
+            return "a text, and this is a model of images or tables; use a model.family of text"
+        return ""
 
     def refuse(self, kind: str, *settings: str) -> None:
         """Raise `InputError` if one of the settings is changed: data of this ``kind`` have no use for it."""
@@ -232,33 +256,3 @@ def load_either(config: DataConfig | ImageConfig, read: Callable[[], T], read_be
 def _check_shares(valid: float, test: float) -> None:
     if not (0 < valid < 1 and 0 < test < 1 and valid + test < 1):
         raise InputError(f"valid={valid} and test={test} must be above 0 and leave something to train on")
-
-
-def _path(config: DataConfig | ImageConfig, missing: str, names: Sequence[str], wrong_kind: str) -> Path:
-    """The path that the name of data is: as it stands, or inside the folder of the data.
-
-    ``missing`` and known ``names`` tell what to say where nothing is there; ``wrong_kind`` is what to say of
-    known data for another kind of model, else empty.
-    """
-    path = files.expanded(config.name)
-    if not files.exists(path) and (folder := files.data_folder(config.folder)):
-        path = folder / config.name
-    if files.exists(path):
-        return path
-    if wrong_kind:
-        raise InputError(f"{config.name}: {wrong_kind}")
-    if config.checksum is not None:
-        raise InputError(
-            f"{config.name}: no such file or folder; the model was trained on the data that were there, "
-            f"whose checksum is {config.checksum}. If they were moved, name their place: --data PATH (in "
-            "dflow train --set data.name=PATH)"
-        )
-    raise InputError(f"{config.name}: {missing}; {nearest(config.name, names)}")
-
-
-def _absolute_name(config: DataConfig | ImageConfig) -> str:
-    return files.absolute(config.path()) if config.is_path else config.name
-
-
-def _absolute_folder(config: DataConfig | ImageConfig) -> str | None:
-    return None if config.folder is None else files.absolute(config.folder)

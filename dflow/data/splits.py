@@ -160,11 +160,9 @@ def texts(root: Path) -> Arranged:
     Raises:
         InputError: as of `arrange`.
     """
-    return (
-        arrange(root, is_text, "*.txt file", "put the text there or name a file")
-        if root.is_dir()
-        else Arranged(root, {"train": [root]})
-    )
+    if not root.is_dir():
+        return Arranged(root, {"train": [root]})
+    return arrange(root, is_text, "*.txt file", "put the text there or name a file")
 
 
 def texts_before(root: Path) -> Arranged:

@@ -101,9 +101,9 @@ class Tokenizer(ABC):
         return Vocabulary(self.kind, self.size)
 
     @classmethod
-    @abstractmethod
     def _of_vocabulary(cls, vocabulary: Vocabulary, folder: Path) -> Tokenizer:
         """The tokenizer of a ``vocabulary.json`` in ``folder``."""
+        return cls()
 
     @staticmethod
     def load(folder: str | os.PathLike[str]) -> Tokenizer:
@@ -297,10 +297,6 @@ class Bytes(Tokenizer):
 
     def _spell(self, ids: Array) -> str:
         return ids.astype(np.uint8).tobytes().decode("utf-8", "replace")
-
-    @classmethod
-    def _of_vocabulary(cls, vocabulary: Vocabulary, folder: Path) -> Bytes:
-        return cls()
 
 
 class Numbers(Tokenizer):

@@ -23,7 +23,7 @@ from dflow.data.formats.layout import SEVERAL, SHOWN, Layout, Refused, lost, los
 _INTEGERS = {1: "B", 3: "H", 4: "L", 6: "b", 8: "h", 9: "l", 13: "L", 16: "Q", 17: "q", 18: "Q"}
 _SIZES = dict(enumerate((1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4), 1)) | dict.fromkeys((16, 17, 18), 8)
 
-_SUBFILE, _WIDTH, _LENGTH, _BITS, _COMPRESSION, _PHOTOMETRIC = 254, 256, 257, 258, 259, 262
+_WIDTH, _LENGTH, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
 _FILL_ORDER, _STRIPS, _ORIENTATION, _SAMPLES, _ROWS, _STRIP_BYTES = 266, 273, 274, 277, 278, 279
 _PLANAR, _PREDICTOR, _COLOURS, _TILE_WIDTH, _TILE_LENGTH, _TILES = 284, 317, 320, 322, 323, 324
 _TILE_BYTES, _SUB_FILES, _EXTRA, _FORMAT = 325, 330, 338, 339
