@@ -76,7 +76,7 @@ def from_idx(data: bytes) -> Array:
     return np.frombuffer(data, np.uint8, offset=4 + 4 * ndim).reshape(sizes)
 
 
-def mnist(known: Sequence[KnownFile], num_valid: int) -> KnownSet[Pixels]:
+def mnist(idx_files: Sequence[KnownFile], num_valid: int) -> KnownSet[Pixels]:
     """MNIST from its four idx files, or from the hub: images of 28 x 28 pixels of 8 bits.
 
     The last ``num_valid`` images of the training file validate.
@@ -92,11 +92,11 @@ def mnist(known: Sequence[KnownFile], num_valid: int) -> KnownSet[Pixels]:
         return [idx(np.array([np.asarray(item) for item in column], np.uint8)) for column in columns]
 
     def source(folder: Path | None) -> Iterator[tuple[KnownFile, bytes]]:
-        return zip(known, from_hub("mnist", wanted, "ylecun/mnist", read), strict=True)
+        return zip(idx_files, from_hub("mnist", wanted, "ylecun/mnist", read), strict=True)
 
     return set_of_files(
         "mnist",
-        [known],
+        [idx_files],
         decode,
         source,
         files=wanted,
@@ -288,8 +288,8 @@ def cifar10_subset(file: KnownFile, num_valid: int) -> KnownSet[Pixels]:
 
 #: Images by name.
 KNOWN: dict[str, KnownSet[Pixels]] = {
-    known.name: known
-    for known in (
+    data_set.name: data_set
+    for data_set in (
         mnist(MNIST, NUM_VALID),
         binarized_mnist(BINARIZED_BITS, BINARIZED_TEXT),
         cifar10(CIFAR10, CIFAR10_BATCHES, CIFAR10_SUMS, NUM_VALID),

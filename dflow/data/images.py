@@ -42,10 +42,10 @@ def _load(config: ImageConfig, partial: bool, before: bool) -> ImageSet:
         rows = np.array([[0, 1], [1, 0]], dtype=np.uint8)
         note = image_sets.CHECKERBOARD_NOTE
         return image_set(config.name, (2, 1, 1), 2, 0, [rows] * 3, "equally likely rows", note, unit="bits")
-    known = image_sets.KNOWN.get(config.name)
-    if known is not None:
+    known_set = image_sets.KNOWN.get(config.name)
+    if known_set is not None:
         config.refuse("a known set", *_OWN_ONLY)
-        return _pictures(known.read(files.data_folder(config.folder)), config, known.note)
+        return _pictures(known_set.read(files.data_folder(config.folder)), config, known_set.note)
     if config.name.startswith(HUB):
         config.refuse("a set of images", "continuous", "folder")
         pixels, note = own_images.from_repository(config, partial)

@@ -20,8 +20,8 @@ class Law(ABC):
     """A law of sequences of ``dim`` symbols of Z/K.
 
     Attributes:
-        note: a line about it.
-        source: where it comes from.
+        note: a line that describes it.
+        source: the publication that it comes from.
     """
 
     note: ClassVar[str]
@@ -44,7 +44,7 @@ class Law(ABC):
     @property
     @abstractmethod
     def entropy(self) -> float | None:
-        """Exact entropy of a sequence in nats; None where it is not to be had."""
+        """Exact entropy of a sequence in nats; None where it is not known."""
 
     @property
     @abstractmethod

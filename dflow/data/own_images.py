@@ -66,15 +66,15 @@ def centre(images: Array, size: Sequence[int], setting: str, name: str) -> Array
     """The patch ``[height, width]`` at the centre of images ``(..., H, W)``.
 
     Raises:
-        InputError: the patch is larger than the images; the message tells the ``setting`` and the ``name``.
+        InputError: the patch is larger than the images; the message names the ``setting`` and the images.
     """
     (H, W), (h, w) = images.shape[-2:], size
     if h > H or w > W:
         raise InputError(
             f"{setting}={list(size)} is larger than {name}, which has {H} x {W} pixels; set it lower"
         )
-    top, left = (H - h) // 2, (W - w) // 2
-    return images[..., top : top + h, left : left + w]
+    y, x = (H - h) // 2, (W - w) // 2
+    return images[..., y : y + h, x : x + w]
 
 
 def from_folder(path: Path, config: ImageConfig, partial: bool, before: bool) -> tuple[Pixels, str]:
@@ -110,10 +110,10 @@ def from_repository(config: ImageConfig, partial: bool) -> tuple[Pixels, str]:
 
     def files_of(split: Any, name: str, column: str) -> Iterator[File]:
         for i, row in enumerate(split.select_columns([column])):
-            cell, where = row[column], f"{config.name}, {name} row {i}"
+            cell, row_name = row[column], f"{config.name}, {name} row {i}"
             if cell is None or not (cell["bytes"] or cell["path"]):
-                raise InputError(f"{where}: has no image; choose a data set without gaps")
-            yield where, cell["bytes"] or Path(cell["path"]).read_bytes()
+                raise InputError(f"{row_name}: has no image; choose a data set without gaps")
+            yield row_name, cell["bytes"] or Path(cell["path"]).read_bytes()
 
     def read(hub_splits: Any) -> tuple[Pixels, str]:
         from datasets import Image

@@ -104,9 +104,9 @@ def _read(arranged: Arranged, lowercase: bool) -> tuple[dict[str, list[str]], in
             text = files.decode(data, path)
             contents[split].append(text.lower() if lowercase else text)
         if not any(text.strip() for text in contents[split]):
-            which = f" ({split})" if arranged.named else ""
-            where = paths[0] if len(paths) == 1 else arranged.root
-            raise InputError(f"{where}: no text in it{which}; put text there, or leave it out")
+            path = paths[0] if len(paths) == 1 else arranged.root
+            suffix = f" ({split})" if arranged.named else ""
+            raise InputError(f"{path}: no text in it{suffix}; put text there, or leave it out")
     return contents, num_crlf
 
 
@@ -115,7 +115,7 @@ def _sources(arranged: Arranged, texts: Sequence[str], spans: Spans) -> dict[str
     ends = list(accumulate(len(text) + 1 for text in texts))
     paths = {split: list(listed) for split, listed in arranged.paths.items()}
     for split, places in spans.items():
-        # The line break behind a file is none of its characters.
+        # The line break behind a file does not count as one of its characters.
         paths[split] = [
             path
             for path, start, end in zip(arranged.paths["train"], [0, *ends], ends, strict=False)
@@ -143,13 +143,13 @@ def _notes_on_deal(
     missing: Mapping[str, float], deal: Deal, sources: Mapping[str, Sequence[str]], arranged: Arranged
 ) -> list[str]:
     notes = []
-    which = " and ".join({"valid": "validation", "test": "test"}[split] for split in missing)
+    names = " and ".join({"valid": "validation", "test": "test"}[split] for split in missing)
     if missing and arranged.named:
-        notes.append(f"No name tells the {which} data: they are cut off the training data.")
+        notes.append(f"No name tells the {names} data: they are cut off the training data.")
     if missing and deal.by == "tail" and len(arranged.paths["train"]) > 1:
         ends = dict.fromkeys(name for split in missing for name in sources[split])
         notes.append(
-            f"The {which} data are the end of the joined text, from {splits.first_few(ends)}, and may be "
+            f"The {names} data are the end of the joined text, from {splits.first_few(ends)}, and may be "
             "unlike the rest; data.split_by: files deals whole files instead, blocks takes them from "
             f"{STRETCHES} places."
         )

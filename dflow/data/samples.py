@@ -119,7 +119,7 @@ class ImageSet:
         unfit: why no density can be learned from these data; empty where one can.
         checksum: of the values of all splits as they are read: a result can say what it was measured on.
         unit: of results: "bits a dimension", or "bits" of a whole row.
-        classes: number of labels, 0 where there are none.
+        classes: number of different labels, 0 for data without labels.
         sources: names of the files that each split is taken from, where they are the user's.
         notes: sentences on how they were read.
         pooled: whether the test split is a share of a pool, and no data of its own.
@@ -182,12 +182,7 @@ class ImageSet:
             samples.name: {samples.what: samples.num_rows, "files": list(self.sources.get(samples.name, ()))}
             for samples in (self.train, self.valid, self.test)
         }
-        return {
-            "name": self.name,
-            "checksum": self.checksum,
-            "splits": amounts,
-            "notes": list(self.notes),
-        }
+        return {"name": self.name, "checksum": self.checksum, "splits": amounts, "notes": list(self.notes)}
 
 
 def image_set(

@@ -198,8 +198,8 @@ def read_pydoc() -> str:
 _TEXT8 = text8(TEXT8, TEXT8_SPLIT)
 #: Texts by name.
 KNOWN: dict[str, KnownSet[Splits]] = {
-    known.name: known
-    for known in (
+    data_set.name: data_set
+    for data_set in (
         ptb(PTB_CHARACTERS, PTB_WORDS),
         _TEXT8,
         text8_prefix(TEXT8_PREFIX, TEXT8_PREFIX_SPLIT, _TEXT8),

@@ -128,7 +128,7 @@ class DataConfig(_Named):
             raise InputError(f"vocab_size={self.vocab_size} must be at least 2")
         if self.parameters and not synthetic.is_law(self.name):
             raise InputError(
-                f"parameters are those of a synthetic law and {self.name!r} is none; leave them out, or name "
+                f"parameters are for a synthetic law, which {self.name!r} is not; leave them out, or name "
                 f"a law: {', '.join(synthetic.PREFIX + name for name in synthetic.LAWS)}"
             )
 

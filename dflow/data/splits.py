@@ -24,7 +24,7 @@ _WORDS = {
     "train": ("train", "training", "trn"),
     "valid": ("valid", "val", "validation", "validate", "dev", "devel", "development", "eval", "evaluation"),
     "test": ("test", "tests", "testing", "tst"),
-    # Data that are held out either to choose by or to tell results on: the name does not say which.
+    # Data that are held out either to choose models by or to report results on: the name does not say which.
     UNCLEAR: ("holdout", "heldout"),
 }
 _ROLES = {
@@ -97,11 +97,11 @@ def place(inside: Path) -> str | None:
     """
     split, several = None, False
     for name in inside.parts:
-        told = role(name)
+        of_name = role(name)
         if split is None or several:
-            split = told or split
-            several = several if told is None else len(_roles(name)) > 1
-        elif told not in (None, split) and re.fullmatch(
+            split = of_name or split
+            several = several if of_name is None else len(_roles(name)) > 1
+        elif of_name not in (None, split) and re.fullmatch(
             r"[\W_\d]*[a-z]+[\W_\d]*", name.lower().split(".")[0]
         ):
             return UNCLEAR

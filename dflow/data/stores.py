@@ -97,7 +97,7 @@ class Source:
         return self.arranged is not None and self.arranged.named
 
     def stamp(self) -> dict[str, Any]:
-        """What tells one text and spelling from another without reading the text, as JSON holds it."""
+        """The properties, as JSON holds them, by which one text and spelling differs from another."""
         stamp: dict[str, Any] = {"name": self.name, "lowercase": self.lowercase}
         if self.arranged is not None:
             stats = [(p, p.stat()) for paths in self.arranged.paths.values() for p in paths]
@@ -193,7 +193,7 @@ def _documents(name: str) -> Iterator[str]:
 
 
 def open_store(folder: Path, source: Source, tokenizer: Tokenizer | None) -> Stored:
-    """The text in the store ``folder``, which is made, whole or not at all, where there is none.
+    """The text in the store ``folder``; a store that does not exist is made, whole or not at all.
 
     Characters are ordered by their frequency in the whole text; pieces are learned from its first 67 million
     characters.

@@ -1,4 +1,4 @@
-r"""Laws that are known: no model can beat their entropy, so a result can be told as a distance from it.
+r"""Laws that are known: no model can beat their entropy, so a result can be given as a distance from it.
 
 A law is over sequences of ``dim`` symbols of Z/K. It is drawn from, never stored: a batch is as fresh as its
 generator. Names (``synthetic/`` before them in a recipe) are the keys of `LAWS`, parameters the fields of the

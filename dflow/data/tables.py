@@ -167,10 +167,7 @@ def _unfit(column: NDArray[np.float64], scale: float) -> str | None:
 
 
 def _dependent(
-    table: Table,
-    values: NDArray[np.float64],
-    loc: tuple[float | None, ...],
-    scale: tuple[float | None, ...],
+    table: Table, values: NDArray[np.float64], loc: tuple[float | None, ...], scale: tuple[float | None, ...]
 ) -> list[str]:
     """Real columns that are linear functions of each other, in words."""
     names = [name for name, real in zip(table.columns, table.real, strict=True) if real]

@@ -53,13 +53,13 @@ def _load(config: DataConfig, tokenizer: Tokenizer | None, arrange: Arrange) -> 
     if config.store is not None:
         return _stored(config, tokenizer, arrange)
     protocol = config.protocol or "stream"
-    known = sets.KNOWN.get(config.name)
+    known_set = sets.KNOWN.get(config.name)
     reading = _read(config, arrange, scoring=tokenizer is not None)
     texts = dict(reading.texts)
     training = tokenizer is None
     num_characters = sum(map(len, texts.values()))
     if tokenizer is None:
-        alphabet = known.alphabet if known is not None else ""
+        alphabet = known_set.alphabet if known_set is not None else ""
         alphabet = alphabet or "".join(sorted(set().union(*texts.values())))
         tokenizer = _tokenizer(config, texts["train"], alphabet)
     encode = _sentences if protocol == "sentence" else _stream
@@ -68,7 +68,7 @@ def _load(config: DataConfig, tokenizer: Tokenizer | None, arrange: Arrange) -> 
     def spelled(split: str) -> Text:
         if split == splits.ALL and len(texts) < len(SPLITS):
             return joined([spelled(name) for name in reading.texts])
-        # A line break between sentences is none of their characters.
+        # A line break between sentences is not one of their characters.
         between = "\n" if protocol == "sentence" else ""
         text = between.join(texts.values()) if split == splits.ALL else texts[split]
         try:
@@ -90,7 +90,7 @@ def _load(config: DataConfig, tokenizer: Tokenizer | None, arrange: Arrange) -> 
         texts={split: functools.partial(spelled, split) for split in (*SPLITS, splits.ALL)},
         num_characters=num_characters,
         checksum=reading.checksum,
-        note=known.note if known is not None else sets.PYDOC_NOTE * (config.name == sets.PYDOC),
+        note=known_set.note if known_set is not None else sets.PYDOC_NOTE * (config.name == sets.PYDOC),
         sources=reading.sources,
         notes=reading.notes,
         pooled=reading.pooled,
@@ -99,18 +99,18 @@ def _load(config: DataConfig, tokenizer: Tokenizer | None, arrange: Arrange) -> 
 
 def _read(config: DataConfig, arrange: Arrange, scoring: bool) -> own_text.Reading:
     """The text of each split."""
-    known = sets.KNOWN.get(config.name)
+    known_set = sets.KNOWN.get(config.name)
     by_line = config.protocol == "sentence"
-    if known is not None:
+    if known_set is not None:
         default = DataConfig(config.name)
         if any(getattr(config, s) != getattr(default, s) for s in ("lowercase", "valid", "test", "split_by")):
             raise InputError(
                 f"{config.name} has splits and a spelling of its own: leave out lowercase, valid, test and "
                 "split_by"
             )
-        if by_line and known.alphabet:
+        if by_line and known_set.alphabet:
             raise InputError(f"{config.name} has no lines: use protocol 'stream'")
-        texts = dict(zip(SPLITS, known.read(files.data_folder(config.folder)), strict=True))
+        texts = dict(zip(SPLITS, known_set.read(files.data_folder(config.folder)), strict=True))
         return own_text.Reading(texts, {}, False, files.digest("".join(texts.values()).encode("utf-8")))
     deal = own_text.Deal(config.name, config.shares, config.split_by, by_line, scoring)
     if config.name == sets.PYDOC:
@@ -215,7 +215,7 @@ def _stream(name: str, text: str, tokenizer: Tokenizer) -> Text:
 
 
 def _sentences(name: str, text: str, tokenizer: Tokenizer) -> Text:
-    """One sentence a line, stripped; empty lines are none, and those above `MAX_SENTENCE` are dropped."""
+    """One sentence a line, stripped; empty lines, and sentences longer than `MAX_SENTENCE`, are left out."""
     lines = [line for line in (raw.strip() for raw in text.split("\n")) if line]
     sentences = [line for line in lines if len(line) <= MAX_SENTENCE]
     if not sentences:

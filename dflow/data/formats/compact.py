@@ -122,9 +122,9 @@ def gif(data: bytes) -> Layout:
                 lines["application"] = lost("data of an application (loop, XMP or ICC profile)")
             at = _after(data, at + 2)
         elif data[at] == 0x2C:
-            left, top, width, height, local = struct.unpack_from("<HHHHB", data, at + 1)
+            *area, local = struct.unpack_from("<HHHHB", data, at + 1)
             frames += 1
-            if (left, top, width, height) != (0, 0, W, H) and frames == 1:
+            if area != [0, 0, W, H] and frames == 1:
                 raise Refused("a GIF file whose picture does not fill its screen")
             local_palette, at = _colours(data, local, at + 10)
             palette = palette if local_palette is None else local_palette
@@ -197,10 +197,5 @@ def webp(data: bytes) -> Layout:
     lines = [lost(_CHUNKS.get(n, f"chunk {n!r}"), SHOWN if n == b"ICCP" else "") for n in names]
     turn = tiff.orientation(chunks.get(b"EXIF", b""))
     return Layout(
-        "WEBP",
-        size,
-        8,
-        4 if alpha else 3,
-        orientation=turn,
-        lost=(*lines, *lost_orientation(turn)),
+        "WEBP", size, 8, 4 if alpha else 3, orientation=turn, lost=(*lines, *lost_orientation(turn))
     )
