@@ -8,37 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Literal
 
 from dflow.config import InputError
 from dflow.data import files, splits
+from dflow.data.settings import DataConfig
 from dflow.data.splits import SPLITS, Arranged
 
-By = Literal["tail", "files", "blocks"]
 #: The places of each split in a text: starts and ends.
 Spans = dict[str, list[tuple[int, int]]]
 #: Stretches of a text of which each gives its end to validation and test, where blocks are dealt.
 STRETCHES = 20
-
-
-@dataclass(frozen=True)
-class Deal:
-    """How a split that has no files of its own is taken from the training text.
-
-    Attributes:
-        name: of the data, for messages.
-        shares: of validation and test.
-        by: ``tail``: the end of the joined text; ``files``: whole files; ``blocks``: the end of each of
-            `STRETCHES` stretches of the joined text.
-        lines: cut between lines.
-        partial: whether a split may be empty, as when a text is scored as a whole.
-    """
-
-    name: str
-    shares: Mapping[str, float]
-    by: By = "tail"
-    lines: bool = False
-    partial: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,25 +39,33 @@ class Reading:
     notes: tuple[str, ...] = ()
 
 
-def of_files(arranged: Arranged, deal: Deal, lowercase: bool) -> Reading:
-    """Read, join and deal the files of a text.
+def of_files(arranged: Arranged, config: DataConfig, partial: bool) -> Reading:
+    """Read and join the files of a text; a split that has no files is taken from the training text.
 
     Files of a split are joined by line breaks, in the order of their names.
 
+    Args:
+        arranged: the files.
+        config: how they are read and dealt.
+        partial: whether a split may be empty, as when a text is scored as a whole.
+
     Raises:
-        InputError: damaged or undecodable files, no text, too little text.
+        InputError: damaged or undecodable files, no text, too little text, a share of a split with files.
     """
-    if deal.by == "files":
-        arranged = splits.by_files(arranged, deal.shares)
-    contents, num_crlf = _read(arranged, lowercase)
+    for split in arranged.paths.keys() & config.shares.keys():
+        if config.shares[split] != DataConfig().shares[split]:
+            raise InputError(f"{config.name} has a split of its own for {split}: leave {split} out")
+    if config.split_by == "files":
+        arranged = splits.by_files(arranged, config.shares)
+    contents, num_crlf = _read(arranged, config.lowercase)
     joined = {split: "\n".join(texts) for split, texts in contents.items()}
-    missing = {split: share for split, share in deal.shares.items() if split not in joined}
-    spans, dealt = cut(joined["train"], missing, deal)
+    missing = {split: share for split, share in config.shares.items() if split not in joined}
+    spans, dealt = cut(joined["train"], missing, config, partial)
     texts = {split: (joined | dealt)[split] for split in order(missing)}
     paths = _sources(arranged, contents["train"], spans)
     named = {split: [(arranged.name(path), path) for path in paths[split]] for split in SPLITS}
     sources = {split: tuple(name for name, _ in pairs) for split, pairs in named.items()}
-    notes = [*arranged.notes, *_notes_on_deal(missing, deal, sources, arranged)]
+    notes = [*arranged.notes, *_notes_on_deal(missing, config.split_by, sources, arranged)]
     if num_crlf:
         notes.append(crlf_note(num_crlf))
     notes += splits.repeated(named)
@@ -140,13 +127,13 @@ def crlf_note(count: int) -> str:
 
 
 def _notes_on_deal(
-    missing: Mapping[str, float], deal: Deal, sources: Mapping[str, Sequence[str]], arranged: Arranged
+    missing: Mapping[str, float], split_by: str, sources: Mapping[str, Sequence[str]], arranged: Arranged
 ) -> list[str]:
     notes = []
     names = " and ".join({"valid": "validation", "test": "test"}[split] for split in missing)
     if missing and arranged.named:
         notes.append(f"No name tells the {names} data: they are cut off the training data.")
-    if missing and deal.by == "tail" and len(arranged.paths["train"]) > 1:
+    if missing and split_by == "tail" and len(arranged.paths["train"]) > 1:
         ends = dict.fromkeys(name for split in missing for name in sources[split])
         notes.append(
             f"The {names} data are the end of the joined text, from {splits.first_few(ends)}, and may be "
@@ -156,16 +143,25 @@ def _notes_on_deal(
     return notes
 
 
-def cut(text: str, missing: Mapping[str, float], deal: Deal) -> tuple[Spans, dict[str, str]]:
+def cut(
+    text: str, missing: Mapping[str, float], config: DataConfig, partial: bool
+) -> tuple[Spans, dict[str, str]]:
     """Deal a text to training and the splits that are missing: the places of each split, and its text.
+
+    A sentence is not cut in two. By blocks, each of `STRETCHES` stretches of the text gives its end to the
+    missing splits; else the whole text does.
 
     Raises:
         InputError: the text is so short that a split is empty.
     """
-    ends = [0, *accumulate(map(len, re.findall(r"[^\n]*\n|[^\n]+", text)))] if deal.lines else None
+    ends = (
+        [0, *accumulate(map(len, re.findall(r"[^\n]*\n|[^\n]+", text)))]
+        if config.protocol == "sentence"
+        else None
+    )
     n = len(text) if ends is None else len(ends) - 1
     spans: Spans = {split: [] for split in ("train", *missing)}
-    stretches = STRETCHES if deal.by == "blocks" and missing else 1
+    stretches = STRETCHES if config.split_by == "blocks" and missing else 1
     for low, high in pairwise(n * k // stretches for k in range(stretches + 1)):
         sizes = {split: int((high - low) * share) for split, share in missing.items()}
         stop = low
@@ -173,8 +169,8 @@ def cut(text: str, missing: Mapping[str, float], deal: Deal) -> tuple[Spans, dic
             start, stop = stop, stop + size
             spans[split].append((start, stop) if ends is None else (ends[start], ends[stop]))
     texts = {split: "".join(text[a:b] for a, b in places) for split, places in spans.items()}
-    if not all(texts.values()) and not deal.partial:
-        unit = "lines" if deal.lines else "characters"
+    if not all(texts.values()) and not partial:
+        unit = "characters" if ends is None else "lines"
         shares = " and ".join(f"{split}={share}" for split, share in missing.items())
-        raise InputError(f"{deal.name}: {n} {unit} are too few for {shares}; give more text")
+        raise InputError(f"{config.name}: {n} {unit} are too few for {shares}; give more text")
     return spans, texts

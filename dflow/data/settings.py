@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
 
 from dflow.config import InputError, nearest
-from dflow.data import files, image_sets, own_text, sets, synthetic
+from dflow.data import files, image_sets, sets, synthetic
 from dflow.data.known import HUB
 from dflow.data.laws import Law
 from dflow.zoo import setting
@@ -109,7 +109,7 @@ class DataConfig(_Named):
     lowercase: bool = setting(False, "lower the case of your own text or of pydoc")
     valid: float = setting(SHARE, "share for validation, of your own text or of pydoc")
     test: float = setting(SHARE, "share for the test, of your own text or of pydoc")
-    split_by: own_text.By = setting(
+    split_by: Literal["tail", "files", "blocks"] = setting(
         "tail",
         "what of your own text, where no names tell the splits, is for validation and test: "
         "tail, the end of the joined text; files, whole files; blocks, ends of 20 stretches of the text",

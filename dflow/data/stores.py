@@ -27,6 +27,7 @@ from dflow.config import InputError, parse
 from dflow.data import files, own_text
 from dflow.data.known import from_hub, repository_of
 from dflow.data.pieces import SentencePiece
+from dflow.data.settings import DataConfig
 from dflow.data.splits import SPLITS, Arranged
 from dflow.data.tokenizers import Bytes, Characters, Tokenizer, compact
 
@@ -76,20 +77,13 @@ class Source:
     """A text that is read more than once, in pieces of a few million characters.
 
     Attributes:
-        name: of a file, a folder or ``hub:OWNER/NAME``.
-        arranged: its files by split; None for the hub's.
-        lowercase: whether its case is lowered.
-        kind: of the tokenizer: characters, bytes, sentencepiece.
-        vocab_size: of sentencepiece.
-        shares: for validation and test, which are the end of the text.
+        config: names a file, a folder or ``hub:OWNER/NAME``, the tokenizer, and the shares for validation and
+            test, which are the end of the text.
+        arranged: the files by split; None for the hub's.
     """
 
-    name: str
+    config: DataConfig
     arranged: Arranged | None
-    lowercase: bool
-    kind: str
-    vocab_size: int
-    shares: dict[str, float]
 
     @property
     def named(self) -> bool:
@@ -98,14 +92,15 @@ class Source:
 
     def stamp(self) -> dict[str, Any]:
         """The properties, as JSON holds them, by which one text and spelling differs from another."""
-        stamp: dict[str, Any] = {"name": self.name, "lowercase": self.lowercase}
+        config = self.config
+        stamp: dict[str, Any] = {"name": config.name, "lowercase": config.lowercase}
         if self.arranged is not None:
             stats = [(p, p.stat()) for paths in self.arranged.paths.values() for p in paths]
             stamp["files"] = [[str(p.resolve()), s.st_size, s.st_mtime_ns] for p, s in stats]
             if self.named:
                 stamp["splits"] = {split: len(paths) for split, paths in self.arranged.paths.items()}
-        stamp |= {"tokenizer": self.kind, "shares": list(self.shares.values())}
-        return stamp | ({"vocab_size": self.vocab_size} if self.kind == "sentencepiece" else {})
+        stamp |= {"tokenizer": config.tokenizer, "shares": list(config.shares.values())}
+        return stamp | ({"vocab_size": config.vocab_size} if config.tokenizer == "sentencepiece" else {})
 
     def pieces(self, crlf: Counter[str] | None = None) -> Iterator[tuple[str, str]]:
         """The text, in pieces with the split that each is of: of a pool ``train``.
@@ -116,7 +111,7 @@ class Source:
             if crlf is not None:
                 crlf["line ends"] += piece.count("\r\n")
             piece = piece.replace("\r\n", "\n")
-            yield split, piece.lower() if self.lowercase else piece
+            yield split, piece.lower() if self.config.lowercase else piece
 
     def checksum(self, characters: dict[str, int]) -> str:
         """Of the whole text, which is read for it, cut into splits of so many characters."""
@@ -133,7 +128,7 @@ class Source:
 
     def _as_stored(self) -> Iterator[tuple[str, str]]:
         if self.arranged is None:
-            yield from (("train", text) for text in _documents(self.name))
+            yield from (("train", text) for text in _documents(self.config.name))
             return
         for split, paths in self.arranged.paths.items():
             for number, path in enumerate(paths):
@@ -301,13 +296,13 @@ def _make(folder: Path, source: Source, tokenizer: Tokenizer | None) -> None:
 
 def _sizes_of_splits(source: Source, sizes: Counter[str]) -> dict[str, int]:
     """Characters of each split, in the order in which they are read."""
-    missing = {split: share for split, share in source.shares.items() if split not in sizes}
+    missing = {split: share for split, share in source.config.shares.items() if split not in sizes}
     cut = {split: int(sizes["train"] * share) for split, share in missing.items()}
     characters = dict(sizes) | cut | {"train": sizes["train"] - sum(cut.values())}
     if not all(characters.values()):
         shares = " and ".join(f"{split}={share}" for split, share in missing.items())
         raise InputError(
-            f"{source.name}: {sizes['train']} characters are too few for {shares}; give more text"
+            f"{source.config.name}: {sizes['train']} characters are too few for {shares}; give more text"
         )
     return {split: characters[split] for split in own_text.order(missing)}
 
@@ -317,21 +312,23 @@ def _survey(source: Source, crlf: Counter[str]) -> tuple[Counter[str], Tokenizer
     sizes, counts, sample = Counter[str](), dict[int, int](), list[str]()
     for split, piece in _with_progress(source.pieces(crlf), "read"):
         sizes[split] += len(piece)
-        if source.kind == "characters":
+        if source.config.tokenizer == "characters":
             Characters.count(piece, counts)
-        elif source.kind == "sentencepiece" and split == "train" and sum(map(len, sample)) < _LEARN:
+        elif (
+            source.config.tokenizer == "sentencepiece" and split == "train" and sum(map(len, sample)) < _LEARN
+        ):
             sample.append(piece)
     expected = ["train"] if source.arranged is None else list(source.arranged.paths)
     if not all(sizes[split] for split in expected):
-        raise InputError(f"{source.name}: no text in it; name a file that has some")
-    if source.kind == "bytes":
+        raise InputError(f"{source.config.name}: no text in it; name a file that has some")
+    if source.config.tokenizer == "bytes":
         return sizes, Bytes()
-    if source.kind == "sentencepiece":
-        return sizes, SentencePiece.train("".join(sample)[:_LEARN], source.vocab_size)
+    if source.config.tokenizer == "sentencepiece":
+        return sizes, SentencePiece.train("".join(sample)[:_LEARN], source.config.vocab_size)
     try:
         return sizes, Characters.of(counts)
     except InputError as error:
-        raise InputError(f"{source.name}: {error}") from None
+        raise InputError(f"{source.config.name}: {error}") from None
 
 
 def _spell(
@@ -347,20 +344,20 @@ def _spell(
                 if not ahead:
                     ahead = next(pieces, "")
                     if not ahead:
-                        raise InputError(f"{source.name}: became shorter while it was read; run again")
+                        raise InputError(f"{source.config.name}: became shorter while it was read; run again")
                     digest.update(ahead.encode("utf-8"))
                 text, ahead = ahead[:room], ahead[room:]
                 room -= len(text)
                 try:
                     codes = tokenizer.codes(text)
                 except InputError as error:
-                    raise InputError(f"{source.name} ({split}): {error}") from None
+                    raise InputError(f"{source.config.name} ({split}): {error}") from None
                 file.write(np.ascontiguousarray(codes).tobytes())
                 symbols[split] += len(codes)
             file.flush()
             os.fsync(file.fileno())
     if ahead or next(pieces, ""):
-        raise InputError(f"{source.name}: became longer while it was read; run again")
+        raise InputError(f"{source.config.name}: became longer while it was read; run again")
     return symbols, source.sealed(digest, characters)
 
 

@@ -100,7 +100,6 @@ def _load(config: DataConfig, tokenizer: Tokenizer | None, arrange: Arrange) -> 
 def _read(config: DataConfig, arrange: Arrange, scoring: bool) -> own_text.Reading:
     """The text of each split."""
     known_set = sets.KNOWN.get(config.name)
-    by_line = config.protocol == "sentence"
     if known_set is not None:
         default = DataConfig(config.name)
         if any(getattr(config, s) != getattr(default, s) for s in ("lowercase", "valid", "test", "split_by")):
@@ -108,11 +107,10 @@ def _read(config: DataConfig, arrange: Arrange, scoring: bool) -> own_text.Readi
                 f"{config.name} has splits and a spelling of its own: leave out lowercase, valid, test and "
                 "split_by"
             )
-        if by_line and known_set.alphabet:
+        if config.protocol == "sentence" and known_set.alphabet:
             raise InputError(f"{config.name} has no lines: use protocol 'stream'")
         texts = dict(zip(SPLITS, known_set.read(files.data_folder(config.folder)), strict=True))
         return own_text.Reading(texts, {}, False, files.digest("".join(texts.values()).encode("utf-8")))
-    deal = own_text.Deal(config.name, config.shares, config.split_by, by_line, scoring)
     if config.name == sets.PYDOC:
         if config.split_by == "files":
             raise InputError(
@@ -120,13 +118,9 @@ def _read(config: DataConfig, arrange: Arrange, scoring: bool) -> own_text.Readi
             )
         text = sets.read_pydoc()
         text = text.lower() if config.lowercase else text
-        _, texts = own_text.cut(text, config.shares, deal)
+        _, texts = own_text.cut(text, config.shares, config, scoring)
         return own_text.Reading(texts, {}, False, files.digest(text.encode("utf-8")))
-    arranged = arrange(config.path())
-    for split in arranged.paths.keys() & config.shares.keys():
-        if getattr(config, split) != getattr(DataConfig(), split):
-            raise InputError(f"{config.name} has a split of its own for {split}: leave {split} out")
-    return own_text.of_files(arranged, deal, config.lowercase)
+    return own_text.of_files(arrange(config.path()), config, scoring)
 
 
 def _drawn(law: Law, config: DataConfig, tokenizer: Tokenizer | None) -> Corpus:
@@ -172,10 +166,7 @@ def _stored(config: DataConfig, tokenizer: Tokenizer | None, arrange: Arrange) -
         )
     if arranged is not None and config.split_by == "files":
         arranged = splits.by_files(arranged, config.shares)
-    source = stores.Source(
-        config.name, arranged, config.lowercase, config.tokenizer, config.vocab_size, config.shares
-    )
-    stored = stores.open_store(files.expanded(str(config.store)), source, tokenizer)
+    stored = stores.open_store(files.expanded(str(config.store)), stores.Source(config, arranged), tokenizer)
     about = stored.about
     starts = _starts(stored.tokenizer)
     texts = {s: Text(s, stored.ids[s], None, about.characters[s], starts=starts) for s in SPLITS}
