@@ -371,7 +371,7 @@ def test_the_validation_counts_the_characters_of_its_chunks(kind: str, tmp_path:
 
 
 def test_characters_of_what_is_drawn() -> None:
-    text = Text("train", torch.zeros(9, dtype=torch.uint8), None, 9, starts=torch.from_numpy(Bytes().starts))
+    text = Text("train", torch.zeros(9, dtype=torch.uint8), None, 9, starts=Bytes().starts)
     drawn = torch.tensor([[0x61, 0xC3, 0xA4, -1], [0xA4, -1, -1, -1]])
     assert text.characters(drawn).tolist() == [2, 0]
     assert text.characters(drawn.clamp(min=0), torch.tensor([2, 1])).tolist() == [2, 0]

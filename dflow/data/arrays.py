@@ -51,7 +51,7 @@ def from_npy(data: bytes, name: str | Path) -> Array:
     shape, fortran, dtype, start = _header(data, name)
     if dtype.hasobject or dtype.kind not in "biuf":
         raise InputError(
-            f"{name}: an array of {dtype} and not of numbers, which is not read; save integers or floats"
+            f"{name}: no array of numbers but one of {dtype}, which is not read; save integers or floats"
         )
     if any(type(n) is not int or n < 0 for n in shape):
         raise InputError(f"{name}: damaged, its header says that it is of shape {shape}; save it again")

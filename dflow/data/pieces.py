@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from dflow.config import InputError
 from dflow.data import files
@@ -104,7 +105,7 @@ class SentencePiece(Tokenizer):
         return len(self._pieces)
 
     @property
-    def starts(self) -> Array:
+    def starts(self) -> Tensor:
         """Characters that begin in each piece."""
         return starts_of(self._pieces)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import string
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from dflow.data.known import KnownFile, KnownSet, from_hub, known_files, set_of_
 from dflow.data.synthetic import LAWS, PREFIX
 
 #: Train, valid and test text.
-Splits = tuple[str, str, str]
+Splits = tuple[str, ...]
 
 PTB_CHARACTERS = known_files("""
     ptb.char.train.txt 10_034_964 sha256:e313d91425e06c4f0a8fb6e881dcce0c291f2a0e9f4dda54833069b122f91da9
@@ -67,7 +67,7 @@ def ptb(characters: Sequence[KnownFile], words: Sequence[KnownFile]) -> KnownSet
     wanted = "ptb.char.{train,valid,test}.txt or ptb.{train,valid,test}.txt (or .xz, .gz)"
 
     def decode(contents: Mapping[KnownFile, bytes]) -> Splits:
-        return _three(
+        return tuple(
             ptb_from_characters(data) if file in characters else ptb_from_words(data)
             for file, data in contents.items()
         )
@@ -94,11 +94,6 @@ def ptb(characters: Sequence[KnownFile], words: Sequence[KnownFile]) -> KnownSet
 def _column(name: str) -> Callable[[Any], list[list[str]]]:
     """Reads a column of train, validation and test of a data set on the hub."""
     return lambda splits: [list(splits[split][name]) for split in ("train", "validation", "test")]
-
-
-def _three(texts: Iterable[str]) -> Splits:
-    train, valid, test = texts
-    return train, valid, test
 
 
 # -- text8 -----------------------------------------------------------------------------------------------

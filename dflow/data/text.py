@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dflow.config import InputError
 from dflow.data import files, own_text, sets, splits, stores
@@ -168,7 +167,7 @@ def _stored(config: DataConfig, tokenizer: Tokenizer | None, arrange: Arrange) -
         arranged = splits.by_files(arranged, config.shares)
     stored = stores.open_store(files.expanded(str(config.store)), stores.Source(config, arranged), tokenizer)
     about = stored.about
-    starts = _starts(stored.tokenizer)
+    starts = stored.tokenizer.starts
     texts = {s: Text(s, stored.ids[s], None, about.characters[s], starts=starts) for s in SPLITS}
     getters = {split: functools.partial(texts.__getitem__, split) for split in texts}
     sources = {}
@@ -202,7 +201,7 @@ def _tokenizer(config: DataConfig, train: str, alphabet: str) -> Tokenizer:
 
 def _stream(name: str, text: str, tokenizer: Tokenizer) -> Text:
     codes = tokenizer.codes(text)
-    return Text(name, torch.from_numpy(codes), None, len(text), starts=_starts(tokenizer))
+    return Text(name, torch.from_numpy(codes), None, len(text), starts=tokenizer.starts)
 
 
 def _sentences(name: str, text: str, tokenizer: Tokenizer) -> Text:
@@ -223,9 +222,5 @@ def _sentences(name: str, text: str, tokenizer: Tokenizer) -> Text:
         num_characters,
         len(lines) - len(sentences),
         sum(map(len, lines)) - num_characters,
-        _starts(tokenizer),
+        tokenizer.starts,
     )
-
-
-def _starts(tokenizer: Tokenizer) -> Tensor | None:
-    return None if tokenizer.starts is None else torch.from_numpy(tokenizer.starts)

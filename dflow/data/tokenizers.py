@@ -46,7 +46,7 @@ class Tokenizer(ABC):
         """Number of symbols, K."""
 
     @property
-    def starts(self) -> Array | None:
+    def starts(self) -> Tensor | None:
         """How many characters begin in each symbol, int64 ``(size,)``; None where it is one in each.
 
         A character that several symbols spell begins in the first of them.
@@ -287,7 +287,7 @@ class Bytes(Tokenizer):
         return 256
 
     @property
-    def starts(self) -> Array:
+    def starts(self) -> Tensor:
         """0 for the bytes that continue a character, 1 for all others."""
         return starts_of([bytes([value]) for value in range(256)])
 
@@ -352,6 +352,6 @@ def utf8(text: str) -> bytes:
         ) from None
 
 
-def starts_of(symbols: Sequence[bytes]) -> Array:
+def starts_of(symbols: Sequence[bytes]) -> Tensor:
     """How many characters of UTF-8 begin in each symbol: int64 ``(n,)``."""
-    return np.array([sum(byte & 0xC0 != 0x80 for byte in symbol) for symbol in symbols], dtype=np.int64)
+    return torch.tensor([sum(byte & 0xC0 != 0x80 for byte in symbol) for symbol in symbols])

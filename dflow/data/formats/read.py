@@ -80,9 +80,9 @@ def read(data: bytes, name: str, way: str = WAY) -> Stored:
 def read_again(data: bytes, name: str, way: str = WAY) -> Stored:
     """The same by another way, where there is one.
 
-    PNG, BMP and PNM are read by readers of dflow, TIFF by Pillow; PNG of 16 bits in colours, GIF and
-    lossless WebP by ``imagecodecs`` if it is installed. All others are read once more in the same way: two
-    decoders of JPEG may round differently.
+    PNG (but for its filters), BMP and PNM are read by readers of dflow, TIFF by Pillow; PNG of 16 bits in
+    colours, GIF and lossless WebP by ``imagecodecs`` if it is installed. All others are read once more in the
+    same way: two decoders of JPEG may round differently.
 
     Raises:
         InputError: as of `read`.
