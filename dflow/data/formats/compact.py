@@ -1,4 +1,4 @@
-"""JPEG, GIF and WebP files: what their markers, blocks and chunks say. Their pixels are decoded by libraries.
+"""JPEG, GIF and WebP files: their markers, blocks and chunks. Libraries decode their pixels.
 
 Sources: ITU-T T.81 and JFIF 1.02; GIF89a specification (CompuServe, 1990); RFC 9649 (WebP).
 """
@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from dflow.data.arrays import Array
 from dflow.data.formats import tiff
 from dflow.data.formats.layout import SEVERAL, SHOWN, Layout, Refused, lost, lost_orientation
-
-Array = NDArray[Any]
 
 # -- JPEG ------------------------------------------------------------------------------------------------
 
@@ -23,7 +20,7 @@ Array = NDArray[Any]
 _FRAMES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}
 _OTHER_FRAMES = {0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF}
 _EXIF, _PROFILE, _FRAMES_OF_PHONE = b"Exif\0\0", b"ICC_PROFILE\0", b"MPF\0"
-#: How segments begin, and what they are.
+#: Markers and beginnings of segments, and the content of these.
 _SEGMENTS = (
     (0xE1, _EXIF, "EXIF data"),
     (0xE1, b"http://ns.adobe.com/x", "XMP data"),
@@ -38,7 +35,7 @@ def jpeg(data: bytes) -> Layout:
 
     Raises:
         Refused: more than 8 bits, four channels, or a lossless or hierarchical file.
-        ValueError: damaged.
+        ValueError: damaged; or struct.error.
     """
     frame, lines, turn = None, dict[str, str](), 1
     for marker, body in _segments(data):
@@ -74,7 +71,7 @@ def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
     at = 2
     while at + 4 <= len(data):
         if data[at] != 0xFF:
-            raise ValueError("a marker that is none")
+            raise ValueError("a segment without a marker")
         marker = data[at + 1]
         if marker == 0xFF:
             at += 1
@@ -93,7 +90,7 @@ def _pictures(body: bytes) -> int:
     """How many pictures a file of a phone says that it holds."""
     try:
         return tiff.directory(body.removeprefix(_FRAMES_OF_PHONE)).number(0xB001, 1)
-    except ValueError:
+    except (ValueError, struct.error):
         return 1
 
 
@@ -105,15 +102,8 @@ def gif(data: bytes) -> Layout:
 
     Raises:
         Refused: several pictures, or one that does not fill the screen.
-        ValueError: damaged.
+        ValueError: damaged; or struct.error or IndexError.
     """
-    try:
-        return _gif(data)
-    except (struct.error, IndexError):
-        raise ValueError("cut off") from None
-
-
-def _gif(data: bytes) -> Layout:
     W, H, flags, _, aspect = struct.unpack_from("<HHBBB", data, 6)
     palette, at = _colours(data, flags, 13)
     lines, frames, transparent = dict[str, str](), 0, None
@@ -132,15 +122,15 @@ def _gif(data: bytes) -> Layout:
                 lines["application"] = lost("data of an application (loop, XMP or ICC profile)")
             at = _after(data, at + 2)
         elif data[at] == 0x2C:
-            left, top, width, height, local = struct.unpack_from("<HHHHB", data, at + 1)
+            *area, local = struct.unpack_from("<HHHHB", data, at + 1)
             frames += 1
-            if (left, top, width, height) != (0, 0, W, H) and frames == 1:
+            if area != [0, 0, W, H] and frames == 1:
                 raise Refused("a GIF file whose picture does not fill its screen")
-            own, at = _colours(data, local, at + 10)
-            palette = palette if own is None else own
+            local_palette, at = _colours(data, local, at + 10)
+            palette = palette if local_palette is None else local_palette
             at = _after(data, at + 1)
         else:
-            raise ValueError("a block that is none")
+            raise ValueError("a block of no known kind")
     if frames > 1:
         raise Refused("an animated GIF file, which holds several pictures", SEVERAL)
     if not frames or palette is None or not W or not H:
@@ -207,10 +197,5 @@ def webp(data: bytes) -> Layout:
     lines = [lost(_CHUNKS.get(n, f"chunk {n!r}"), SHOWN if n == b"ICCP" else "") for n in names]
     turn = tiff.orientation(chunks.get(b"EXIF", b""))
     return Layout(
-        "WEBP",
-        size,
-        8,
-        4 if alpha else 3,
-        orientation=turn,
-        lost=(*lines, *lost_orientation(turn)),
+        "WEBP", size, 8, 4 if alpha else 3, orientation=turn, lost=(*lines, *lost_orientation(turn))
     )

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
+from dflow.data.arrays import Array
 
 SEVERAL = "save each to a file of its own"
 
@@ -43,7 +41,7 @@ class Layout:
         lost: what else the file holds, one sentence a kind.
         decode: reads the samples ``(H, W, samples)`` without Pillow; None where only Pillow does.
         exact: whether Pillow reads the samples exactly.
-        first: who reads first, "pillow" or, by ``decode``, "own"; the other reads again.
+        decode_first: whether ``decode`` reads the file and Pillow reads it again, and not the other way.
         data: makes the bytes to give to other readers, with nothing but samples in them; None: the file's.
     """
 
@@ -58,7 +56,7 @@ class Layout:
     lost: tuple[str, ...] = ()
     decode: Callable[[bytes], Array] | None = None
     exact: bool = True
-    first: str = "pillow"
+    decode_first: bool = False
     data: Callable[[], bytes] | None = None
 
     @property
@@ -75,16 +73,16 @@ def unpack(rows: Array, depth: int, width: int) -> Array:
     """
     if depth == 8:
         return rows[:, :width]
-    parts = [rows >> shift & ((1 << depth) - 1) for shift in range(8 - depth, -1, -depth)]
-    return np.stack(parts, -1).reshape(len(rows), -1)[:, :width]
+    samples = [rows >> shift & ((1 << depth) - 1) for shift in range(8 - depth, -1, -depth)]
+    return np.stack(samples, -1).reshape(len(rows), -1)[:, :width]
 
 
-def lost(what: str, why: str = "") -> str:
-    """The sentence that says that something in a file does not come back."""
-    return f"not kept: its {what}" + (f" ({why})" if why else "")
+def lost(content: str, why: str = "") -> str:
+    """The sentence that says that some content of a file does not come back."""
+    return f"not kept: its {content}" + (f" ({why})" if why else "")
 
 
-#: Why a loss matters of what a viewer uses to show the colours.
+#: Why the loss of content that viewers use to show colours matters.
 SHOWN = "viewers may show other colours without it"
 
 _TURNS = (
@@ -94,7 +92,7 @@ _TURNS = (
 
 
 def lost_orientation(orientation: int) -> list[str]:
-    """What to say where viewers turn a picture, which comes back as it is stored."""
+    """The sentence, if any, on a picture that viewers turn and that comes back as it is stored."""
     if orientation == 1:
         return []
     how = _TURNS[orientation - 2]
@@ -109,7 +107,7 @@ def turned(values: Array, orientation: int) -> Array:
     """
     if orientation >= 5:
         values = values.swapaxes(0, 1)
-    # Of the picture now: whether it has to be mirrored left and right, up and down.
+    # What remains is to mirror the picture left and right, and up and down.
     if orientation in (2, 3, 6, 7):
         values = values[:, ::-1]
     if orientation in (3, 4, 7, 8):
