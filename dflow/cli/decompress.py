@@ -29,7 +29,7 @@ class Decompress(Results):
 def decompress(flags: Decompress) -> int:
     """`dflow decompress`."""
     from dflow.coding.container import TEXT, kind_of
-    from dflow.compress import decompress_images, decompress_text
+    from dflow.compress import decompress_text, restore_images
     from dflow.compress.pixels import write
     from dflow.generate import check_output, write_whole
 
@@ -57,8 +57,7 @@ def decompress(flags: Decompress) -> int:
             for file, content in files.items():
                 keep(file, content)
             continue
-        lent: dict[str, bytes] = {}
-        pictures = decompress_images(
+        restored = restore_images(
             data,
             flags.model,
             name=name,
@@ -66,13 +65,12 @@ def decompress(flags: Decompress) -> int:
             limit=flags.limit,
             batch=flags.batch_size,
             progress=True,
-            lent=lent,
         )
-        for file in (*(picture.form.file for picture in pictures), *lent):
+        for file in (*(picture.form.file for picture in restored.pictures), *restored.lent):
             check_output(folder / file)
-        for file, content in lent.items():
+        for file, content in restored.lent.items():
             keep(file, content)
-        for picture in pictures:
+        for picture in restored.pictures:
             keep(picture.form.file, write(picture))
     flags.end({"files": written})
     return 0

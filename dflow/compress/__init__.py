@@ -1,17 +1,20 @@
 """Files as ``.dfl`` files and back, without loss, by a model's likelihood."""
 
-from dflow.compress.coders import BitsBackCoder, ImageCoder
+from dflow.compress.coders import BitsBackCoder, ImageCoder, load_image_coder
+from dflow.compress.dfl import LIMIT
 from dflow.compress.images import (
-    LIMIT,
     Report,
     Stage,
     compress_images,
     decompress_images,
     describe_images,
+    restore_images,
     stages,
 )
 from dflow.compress.pixels import Form, Picture
-from dflow.compress.text import TextCoder, TextReport, compress_text, decompress_text, describe_text
+from dflow.compress.segments import Restored
+from dflow.compress.text import TextReport, compress_text, decompress_text, describe_text
+from dflow.compress.text_coder import TextCoder
 
 __all__ = [
     "LIMIT",
@@ -20,6 +23,7 @@ __all__ = [
     "ImageCoder",
     "Picture",
     "Report",
+    "Restored",
     "Stage",
     "TextCoder",
     "TextReport",
@@ -29,5 +33,7 @@ __all__ = [
     "decompress_text",
     "describe_images",
     "describe_text",
+    "load_image_coder",
+    "restore_images",
     "stages",
 ]
