@@ -17,8 +17,9 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
-from dflow.coding.codes import Code, Intervals, Logistic, Mixture, Rows, Shared, Stack, Window, join
+from dflow.coding.codes import Code, Intervals, Rows, Shared, Stack, join
 from dflow.coding.frozen import Cells, FrozenMixture
+from dflow.coding.integers import Logistic, Mixture, Window
 from dflow.coding.tables import Tables, logistic_tables, logit_counts
 from dflow.core import Context, Distribution, present
 from dflow.distributions import categorical

@@ -1,7 +1,14 @@
 """The entropy coder: a stack of numbers under integer counts, by asymmetric numeral systems.
 
-The only module that knows the library (constriction, Bamler 2022, arXiv 2201.01741) and numpy. The stream is
-defined by the integer intervals alone, and `dflow.coding.reference` says how in a few lines.
+The only module that knows the library (constriction, Bamler 2022, arXiv 2201.01741) and numpy.
+
+The stream is defined by the integer intervals alone. A state s of 64 bits and words of 32: to push the
+interval [a, a + f) of [0, 2^24), move the low word of s to the stack if ``s >= f 2^40``; then
+``s <- floor(s / f) 2^24 + a + s mod f``. To pop: the symbol is that whose interval holds ``q = s mod 2^24``;
+``s <- f floor(s / 2^24) + q - a``; if ``s < 2^32``, a word comes back. s starts at 0, and what is left of it
+at the end goes on the stack, low word first.
+
+Source: Duda et al. 2015, Picture Coding Symposium; Giesen 2014, arXiv 1402.3392.
 """
 
 from __future__ import annotations

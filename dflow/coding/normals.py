@@ -13,7 +13,8 @@ from decimal import Decimal, localcontext
 import torch
 from torch import Tensor
 
-from dflow.coding.codes import Binned, Code, Intervals, Rows, Stack, join
+from dflow.coding.codes import Code, Intervals, Rows, Stack, join
+from dflow.coding.integers import Binned
 from dflow.coding.tables import LIMIT, Tables, integer_counts
 
 #: Cells of a table on each side of the mean. Each has a count at least: the more of them lie where there is

@@ -24,9 +24,6 @@ import copy
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from math import inf
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -201,37 +198,6 @@ class _Row(_Pieces):
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__(net, 1)
-
-
-@dataclass
-class Margin:
-    """How near to being rounded otherwise the nearest translation came, in integers; at most 1/2."""
-
-    value: float = inf
-
-
-@contextmanager
-def margin(law: Distribution) -> Iterator[Margin]:
-    """Record the least distance of a translation to a half integer while ``law`` is pushed or popped.
-
-    Translations of another machine must differ by less than this for what it decodes to be right. Infinite
-    where nothing has been translated.
-    """
-    found = Margin()
-
-    def see(module: nn.Module, given: Any, out: Tensor) -> None:
-        if out.numel():
-            found.value = min(found.value, float((out - out.floor() - 0.5).abs().min()))
-
-    shifts = [
-        m.net for m in law.modules() if isinstance(m, Coupling) and isinstance(m.elementwise, IntegerShift)
-    ]
-    handles = [net.register_forward_hook(see) for net in shifts]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _join(name: str, key: str) -> str:
