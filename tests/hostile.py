@@ -27,10 +27,10 @@ from dflow.coding.container import Segment
 from dflow.compress import (
     ImageCoder,
     TextCoder,
+    decompress_images,
     decompress_text,
     load_image_coder,
     pixels,
-    restore_images,
 )
 from dflow.config import InputError
 from dflow.data import DataConfig, ImageConfig, Tokenizer, formats, image_sets, load, load_images
@@ -153,7 +153,7 @@ def contents(folder: Path, name: str) -> list[bytes]:
     data, coder = (folder / name).read_bytes(), coder_of(folder)
     if isinstance(coder, TextCoder):
         return list(decompress_text(data, coder, name=name, limit=1 << 20).values())
-    pictures, lent, _ = restore_images(data, coder, name=name, limit=1 << 20)
+    pictures, lent, _ = decompress_images(data, coder, name=name, limit=1 << 20)
     return [p.values.tobytes() for p in pictures] + list(lent.values())
 
 

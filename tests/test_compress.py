@@ -152,7 +152,7 @@ PICTURES: dict[str, tuple[np.ndarray, int]] = {
 def test_every_value_comes_back(tmp_path, name, by):
     values, depth = PICTURES[name]
     data, report = compress_images([save(tmp_path, name, values, depth)], by)
-    [picture] = decompress_images(data, by)
+    [picture] = decompress_images(data, by).pictures
     assert picture.form.file == name
     again = values_of(px.write(picture))
     assert again.dtype == (bool if depth == 1 else values.dtype)
@@ -171,7 +171,7 @@ def test_many_files_share_a_header_and_a_coder(tmp_path, mode, tiles):
     by = coder((3, 8, 8), mode, num_levels=3)
     files = [save(tmp_path, name, *PICTURES[name]) for name in PICTURES]
     data, report = compress_images(files, by, tiles=tiles)
-    again = decompress_images(data, by)
+    again = decompress_images(data, by).pictures
     assert [p.form.file for p in again] == list(PICTURES)
     assert all(p.same(px.read(file)) for p, file in zip(again, files, strict=True))
     if tiles is None:
@@ -189,7 +189,7 @@ def test_models_of_other_depths(tmp_path, levels, depth):
     own = save(tmp_path, "own.npy", noise(3, 8, 8, top=levels, dtype=np.uint16))
     files = [*(save(tmp_path, name, *PICTURES[name]) for name in names), own]
     data, _ = compress_images(files, by)
-    for picture, file in zip(decompress_images(data, by), files, strict=True):
+    for picture, file in zip(decompress_images(data, by).pictures, files, strict=True):
         assert picture.same(px.read(file))
 
 
@@ -244,7 +244,7 @@ def test_batch_threads_and_library_do_not_matter(tmp_path, mode):
         try:
             by = coder((3, 8, 8), mode, num_levels=3, batch=batch)
             assert compress_images(files, by, verify=False)[0] == data
-            found = decompress_images(data, by)
+            found = decompress_images(data, by).pictures
         finally:
             torch.backends.mkldnn.set_flags(known)
             torch.set_num_threads(before)
@@ -254,7 +254,7 @@ def test_batch_threads_and_library_do_not_matter(tmp_path, mode):
 def test_float32_is_for_the_same_machine(tmp_path, monkeypatch):
     data, _ = compress_images([save(tmp_path, "ramp.png", GREYS)], coder(mode="float32"))
     by = coder(mode="float32", batch=5)
-    assert np.array_equal(decompress_images(data, by)[0].values[0, ..., 0], GREYS)
+    assert np.array_equal(decompress_images(data, by).pictures[0].values[0, ..., 0], GREYS)
     monkeypatch.setattr(image_plan, "machine", lambda: 1)
     with pytest.raises(InputError, match="another machine"):
         decompress_images(data, by)
@@ -276,7 +276,7 @@ LEVELS = (
 @pytest.mark.parametrize("mode", ["float64", "fixed"])
 def test_files_that_were_written_once_decode_for_ever(tmp_path, mode):
     by, data = coder((3, 8, 8), mode), bytes.fromhex(GOLDEN[mode] + LEVELS)
-    [picture] = decompress_images(data, by)
+    [picture] = decompress_images(data, by).pictures
     assert np.array_equal(picture.values[0], BIG[8:16, :7])
     assert compress_images([save(tmp_path, "gold.png", BIG[8:16, :7])], by)[0] == data
 
@@ -288,7 +288,7 @@ def test_a_beginning_of_the_file_shows_coarse_pictures(tmp_path):
     names = ["colour.png", "alpha.png", "twelve.png", "stack.npy", "noise.png"]
     files = [save(tmp_path, name, *PICTURES[name]) for name in names]
     data, report = compress_images(files, COLOUR, tiles=9)
-    exact = decompress_images(data, COLOUR)
+    exact = decompress_images(data, COLOUR).pictures
     found = stages(data, COLOUR)
     assert len(found) == 3
     assert [round(s.share * len(data)) for s in found] == [
@@ -301,7 +301,7 @@ def test_a_beginning_of_the_file_shows_coarse_pictures(tmp_path):
     for k in (1, 2):
         end = report.header + sum(report.levels[:k])
         for stop in (end, end + 1, len(data) - 1):
-            again = decompress_images(data[:stop], COLOUR, levels=k)
+            again = decompress_images(data[:stop], COLOUR, levels=k).pictures
             assert all(p.same(q) for p, q in zip(again, found[k - 1].pictures, strict=True))
         with pytest.raises(InputError, match=rf"missing; {k} of 3 levels are whole: --levels {k} shows"):
             decompress_images(data[:end], COLOUR)
@@ -310,7 +310,9 @@ def test_a_beginning_of_the_file_shows_coarse_pictures(tmp_path):
         told = dict(describe_images(data[:end]))
         assert told["level 3"].startswith(f"{report.levels[2]:,} bytes, ")
         assert [told[f"level {n}"].endswith("not there") for n in (1, 2, 3)] == [False, k < 2, True]
-    assert all(p.same(q) for p, q in zip(decompress_images(data, COLOUR, levels=3), exact, strict=True))
+    assert all(
+        p.same(q) for p, q in zip(decompress_images(data, COLOUR, levels=3).pictures, exact, strict=True)
+    )
     with pytest.raises(InputError, match="0 were asked"):
         decompress_images(data, COLOUR, levels=0)
 
@@ -367,13 +369,13 @@ def test_streams_that_are_wrong_behind_right_checksums_give_no_picture(tmp_path)
         segments[n] = replace(segment, levels=tuple(map(bytes, levels)))
         again = container.write(replace(file, segments=tuple(segments)))
         try:
-            found = decompress_images(again, COLOUR)
+            found = decompress_images(again, COLOUR).pictures
             # There are several ways to deflate the same.
             assert segment.raw
             assert all(p.same(q) for p, q in zip(found, originals, strict=True))
         except InputError as error:
             assert "segment" in str(error) or "beside" in str(error)  # noqa: PT017
-    assert all(p.same(q) for p, q in zip(decompress_images(data, COLOUR), originals, strict=True))
+    assert all(p.same(q) for p, q in zip(decompress_images(data, COLOUR).pictures, originals, strict=True))
 
 
 def test_another_model_or_mode_is_refused(tmp_path):
@@ -517,7 +519,7 @@ def test_what_is_converted_or_lost_is_told(tmp_path):
         "a JPEG file: its pixels are kept, not its bytes",
     ]
     assert f"{tmp_path / 'photo.jpg'}: not kept: its EXIF data" in report.lines
-    back = [values_of(px.write(picture)) for picture in decompress_images(data, COLOUR)]
+    back = [values_of(px.write(picture)) for picture in decompress_images(data, COLOUR).pictures]
     assert np.array_equal(back[0], np.asarray(palette.convert("RGB")))
     assert np.array_equal(back[1], np.stack([GREYS, (GREYS != 115) * np.uint8(255)], -1))
     assert np.array_equal(back[2], np.asarray(Image.open(files[2])))
@@ -540,7 +542,7 @@ def test_files_of_one_stem_come_back_by_names_of_their_own(tmp_path):
     values = {"x.png": GREYS, "x.bmp": GREYS // 2, "y.tif": GREYS // 3, "y.bmp": GREYS // 4, "x.npy": GREYS}
     files = [save(tmp_path, name, each) for name, each in values.items()]
     data, report = compress_images(files, GREY)
-    found = {p.form.file: p for p in decompress_images(data, GREY)}
+    found = {p.form.file: p for p in decompress_images(data, GREY).pictures}
     assert list(found) == ["x.png", "x.bmp.png", "y.tif.png", "y.bmp.png", "x.npy"]
     for picture, file in zip(found.values(), files, strict=True):
         assert np.array_equal(picture.values, px.read(file).values)

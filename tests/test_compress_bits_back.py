@@ -25,7 +25,6 @@ from dflow.compress import (
     decompress_images,
     describe_images,
     load_image_coder,
-    restore_images,
 )
 from dflow.compress.coders import Head
 from dflow.config import InputError
@@ -86,7 +85,7 @@ def sample(coder, file):
 def test_pictures_come_back_under_every_dequantizer(tmp_path, file, dequantizer):
     coder = load_image_coder(model_folder(tmp_path / "model", dequantizer=dequantizer), batch=8)
     data, report = compress_images([file], coder, analytic=True)
-    [picture] = decompress_images(data, coder)
+    [picture] = decompress_images(data, coder).pictures
     assert np.array_equal(picture.values[..., 0], values())
     assert report.net + report.auxiliary == report.bytes
     assert report.given == 0 < report.random < 16 * 8
@@ -95,7 +94,7 @@ def test_pictures_come_back_under_every_dequantizer(tmp_path, file, dequantizer)
 
 
 def test_what_was_lent_comes_back_and_is_not_counted(coder, file, sample):
-    [picture], lent, _ = restore_images(sample, coder)
+    [picture], lent, _ = decompress_images(sample, coder)
     assert np.array_equal(picture.values[..., 0], values())
     assert lent == {"lent.bin": LENT[:200]}
     data, report = compress_images([file], replace(coder, lend=("lent.bin", LENT)))
@@ -111,7 +110,7 @@ def test_what_was_lent_comes_back_and_is_not_counted(coder, file, sample):
 def test_segments_are_chains_of_their_own(coder, file):
     by = replace(coder, lend=("lent.bin", LENT[:64]), larger=True)
     data, report = compress_images([file], by, tiles=15)
-    [picture], lent, _ = restore_images(data, coder)
+    [picture], lent, _ = decompress_images(data, coder)
     assert np.array_equal(picture.values[..., 0], values())
     assert lent == {"lent.bin": LENT[:64]}
     assert report.segments == 3
@@ -124,20 +123,20 @@ def test_a_single_picture_is_refused_unless_told(tmp_path, coder):
         compress_images([tmp_path / "one.npy"], coder)
     for by in (replace(coder, larger=True), replace(coder, lend=("lent.bin", LENT), larger=True)):
         data, _ = compress_images([tmp_path / "one.npy"], by)
-        assert np.array_equal(decompress_images(data, coder)[0].values[0, ..., 0], values(1)[0])
+        assert np.array_equal(decompress_images(data, coder).pictures[0].values[0, ..., 0], values(1)[0])
 
 
 def test_other_grids_are_told_by_the_file(coder, file):
     by = replace(coder, settings=Settings(16, 11, 10), larger=True)
     data, _ = compress_images([file], by)
-    assert np.array_equal(decompress_images(data, coder)[0].values[..., 0], values())
+    assert np.array_equal(decompress_images(data, coder).pictures[0].values[..., 0], values())
 
 
 def test_values_that_no_model_expects_come_back(tmp_path, coder):
     wild = np.random.default_rng(1).integers(0, 256, (2, 9, 7)).astype(np.uint8)
     np.save(tmp_path / "a.npy", wild)
     data, _ = compress_images([tmp_path / "a.npy"], replace(coder, larger=True))
-    assert np.array_equal(decompress_images(data, coder)[0].values[..., 0], wild)
+    assert np.array_equal(decompress_images(data, coder).pictures[0].values[..., 0], wild)
 
 
 # -- damage ----------------------------------------------------------------------------------------------
@@ -176,7 +175,7 @@ def test_chains_that_are_wrong_behind_right_checksums_give_no_picture(coder, sam
         data = bytearray(chain)
         data[place] ^= 1 << rng.randrange(7)
         try:
-            [picture], lent, _ = restore_images(with_chain(sample, bytes(data)), coder)
+            [picture], lent, _ = decompress_images(with_chain(sample, bytes(data)), coder)
         except InputError as error:
             assert "segment 1" in str(error)  # noqa: PT017
         else:

@@ -29,7 +29,7 @@ class Decompress(Results):
 def decompress(flags: Decompress) -> int:
     """`dflow decompress`."""
     from dflow.coding.container import TEXT, kind_of
-    from dflow.compress import decompress_text, restore_images
+    from dflow.compress import decompress_images, decompress_text
     from dflow.compress.pixels import write
     from dflow.generate import check_output, write_whole
 
@@ -57,7 +57,7 @@ def decompress(flags: Decompress) -> int:
             for file, content in files.items():
                 keep(file, content)
             continue
-        restored = restore_images(
+        restored = decompress_images(
             data,
             flags.model,
             name=name,

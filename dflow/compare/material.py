@@ -18,9 +18,9 @@ from dflow.compress import (
     TextCoder,
     compress_images,
     compress_text,
+    decompress_images,
     decompress_text,
     load_image_coder,
-    restore_images,
 )
 from dflow.compress import clock as clocks
 from dflow.compress.pixels import read
@@ -114,7 +114,7 @@ def image_model(folder: str, mode: str) -> ModelCodec[Array]:
         return data
 
     def decode(data: bytes) -> list[Array]:
-        restored = restore_images(data, coder, limit=1 << 62)
+        restored = decompress_images(data, coder, limit=1 << 62)
         clock.add(restored.clock)
         return [_flat(values) for picture in restored.pictures for values in picture.values]
 

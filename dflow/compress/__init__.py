@@ -8,7 +8,6 @@ from dflow.compress.images import (
     compress_images,
     decompress_images,
     describe_images,
-    restore_images,
     stages,
 )
 from dflow.compress.pixels import Form, Picture
@@ -34,6 +33,5 @@ __all__ = [
     "describe_images",
     "describe_text",
     "load_image_coder",
-    "restore_images",
     "stages",
 ]

@@ -208,22 +208,6 @@ def decompress_images(
     limit: int = LIMIT,
     batch: int = BATCH,
     progress: bool = False,
-) -> list[Picture]:
-    """The pictures in a ``.dfl``, or coarse ones like them. Arguments and errors are of `restore_images`."""
-    return restore_images(
-        data, model, name=name, levels=levels, limit=limit, batch=batch, progress=progress
-    ).pictures
-
-
-def restore_images(
-    data: bytes,
-    model: str | os.PathLike[str] | ImageCoder,
-    *,
-    name: str = "the file",
-    levels: int | None = None,
-    limit: int = LIMIT,
-    batch: int = BATCH,
-    progress: bool = False,
 ) -> Restored:
     """All that comes back of a ``.dfl``: the pictures, and the files whose bits they borrowed.
 
@@ -343,10 +327,10 @@ def stages(
 ) -> list[Stage]:
     """A ``.dfl`` after each of its levels, as a file that arrives level by level.
 
-    Arguments are those of `restore_images`.
+    Arguments are those of `decompress_images`.
 
     Raises:
-        InputError: as of `restore_images`.
+        InputError: as of `decompress_images`.
     """
     with dfl.named(name, lambda: _hint(data)):
         parsed, plan = image_plan.parse(data)

@@ -79,16 +79,15 @@ def compress_text(
     _check(files, batch)
     coder = model if isinstance(model, TextCoder) else TextCoder.load(model)
     whole = b"".join(files.values())
-    plan, payload = TextPlan(tuple((name, len(data)) for name, data in files.items())), whole
+    stored = TextPlan(tuple((name, len(data)) for name, data in files.items()))
     with one_thread(), clock(coder.law) as encode:
-        coded = _encode(whole, coder, plan.files, batch, analytic, progress) if whole else None
+        coded = _encode(whole, coder, stored, batch, analytic, progress) if whole else _Coded(stored)
     note = ""
-    if coded is None and whole:
+    if whole and not coded.plan.coded:
         note = f"the vocabulary of {coder.where} cannot spell it: stored as it is"
-    elif coded is not None and len(coded.stack) + len(coded.plan.to_bytes()) >= len(whole):
+    elif len(coded.stack) + len(coded.plan.to_bytes()) >= len(whole) > 0:
         note = f"{coder.where} makes it no smaller: stored as it is"
-    elif coded is not None:
-        plan, payload = coded.plan, coded.stack
+    plan, payload = (coded.plan, coded.stack) if whole and not note else (stored, whole)
     segment = Segment(crc32(whole), not plan.coded, (payload,))
     mode = MODES.index(coder.mode)
     data = container.write(Container(container.TEXT, mode, coder.fingerprint, plan.to_bytes(), (segment,)))
@@ -96,11 +95,11 @@ def compress_text(
     report = TextReport(
         files=len(files),
         raw=len(whole),
-        symbols=0 if coded is None else coded.symbols,
+        symbols=coded.symbols,
         bytes=len(data),
         header=len(data) - len(payload),
-        side=0.0 if coded is None else coded.side,
-        analytic=None if coded is None else coded.analytic,
+        side=coded.side,
+        analytic=coded.analytic,
         stored=not plan.coded,
         encode=encode,
         decode=decode,
@@ -124,26 +123,21 @@ class _Coded(NamedTuple):
     """A text on a stack, and of the report what only the encoder knows."""
 
     plan: TextPlan
-    stack: bytes
-    symbols: int
-    side: float
-    analytic: float | None
+    stack: bytes = b""
+    symbols: int = 0
+    side: float = 0.0
+    analytic: float | None = None
 
 
 def _encode(
-    whole: bytes,
-    coder: TextCoder,
-    files: tuple[tuple[str, int], ...],
-    batch: int,
-    analytic: bool,
-    progress: bool,
-) -> _Coded | None:
-    """None where the vocabulary cannot spell it."""
+    whole: bytes, coder: TextCoder, stored: TextPlan, batch: int, analytic: bool, progress: bool
+) -> _Coded:
+    """The text coded; the plan is still the one of stored bytes where the vocabulary cannot spell it."""
     symbols = chunking.spell(whole, coder)
     if symbols is None:
-        return None
+        return _Coded(stored)
     chunks, stack = Chunks.of(symbols, coder), Coder()
-    plan = chunks.plan(files, symbols, coder, batch)
+    plan = chunks.plan(stored.files, symbols, coder, batch)
     side = chunking.push(stack, coder, plan, symbols, chunks, progress)
     bits = chunking.ideal(coder, plan, chunks) if analytic else None
     return _Coded(plan, stack.to_bytes(), len(symbols.stream), side, bits)
