@@ -209,9 +209,9 @@ def test_laws_that_are_not_of_integers_are_refused_in_fixed_mode():
     ):
         with pytest.raises(ValueError, match=f"{message}.*mode float64"):
             prepare(law, "fixed")
-    with pytest.raises(ValueError, match="'int8' is none of float64, fixed, float32"):
+    with pytest.raises(ValueError, match="'int8' is not one of float64, fixed, float32"):
         prepare(Logistic(2), "int8")
-    with pytest.raises(ValueError, match="'int8' is none of"):
+    with pytest.raises(ValueError, match="'int8' is not one of"):
         fingerprint(Logistic(2), {}, "int8")
 
 

@@ -406,8 +406,8 @@ def hostile(**changes: object) -> bytes:
         (hostile(name="/etc/a"), "names a place"),
         (hostile(name="C:a"), "names a place"),
         (hostile(name="a\\b"), "names a place"),
-        (hostile(name=".."), "is none"),
-        (hostile(name=""), "is none"),
+        (hostile(name=".."), "is not a file name"),
+        (hostile(name=""), "is not a file name"),
         (hostile(name="a\n"), "cannot be shown"),
         (hostile(name="a\x1b[2Jb"), "cannot be shown"),
         (hostile(name="x" * 201), "longer than"),
@@ -664,7 +664,7 @@ def test_a_model_without_numbers_is_refused(tmp_path):
 
 
 def test_models_that_compress_no_pictures_are_refused(tmp_path):
-    with pytest.raises(InputError, match="mode 'float16' is none of"):
+    with pytest.raises(InputError, match="mode 'float16' is not one of"):
         load_image_coder(tmp_path, "float16")
     with pytest.raises(InputError, match="batch size 0"):
         load_image_coder(tmp_path, batch=0)

@@ -195,7 +195,7 @@ HEAD = Head(Settings(), 8, 2, 200, "lent.bin", 1)
         (replace(HEAD, random=1 << 39), "declares more borrowed bytes than it contains"),
         (replace(HEAD, batch=0), "declares more borrowed bytes than it contains"),
         (replace(HEAD, name="../a"), "names a place"),
-        (replace(HEAD, name=""), "is none"),
+        (replace(HEAD, name=""), "is not a file name"),
         (replace(HEAD, name="a\x1b[2J"), "cannot be shown"),
         (HEAD, "segment 1"),
     ],

@@ -102,7 +102,7 @@ class Rows:
 
 
 class Edges:
-    """Symbols that have a law each, told by the mass below the edges between them.
+    """Symbols that have a law each, given by the mass below the edges between them.
 
     Symbol k lies between edges k and k + 1, and has the counts from ``c_k`` to ``c_{k + 1}``, with
     ``c_k = l k + floor((b_k - b_0) (2^24 - l K) / (b_K - b_0) + 1/2)`` and l = 1, or 2 if K = 2: each step a
@@ -170,7 +170,7 @@ class Bernoulli:
 
 
 class Bits:
-    """Numbers below ``2^widths`` as they are; widths int64 ``(n,)``, 0 for no bits at all."""
+    """Numbers below ``2^widths``, all equally likely; widths int64 ``(n,)``, 0 for no bits at all."""
 
     def __init__(self, widths: Tensor) -> None:
         self.widths = widths
@@ -182,11 +182,11 @@ class Bits:
 
     def intervals(self, x: Tensor) -> Intervals:
         """See `Code`."""
-        parts = []
+        intervals = []
         for low, place, width in self._pieces:
-            piece = (x[place] >> low) & ((1 << width) - 1)
-            parts.append((piece << (PRECISION - width), 1 << (PRECISION - width)))
-        return join(parts)
+            bits = (x[place] >> low) & ((1 << width) - 1)
+            intervals.append((bits << (PRECISION - width), 1 << (PRECISION - width)))
+        return join(intervals)
 
     def pop(self, stack: Stack) -> Tensor:
         """See `Code`."""
@@ -220,8 +220,8 @@ class Golomb:
         """See `Code`."""
         # The exponent of a float64 is exact for integers below 2^53.
         q = torch.frexp(((x >> self.orders) + 1).double()).exponent.long() - 1
-        rest = x - (((1 << q) - 1) << self.orders)
-        return join([self._shared().intervals(q), Bits(q + self.orders).intervals(rest)])
+        within = x - (((1 << q) - 1) << self.orders)
+        return join([self._shared().intervals(q), Bits(q + self.orders).intervals(within)])
 
     def pop(self, stack: Stack) -> Tensor:
         """See `Code`."""
@@ -229,11 +229,11 @@ class Golomb:
         return (((1 << q) - 1) << self.orders) + Bits(q + self.orders).pop(stack)
 
 
-def join(parts: list[Intervals]) -> Intervals:
+def join(intervals: list[Intervals]) -> Intervals:
     """Intervals one after another."""
-    if not parts:
+    if not intervals:
         return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-    starts, sizes = zip(*parts, strict=True)
+    starts, sizes = zip(*intervals, strict=True)
     return torch.cat(starts), torch.cat(sizes)
 
 

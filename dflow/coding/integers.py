@@ -23,8 +23,8 @@ _REACH = 8.0
 class Window:
     """Integers of a window, each with a law of its own, and those beyond it by Golomb codes of order 0.
 
-    First comes whether a number is the commonest one, which hangs on one logit. Only for those that are
-    not the other logits are looked at: which of some groups of symbols, then which one of the group. See
+    First comes whether a number is the commonest one, which depends on one logit. The other logits are looked
+    at only for numbers that are not: which of some groups of symbols, then which one of the group. See
     `ConditionalWindow`.
 
     Masses are whole numbers in proportion to probabilities (`masses`); sums of them are exact, whatever their
@@ -44,13 +44,13 @@ class Window:
         # About as many groups as symbols of a group: 17 of 16 for 258.
         self._size = math.isqrt(self._symbols)
         self._groups = -(-self._symbols // self._size)
-        self._first = Bernoulli(self._logits[..., self._common].flatten() + self._start[self._common])
+        self._is_common = Bernoulli(self._logits[..., self._common].flatten() + self._start[self._common])
 
     def _others(self, index: Tensor) -> tuple[Tensor, Edges]:
         """Masses of numbers that are not the common one, ``(n, groups, symbols of one)``; which group."""
         values = torch.full((len(index), self._groups * self._size), -math.inf, dtype=self._logits.dtype)
-        found = self._logits[index // self._entries, index % self._entries]
-        torch.add(found, self._start, out=values[:, : self._symbols])
+        logits = self._logits[index // self._entries, index % self._entries]
+        torch.add(logits, self._start, out=values[:, : self._symbols])
         values[:, self._common] = -math.inf
         mass = masses(values, values.amax(1, keepdim=True), 1).unflatten(1, (self._groups, self._size))
         return mass, Edges(_below(mass.sum(2)))
@@ -72,7 +72,7 @@ class Window:
         _, tails = _tails(offset, self._window)
         return join(
             [
-                self._first.intervals(is_common.long()),
+                self._is_common.intervals(is_common.long()),
                 groups.intervals(group),
                 self._member(mass, group).intervals(member),
                 Golomb(torch.zeros_like(tails)).intervals(tails),
@@ -81,11 +81,11 @@ class Window:
 
     def pop(self, stack: Stack) -> Tensor:
         """See `Code`."""
-        others = (self._first.pop(stack) == 0).nonzero().flatten()
+        others = (self._is_common.pop(stack) == 0).nonzero().flatten()
         mass, groups = self._others(others)
         group = groups.pop(stack)
-        found = self._size * group + self._member(mass, group).pop(stack)
-        symbol = torch.full_like(self._low, self._common).index_copy_(0, others, found)
+        other = self._size * group + self._member(mass, group).pop(stack)
+        symbol = torch.full_like(self._low, self._common).index_copy_(0, others, other)
         return self._low + _pop_tails(symbol - 1, self._window, torch.zeros_like(symbol), stack)
 
 
@@ -173,11 +173,11 @@ class Mixture:
             shapes = [tuple(v.shape) for v in (loc, log_scale, log_weights)]
             raise ValueError(f"expected (T, M) three times, found {shapes}")
         # Component by component and edge by edge: each operation runs along all numbers.
-        given = [v.detach().cpu().double().T.contiguous() for v in (loc, log_scale, log_weights)]
+        params = [v.detach().cpu().double().T.contiguous() for v in (loc, log_scale, log_weights)]
         # What is no number comes up at both ends.
-        if loc.numel() and not all(math.isfinite(end) for v in given for end in v.aminmax()):
+        if loc.numel() and not all(math.isfinite(end) for v in params for end in v.aminmax()):
             raise ValueError("the parameters of a mixture of logistic laws are not finite")
-        loc, scale, self.index = given[0].clamp(-LIMIT, LIMIT), given[1].clamp(-12, 30).exp_(), index.cpu()
+        loc, scale, self.index = params[0].clamp(-LIMIT, LIMIT), params[1].clamp(-12, 30).exp_(), index.cpu()
         low = torch.sub(loc, scale, alpha=_REACH).amin(0).floor_()
         high = torch.add(loc, scale, alpha=_REACH).amax(0).ceil_()
         span = float((high - low).max()) / _CELLS if loc.numel() else 1.0
@@ -185,7 +185,7 @@ class Mixture:
         self.shift = max(0, math.ceil(math.log2(max(1.0, span))))
         base = low.add_(high).div_(2).floor_().long() - ((_CELLS // 2) << self.shift)
         orders = torch.frexp(scale.amax(0)).exponent.long().sub_(1).clamp_(min=0)
-        law: tuple[Tensor, ...] = (loc, 1 / scale, given[2].softmax(0))
+        law: tuple[Tensor, ...] = (loc, 1 / scale, params[2].softmax(0))
         below = _cdf(base + (torch.arange(_CELLS + 1) << self.shift)[:, None], law)
         if not torch.equal(self.index, torch.arange(loc.shape[1])):
             law, below = tuple(v[:, self.index] for v in law), below[:, self.index]
@@ -209,7 +209,7 @@ class Mixture:
         offset = x - self._base
         # Beyond the window there are no cells: distances are those of integers.
         beyond, tails = _tails(offset, _CELLS << self.shift)
-        parts = [
+        intervals = [
             self._cells.intervals((offset >> self.shift).clamp(-1, _CELLS) + 1),
             Golomb(self._orders[beyond]).intervals(tails),
         ]
@@ -217,13 +217,13 @@ class Mixture:
         x, offset = x[within], offset[within]
         law, below = self._within(within)
         ends = _ends(below, offset >> self.shift)
-        for width, digit in self._digits():
-            first = x - (offset & ((1 << width) - 1))
-            below = _digit(first, ends, width, digit, law)
-            part = (x - first) >> (width - digit)
-            parts.append(Edges(below).intervals(part))
-            ends = _ends(below, part)
-        return join(parts)
+        for width, bits in self._digits():
+            start = x - (offset & ((1 << width) - 1))
+            below = _digit(start, ends, width, bits, law)
+            digit = (x - start) >> (width - bits)
+            intervals.append(Edges(below).intervals(digit))
+            ends = _ends(below, digit)
+        return join(intervals)
 
     def pop(self, stack: Stack) -> Tensor:
         """See `Code`."""
@@ -231,23 +231,23 @@ class Mixture:
         within = ((cell >= 0) & (cell < _CELLS)).nonzero().flatten()
         offset = torch.where(cell < 0, -1, cell << self.shift)
         x = _pop_tails(offset, _CELLS << self.shift, self._orders, stack) + self._base
-        first = x[within]
+        start = x[within]
         law, below = self._within(within)
         ends = _ends(below, cell[within])
-        for width, digit in self._digits():
-            below = _digit(first, ends, width, digit, law)
-            part = Edges(below).pop(stack)
-            first, ends = first + (part << (width - digit)), _ends(below, part)
-        return x.index_copy(0, within, first)
+        for width, bits in self._digits():
+            below = _digit(start, ends, width, bits, law)
+            digit = Edges(below).pop(stack)
+            start, ends = start + (digit << (width - bits)), _ends(below, digit)
+        return x.index_copy(0, within, start)
 
 
 def _cdf(edges: Tensor, law: tuple[Tensor, ...]) -> Tensor:
     """Mass below the integers ``edges`` ``(E, n)`` under mixtures: loc, 1 / scale and weights ``(M, n)``."""
     # Integers less a half would be float32.
-    found, edges = torch.zeros(edges.shape, dtype=torch.float64), edges.double() - 0.5
+    mass, edges = torch.zeros(edges.shape, dtype=torch.float64), edges.double() - 0.5
     for loc, rate, weight in zip(*law, strict=True):
-        found.addcmul_(weight, (edges - loc).mul_(rate).sigmoid_())
-    return found.clamp_(max=1)
+        mass.addcmul_(weight, (edges - loc).mul_(rate).sigmoid_())
+    return mass.clamp_(max=1)
 
 
 def _rising(below: Tensor) -> Tensor:
@@ -257,19 +257,19 @@ def _rising(below: Tensor) -> Tensor:
     return below
 
 
-def _digit(first: Tensor, ends: Tensor, width: int, digit: int, law: tuple[Tensor, ...]) -> Tensor:
-    """Masses below the edges of ``2^digit`` parts of the ``2^width`` integers from ``first`` on.
+def _digit(start: Tensor, ends: Tensor, width: int, bits: int, law: tuple[Tensor, ...]) -> Tensor:
+    """Masses below the edges of ``2^bits`` equal runs of the ``2^width`` integers from ``start`` on.
 
     ``ends`` ``(2, n)`` are those below the first and the last edge.
     """
-    inner = _cdf(first + (torch.arange(1, 1 << digit) << (width - digit))[:, None], law)
+    inner = _cdf(start + (torch.arange(1, 1 << bits) << (width - bits))[:, None], law)
     # The last is where it was: an edge before it that lies higher by its last bits comes down to it.
     return torch.cat([ends[:1], _rising(torch.clamp(inner, min=ends[:1], max=ends[1:])), ends[1:]])
 
 
-def _ends(below: Tensor, part: Tensor) -> Tensor:
-    """The mass below the first and the last edge of a part, ``(2, n)``."""
-    return below.gather(0, torch.stack([part, part + 1]))
+def _ends(below: Tensor, digit: Tensor) -> Tensor:
+    """The mass below the edges on both sides of a digit, ``(2, n)``."""
+    return below.gather(0, torch.stack([digit, digit + 1]))
 
 
 def _below(mass: Tensor) -> Tensor:

@@ -113,11 +113,11 @@ def carry(
     >>> carry(y, coder, 64.0, new, old, (halve, double), False), coder.to_bytes() == bytes(range(64))
     (tensor([[5]]), True)
     """
-    there, back = maps
-    found = local_law(old.values(symbols), width, old, new, there, encode).pop(stack).view(symbols.shape)
-    code = local_law(new.values(found), width, new, old, back, not encode)
+    forward, backward = maps
+    moved = local_law(old.values(symbols), width, old, new, forward, encode).pop(stack).view(symbols.shape)
+    code = local_law(new.values(moved), width, new, old, backward, not encode)
     stack.push(*code.intervals(symbols.flatten()))
-    return found
+    return moved
 
 
 def local_law(values: Tensor, width: float, old: Frame, new: Frame, f: Map, narrow: bool) -> Normal:

@@ -235,7 +235,7 @@ class BitsBackCoder(ImageCoder):
         return rows, {head.name: given}
 
     def pays(self, coded: Sequence[bytes], packed: bytes, values: int) -> bool:
-        """True: whoever asks for a chain gets one.
+        """True: a dequantized flow is chosen for its chains, which are never replaced by packed values.
 
         Raises:
             InputError: it is larger than the values as they are, and nobody said that it may be.
@@ -270,7 +270,7 @@ def load_image_coder(folder: str | os.PathLike[str], mode: str = "float64", batc
         InputError: no model, or not one of pictures; a mode that it cannot take.
     """
     if mode not in MODES:
-        raise InputError(f"mode {mode!r} is none of {', '.join(MODES)}")
+        raise InputError(f"mode {mode!r} is not one of {', '.join(MODES)}")
     if batch < 1:
         raise InputError(f"batch size {batch} must be at least 1")
     model = hf.load(folder, "cpu", DflowImageModel)

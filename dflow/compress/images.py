@@ -104,7 +104,7 @@ def compress_images(
 
     Raises:
         InputError: files that cannot be read exactly or do not fit the model, two of one name, a model that
-            compresses no pictures; a result that does not decode to what it was made from.
+            compresses no pictures; a result that does not decode to the values of the files.
     """
     coder = model if isinstance(model, ImageCoder) else load_image_coder(model, mode, batch)
     if not files:

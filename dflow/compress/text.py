@@ -73,8 +73,8 @@ def compress_text(
         progress: show a bar on stderr.
 
     Raises:
-        InputError: no files, a name that is none, a model that is not one of text; a result that does not
-            decode to what it was made from.
+        InputError: no files, a name that no file can have, a model that is not one of text; a result that
+            does not decode to these bytes.
     """
     _check(files, batch)
     coder = model if isinstance(model, TextCoder) else TextCoder.load(model)
@@ -201,9 +201,7 @@ def _decode(
         with one_thread():
             data = chunking.pop(data, coder, plan, progress)
     if len(data) != plan.raw or crc32(data) != segment.crc:
-        raise Damaged(
-            "does not decode to what it was made from: it is damaged, or this machine rounds otherwise"
-        )
+        raise Damaged("does not decode to its checksum: it is damaged, or this machine rounds otherwise")
     files, start = {}, 0
     for name, size in plan.files:
         files[name], start = data[start : start + size], start + size
@@ -211,7 +209,7 @@ def _decode(
 
 
 def _verify(data: bytes, coder: TextCoder, files: Mapping[str, bytes], progress: bool) -> Clock:
-    """Decode what was written; `InputError` where it is not what it was made from."""
+    """Decode what was written; `InputError` where that gives other bytes."""
     try:
         with clock(coder.law) as seconds:
             back = _decode(*text_coder.parse(data), coder, 1 << 62, progress)

@@ -160,8 +160,8 @@ class FlowDequantizer(Dequantizer):
 
     def context(self, x: Tensor) -> Tensor:
         """Features of ``x``."""
-        found: Tensor = self.net(floating(x, self.net))
-        return found
+        features: Tensor = self.net(floating(x, self.net))
+        return features
 
     def forward(self, x: Tensor, noise: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``v`` and log q."""

@@ -145,7 +145,7 @@ class _Sweep(torch.autograd.Function):
         # Of log w by the ends a and b, and of e by them.
         by_a, by_b = (slope * grad_weight for slope in interval_slopes(a, b))
         e_by_a, e_by_b = truncated_slopes(a, b, u, e)
-        # grad t = fixed + turn * grad y: y hangs on t directly and through the ends of the interval.
+        # grad t = fixed + turn * grad y: y depends on t directly and through the ends of the interval.
         fixed, turn = by_a + by_b, (e_by_a + e_by_b - 1) / diag
         if mask is not None:
             fixed, turn = torch.where(mask, fixed, -e * grad_weight), torch.where(mask, turn, 0)
