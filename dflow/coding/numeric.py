@@ -24,6 +24,7 @@ import copy
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,29 +116,48 @@ def prepare(law: Distribution, mode: str, tables: Mapping[str, Tensor] | None = 
     return prepared.eval().requires_grad_(False)
 
 
-def fingerprint(law: nn.Module, tables: Mapping[str, Tensor], mode: str, extra: bytes = b"") -> bytes:
-    """SHA-256 of all that decodes depends on: 32 bytes.
+class Fingerprint:
+    """SHA-256 of all that decoding depends on, the tensors of the law hashed once for any tables.
 
     Names, dtypes, shapes and values of the tensors of the law as stored and of its tables, the tables of
     logistic laws, the mode.
 
     Args:
         law: the model as stored, not what `prepare` gave.
-        tables: what `frozen_tables` gave.
         mode: one of `MODES`.
         extra: what else there is, such as the vocabulary of a tokenizer.
 
     Raises:
         ValueError: an unknown mode.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode {mode!r} is not one of {', '.join(MODES)}")
-    sha = hashlib.sha256(f"dflow 1 {mode} {logistic_tables().fingerprint()} {len(extra)} ".encode() + extra)
-    for what, tensors in (("law", law.state_dict()), ("tables", tables)):
-        for name, tensor in sorted(tensors.items()):
-            sha.update(f"\n{what} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return sha.digest()
+
+    def __init__(self, law: nn.Module, mode: str, extra: bytes = b"") -> None:
+        """See the class."""
+        if mode not in MODES:
+            raise ValueError(f"mode {mode!r} is not one of {', '.join(MODES)}")
+        logistic = logistic_tables().fingerprint()
+        self.mode, self._sha = (
+            mode,
+            hashlib.sha256(f"dflow 1 {mode} {logistic} {len(extra)} ".encode() + extra),
+        )
+        _hash(self._sha, "law", law.state_dict())
+
+    def of(self, tables: Mapping[str, Tensor]) -> bytes:
+        """32 bytes; ``tables`` are what `frozen_tables` gave."""
+        sha = self._sha.copy()
+        _hash(sha, "tables", tables)
+        return sha.digest()
+
+
+def _hash(sha: Any, what: str, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"\n{what} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def fingerprint(law: nn.Module, tables: Mapping[str, Tensor], mode: str, extra: bytes = b"") -> bytes:
+    """The `Fingerprint` of a law with its tables."""
+    return Fingerprint(law, mode, extra).of(tables)
 
 
 def in_pieces(law: Distribution, rows: int) -> Distribution:

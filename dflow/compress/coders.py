@@ -18,7 +18,7 @@ from dflow.coding.bits_back import BitsBack
 from dflow.coding.container import Damaged, Reader, crc32, varint
 from dflow.coding.local import Settings
 from dflow.coding.normals import normal_tables
-from dflow.coding.numeric import MODES, fingerprint, in_pieces, prepare
+from dflow.coding.numeric import MODES, Fingerprint, fingerprint, in_pieces, prepare
 from dflow.compress.dfl import BATCH
 from dflow.compress.pixels import check_name
 from dflow.config import InputError
@@ -69,12 +69,13 @@ class ImageCoder:
         Raises:
             ValueError: a mode that the model cannot take; a part of it that has no code.
         """
-        tables = hf.coding_tables(folder, model.distribution)
+        whole = Fingerprint(model.distribution, mode)
+        digest = whole.of({}) if mode == "float64" else None
+        tables = hf.coding_tables(folder, model.distribution, digest)
         law = in_pieces(prepare(model.distribution, mode, tables), batch)
         codec.check_code(law)
-        digest = fingerprint(model.distribution, tables, mode)[: container.FINGERPRINT]
         C, H, W = model.config.shape
-        return cls(law, (C, H, W), bits, mode, digest, folder, batch)
+        return cls(law, (C, H, W), bits, mode, whole.of(tables)[: container.FINGERPRINT], folder, batch)
 
     @property
     def dim(self) -> int:
