@@ -49,7 +49,7 @@ class Noise(Protocol):
         ...
 
     def push(self, place: Tensor, x: Tensor, stack: Stack) -> None:
-        """Give the bits back."""
+        """Give the borrowed bits back."""
         ...
 
 
@@ -138,8 +138,8 @@ def _(dequantizer: FlowDequantizer, dim: int, settings: Settings) -> Noise:
 class _FlowNoise:
     """Normal noise is popped and carried by the flow; a place is popped about where it comes to lie.
 
-    The law of the place is logit-normal about z, no narrower than half a place, so that none is outside of
-    the cell; then z is pushed, normal about the middle of the place.
+    The law of the place is logit-normal about z, no narrower than half a place, so that no place is outside
+    of the cell; then z is pushed, normal about the middle of the place.
     """
 
     def __init__(self, dequantizer: FlowDequantizer, dim: int, settings: Settings) -> None:
@@ -207,7 +207,7 @@ class BitsBack:
         settings: see `Settings`.
 
     Raises:
-        ValueError: a part that has no local code; cells that are not those of integers; a model that is not
+        ValueError: a layer or law that has no local code; cells that are not those of integers; a model that is not
             ready.
     """
 
@@ -238,7 +238,7 @@ class BitsBack:
 
     @torch.no_grad()
     def push(self, x: Tensor, stack: Stack) -> None:
-        """Push ``x``, int64 ``(n, dim)``; the stack has to hold `lent` bits a row."""
+        """Push ``x``, int64 ``(n, dim)``; the stack has to hold `borrowed` bits a row."""
         self.density.push(self.dequantize(x, stack), stack, None)
 
     @torch.no_grad()
@@ -250,15 +250,15 @@ class BitsBack:
         return x
 
     @property
-    def lent(self) -> int:
-        """Bits a row that the stack may have to lend, at most but for chances of 1e-7."""
+    def borrowed(self) -> int:
+        """Bits a row that are borrowed from the stack, at most but for chances of 1e-7."""
         return self.dim * (self.settings.noise + 2 * self.settings.grid + 24)
 
 
-#: What a stack begins with, so that it is never empty: its first words have to be such.
+#: What a stack begins with, so that it is never empty and never begins with a zero word.
 _HEAD = bytes(range(1, 9))
 
-#: Rows that are coded together: one for this many that are coded already, so that they can pay for it.
+#: Rows coded together are one for this many coded before them, whose bits they borrow.
 _EARNED = 16
 
 
@@ -268,8 +268,8 @@ class Stream:
 
     Attributes:
         data: the stack.
-        given: bits of the data that were lent by the caller, and come back.
-        random: pseudo-random bits that were lent beside them, and are lost.
+        given: bits borrowed from data of the caller, which come back.
+        random: pseudo-random bits borrowed beside them, which are lost.
     """
 
     data: bytes
@@ -283,8 +283,8 @@ def push(code: BitsBack, x: Tensor, given: bytes = b"", batch: int = 64) -> Stre
     Args:
         code: the model.
         x: rows.
-        given: bytes to lend, all of which come back; best such as cannot be compressed. Where they are not
-            enough pseudo-random ones follow.
+        given: bytes to borrow from, all of which come back; best those of compressed data. Where they are
+            not enough pseudo-random ones follow.
         batch: rows that the networks see at a time, at most.
 
     Raises:
@@ -294,9 +294,9 @@ def push(code: BitsBack, x: Tensor, given: bytes = b"", batch: int = 64) -> Stre
         raise ValueError(f"batch must be at least 1, found {batch}")
     chain = _Chain(_start(given))
     for rows in x.split(list(sizes(len(x), batch))):
-        chain.ensure(len(rows) * code.lent)
+        chain.ensure(len(rows) * code.borrowed)
         code.push(rows, chain)
-    data, words = chain.finish()
+    data, words = chain.without_unused()
     return Stream(data, 8 * len(given), 32 * words)
 
 
@@ -311,7 +311,7 @@ def pop(
         data: the stack.
         given: number of bytes that were given.
         batch: as of `push`.
-        random: pseudo-random bits that were lent, to be checked.
+        random: pseudo-random bits that were borrowed, to be checked.
 
     Raises:
         ValueError: a stack that does not end as it began: it is damaged, or of another model.
@@ -341,41 +341,39 @@ def sizes(n: int, batch: int) -> Iterator[int]:
         done += size
 
 
-class _Chain:
+class _Chain(Coder):
     """A stack that never ends: pseudo-random words lie below it, as many as are needed."""
 
     def __init__(self, data: bytes) -> None:
-        self.coder, self.words = Coder(data), 0
-        self.lowest = self.coder.num_below
+        super().__init__(data)
+        self.words, self.lowest = 0, self.num_below
 
     def ensure(self, bits: int) -> None:
         """Enough to pop that many bits."""
-        missing = (bits - self.coder.num_bits) // 32 + 1
+        missing = (bits - self.num_bits) // 32 + 1
         if missing > 0:
             new = _random(4 * (self.words + missing))[4 * self.words :]
-            self.coder = Coder(self.coder.to_bytes() + new)
+            super().__init__(self.to_bytes() + new)
             self.words += missing
 
-    def finish(self) -> tuple[bytes, int]:
+    def without_unused(self) -> tuple[bytes, int]:
         """The stack without the words that were never touched, and how many of them were."""
         unused = max(0, min(self.words, self.lowest + self.words))
-        data = self.coder.to_bytes()
+        data = self.to_bytes()
         return data[: len(data) - 4 * unused], self.words - unused
 
-    def push(self, start: Tensor, size: Tensor) -> None:
-        self.coder.push(start, size)
-
     def pop_rows(self, counts: Tensor) -> Tensor:
-        return self._watched(self.coder.pop_rows(counts))
+        return self._watched(super().pop_rows(counts))
 
     def pop_shared(self, tables: Tables, amounts: Tensor) -> Tensor:
-        return self._watched(self.coder.pop_shared(tables, amounts))
+        return self._watched(super().pop_shared(tables, amounts))
 
     def pop_bits(self, widths: Tensor) -> Tensor:
-        return self._watched(self.coder.pop_bits(widths))
+        return self._watched(super().pop_bits(widths))
 
     def _watched(self, symbols: Tensor) -> Tensor:
-        below = self.coder.num_below
+        """``symbols``, which were popped; the lowest point of the stack is kept."""
+        below = self.num_below
         if not below:
             raise ValueError("more bits are borrowed than there can be: the flow is too steep for its grid")
         self.lowest = min(self.lowest, below - self.words)

@@ -98,7 +98,8 @@ def prepare(law: Distribution, mode: str, tables: Mapping[str, Tensor] | None = 
     if mode != "float32":
         prepared = prepared.double()
     for name, module in list(_freezable(prepared)):
-        fitting = {key: unused.pop(_join(name, key)) for key in _keys(name, unused)}
+        keys = [key for key in unused if key.rpartition(".")[0] == name]
+        fitting = {key.rpartition(".")[2]: unused.pop(key) for key in keys}
         try:
             prepared = _replace(prepared, name, frozen(module, fitting))
         except ValueError as error:
@@ -222,12 +223,6 @@ class _Row(_Pieces):
 
 def _join(name: str, key: str) -> str:
     return f"{name}.{key}" if name else key
-
-
-def _keys(name: str, tables: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tables of the module ``name``."""
-    lead = f"{name}." if name else ""
-    return [key[len(lead) :] for key in tables if key.startswith(lead) and "." not in key[len(lead) :]]
 
 
 def _freezable(law: Distribution) -> Iterator[tuple[str, Freezable]]:

@@ -6,7 +6,7 @@ import multiprocessing
 import re
 import sys
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,48 +46,32 @@ def _run(
     make: Callable[..., Opened], arguments: tuple[Any, ...], files: list[bytes] | None
 ) -> tuple[int, list[bytes]]:
     # A fork would begin with the memory of this process.
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe()
-    process = context.Process(
-        target=_work, args=(sender, make, arguments, files, torch.get_num_threads(), plugins.loaded())
-    )
-    process.start()
-    sender.close()
-    try:
-        result: tuple[int, list[bytes]] | str = receiver.recv()
-    except EOFError:
-        process.join()
-        result = f"it ended with {process.exitcode}"
-    finally:
-        process.join()
-    if isinstance(result, str):
-        raise RuntimeError(f"memory cannot be measured: {result}")
-    return result
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        modules = plugins.loaded()
+        try:
+            return pool.submit(_work, make, arguments, files, torch.get_num_threads(), modules).result()
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            raise RuntimeError(f"memory cannot be measured: {what}") from None
 
 
 def _work(
-    pipe: Connection,
     make: Callable[..., Opened],
     arguments: tuple[Any, ...],
     files: list[bytes] | None,
     threads: int,
     modules: Sequence[str],
-) -> None:
-    """One direction, and how much of memory it took."""
+) -> tuple[int, list[bytes]]:
+    """One direction: how much of memory it took, and the files of encoding."""
     torch.set_num_threads(threads)
     for module in modules:
         plugins.load(module)
-    before, files_made = peak(), []
-    try:
-        opened = make(*arguments)
-        if files is None:
-            files_made = opened.encode()
-        else:
-            opened.decode(files)
-    except Exception as error:  # raised by the process that waits for it
-        pipe.send(f"{type(error).__name__}: {error}")
-    else:
-        pipe.send((peak() - before, files_made))
+    before = peak()
+    opened = make(*arguments)
+    encoded = opened.encode() if files is None else []
+    if files is not None:
+        opened.decode(files)
+    return peak() - before, encoded
 
 
 def peak() -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from dflow.bijectors import Autoregressive
+from dflow.coding import one_thread
 from dflow.compare import results
 from dflow.compress.clock import progress_bar
 from dflow.config import InputError
@@ -233,7 +234,8 @@ def measure(
     seconds: dict[tuple[int, int], list[float]] = {turn: [] for turn in turns}
     characters: list[list[float]] = [[] for _ in contestants]
     bar = progress_bar(len(turns) * (rounds + 1), "draw", f"time, batch {batch_size}", progress)
-    with bar, _threads_restored(), torch.inference_mode(), _evaluating(contestants):
+    # Each draw sets its number of threads; that of before comes back at the end.
+    with bar, one_thread(), torch.inference_mode(), _evaluating(contestants):
         for r in range(-1, rounds):
             for turn in turns:
                 i, threads = turn
@@ -252,15 +254,6 @@ def measure(
         median, threads = min((statistics.median(seconds[i, t]), t) for t in settings)
         result.append(Speed(median, statistics.median(characters[i]), threads, rounds))
     return result
-
-
-@contextmanager
-def _threads_restored() -> Iterator[None]:
-    before = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

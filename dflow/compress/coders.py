@@ -232,7 +232,7 @@ class BitsBackCoder(ImageCoder):
         if not given:
             return rows, {}
         if crc32(head.name.encode() + given) != head.crc:
-            raise Damaged(f"{head.name}, which was lent, is damaged (checksum)")
+            raise Damaged(f"{head.name}, the auxiliary file, is damaged (checksum)")
         return rows, {head.name: given}
 
     def pays(self, coded: Sequence[bytes], packed: bytes, values: int) -> bool:

@@ -44,7 +44,7 @@ class Report(BaseReport):
         segments: how many.
         raw: how many of them are stored raw.
         notes: what is not kept, by file.
-        given: auxiliary bytes of a file that was lent, which comes back.
+        given: auxiliary bytes borrowed from a file that comes back.
         random: auxiliary bytes that were made up.
     """
 
@@ -162,7 +162,7 @@ def _renamed(files: Sequence[Path], pictures: Sequence[Picture]) -> list[Picture
 
 
 def _check_fit(coder: ImageCoder, files: Sequence[Path], pictures: Sequence[Picture]) -> None:
-    """`InputError` for a file that the model cannot code, or that has the name of the one that is lent."""
+    """`InputError` for a file that the model cannot code, or that has the name of the auxiliary file."""
     for file, picture in zip(files, pictures, strict=True):
         back = picture.form.file
         if coder.lend and coder.lend[0] == back:
