@@ -207,8 +207,8 @@ class BitsBack:
         settings: see `Settings`.
 
     Raises:
-        ValueError: a layer or law that has no local code; cells that are not those of integers; a model that is not
-            ready.
+        ValueError: a layer or law that has no local code; cells that are not those of integers; a model
+            that is not ready.
     """
 
     def __init__(self, model: Dequantized, dim: int, settings: Settings | None = None) -> None:

@@ -10,10 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dflow.coding.container import Container, Damaged, crc32
+from dflow.compress.dfl import inflate
 from dflow.compress.pixels import Form, Picture
 from dflow.compress.tiles import depth_of
 
 Array = NDArray[Any]
+
+#: What errors are about.
+_BESIDE = "what is stored beside the model"
 
 
 def to_bytes(values: Array) -> bytes:
@@ -39,14 +43,10 @@ def unpack(data: bytes, n: int, bits: int) -> Array:
 
 
 def _inflate(data: bytes, size: int) -> bytes:
-    """Deflated data of a known size, and not a byte more."""
-    inflater = zlib.decompressobj()
-    try:
-        plain = inflater.decompress(data, size + 1)
-    except zlib.error:
-        plain = b""
-    if len(plain) != size or not inflater.eof or inflater.unused_data:
-        raise Damaged("what is stored beside the model is not as long as it should be")
+    """Deflated data of a known size."""
+    plain = inflate(data, size, _BESIDE)
+    if len(plain) != size:
+        raise Damaged(f"{_BESIDE} is not as long as it should be")
     return plain
 
 
@@ -83,12 +83,12 @@ def read_extra(parsed: Container, size: int, levels: int | None) -> bytes | None
     """What `extra` gave of all pictures, or None where the last level is missing or not wanted."""
     segment = parsed.segments[-1]
     if not segment.raw or any(segment.lengths[:-1]) or not segment.lengths[-1]:
-        raise Damaged("what is stored beside the model is not in the last level")
+        raise Damaged(f"{_BESIDE} is not in the last level")
     if len(segment.levels) < len(segment.lengths) or (levels or parsed.num_levels) < parsed.num_levels:
         return None
     data = _inflate(segment.levels[-1], size)
     if crc32(data) != segment.crc:
-        raise Damaged("what is stored beside the model is damaged (checksum)")
+        raise Damaged(f"{_BESIDE} is damaged (checksum)")
     return data
 
 
@@ -99,7 +99,7 @@ def finished(form: Form, values: Array, data: bytes | None, bits: int, exact: bo
         low_values = np.frombuffer(data, _type(low), values.size)
         data = data[low_values.nbytes :]
         if int(low_values.max()) >> low:
-            raise Damaged("what is stored beside the model does not fit it")
+            raise Damaged(f"{_BESIDE} does not fit it")
         values = values | low_values.reshape(values.shape)
     elif low:
         values = values | np.uint16(1 << (low - 1))

@@ -19,8 +19,7 @@ from dflow.coding.container import Damaged, Reader, crc32, varint
 from dflow.coding.local import Settings
 from dflow.coding.normals import normal_tables
 from dflow.coding.numeric import MODES, Fingerprint, fingerprint, in_pieces, prepare
-from dflow.compress.dfl import BATCH
-from dflow.compress.pixels import check_name
+from dflow.compress.dfl import BATCH, name_bytes, read_name
 from dflow.config import InputError
 from dflow.hf import DflowImageModel
 
@@ -140,10 +139,10 @@ class Head:
 
     def write(self) -> bytes:
         """The bytes."""
-        s, name = self.settings, self.name.encode()
+        s = self.settings
         data = b"".join(map(varint, (s.grid, s.sigma, s.noise, self.batch, self.random, self.given)))
         if self.given:
-            data += varint(len(name)) + name + self.crc.to_bytes(4, "little")
+            data += name_bytes(self.name) + self.crc.to_bytes(4, "little")
         return data
 
     @classmethod
@@ -157,15 +156,11 @@ class Head:
         reader = Reader(data)
         settings = Settings(*(reader.varint(64) for _ in range(3)))
         batch, random, given = reader.varint(1 << 32), reader.varint(1 << 40), reader.varint(1 << 60)
-        name, crc = "", 0
-        if given:
-            name = reader.take(reader.varint(reader.left)).decode("utf-8", "replace")
-            crc = int.from_bytes(reader.take(4), "little")
+        name = read_name(reader) if given else ""
+        crc = int.from_bytes(reader.take(4), "little") if given else 0
         stack = reader.take(reader.left)
         if not batch or given + 4 * random > len(stack):
             raise Damaged("declares more borrowed bytes than it contains")
-        if given and (wrong := check_name(name)):
-            raise Damaged(f"holds a file whose name {name!r} {wrong}; it is not written")
         return cls(settings, batch, random, given, name, crc), stack
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dflow.coding import container
-from dflow.coding.container import Container, Damaged
+from dflow.coding.container import Container, Damaged, Reader, varint
 from dflow.coding.numeric import MODES
 from dflow.compress.clock import Clock
+from dflow.compress.pixels import check_name
 from dflow.config import InputError
 
 if TYPE_CHECKING:
@@ -65,6 +67,35 @@ def parse(
     if parsed.mode >= len(MODES) or MODES[parsed.mode] not in modes:
         raise Damaged(f"numeric mode {parsed.mode} is not known to this version for {what}")
     return parsed
+
+
+def inflate(data: bytes, most: int, what: str) -> bytes:
+    """Deflated data, up to ``most`` bytes of them.
+
+    Raises:
+        Damaged: other data, or more of them; the error names ``what``.
+    """
+    inflater = zlib.decompressobj()
+    try:
+        plain = inflater.decompress(data, most + 1)
+    except zlib.error:
+        raise Damaged(f"{what} is damaged") from None
+    if len(plain) > most or not inflater.eof or inflater.unused_data:
+        raise Damaged(f"{what} is damaged, or too long")
+    return plain
+
+
+def name_bytes(name: str) -> bytes:
+    """The name of a file, as `read_name` reads it."""
+    return varint(len(name.encode())) + name.encode()
+
+
+def read_name(reader: Reader) -> str:
+    """The next bytes as the name of a file; `Damaged` where no file may be written by it."""
+    name = reader.take(reader.varint(reader.left)).decode("utf-8", "replace")
+    if wrong := check_name(name):
+        raise Damaged(f"holds a file whose name {name!r} {wrong}; it is not written")
+    return name
 
 
 @contextmanager

@@ -66,7 +66,7 @@ class Plan:
         reader = Reader(parsed.meta)
         tiles, is_packed = divmod(reader.varint(1 << 41), 2)
         if is_packed:
-            reader = Reader(_unpacked(reader.take(reader.left)))
+            reader = Reader(dfl.inflate(reader.take(reader.left), _META, "its list of files"))
         single = MODES[parsed.mode] == "float32"
         stamp = int.from_bytes(reader.take(4), "little") if single else None
         forms: dict[str, Form] = {}
@@ -87,25 +87,13 @@ def parse(data: bytes, prefix: bool = False) -> tuple[Container, Plan]:
     return parsed, Plan.read(parsed)
 
 
-def _unpacked(data: bytes) -> bytes:
-    inflater = zlib.decompressobj()
-    try:
-        plain = inflater.decompress(data, _META)
-    except zlib.error:
-        raise Damaged("its list of files is damaged") from None
-    if not inflater.eof or inflater.unused_data:
-        raise Damaged("its list of files is damaged, or too long")
-    return plain
-
-
 def _form_bytes(form: Form) -> bytes:
     detail = 0 if form.alpha is None else 1 if form.alpha >= 0 else 2
     if form.is_array:
         detail = len(form.dims) - 2
     alpha = varint(form.alpha) if form.alpha is not None and form.alpha >= 0 else b""
-    name = form.name.encode()
     numbers = b"".join(map(varint, form.dims)) + alpha
-    return bytes([form.source << 6 | detail << 4 | form.depth - 1]) + numbers + varint(len(name)) + name
+    return bytes([form.source << 6 | detail << 4 | form.depth - 1]) + numbers + dfl.name_bytes(form.name)
 
 
 def _read_form(reader: Reader) -> Form:
@@ -118,10 +106,7 @@ def _read_form(reader: Reader) -> Form:
     alpha = None
     if not is_array and detail:
         alpha = reader.varint((1 << 16) - 1) if detail == 1 else -1
-    name = reader.take(reader.varint(reader.left)).decode("utf-8", "replace")
-    form = Form(name, source, depth, dims, alpha)
-    if wrong := pixels.check_name(name):
-        raise Damaged(f"holds a file whose name {name!r} {wrong}; it is not written")
+    form = Form(dfl.read_name(reader), source, depth, dims, alpha)
     if 0 in dims or (alpha or 0) >> form.file_depth > 0:
         raise Damaged(f"holds {form.file} empty or with an alpha that its values cannot have")
     return form

@@ -15,7 +15,6 @@ from dflow.coding import codec, container
 from dflow.coding.container import Container, Damaged, Reader, varint
 from dflow.coding.numeric import fingerprint, frozen_tables, prepare
 from dflow.compress import dfl
-from dflow.compress.pixels import check_name
 from dflow.compress.planes import Alphabet, Counts
 from dflow.config import InputError
 from dflow.core import Distribution
@@ -146,7 +145,7 @@ class TextPlan:
         """As the container holds it."""
         data = varint(len(self.files) << 2 | self.latin << 1 | self.coded)
         for name, size in self.files:
-            data += varint(len(name.encode())) + name.encode() + varint(size)
+            data += dfl.name_bytes(name) + varint(size)
         if self.coded:
             data += b"".join(map(varint, (self.calls, self.chunks, self.last, self.batch)))
             data += self.counts.to_bytes()
@@ -160,12 +159,9 @@ class TextPlan:
         is_coded, latin = bool(begin & 1), bool(begin & 2)
         files: dict[str, int] = {}
         for _ in range(begin >> 2):
-            try:
-                name = reader.take(reader.varint(reader.left)).decode()
-            except UnicodeDecodeError:
-                raise Damaged("holds a file whose name is not UTF-8") from None
-            if check_name(name) or name in files:
-                raise Damaged(f"holds a file called {name!r}, which is no name or is there twice")
+            name = dfl.read_name(reader)
+            if name in files:
+                raise Damaged(f"holds {name} twice")
             files[name] = reader.varint()
         if not files:
             raise Damaged("holds no files")
