@@ -63,7 +63,7 @@ _ANY_BATCH = (
 
 
 def frozen_tables(law: Distribution) -> dict[str, Tensor]:
-    """What has to be kept with a model, by the names of its parts.
+    """What has to be kept with a model, by the names of its modules.
 
     Integer counts of laws that depend on no network, and constants that a mathematical library gives. They
     are made from the law as stored, for all modes. A decoder must use these tables, not recomputed ones.

@@ -36,17 +36,17 @@ def unpack(data: bytes, n: int, bits: int) -> Array:
     """The inverse, of ``n`` values; `Damaged` where it holds others."""
     size = ceil(n * bits / 8)
     if len(data) != size:
-        data = _inflate(data, size)
+        data = _inflate(data, size, "its packed values are")
     wide = np.zeros((n, 16), np.uint8)
     wide[:, 16 - bits :] = np.unpackbits(np.frombuffer(data, np.uint8), count=n * bits).reshape(n, bits)
     return np.packbits(wide, axis=1).view(">u2").ravel().astype(np.uint16)
 
 
-def _inflate(data: bytes, size: int) -> bytes:
+def _inflate(data: bytes, size: int, what: str) -> bytes:
     """Deflated data of a known size."""
-    plain = inflate(data, size, _BESIDE)
+    plain = inflate(data, size, what)
     if len(plain) != size:
-        raise Damaged(f"{_BESIDE} is not as long as it should be")
+        raise Damaged(f"{what} damaged, or too short")
     return plain
 
 
@@ -86,7 +86,7 @@ def read_extra(parsed: Container, size: int, levels: int | None) -> bytes | None
         raise Damaged(f"{_BESIDE} is not in the last level")
     if len(segment.levels) < len(segment.lengths) or (levels or parsed.num_levels) < parsed.num_levels:
         return None
-    data = _inflate(segment.levels[-1], size)
+    data = _inflate(segment.levels[-1], size, f"{_BESIDE} is")
     if crc32(data) != segment.crc:
         raise Damaged(f"{_BESIDE} is damaged (checksum)")
     return data

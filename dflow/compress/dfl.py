@@ -73,15 +73,15 @@ def inflate(data: bytes, most: int, what: str) -> bytes:
     """Deflated data, up to ``most`` bytes of them.
 
     Raises:
-        Damaged: other data, or more of them; the error names ``what``.
+        Damaged: other data, or more of them; the error is ``what`` (such as "its list is") damaged.
     """
     inflater = zlib.decompressobj()
     try:
         plain = inflater.decompress(data, most + 1)
     except zlib.error:
-        raise Damaged(f"{what} is damaged") from None
+        raise Damaged(f"{what} damaged") from None
     if len(plain) > most or not inflater.eof or inflater.unused_data:
-        raise Damaged(f"{what} is damaged, or too long")
+        raise Damaged(f"{what} damaged, or too long")
     return plain
 
 

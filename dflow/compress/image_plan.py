@@ -66,7 +66,7 @@ class Plan:
         reader = Reader(parsed.meta)
         tiles, is_packed = divmod(reader.varint(1 << 41), 2)
         if is_packed:
-            reader = Reader(dfl.inflate(reader.take(reader.left), _META, "its list of files"))
+            reader = Reader(dfl.inflate(reader.take(reader.left), _META, "its list of files is"))
         single = MODES[parsed.mode] == "float32"
         stamp = int.from_bytes(reader.take(4), "little") if single else None
         forms: dict[str, Form] = {}

@@ -149,7 +149,7 @@ def decode(
             try:
                 x, files = _popped(coder, segment, _real(grids, spans), levels, is_exact)
             except Damaged as error:
-                raise Damaged(f"segment {n + 1} {error}") from None
+                raise Damaged(f"segment {n + 1}: {error}") from None
             lent |= files
             values += joined.add(spans, x)
             bar.update(len(x))
@@ -225,12 +225,12 @@ def _popped(
     lent: dict[str, bytes] = {}
     if segment.raw:
         if len(segment.lengths) != 1:
-            raise Damaged("is raw, and has levels")
+            raise Damaged("raw, and has levels")
         x = np.zeros(real.shape, kind)
         x[real] = unpack(segment.levels[0], int(real.sum()), coder.bits)
     else:
         if len(segment.lengths) != coder.num_levels:
-            raise Damaged(f"has {len(segment.lengths)} levels, its model {coder.num_levels}")
+            raise Damaged(f"{len(segment.lengths)} levels, its model has {coder.num_levels}")
         try:
             rows, lent = coder.pop(len(real), segment.levels[:levels])
         except (ValueError, OverflowError) as error:
