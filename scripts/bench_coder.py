@@ -17,14 +17,19 @@ import argparse
 import json
 import math
 import platform
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from dflow.coding import Coder, integer_counts, logistic_tables
-from dflow.coding.codes import Code, Logistic, Rows
-from dflow.coding.reference import ReferenceCoder
+from dflow.coding.codes import Code, Rows
+from dflow.coding.integers import Logistic
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+from reference_coder import ReferenceCoder
 
 
 def measure(

@@ -24,7 +24,14 @@ import yaml
 from dflow import hf
 from dflow.coding import container
 from dflow.coding.container import Segment
-from dflow.compress import ImageCoder, TextCoder, decompress_images, decompress_text, pixels
+from dflow.compress import (
+    ImageCoder,
+    TextCoder,
+    decompress_images,
+    decompress_text,
+    load_image_coder,
+    pixels,
+)
 from dflow.config import InputError
 from dflow.data import DataConfig, ImageConfig, Tokenizer, formats, image_sets, load, load_images
 from dflow.data.arrays import from_npz
@@ -138,7 +145,7 @@ def dfl_changed(data: bytes, draw: random.Random) -> bytes:
 @cache
 def coder_of(folder: Path) -> ImageCoder | TextCoder:
     image = hf.kind_of(folder) is hf.DflowImageModel
-    return ImageCoder.load(folder, batch=8) if image else TextCoder.load(folder)
+    return load_image_coder(folder, batch=8) if image else TextCoder.load(folder)
 
 
 def contents(folder: Path, name: str) -> list[bytes]:
@@ -146,9 +153,8 @@ def contents(folder: Path, name: str) -> list[bytes]:
     data, coder = (folder / name).read_bytes(), coder_of(folder)
     if isinstance(coder, TextCoder):
         return list(decompress_text(data, coder, name=name, limit=1 << 20).values())
-    lent: dict[str, bytes] = {}
-    found = decompress_images(data, coder, name=name, limit=1 << 20, lent=lent)
-    return [p.values.tobytes() for p in found] + list(lent.values())
+    pictures, lent, _ = decompress_images(data, coder, name=name, limit=1 << 20)
+    return [p.values.tobytes() for p in pictures] + list(lent.values())
 
 
 @cache

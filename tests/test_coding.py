@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from cases import BASES, DIMS, alternate, build_base, counted, enumerate_all
+from reference_coder import ReferenceCoder
 from torch import Tensor, nn
 
 from dflow import zoo
@@ -25,8 +26,8 @@ from dflow.coding import (
     push,
 )
 from dflow.coding.codec import logistic_steps
-from dflow.coding.codes import Bernoulli, Bits, Code, Edges, Golomb, Logistic, Mixture, Rows, Shared
-from dflow.coding.reference import ReferenceCoder
+from dflow.coding.codes import Bernoulli, Bits, Code, Edges, Golomb, Rows, Shared
+from dflow.coding.integers import Logistic, Mixture
 from dflow.coding.tables import sigmoid_counts
 from dflow.core import Context, Distribution, Elementwise
 from dflow.distributions import Categorical, ConditionalCategorical, StandardNormal

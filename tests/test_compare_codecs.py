@@ -23,8 +23,9 @@ from tiny import SETTINGS
 
 from dflow import cli, hf
 from dflow.compare import codecs, peers
-from dflow.compare.codecs import Clock, CodecComparison, ModelCodec, compare_codecs, pictures, texts
+from dflow.compare.codecs import CodecComparison, compare_codecs, pictures, texts
 from dflow.compare.peers import Codec, Unavailable, picture_codecs, raw_codecs, text_codecs
+from dflow.compare.runner import Clock, ModelCodec, Row, sheet
 from dflow.config import InputError
 from dflow.data import image_sets
 
@@ -121,7 +122,7 @@ def stored(name: str = "stored", library: str = "", size: int = 0) -> Codec[Any]
     return Codec(name, "as it is", library, encode, decode)
 
 
-def rows_of(found: CodecComparison, how: str) -> list[codecs.Row]:
+def rows_of(found: CodecComparison, how: str) -> list[Row]:
     return [row for row in found.rows if (row.how == "each") == (how == "each")]
 
 
@@ -175,9 +176,9 @@ def test_shapes_are_put_together_each_by_itself() -> None:
 def test_a_sheet_holds_every_picture() -> None:
     for n in (1, 2, 5, 9):
         stack = np.stack([slope(3, 5, 3) for _ in range(n)])
-        sheet = codecs._sheet(stack)
-        rows, columns = sheet.shape[0] // 3, sheet.shape[1] // 5
-        tiles = [sheet[3 * (i // columns) :][:3, 5 * (i % columns) :][:, :5] for i in range(n)]
+        page = sheet(stack)
+        rows, columns = page.shape[0] // 3, page.shape[1] // 5
+        tiles = [page[3 * (i // columns) :][:3, 5 * (i % columns) :][:, :5] for i in range(n)]
         assert np.array_equal(np.stack(tiles), stack)
         assert (rows - 1) * columns < n <= rows * columns
 

@@ -19,7 +19,13 @@ from dflow.coding.container import Segment
 from dflow.compare.codecs import compare_codecs, markdown, pictures
 from dflow.compare.material import image_model
 from dflow.compare.peers import picture_codecs
-from dflow.compress import BitsBackCoder, ImageCoder, compress_images, decompress_images, describe_images
+from dflow.compress import (
+    BitsBackCoder,
+    compress_images,
+    decompress_images,
+    describe_images,
+    load_image_coder,
+)
 from dflow.compress.coders import Head
 from dflow.config import InputError
 
@@ -58,7 +64,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def coder(folder):
-    found = ImageCoder.load(folder, batch=8)
+    found = load_image_coder(folder, batch=8)
     assert isinstance(found, BitsBackCoder)
     return found
 
@@ -77,9 +83,9 @@ def sample(coder, file):
 
 @pytest.mark.parametrize("dequantizer", ["uniform", "normal", "bipartite"])
 def test_pictures_come_back_under_every_dequantizer(tmp_path, file, dequantizer):
-    coder = ImageCoder.load(model_folder(tmp_path / "model", dequantizer=dequantizer), batch=8)
+    coder = load_image_coder(model_folder(tmp_path / "model", dequantizer=dequantizer), batch=8)
     data, report = compress_images([file], coder, analytic=True)
-    [picture] = decompress_images(data, coder)
+    [picture] = decompress_images(data, coder).pictures
     assert np.array_equal(picture.values[..., 0], values())
     assert report.net + report.auxiliary == report.bytes
     assert report.given == 0 < report.random < 16 * 8
@@ -88,8 +94,7 @@ def test_pictures_come_back_under_every_dequantizer(tmp_path, file, dequantizer)
 
 
 def test_what_was_lent_comes_back_and_is_not_counted(coder, file, sample):
-    lent: dict[str, bytes] = {}
-    [picture] = decompress_images(sample, coder, lent=lent)
+    [picture], lent, _ = decompress_images(sample, coder)
     assert np.array_equal(picture.values[..., 0], values())
     assert lent == {"lent.bin": LENT[:200]}
     data, report = compress_images([file], replace(coder, lend=("lent.bin", LENT)))
@@ -105,8 +110,7 @@ def test_what_was_lent_comes_back_and_is_not_counted(coder, file, sample):
 def test_segments_are_chains_of_their_own(coder, file):
     by = replace(coder, lend=("lent.bin", LENT[:64]), larger=True)
     data, report = compress_images([file], by, tiles=15)
-    lent: dict[str, bytes] = {}
-    [picture] = decompress_images(data, coder, lent=lent)
+    [picture], lent, _ = decompress_images(data, coder)
     assert np.array_equal(picture.values[..., 0], values())
     assert lent == {"lent.bin": LENT[:64]}
     assert report.segments == 3
@@ -119,20 +123,20 @@ def test_a_single_picture_is_refused_unless_told(tmp_path, coder):
         compress_images([tmp_path / "one.npy"], coder)
     for by in (replace(coder, larger=True), replace(coder, lend=("lent.bin", LENT), larger=True)):
         data, _ = compress_images([tmp_path / "one.npy"], by)
-        assert np.array_equal(decompress_images(data, coder)[0].values[0, ..., 0], values(1)[0])
+        assert np.array_equal(decompress_images(data, coder).pictures[0].values[0, ..., 0], values(1)[0])
 
 
 def test_other_grids_are_told_by_the_file(coder, file):
     by = replace(coder, settings=Settings(16, 11, 10), larger=True)
     data, _ = compress_images([file], by)
-    assert np.array_equal(decompress_images(data, coder)[0].values[..., 0], values())
+    assert np.array_equal(decompress_images(data, coder).pictures[0].values[..., 0], values())
 
 
 def test_values_that_no_model_expects_come_back(tmp_path, coder):
     wild = np.random.default_rng(1).integers(0, 256, (2, 9, 7)).astype(np.uint8)
     np.save(tmp_path / "a.npy", wild)
     data, _ = compress_images([tmp_path / "a.npy"], replace(coder, larger=True))
-    assert np.array_equal(decompress_images(data, coder)[0].values[..., 0], wild)
+    assert np.array_equal(decompress_images(data, coder).pictures[0].values[..., 0], wild)
 
 
 # -- damage ----------------------------------------------------------------------------------------------
@@ -168,10 +172,10 @@ def test_chains_that_are_wrong_behind_right_checksums_give_no_picture(coder, sam
     chain, rng = container.read(sample).segments[0].levels[0], random.Random(2)
     places = [*range(16), *(rng.randrange(16, len(chain)) for _ in range(8))]
     for place in places:
-        data, lent = bytearray(chain), {}
+        data = bytearray(chain)
         data[place] ^= 1 << rng.randrange(7)
         try:
-            [picture] = decompress_images(with_chain(sample, bytes(data)), coder, lent=lent)
+            [picture], lent, _ = decompress_images(with_chain(sample, bytes(data)), coder)
         except InputError as error:
             assert "segment 1" in str(error)  # noqa: PT017
         else:
@@ -187,11 +191,11 @@ HEAD = Head(Settings(), 8, 2, 200, "lent.bin", 1)
 @pytest.mark.parametrize(
     ("head", "message"),
     [
-        (replace(HEAD, given=1 << 59), "lends more than it holds"),
-        (replace(HEAD, random=1 << 39), "lends more than it holds"),
-        (replace(HEAD, batch=0), "lends more than it holds"),
+        (replace(HEAD, given=1 << 59), "declares more borrowed bytes than it contains"),
+        (replace(HEAD, random=1 << 39), "declares more borrowed bytes than it contains"),
+        (replace(HEAD, batch=0), "declares more borrowed bytes than it contains"),
         (replace(HEAD, name="../a"), "names a place"),
-        (replace(HEAD, name=""), "is none"),
+        (replace(HEAD, name=""), "is not a file name"),
         (replace(HEAD, name="a\x1b[2J"), "cannot be shown"),
         (HEAD, "segment 1"),
     ],
@@ -216,13 +220,13 @@ def test_grids_that_are_none_are_refused(coder, sample):
 
 
 def test_another_model_or_kind_is_refused(tmp_path, coder, sample, file):
-    other = ImageCoder.load(model_folder(tmp_path / "other", dequantizer="normal"))
+    other = load_image_coder(model_folder(tmp_path / "other", dequantizer="normal"))
     with pytest.raises(InputError, match="was made by the model"):
         decompress_images(sample, other)
     settings = {"num_levels": 1, "num_flows": 1, "hidden_size": 8, "num_hidden_layers": 1}
     config = hf.DflowImageConfig("integer", shape=[1, 4, 4], levels=[256], **settings)
     hf.save(hf.DflowImageModel(config), tmp_path / "integer")
-    integer = ImageCoder.load(tmp_path / "integer")
+    integer = load_image_coder(tmp_path / "integer")
     with pytest.raises(InputError, match="holds images, by bits back"):
         decompress_images(sample, integer)
     data, _ = compress_images([file], integer)
@@ -231,7 +235,7 @@ def test_another_model_or_kind_is_refused(tmp_path, coder, sample, file):
     with pytest.raises(InputError, match="more than 100"):
         decompress_images(sample, coder, limit=100)
     with pytest.raises(InputError, match="cannot take mode fixed"):
-        ImageCoder.load(model_folder(tmp_path / "again"), "fixed")
+        load_image_coder(model_folder(tmp_path / "again"), "fixed")
 
 
 def test_what_has_no_local_code_is_refused(tmp_path):
@@ -240,7 +244,7 @@ def test_what_has_no_local_code_is_refused(tmp_path):
     )
     hf.save(hf.DflowImageModel(config), tmp_path / "model")
     with pytest.raises(InputError, match="Orthant"):
-        ImageCoder.load(tmp_path / "model")
+        load_image_coder(tmp_path / "model")
 
 
 # -- commands --------------------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ from folders import SETTINGS, make_model, write_model, write_text
 from dflow import cli
 from dflow.coding import Coder, container
 from dflow.coding.container import Damaged, Reader
-from dflow.compress import TextCoder, compress_text, decompress_text, describe_text, planes
-from dflow.compress import text as texts
+from dflow.compress import TextCoder, chunks, compress_text, decompress_text, describe_text, planes
 from dflow.compress.planes import Alphabet, Counts
+from dflow.compress.text_coder import TextPlan
 from dflow.config import InputError
 from dflow.core import Context
 from dflow.data import Bytes, Characters, Numbers, SentencePiece, Tokenizer
@@ -101,7 +101,7 @@ def test_texts_are_coded_and_decoded_on_one_thread(family: str, monkeypatch: pyt
     """Sums of several threads depend on how many these are; the setting is restored, after an error too."""
     coder, before = peaked(family, LETTERS), torch.get_num_threads()
     text, seen = drawn(coder, 100), []
-    push, pop = texts.codec.push, texts.codec.pop
+    push, pop = chunks.codec.push, chunks.codec.pop
 
     def spy(call: Any) -> Any:
         def noting(*args: Any, **kwargs: Any) -> Any:
@@ -110,8 +110,8 @@ def test_texts_are_coded_and_decoded_on_one_thread(family: str, monkeypatch: pyt
 
         return noting
 
-    monkeypatch.setattr(texts.codec, "push", spy(push))
-    monkeypatch.setattr(texts.codec, "pop", spy(pop))
+    monkeypatch.setattr(chunks.codec, "push", spy(push))
+    monkeypatch.setattr(chunks.codec, "pop", spy(pop))
     try:
         torch.set_num_threads(3)
         data, _ = compress_text({"a": text}, coder, verify=False)
@@ -121,7 +121,7 @@ def test_texts_are_coded_and_decoded_on_one_thread(family: str, monkeypatch: pyt
         assert back(data, coder) == text
         assert set(seen) == {1}
         assert torch.get_num_threads() == 3
-        monkeypatch.setattr(texts.codec, "pop", lambda *_, **__: 1 / 0)
+        monkeypatch.setattr(chunks.codec, "pop", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             back(data, coder)
         assert torch.get_num_threads() == 3
@@ -404,7 +404,7 @@ def test_100_mutations_are_refused() -> None:
 def hostile(data: bytes, **changes: Any) -> bytes:
     """A file whose checksums are right and whose meta is not."""
     found = container.read(data)
-    plan = replace(texts._Plan.read(found.meta), **changes)
+    plan = replace(TextPlan.read(found.meta), **changes)
     return container.write(replace(found, meta=plan.to_bytes()))
 
 
@@ -470,8 +470,8 @@ def test_another_model_or_vocabulary_is_refused() -> None:
 
 
 def test_what_does_not_decode_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = texts.codec.pop
-    monkeypatch.setattr(texts.codec, "pop", lambda *given: whole(*given) ^ 1)
+    whole = chunks.codec.pop
+    monkeypatch.setattr(chunks.codec, "pop", lambda *given: whole(*given) ^ 1)
     with pytest.raises(InputError, match="nothing is written"):
         compress_text({"a": drawn(GROUPED, 100)}, GROUPED)
     assert compress_text({"a": drawn(GROUPED, 100)}, GROUPED, verify=False)[1].decode is None

@@ -18,7 +18,7 @@ from folders import SMALL, write_model, write_pictures, write_table, write_text
 from forks import FORKS
 
 from dflow import hf
-from dflow.compress import BitsBackCoder, ImageCoder, TextCoder, compress_images, compress_text
+from dflow.compress import BitsBackCoder, TextCoder, compress_images, compress_text, load_image_coder
 from dflow.config import InputError
 from dflow.train import load_recipe, train
 
@@ -49,8 +49,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     # What they make of files: text, pictures, and pictures by bits back.
     data = {"grouped": compress_text({"a.txt": text.read_bytes()[:200]}, TextCoder.load(found["grouped"]))[0]}
     files = sorted(pictures.iterdir())[:6]
-    data["integer"] = compress_images(files, ImageCoder.load(found["integer"], batch=8), tiles=2)[0]
-    coder = ImageCoder.load(found["dequantized"], batch=8)
+    data["integer"] = compress_images(files, load_image_coder(found["integer"], batch=8), tiles=2)[0]
+    coder = load_image_coder(found["dequantized"], batch=8)
     assert isinstance(coder, BitsBackCoder)
     lending = replace(coder, lend=("lent.bin", bytes(range(200))), larger=True)
     data["dequantized"] = compress_images(files, lending)[0]

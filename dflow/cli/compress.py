@@ -85,10 +85,10 @@ def compress(flags: Compress) -> int:
 
 def compress_pictures(flags: Compress, jobs: list[tuple[Path, list[Path]]]) -> int:
     """`dflow compress` by a model of images."""
-    from dflow.compress import LIMIT, BitsBackCoder, ImageCoder, compress_images
+    from dflow.compress import LIMIT, compress_images, load_image_coder
     from dflow.generate import write_whole
 
-    coder = tuned(ImageCoder.load(flags.model, flags.mode, flags.batch_size), flags)
+    coder = tuned(load_image_coder(flags.model, flags.mode, flags.batch_size), flags)
     reports, notes = [], list[str]()
     for target, group in jobs:
         data, report = compress_images(
@@ -100,7 +100,7 @@ def compress_pictures(flags: Compress, jobs: list[tuple[Path, list[Path]]]) -> i
         if report.declared > LIMIT:
             notes.append(f"{target}: to decompress it takes --limit {report.declared}")
     show_notes(flags, notes)
-    return show_pictures(flags, jobs, reports, notes, isinstance(coder, BitsBackCoder))
+    return show_pictures(flags, jobs, reports, notes, coder.borrows)
 
 
 def show_pictures(
@@ -174,12 +174,11 @@ def show_notes(flags: Results, notes: Sequence[str]) -> None:
 
 def tuned(coder: ImageCoder, flags: Compress) -> ImageCoder:
     """``coder`` as the flags of bits-back ask for it."""
-    from dflow.compress import BitsBackCoder
     from dflow.compress.pixels import check_name
 
     asked = {name: getattr(flags, name) for name in ("grid", "sigma", "noise")}
     asked = {name: value for name, value in asked.items() if value is not None}
-    if not isinstance(coder, BitsBackCoder):
+    if not coder.borrows:
         check_no_bits_back(flags, "an integer flow")
         return coder
     try:

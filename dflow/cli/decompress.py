@@ -57,8 +57,7 @@ def decompress(flags: Decompress) -> int:
             for file, content in files.items():
                 keep(file, content)
             continue
-        lent: dict[str, bytes] = {}
-        pictures = decompress_images(
+        restored = decompress_images(
             data,
             flags.model,
             name=name,
@@ -66,13 +65,12 @@ def decompress(flags: Decompress) -> int:
             limit=flags.limit,
             batch=flags.batch_size,
             progress=True,
-            lent=lent,
         )
-        for file in (*(picture.form.file for picture in pictures), *lent):
+        for file in (*(picture.form.file for picture in restored.pictures), *restored.lent):
             check_output(folder / file)
-        for file, content in lent.items():
+        for file, content in restored.lent.items():
             keep(file, content)
-        for picture in pictures:
+        for picture in restored.pictures:
             keep(picture.form.file, write(picture))
     flags.end({"files": written})
     return 0

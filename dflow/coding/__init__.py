@@ -4,11 +4,9 @@ from dflow.coding.codec import pop, push, steps
 from dflow.coding.coder import Coder
 from dflow.coding.numeric import (
     MODES,
-    Margin,
     fingerprint,
     frozen_tables,
     in_pieces,
-    margin,
     one_thread,
     prepare,
 )
@@ -18,7 +16,6 @@ __all__ = [
     "MODES",
     "Coder",
     "LogisticTables",
-    "Margin",
     "Tables",
     "fingerprint",
     "frozen_tables",
@@ -26,7 +23,6 @@ __all__ = [
     "integer_counts",
     "logistic_tables",
     "logit_counts",
-    "margin",
     "one_thread",
     "pop",
     "prepare",

@@ -4,13 +4,13 @@ r"""Local bits-back coding: a continuous flow with a dequantizer as a lossless c
     stream = push(code, x, given)            # x int64 (n, dim), given any bytes
     x, given = pop(code, n, stream.data, len(given))
 
-An encoder pops the noise of the dequantizer, carries data and noise through the flow (`dflow.coding.local`)
+An encoder pops the noise of the dequantizer, carries data and noise through the flow (`dflow.coding.layers`)
 and pushes the latents; a decoder gets the data back, and the bits that were popped. In all a datum costs the
 variational bound for the noise that was popped.
 
-Lending takes a stack that holds something: the first image needs *auxiliary* bits. These are data that are
-given, which come back with the images, or pseudo-random ones, which are lost. A chain of images needs them
-once.
+Bits can be borrowed only from a stack that holds some: the first image needs *auxiliary* bits. These are data
+of the caller, which come back with the images, or pseudo-random ones, which are lost. A chain of images needs
+them once.
 
 Source: Ho, Lohn and Abbeel 2019, arXiv 1905.08500 (local bits-back); Frey and Hinton 1996 (bits back);
 Townsend et al. 2019, arXiv 1901.04866 (with asymmetric numeral systems).
@@ -29,8 +29,10 @@ import torch
 from torch import Tensor
 
 from dflow.coding.coder import Coder
-from dflow.coding.codes import Bits, Intervals, Stack, join
-from dflow.coding.local import Frame, Independent, Settings, density, layers
+from dflow.coding.codes import Bits, Code, Intervals, Stack, join
+from dflow.coding.densities import Independent, density
+from dflow.coding.layers import layers, move
+from dflow.coding.local import Frame, Settings
 from dflow.coding.normals import Normal, Place, logit_normal, logits
 from dflow.coding.tables import Tables
 from dflow.core import Context
@@ -47,7 +49,7 @@ class Noise(Protocol):
         ...
 
     def push(self, place: Tensor, x: Tensor, stack: Stack) -> None:
-        """Give the bits back."""
+        """Give the borrowed bits back."""
         ...
 
 
@@ -63,73 +65,68 @@ def noise(dequantizer: Dequantizer, dim: int, settings: Settings) -> Noise:
 
 @noise.register
 def _(dequantizer: Uniform, dim: int, settings: Settings) -> Noise:
-    return _Even(settings)
-
-
-class _Even:
-    def __init__(self, settings: Settings) -> None:
-        self.bits = settings.noise
-
-    def pop(self, x: Tensor, stack: Stack) -> Tensor:
-        return self._code(x).pop(stack).view(x.shape)
-
-    def push(self, place: Tensor, x: Tensor, stack: Stack) -> None:
-        stack.push(*self._code(x).intervals(place.flatten()))
-
-    def _code(self, x: Tensor) -> Bits:
-        return Bits(torch.full((x.numel(),), self.bits, dtype=torch.int64))
+    return _Independent(lambda x: Bits(torch.full((x.numel(),), settings.noise, dtype=torch.int64)))
 
 
 @noise.register
 def _(dequantizer: NormalDequantizer, dim: int, settings: Settings) -> Noise:
-    return _Full(dequantizer, settings) if dequantizer.full else _LogitNormal(dequantizer, settings)
+    if dequantizer.full:
+        return _Full(dequantizer, settings.noise)
+
+    def code(x: Tensor) -> Code:
+        loc, log_scale = dequantizer.context(x)[..., :2].unbind(-1)
+        return logit_normal(loc.flatten(), log_scale.exp().flatten(), settings.noise)
+
+    # Exact: the places have the mass that the law has on them.
+    return _Independent(code)
 
 
-class _LogitNormal:
-    """Exact: the places have the mass that the law has on them."""
+class _Independent:
+    """Places that are independent, by their code given x."""
 
-    def __init__(self, dequantizer: NormalDequantizer, settings: Settings) -> None:
-        self.dequantizer, self.bits = dequantizer, settings.noise
+    def __init__(self, code: Callable[[Tensor], Code]) -> None:
+        self.code = code
 
     def pop(self, x: Tensor, stack: Stack) -> Tensor:
-        loc, log_scale = self.dequantizer.context(x)[..., :2].unbind(-1)
-        return logit_normal(loc.flatten(), log_scale.exp().flatten(), self.bits).pop(stack).view(x.shape)
+        return self.code(x).pop(stack).view(x.shape)
 
     def push(self, place: Tensor, x: Tensor, stack: Stack) -> None:
-        loc, log_scale = self.dequantizer.context(x)[..., :2].unbind(-1)
-        code = logit_normal(loc.flatten(), log_scale.exp().flatten(), self.bits)
-        stack.push(*code.intervals(place.flatten()))
+        stack.push(*self.code(x).intervals(place.flatten()))
 
 
-class _Full(_LogitNormal):
+class _Full:
     """Entry by entry, each given the noise of those before it."""
 
+    def __init__(self, dequantizer: NormalDequantizer, bits: int) -> None:
+        self.dequantizer, self.bits = dequantizer, bits
+
     def pop(self, x: Tensor, stack: Stack) -> Tensor:
-        found = torch.zeros_like(x)
-        self._walk(x, lambda i, loc, scale: self._pop(found, i, loc, scale, stack))
-        return found
+        place = torch.zeros_like(x)
 
-    def _pop(self, found: Tensor, i: int, loc: Tensor, scale: Tensor, stack: Stack) -> Tensor:
-        found[:, i] = logit_normal(loc, scale, self.bits).pop(stack)
-        return found[:, i]
-
-    def push(self, place: Tensor, x: Tensor, stack: Stack) -> None:
-        parts: list[Intervals] = []
-
-        def told(i: int, loc: Tensor, scale: Tensor) -> Tensor:
-            parts.append(logit_normal(loc, scale, self.bits).intervals(place[:, i]))
+        def pop_entry(i: int, code: Code) -> Tensor:
+            place[:, i] = code.pop(stack)
             return place[:, i]
 
-        self._walk(x, told)
-        stack.push(*join(parts))
+        self._walk(x, pop_entry)
+        return place
 
-    def _walk(self, x: Tensor, place_of: Callable[[int, Tensor, Tensor], Tensor]) -> None:
+    def push(self, place: Tensor, x: Tensor, stack: Stack) -> None:
+        intervals: list[Intervals] = []
+
+        def push_entry(i: int, code: Code) -> Tensor:
+            intervals.append(code.intervals(place[:, i]))
+            return place[:, i]
+
+        self._walk(x, push_entry)
+        stack.push(*join(intervals))
+
+    def _walk(self, x: Tensor, place_of: Callable[[int, Code], Tensor]) -> None:
         params = self.dequantizer.context(x)
         eps = torch.zeros(x.shape, dtype=torch.float64)
         for i in range(x.shape[1]):
             loc = params[:, i, 0] + (params[:, i, 2 : 2 + i] * eps[:, :i]).sum(1)
             scale = params[:, i, 1].exp()
-            z = middles(place_of(i, loc, scale), self.bits)
+            z = middles(place_of(i, logit_normal(loc, scale, self.bits)), self.bits)
             eps[:, i] = (z - loc) / scale
 
 
@@ -141,22 +138,19 @@ def _(dequantizer: FlowDequantizer, dim: int, settings: Settings) -> Noise:
 class _FlowNoise:
     """Normal noise is popped and carried by the flow; a place is popped about where it comes to lie.
 
-    The law of the place is logit-normal about z, no narrower than half a place, so that none is outside of
-    the cell; then z is pushed, normal about the middle of the place.
+    The law of the place is logit-normal about z, no narrower than half a place, so that no place is outside
+    of the cell; then z is pushed, normal about the middle of the place.
     """
 
     def __init__(self, dequantizer: FlowDequantizer, dim: int, settings: Settings) -> None:
         self.dequantizer, self.settings = dequantizer, settings
         start = Frame.plain(dim, settings.step)
-        one = torch.ones(1, dim, dtype=torch.float64)
-        self.base = Independent(lambda context: (0 * one, one), start, narrow=True)
+        self.base = Independent.standard(dim, start, narrow=True)
         self.layers, self.frame = layers(dequantizer.bijector, start, settings)
 
     def pop(self, x: Tensor, stack: Stack) -> Tensor:
         context = Context(given=(self.dequantizer.context(x),))
-        symbols = self.base.pop(len(x), stack, None)
-        for layer in self.layers:
-            symbols = layer.there(symbols, stack, context)
+        symbols = move(self.layers, self.base.pop(len(x), stack, None), stack, context, True)
         place = self._places(symbols).pop(stack).view(x.shape)
         stack.push(*self._latents(place).intervals(symbols.flatten()))
         return place
@@ -165,9 +159,7 @@ class _FlowNoise:
         context = Context(given=(self.dequantizer.context(x),))
         symbols = self._latents(place).pop(stack).view(x.shape)
         stack.push(*self._places(symbols).intervals(place.flatten()))
-        for layer in reversed(self.layers):
-            symbols = layer.back(symbols, stack, context)
-        self.base.push(symbols, stack, None)
+        self.base.push(move(self.layers, symbols, stack, context, False), stack, None)
 
     def _places(self, symbols: Tensor) -> Place:
         z = self.frame.values(symbols).flatten()
@@ -215,8 +207,8 @@ class BitsBack:
         settings: see `Settings`.
 
     Raises:
-        ValueError: a part that has no local code; cells that are not those of integers; a model that is not
-            ready.
+        ValueError: a layer or law that has no local code; cells that are not those of integers; a model
+            that is not ready.
     """
 
     def __init__(self, model: Dequantized, dim: int, settings: Settings | None = None) -> None:
@@ -239,14 +231,14 @@ class BitsBack:
 
     @torch.no_grad()
     def dequantize(self, x: Tensor, stack: Stack) -> Tensor:
-        """Symbols of v, int64 ``(n, dim)``, by noise from the stack; ``frame.values`` of them is v."""
+        """Symbols of v, int64 ``(n, dim)``, by noise from the stack; v is ``frame.values`` of them."""
         if x.dtype != torch.int64 or x.ndim != 2 or x.shape[1] != self.dim:
             raise ValueError(f"expected int64 (n, {self.dim}), found {x.dtype} {tuple(x.shape)}")
         return (x << self.settings.noise) + self.noise.pop(x, stack)
 
     @torch.no_grad()
     def push(self, x: Tensor, stack: Stack) -> None:
-        """Push ``x``, int64 ``(n, dim)``; the stack has to hold `lent` bits a row."""
+        """Push ``x``, int64 ``(n, dim)``; the stack has to hold `borrowed` bits a row."""
         self.density.push(self.dequantize(x, stack), stack, None)
 
     @torch.no_grad()
@@ -258,15 +250,15 @@ class BitsBack:
         return x
 
     @property
-    def lent(self) -> int:
-        """Bits a row that the stack may have to lend, at most but for chances of 1e-7."""
+    def borrowed(self) -> int:
+        """Bits a row that are borrowed from the stack, at most but for chances of 1e-7."""
         return self.dim * (self.settings.noise + 2 * self.settings.grid + 24)
 
 
-#: What a stack begins with, so that it is never empty: its first words have to be such.
+#: What a stack begins with, so that it is never empty and never begins with a zero word.
 _HEAD = bytes(range(1, 9))
 
-#: Rows that are coded together: one for this many that are coded already, so that they can pay for it.
+#: Rows coded together are one for this many coded before them, whose bits they borrow.
 _EARNED = 16
 
 
@@ -276,28 +268,13 @@ class Stream:
 
     Attributes:
         data: the stack.
-        given: bits of the data that were lent by the caller, and come back.
-        random: pseudo-random bits that were lent beside them, and are lost.
+        given: bits borrowed from data of the caller, which come back.
+        random: pseudo-random bits borrowed beside them, which are lost.
     """
 
     data: bytes
     given: int
     random: int
-
-    @property
-    def gross(self) -> int:
-        """Bits of the stack."""
-        return 8 * len(self.data)
-
-    @property
-    def auxiliary(self) -> int:
-        """Bits that were lent from outside."""
-        return self.given + self.random
-
-    @property
-    def net(self) -> int:
-        """Bits that the rows cost, with 64 to 95 of the stack itself."""
-        return self.gross - self.auxiliary
 
 
 def push(code: BitsBack, x: Tensor, given: bytes = b"", batch: int = 64) -> Stream:
@@ -306,8 +283,8 @@ def push(code: BitsBack, x: Tensor, given: bytes = b"", batch: int = 64) -> Stre
     Args:
         code: the model.
         x: rows.
-        given: bytes to lend, all of which come back; best such as cannot be compressed. Where they are not
-            enough pseudo-random ones follow.
+        given: bytes to borrow from, all of which come back; best those of compressed data. Where they are
+            not enough pseudo-random ones follow.
         batch: rows that the networks see at a time, at most.
 
     Raises:
@@ -316,12 +293,10 @@ def push(code: BitsBack, x: Tensor, given: bytes = b"", batch: int = 64) -> Stre
     if batch < 1:
         raise ValueError(f"batch must be at least 1, found {batch}")
     chain = _Chain(_start(given))
-    at = 0
-    for size in sizes(len(x), batch):
-        chain.ensure(size * code.lent)
-        code.push(x[at : at + size], chain)
-        at += size
-    data, words = chain.finish()
+    for rows in x.split(list(sizes(len(x), batch))):
+        chain.ensure(len(rows) * code.borrowed)
+        code.push(rows, chain)
+    data, words = chain.without_unused()
     return Stream(data, 8 * len(given), 32 * words)
 
 
@@ -336,22 +311,21 @@ def pop(
         data: the stack.
         given: number of bytes that were given.
         batch: as of `push`.
-        random: pseudo-random bits that were lent, to be checked.
+        random: pseudo-random bits that were borrowed, to be checked.
 
     Raises:
         ValueError: a stack that does not end as it began: it is damaged, or of another model.
     """
     if not 0 <= given <= len(data) - len(_HEAD):
         raise ValueError("too short for a stack")
-    coder, parts = Coder(data), []
-    for size in reversed(list(sizes(n, batch))):
-        parts.append(code.pop(size, coder))
-    rest, size = coder.to_bytes(), len(_start(bytes(given)))
-    back = rest[len(_HEAD) : len(_HEAD) + given]
-    extra = len(rest) - size
-    if extra < 0 or random not in (None, 8 * extra) or rest != _start(back) + _random(extra):
-        raise ValueError("the bits that were lent do not come back: it is damaged, or another model coded it")
-    return torch.cat([torch.zeros(0, code.dim, dtype=torch.int64), *reversed(parts)]), back
+    coder = Coder(data)
+    batches = [code.pop(size, coder) for size in reversed(list(sizes(n, batch)))]
+    remaining = coder.to_bytes()
+    back = remaining[len(_HEAD) : len(_HEAD) + given]
+    extra = len(remaining) - len(_start(bytes(given)))
+    if extra < 0 or random not in (None, 8 * extra) or remaining != _start(back) + _random(extra):
+        raise ValueError("the borrowed bits do not come back: it is damaged, or another model coded it")
+    return torch.cat([torch.zeros(0, code.dim, dtype=torch.int64), *reversed(batches)]), back
 
 
 def sizes(n: int, batch: int) -> Iterator[int]:
@@ -367,43 +341,41 @@ def sizes(n: int, batch: int) -> Iterator[int]:
         done += size
 
 
-class _Chain:
+class _Chain(Coder):
     """A stack that never ends: pseudo-random words lie below it, as many as are needed."""
 
     def __init__(self, data: bytes) -> None:
-        self.coder, self.words = Coder(data), 0
-        self.lowest = self.coder.num_below
+        super().__init__(data)
+        self.words, self.lowest = 0, self.num_below
 
     def ensure(self, bits: int) -> None:
         """Enough to pop that many bits."""
-        missing = (bits - self.coder.num_bits) // 32 + 1
+        missing = (bits - self.num_bits) // 32 + 1
         if missing > 0:
             new = _random(4 * (self.words + missing))[4 * self.words :]
-            self.coder = Coder(self.coder.to_bytes() + new)
+            super().__init__(self.to_bytes() + new)
             self.words += missing
 
-    def finish(self) -> tuple[bytes, int]:
+    def without_unused(self) -> tuple[bytes, int]:
         """The stack without the words that were never touched, and how many of them were."""
         unused = max(0, min(self.words, self.lowest + self.words))
-        data = self.coder.to_bytes()
+        data = self.to_bytes()
         return data[: len(data) - 4 * unused], self.words - unused
 
-    def push(self, start: Tensor, size: Tensor) -> None:
-        self.coder.push(start, size)
-
     def pop_rows(self, counts: Tensor) -> Tensor:
-        return self._seen(self.coder.pop_rows(counts))
+        return self._watched(super().pop_rows(counts))
 
     def pop_shared(self, tables: Tables, amounts: Tensor) -> Tensor:
-        return self._seen(self.coder.pop_shared(tables, amounts))
+        return self._watched(super().pop_shared(tables, amounts))
 
     def pop_bits(self, widths: Tensor) -> Tensor:
-        return self._seen(self.coder.pop_bits(widths))
+        return self._watched(super().pop_bits(widths))
 
-    def _seen(self, symbols: Tensor) -> Tensor:
-        below = self.coder.num_below
+    def _watched(self, symbols: Tensor) -> Tensor:
+        """``symbols``, which were popped; the lowest point of the stack is kept."""
+        below = self.num_below
         if not below:
-            raise ValueError("more bits were lent than there can be: the flow is too steep for its grid")
+            raise ValueError("more bits are borrowed than there can be: the flow is too steep for its grid")
         self.lowest = min(self.lowest, below - self.words)
         return symbols
 

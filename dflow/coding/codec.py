@@ -17,8 +17,9 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
-from dflow.coding.codes import Code, Intervals, Logistic, Mixture, Rows, Shared, Stack, Window, join
+from dflow.coding.codes import Code, Intervals, Rows, Shared, Stack, join
 from dflow.coding.frozen import Cells, FrozenMixture
+from dflow.coding.integers import Logistic, Mixture, Window
 from dflow.coding.tables import Tables, logistic_tables, logit_counts
 from dflow.core import Context, Distribution, present
 from dflow.distributions import categorical
@@ -168,7 +169,7 @@ def _(distribution: categorical.ConditionalCategorical, n: int, context: Context
 
 @steps.register
 def _(distribution: categorical.Mixture, n: int, context: Context | None) -> tuple[int, Steps]:
-    """Entry by entry: the components are weighed by how well they told the entries before."""
+    """Entry by entry: the components are weighed by how well they predicted the entries before."""
 
     def chain() -> Steps:
         law = distribution.logits.double().log_softmax(-1)
@@ -190,14 +191,14 @@ def _(distribution: SequenceCategorical, n: int, context: Context | None) -> tup
     def chain() -> Steps:
         rows, state = distribution.start(n, context)
         mask, previous = present(context, n, distribution.dim), None
-        first = torch.arange(n, device=distribution.order.device)[:, None] * distribution.dim
+        row_starts = torch.arange(n, device=distribution.order.device)[:, None] * distribution.dim
         for row in rows:
             logits = distribution.net.step(previous, state)
-            here = (
+            is_present = (
                 torch.ones(n, len(row), dtype=torch.bool, device=row.device) if mask is None else mask[:, row]
             )
             previous = torch.zeros(n, len(row), dtype=torch.int64, device=row.device)
-            previous[here] = yield (first + row)[here], _rows(logits[here])
+            previous[is_present] = yield (row_starts + row)[is_present], _rows(logits[is_present])
 
     return distribution.dim, chain()
 
@@ -213,9 +214,11 @@ def _(distribution: Stepwise, n: int, context: Context | None) -> tuple[int, Ste
         step = next(law, None)
         while step is not None:
             places, logits = step
-            here = torch.ones_like(places, dtype=torch.bool) if present_at is None else present_at[places]
+            is_present = (
+                torch.ones_like(places, dtype=torch.bool) if present_at is None else present_at[places]
+            )
             symbols = torch.zeros_like(places)
-            symbols[here] = yield places[here], _rows(logits[here])
+            symbols[is_present] = yield places[is_present], _rows(logits[is_present])
             try:
                 step = law.send(symbols)
             except StopIteration:
@@ -238,8 +241,8 @@ def _(distribution: ConditionalWindow, n: int, context: Context | None) -> tuple
         dim, low = distribution.dim, distribution.low
         size = max(1, _LOGITS // (dim * (distribution.K + 2)))
         for start in range(0, n, size):
-            part = context and context.rows(start, min(start + size, n))
-            logits = distribution.raw(part)
+            piece = context and context.rows(start, min(start + size, n))
+            logits = distribution.raw(piece)
             _check_rows(min(size, n - start), len(logits))
             places = start * dim + torch.arange(len(logits) * dim, device=low.device)
             yield places, Window(logits, distribution.start, low)
@@ -303,12 +306,12 @@ def logistic_steps(
             code = Logistic(logistic_tables(), loc.flatten()[index], log_scale.flatten()[index])
             yield places, code
             return
-        given = tuple(v.flatten(0, 1) for v in (loc, log_scale, log_weights))
-        for part in places.split(_MIXTURES):
-            laws, rows = given, index[part]
+        params = tuple(v.flatten(0, 1) for v in (loc, log_scale, log_weights))
+        for piece in places.split(_MIXTURES):
+            laws, rows = params, index[piece]
             if len(loc) == n:
-                laws, rows = tuple(v[part] for v in given), part - part[0]
-            yield part, Mixture(laws[0], laws[1], laws[2], rows)
+                laws, rows = tuple(v[piece] for v in params), piece - piece[0]
+            yield piece, Mixture(laws[0], laws[1], laws[2], rows)
 
     return dim, chain()
 

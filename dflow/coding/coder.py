@@ -1,7 +1,14 @@
 """The entropy coder: a stack of numbers under integer counts, by asymmetric numeral systems.
 
-The only module that knows the library (constriction, Bamler 2022, arXiv 2201.01741) and numpy. The stream is
-defined by the integer intervals alone, and `dflow.coding.reference` says how in a few lines.
+The only module that knows the library (constriction, Bamler 2022, arXiv 2201.01741) and numpy.
+
+The stream is defined by the integer intervals alone. A state s of 64 bits and words of 32: to push the
+interval [a, a + f) of [0, 2^24), move the low word of s to the stack if ``s >= f 2^40``; then
+``s <- floor(s / f) 2^24 + a + s mod f``. To pop: the symbol is that whose interval holds ``q = s mod 2^24``;
+``s <- f floor(s / 2^24) + q - a``; if ``s < 2^32``, a word comes back. s starts at 0, and what is left of it
+at the end goes on the stack, low word first.
+
+Source: Duda et al. 2015, Picture Coding Symposium; Giesen 2014, arXiv 1402.3392.
 """
 
 from __future__ import annotations
@@ -85,21 +92,21 @@ class Coder:
         Raises:
             ValueError: an interval outside 0..2^24, empty, or longer than 2^24 - 2.
         """
-        first, count = (v.detach().cpu().numpy() for v in (start, size))
-        if first.ndim != 1 or first.shape != count.shape:
-            raise ValueError(f"expected (n,) twice, found {first.shape} and {count.shape}")
-        if not len(first):
+        begin, count = (v.detach().cpu().numpy() for v in (start, size))
+        if begin.ndim != 1 or begin.shape != count.shape:
+            raise ValueError(f"expected (n,) twice, found {begin.shape} and {count.shape}")
+        if not len(begin):
             return
-        rest = _TOTAL - first - count
-        if min(first.min(), rest.min()) < 0 or count.min() < 1 or count.max() > _TOTAL - 2:
+        above = _TOTAL - begin - count
+        if min(begin.min(), above.min()) < 0 or count.min() < 1 or count.max() > _TOTAL - 2:
             raise ValueError(f"intervals must lie in 0..2^{PRECISION}, neither empty nor all but one of it")
         # The symbol is the middle one of three, or the first or last if nothing lies below or above it. Rows
         # hold counts less one: they sum to 2^24 - 3, the library scales them by 1 and adds the one again.
-        low, high = first == 0, rest == 0
-        rows = np.empty((len(first), 3), np.float32)
-        rows[:, 0] = np.where(low, count, first - high) - 1
+        low, high = begin == 0, above == 0
+        rows = np.empty((len(begin), 3), np.float32)
+        rows[:, 0] = np.where(low, count, begin - high) - 1
         rows[:, 1] = np.where(low | high, 1, count) - 1
-        rows[:, 2] = np.where(high, count, rest - low) - 1
+        rows[:, 2] = np.where(high, count, above - low) - 1
         self._ans.encode_reverse(1 - low.astype(np.int32) + high, _ROWS, rows)
 
     def pop_rows(self, counts: Tensor) -> Tensor:
@@ -123,14 +130,14 @@ class Coder:
         if version != cumulative._version:
             models = {}
             _MODELS[tables] = (cumulative._version, models)
-        parts = []
+        symbols = []
         used = amounts.nonzero().flatten()
         for table, amount in zip(used.tolist(), amounts[used].tolist(), strict=True):
             if table not in models:
                 row = (cumulative[table].diff() - 1).float().cpu().numpy()
                 models[table] = _CATEGORICAL(row, perfect=False)
-            parts.append(self._ans.decode(models[table], amount))
-        return _tensor(np.concatenate(parts)) if parts else torch.zeros(0, dtype=torch.int64)
+            symbols.append(self._ans.decode(models[table], amount))
+        return _tensor(np.concatenate(symbols)) if symbols else torch.zeros(0, dtype=torch.int64)
 
     def pop_bits(self, widths: Tensor) -> Tensor:
         """Numbers int64 ``(n,)`` below ``2^widths``, all alike; widths in 1..16."""

@@ -14,8 +14,8 @@ payloads   the first level of every segment, then the second of each that has on
 =========  ============================================================================================
 
 Numbers are little-endian; a varint has 7 bits a byte, the lowest first, with 128 added to all but the last.
-A file that is cut off still holds the levels that are whole. Nothing here knows what the bytes mean, and
-nothing is allocated by a number that the file tells before that number is checked against what is there.
+A file that is cut off still holds the levels that are whole. This module does not know what the bytes mean.
+A number from the file is checked against the bytes that there are before memory is allocated by it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import binascii
 import struct
 import zlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 MAGIC = b"dfl"
 VERSION = 2
@@ -42,7 +43,7 @@ _RAW = 128
 
 
 class Damaged(ValueError):
-    """A file that is none of ours, or not what was written."""
+    """A file that dflow did not write, or that has changed since."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,8 @@ class Container:
     @property
     def level_bytes(self) -> list[int]:
         """Bytes of each level of all segments, whether they are there or not."""
-        found = [s.lengths or tuple(map(len, s.levels)) for s in self.segments]
-        return [sum(n[i] for n in found if i < len(n)) for i in range(self.num_levels)]
+        lengths = [s.lengths or tuple(map(len, s.levels)) for s in self.segments]
+        return [sum(n[i] for n in lengths if i < len(n)) for i in range(self.num_levels)]
 
 
 def write(container: Container) -> bytes:
@@ -112,21 +113,21 @@ def write(container: Container) -> bytes:
     if not (0 <= c.kind < 16 and 0 <= c.mode < 16 and len(c.fingerprint) == FINGERPRINT):
         raise ValueError(f"kind {c.kind}, mode {c.mode} or fingerprint {c.fingerprint.hex()} does not fit")
 
-    parts = [MAGIC, bytes([VERSION, c.kind << 4 | c.mode]), c.fingerprint]
-    parts += [varint(len(c.meta)), c.meta, varint(len(c.segments))]
+    chunks = [MAGIC, bytes([VERSION, c.kind << 4 | c.mode]), c.fingerprint]
+    chunks += [varint(len(c.meta)), c.meta, varint(len(c.segments))]
     for segment in c.segments:
         if not 1 <= len(segment.levels) <= MAX_LEVELS:
             raise ValueError(f"a segment has 1..{MAX_LEVELS} levels, found {len(segment.levels)}")
-        parts.append(struct.pack("<IB", segment.crc, len(segment.levels) | _RAW * segment.raw))
+        chunks.append(struct.pack("<IB", segment.crc, len(segment.levels) | _RAW * segment.raw))
         for level in segment.levels:
-            parts.append(varint(len(level)) + (struct.pack("<H", _crc16(level)) if level else b""))
-    header = b"".join(parts)
+            chunks.append(varint(len(level)) + (struct.pack("<H", _crc16(level)) if level else b""))
+    header = b"".join(chunks)
     payloads = (s.levels[i] for i in range(c.num_levels) for s in c.segments if i < len(s.levels))
     return b"".join([header, struct.pack("<I", crc32(header)), *payloads])
 
 
 def kind_of(data: bytes) -> int | None:
-    """What a file says that it holds, unchecked; None if it is too short to say or none of ours."""
+    """What a file says that it holds, unchecked; None if it is too short to say, or is not a ``.dfl``."""
     return data[4] >> 4 if data[:3] == MAGIC and len(data) > 4 else None
 
 
@@ -148,43 +149,59 @@ def read(data: bytes, prefix: bool = False) -> Container:
         raise Damaged(f"version {version} of the .dfl format (or damaged); this reads version {VERSION}")
     kinds, fingerprint = reader.byte(), reader.take(FINGERPRINT)
     meta = reader.take(reader.varint())
-    told: list[tuple[int, bool, list[tuple[int, int]]]] = []
     # A segment has 6 bytes of header at least.
-    for _ in range(reader.varint(reader.left // 6)):
-        crc, flags = struct.unpack("<IB", reader.take(5))
-        levels = []
-        for _ in range(flags & ~_RAW):
-            length = reader.varint()
-            levels.append((length, int.from_bytes(reader.take(2), "little") if length else 0))
-        if not levels:
-            raise Damaged("a segment without levels")
-        told.append((crc, bool(flags & _RAW), levels))
+    declared = [_read_segment(reader) for _ in range(reader.varint(reader.left // 6))]
     end = reader.at
     if int.from_bytes(reader.take(4), "little") != crc32(data[:end]):
         raise Damaged("its header is damaged (checksum)")
-    header, total = reader.at, sum(length for _, _, levels in told for length, _ in levels)
+    header, total = reader.at, sum(level.length for _, _, levels in declared for level in levels)
     if reader.left > total:
         raise Damaged(f"{reader.left - total:,} bytes too many")
     if reader.left < total and not prefix:
         raise Damaged(f"cut off: {total - reader.left:,} bytes of {header + total:,} are missing")
-    found: list[list[bytes]] = [[] for _ in told]
-    present = 0
-    for i in range(max((len(levels) for _, _, levels in told), default=0)):
-        here = [(n, *levels[i]) for n, (_, _, levels) in enumerate(told) if i < len(levels)]
-        if sum(length for _, length, _ in here) > reader.left:
-            break
-        for n, length, crc in here:
-            found[n].append(reader.take(length))
-            if length and _crc16(found[n][-1]) != crc:
-                raise Damaged(f"level {i + 1} of segment {n + 1} is damaged (checksum)")
-        present = i + 1
-    if told and not present:
+    payloads, present = _read_levels(reader, [levels for _, _, levels in declared])
+    if declared and not present:
         raise Damaged("cut off before the end of its first level: there is nothing to show")
     segments = tuple(
-        Segment(crc, raw, tuple(mine), tuple(length for length, _ in levels))
-        for (crc, raw, levels), mine in zip(told, found, strict=True)
+        Segment(crc, raw, tuple(payload), tuple(level.length for level in levels))
+        for (crc, raw, levels), payload in zip(declared, payloads, strict=True)
     )
     return Container(kinds >> 4, kinds & 15, fingerprint, meta, segments, present, header)
+
+
+class _Level(NamedTuple):
+    """What the header says of a level of a segment; ``crc`` is the CRC-16 of its bytes."""
+
+    length: int
+    crc: int
+
+
+def _read_segment(reader: Reader) -> tuple[int, bool, list[_Level]]:
+    """What the header says of a segment: CRC-32, whether it is raw, levels."""
+    crc, flags = struct.unpack("<IB", reader.take(5))
+    levels = []
+    for _ in range(flags & ~_RAW):
+        length = reader.varint()
+        levels.append(_Level(length, int.from_bytes(reader.take(2), "little") if length else 0))
+    if not levels:
+        raise Damaged("a segment without levels")
+    return crc, bool(flags & _RAW), levels
+
+
+def _read_levels(reader: Reader, segments: list[list[_Level]]) -> tuple[list[list[bytes]], int]:
+    """The levels of each segment that are whole in all of them, and how many levels are."""
+    payloads: list[list[bytes]] = [[] for _ in segments]
+    present = 0
+    for i in range(max(map(len, segments), default=0)):
+        level = [(n, levels[i]) for n, levels in enumerate(segments) if i < len(levels)]
+        if sum(length for _, (length, _) in level) > reader.left:
+            break
+        for n, (length, crc) in level:
+            payloads[n].append(reader.take(length))
+            if length and _crc16(payloads[n][-1]) != crc:
+                raise Damaged(f"level {i + 1} of segment {n + 1} is damaged (checksum)")
+        present = i + 1
+    return payloads, present
 
 
 class Reader:
@@ -240,12 +257,12 @@ def varint(value: int) -> bytes:
     """
     if not 0 <= value <= 1 << 62:
         raise ValueError(f"{value} is not in 0..2^62")
-    found = bytearray()
+    digits = bytearray()
     while value > 127:
-        found.append(value & 127 | 128)
+        digits.append(value & 127 | 128)
         value >>= 7
-    found.append(value)
-    return bytes(found)
+    digits.append(value)
+    return bytes(digits)
 
 
 def crc32(data: bytes) -> int:

@@ -1,7 +1,7 @@
-"""Laws whose probabilities are integers that a file holds: nothing is computed of them when data are decoded.
+"""Laws whose probabilities are integers that a file holds, so that a decoder does not compute them.
 
-A mathematical library rounds otherwise on another machine, and a mixture of logistic laws in integers would
-be another one. Here such a law is cut into cells once, and the cells are kept.
+A mathematical library rounds otherwise on another machine, so the integers of a mixture of logistic laws
+would differ there. Here such a law is cut into cells once, and the cells are kept.
 """
 
 from __future__ import annotations
@@ -58,10 +58,11 @@ class MixtureTables(Tables):
             "widths": (widths, torch.uint8, (T, self.K - 2)),
             "orders": (orders, torch.uint8, (T,)),
         }
-        for name, (found, dtype, shape) in expected.items():
-            if found.dtype != dtype or found.shape != shape:
-                raise ValueError(f"{name} must be {dtype} {shape}, found {found.dtype} {tuple(found.shape)}")
-            self.register_buffer(name, found.clone())
+        for name, (tensor, dtype, shape) in expected.items():
+            if tensor.dtype != dtype or tensor.shape != shape:
+                actual = f"found {tensor.dtype} {tuple(tensor.shape)}"
+                raise ValueError(f"{name} must be {dtype} {shape}, {actual}")
+            self.register_buffer(name, tensor.clone())
         none = widths == _NONE
         if bool((none[:, :-1] & ~none[:, 1:]).any()) or bool((widths[~none] > 44).any()):
             raise ValueError("widths of cells must be at most 44 bits, and 255 after the last")
@@ -102,15 +103,15 @@ def mixture_tables(loc: Tensor, log_scale: Tensor, log_weights: Tensor) -> Mixtu
     Raises:
         ValueError: parameters that are not finite, or shapes that do not agree.
     """
-    given = [v.detach().cpu().double() for v in (loc, log_scale, log_weights)]
-    if loc.ndim != 2 or any(v.shape != loc.shape for v in given):
-        raise ValueError(f"expected (T, M) three times, found {[tuple(v.shape) for v in given]}")
-    if not bool(torch.isfinite(torch.stack(given)).all()):
+    params = [v.detach().cpu().double() for v in (loc, log_scale, log_weights)]
+    if loc.ndim != 2 or any(v.shape != loc.shape for v in params):
+        raise ValueError(f"expected (T, M) three times, found {[tuple(v.shape) for v in params]}")
+    if not bool(torch.isfinite(torch.stack(params)).all()):
         raise ValueError("the parameters of a mixture of logistic laws are not finite")
     loc, scale, weights = (
-        given[0].clamp(-LIMIT, LIMIT),
-        given[1].clamp(LEAST, MOST).exp(),
-        given[2].softmax(1),
+        params[0].clamp(-LIMIT, LIMIT),
+        params[1].clamp(LEAST, MOST).exp(),
+        params[2].softmax(1),
     )
     low = (loc - _REACH * scale).amin(1).floor().clamp(min=-2 * LIMIT)
     high = (loc + _REACH * scale).amax(1).ceil().clamp(max=2 * LIMIT)
@@ -139,22 +140,22 @@ def _cut(
     loc: Tensor, scale: Tensor, weights: Tensor, base: Tensor, sizes: Tensor, tolerance: float
 ) -> tuple[Tensor, Tensor]:
     """Law and width of each cell, in the order of laws and integers."""
-    entry, first = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-    found = []
+    entry, start = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+    done = []
     for width in range(int(sizes.max()), -1, -1):
         whole = (sizes == width).nonzero().flatten()
-        entry, first = torch.cat([entry, whole]), torch.cat([first, base[whole]])
-        a = (first[:, None].double() - 0.5 - loc[entry]) / scale[entry]
+        entry, start = torch.cat([entry, whole]), torch.cat([start, base[whole]])
+        a = (start[:, None].double() - 0.5 - loc[entry]) / scale[entry]
         b = a + (1 << width) / scale[entry]
         a, b = torch.where(a > 0, -b, a), torch.where(a > 0, -a, b)
         worst = (((1 << width) - 1) / scale[entry]).square() / (8 * math.log(2))
         cost = (weights[entry] * (b.sigmoid() - a.sigmoid()) * worst.clamp(max=width)).sum(1)
         split = cost > tolerance
-        found.append((entry[~split], first[~split], torch.full_like(entry[~split], width)))
+        done.append((entry[~split], start[~split], torch.full_like(entry[~split], width)))
         entry = entry[split].repeat(2)
-        first = torch.cat([first[split], first[split] + (1 << width >> 1)])
-    entry, first, width_ = (torch.cat(v) for v in zip(*found, strict=True))
-    order = first.argsort(stable=True)
+        start = torch.cat([start[split], start[split] + (1 << width >> 1)])
+    entry, start, width_ = (torch.cat(v) for v in zip(*done, strict=True))
+    order = start.argsort(stable=True)
     order = order[entry[order].argsort(stable=True)]
     return entry[order], width_[order]
 
@@ -190,13 +191,13 @@ class Cells:
         offset = x - self.tables.base[self.index]
         symbol = self.tables.find(offset, self.index)
         beyond, within, far = self._beyond(symbol)
-        first, low = self._low(symbol, within)
+        begin, low = self._low(symbol, within)
         over = offset[beyond] - self.tables.ends[self.index[beyond], -1]
         return join(
             [
                 self._symbols.intervals(symbol),
                 far.intervals(torch.where(over < 0, -1 - offset[beyond], over)),
-                low.intervals(offset[within] - first),
+                low.intervals(offset[within] - begin),
             ]
         )
 
@@ -205,11 +206,11 @@ class Cells:
         symbol = self._symbols.pop(stack)
         beyond, within, far = self._beyond(symbol)
         distance = far.pop(stack)
-        first, low = self._low(symbol, within)
+        begin, low = self._low(symbol, within)
         end = self.tables.ends[self.index[beyond], -1]
         outside = torch.where(symbol[beyond] == 0, -1 - distance, end + distance)
         offset = torch.zeros_like(symbol).index_copy_(0, beyond, outside)
-        offset.index_copy_(0, within, first + low.pop(stack))
+        offset.index_copy_(0, within, begin + low.pop(stack))
         return offset + self.tables.base[self.index]
 
 
@@ -238,9 +239,9 @@ class FrozenMixture(Distribution):
             loc, log_scale, *log_weights = law.params()
         if not log_weights:
             loc, log_scale = loc[..., None], log_scale[..., None]
-        found = mixture_tables(loc[0], log_scale[0], log_weights[0][0] if log_weights else loc[0] * 0)
-        counts = found.cumulative.diff(dim=1)
-        return {"counts": counts, "base": found.base, "widths": found.widths, "orders": found.orders}
+        tables = mixture_tables(loc[0], log_scale[0], log_weights[0][0] if log_weights else loc[0] * 0)
+        counts = tables.cumulative.diff(dim=1)
+        return {"counts": counts, "base": tables.base, "widths": tables.widths, "orders": tables.orders}
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """That of the mixture."""
@@ -296,7 +297,7 @@ def freeze(law: Freezable) -> dict[str, Tensor]:
     return FrozenMixture.freeze(law) if isinstance(law, LogisticMixture) else FrozenLogistic.freeze(law)
 
 
-def frozen(law: Freezable, kept: dict[str, Tensor]) -> Distribution:
+def frozen(law: Freezable, tables: dict[str, Tensor]) -> Distribution:
     """``law`` with what `freeze` gave.
 
     Raises:
@@ -304,8 +305,8 @@ def frozen(law: Freezable, kept: dict[str, Tensor]) -> Distribution:
     """
     mixture = isinstance(law, LogisticMixture)
     names = {"counts", "base", "widths", "orders"} if mixture else {"log_unit"}
-    if kept.keys() != names:
-        raise ValueError(f"expected {sorted(names)}, found {sorted(kept)}")
+    if tables.keys() != names:
+        raise ValueError(f"expected {sorted(names)}, found {sorted(tables)}")
     if mixture:
-        return FrozenMixture(cast(LogisticMixture, law), MixtureTables(**kept))
-    return FrozenLogistic(cast(ConditionalLogistic, law), **kept)
+        return FrozenMixture(cast(LogisticMixture, law), MixtureTables(**tables))
+    return FrozenLogistic(cast(ConditionalLogistic, law), **tables)

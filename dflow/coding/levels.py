@@ -1,8 +1,8 @@
 """Multi-level flows, level by level: the stream of a flow with `Split` bases, cut where its levels end.
 
 The coarsest level is pushed last and lies on top of the stack, so that a beginning of the stream decodes to
-it, exactly: what is popped hangs on nothing that lies below. What is missing is filled with the mean of its
-law given what is there, or with a draw of it.
+it, exactly: what is popped does not depend on anything that lies below. What is missing is filled with the
+mean of its law given what is there, or with a draw of it.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ from decimal import Decimal, localcontext
 import torch
 from torch import Tensor
 
-from dflow.coding.codes import Binned, Code, Intervals, Rows, Stack, join
+from dflow.coding.codes import Code, Intervals, Rows, Stack, join
+from dflow.coding.integers import Binned
 from dflow.coding.tables import LIMIT, Tables, integer_counts
 
 #: Cells of a table on each side of the mean. Each has a count at least: the more of them lie where there is
@@ -114,30 +115,30 @@ class Place:
 
     def __init__(self, cdf: Cdf, n: int, bits: int) -> None:
         self.cdf, self.n = cdf, n
-        self._digits = [(left, min(_DIGIT, left)) for left in range(bits, 0, -_DIGIT)]
+        self._digits = [(width, min(_DIGIT, width)) for width in range(bits, 0, -_DIGIT)]
 
     def intervals(self, x: Tensor) -> Intervals:
         """See `Code`."""
-        first, parts = torch.zeros(self.n, dtype=torch.int64), []
-        for left, digit in self._digits:
-            symbol = (x >> (left - digit)) & ((1 << digit) - 1)
-            parts.append(self._code(first, left, digit).intervals(symbol))
-            first = first + (symbol << (left - digit))
-        return join(parts)
+        start, intervals = torch.zeros(self.n, dtype=torch.int64), []
+        for width, bits in self._digits:
+            symbol = (x >> (width - bits)) & ((1 << bits) - 1)
+            intervals.append(self._code(start, width, bits).intervals(symbol))
+            start = start + (symbol << (width - bits))
+        return join(intervals)
 
     def pop(self, stack: Stack) -> Tensor:
         """See `Code`."""
-        first = torch.zeros(self.n, dtype=torch.int64)
-        for left, digit in self._digits:
-            first = first + (self._code(first, left, digit).pop(stack) << (left - digit))
-        return first
+        start = torch.zeros(self.n, dtype=torch.int64)
+        for width, bits in self._digits:
+            start = start + (self._code(start, width, bits).pop(stack) << (width - bits))
+        return start
 
-    def _code(self, first: Tensor, left: int, digit: int) -> Code:
-        edges = self.cdf(first + (torch.arange((1 << digit) + 1) << (left - digit))[:, None])
+    def _code(self, start: Tensor, width: int, bits: int) -> Code:
+        edges = self.cdf(start + (torch.arange((1 << bits) + 1) << (width - bits))[:, None])
         cells = edges.diff(dim=0).clamp_(min=0)
         # Row by row, so that no library chooses the order.
         total = functools.reduce(torch.add, cells.unbind())
-        return Rows(integer_counts(torch.where(total > 0, cells / total, 0.5**digit).T.contiguous()))
+        return Rows(integer_counts(torch.where(total > 0, cells / total, 0.5**bits).T.contiguous()))
 
 
 @functools.cache
@@ -164,15 +165,15 @@ def logit_normal(loc: Tensor, scale: Tensor, bits: int) -> Place:
 def _normal_counts() -> Tensor:
     """Masses of cells by Simpson's rule, on points that are reached from the middle by recurrence."""
     half = Decimal("0.5")
-    found = [_counts([(16 * (1 + (i + half) / _WIDE), -half) for i in range(_WIDE)], 2)]
+    counts = [_counts([(16 * (1 + (i + half) / _WIDE), -half) for i in range(_WIDE)], 2)]
     for octave, log in enumerate(_LOG_FRACTIONS):
         laws = [
             (Decimal(2) ** (octave + _LOWEST) * (1 + (i + half) / _NARROW), Decimal(f) / (1 << log))
             for i in range(_NARROW)
             for f in range(1 << log)
         ]
-        found.append(_counts(laws, 32 >> octave))
-    return torch.cat(found)
+        counts.append(_counts(laws, 32 >> octave))
+    return torch.cat(counts)
 
 
 def _counts(laws: list[tuple[Decimal, Decimal]], steps: int) -> Tensor:
@@ -188,10 +189,10 @@ def _counts(laws: list[tuple[Decimal, Decimal]], steps: int) -> Tensor:
             down.append(float((a * d - d * d / 2).exp()))
             turn.append(float((-d * d).exp()))
         simpson = float(1 / (3 * (2 * Decimal("3.14159265358979323846264338327950288")).sqrt()))
-    first, above, below, factor = (torch.tensor(v, dtype=torch.float64) for v in (start, up, down, turn))
+    middle, above, below, factor = (torch.tensor(v, dtype=torch.float64) for v in (start, up, down, turn))
     halves = []
     for ratio in (above, below):
-        points, value = [first], first
+        points, value = [middle], middle
         for _ in range(_HALF * steps):
             value, ratio = value * ratio, ratio * factor
             points.append(value)

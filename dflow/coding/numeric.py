@@ -1,4 +1,4 @@
-"""In which numbers a law is coded: what decodes has to compute the very bits that the encoder has computed.
+"""In which numbers a law is coded: a decoder has to compute the very bits that the encoder has computed.
 
     law = prepare(model, "float64")      # or "fixed", "float32"
     push(law, x, coder)
@@ -15,7 +15,7 @@ float32, see one row at a time. Those that keep a state from call to call (seque
 these in batches of one size, filled up with rows of length 0, and under `one_thread`, since attention adds
 up in the order of threads.
 
-Probabilities that hang on no network are kept as integers by `frozen_tables`, in every mode.
+Probabilities that depend on no network are kept as integers by `frozen_tables`, in every mode.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ import copy
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from math import inf
 from typing import Any
 
 import torch
@@ -65,18 +63,18 @@ _ANY_BATCH = (
 
 
 def frozen_tables(law: Distribution) -> dict[str, Tensor]:
-    """What has to be kept with a model, by the names of its parts.
+    """What has to be kept with a model, by the names of its modules.
 
-    Integer counts of laws that hang on no network, and constants that a mathematical library gives. They are
-    made from the law as stored, for all modes; who decodes needs these, not such as are made again.
+    Integer counts of laws that depend on no network, and constants that a mathematical library gives. They
+    are made from the law as stored, for all modes. A decoder must use these tables, not recomputed ones.
 
     Raises:
         ValueError: a law that is prepared already, or has parameters that are not finite.
     """
-    found: dict[str, Tensor] = {}
-    for name, module in _parts(law):
-        found |= {_join(name, key): value for key, value in freeze(module).items()}
-    return found
+    tables: dict[str, Tensor] = {}
+    for name, module in _freezable(law):
+        tables |= {_join(name, key): value for key, value in freeze(module).items()}
+    return tables
 
 
 def prepare(law: Distribution, mode: str, tables: Mapping[str, Tensor] | None = None) -> Distribution:
@@ -92,61 +90,81 @@ def prepare(law: Distribution, mode: str, tables: Mapping[str, Tensor] | None = 
             already, tables of another law.
     """
     if mode not in MODES:
-        raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
-    kept = dict(frozen_tables(law) if tables is None else tables)
+        raise ValueError(f"mode {mode!r} is not one of {', '.join(MODES)}")
+    unused = dict(frozen_tables(law) if tables is None else tables)
     if mode == "fixed":
         _check_exact(law)
-    found = copy.deepcopy(law).cpu()
+    prepared = copy.deepcopy(law).cpu()
     if mode != "float32":
-        found = found.double()
-    for name, module in list(_parts(found)):
-        own = {key: kept.pop(_join(name, key)) for key in _keys(name, kept)}
+        prepared = prepared.double()
+    for name, module in list(_freezable(prepared)):
+        keys = [key for key in unused if key.rpartition(".")[0] == name]
+        fitting = {key.rpartition(".")[2]: unused.pop(key) for key in keys}
         try:
-            found = _replace(found, name, frozen(module, own))
+            prepared = _replace(prepared, name, frozen(module, fitting))
         except ValueError as error:
             raise ValueError(f"the tables of {name or 'the law'} do not fit it: {error}") from None
-    if kept:
-        raise ValueError(f"tables of {', '.join(sorted(kept)[:3])}, which this law does not have")
+    if unused:
+        raise ValueError(f"tables of {', '.join(sorted(unused)[:3])}, which this law does not have")
     if mode == "fixed":
-        for name, module in list(found.named_modules()):
+        for name, module in list(prepared.named_modules()):
             if isinstance(module, DenseNet):
-                found = _replace(found, name, FixedDenseNet(module))
-        return found.eval().requires_grad_(False)
-    for owner in _owners(found):
-        if mode == "float32" or any(not isinstance(part, _ANY_BATCH) for part in owner.net.modules()):
+                prepared = _replace(prepared, name, FixedDenseNet(module))
+        return prepared.eval().requires_grad_(False)
+    for owner in _owners(prepared):
+        if mode == "float32" or any(not isinstance(module, _ANY_BATCH) for module in owner.net.modules()):
             owner.net = _Row(owner.net)
-    return found.eval().requires_grad_(False)
+    return prepared.eval().requires_grad_(False)
 
 
-def fingerprint(law: nn.Module, tables: Mapping[str, Tensor], mode: str, extra: bytes = b"") -> bytes:
-    """SHA-256 of all that decodes depends on: 32 bytes.
+class Fingerprint:
+    """SHA-256 of all that decoding depends on, the tensors of the law hashed once for any tables.
 
     Names, dtypes, shapes and values of the tensors of the law as stored and of its tables, the tables of
     logistic laws, the mode.
 
     Args:
         law: the model as stored, not what `prepare` gave.
-        tables: what `frozen_tables` gave.
         mode: one of `MODES`.
         extra: what else there is, such as the vocabulary of a tokenizer.
 
     Raises:
         ValueError: an unknown mode.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
-    found = hashlib.sha256(f"dflow 1 {mode} {logistic_tables().fingerprint()} {len(extra)} ".encode() + extra)
-    for what, tensors in (("law", law.state_dict()), ("tables", tables)):
-        for name, tensor in sorted(tensors.items()):
-            found.update(f"\n{what} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return found.digest()
+
+    def __init__(self, law: nn.Module, mode: str, extra: bytes = b"") -> None:
+        """See the class."""
+        if mode not in MODES:
+            raise ValueError(f"mode {mode!r} is not one of {', '.join(MODES)}")
+        logistic = logistic_tables().fingerprint()
+        self.mode, self._sha = (
+            mode,
+            hashlib.sha256(f"dflow 1 {mode} {logistic} {len(extra)} ".encode() + extra),
+        )
+        _hash(self._sha, "law", law.state_dict())
+
+    def of(self, tables: Mapping[str, Tensor]) -> bytes:
+        """32 bytes; ``tables`` are what `frozen_tables` gave."""
+        sha = self._sha.copy()
+        _hash(sha, "tables", tables)
+        return sha.digest()
+
+
+def _hash(sha: Any, what: str, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"\n{what} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def fingerprint(law: nn.Module, tables: Mapping[str, Tensor], mode: str, extra: bytes = b"") -> bytes:
+    """The `Fingerprint` of a law with its tables."""
+    return Fingerprint(law, mode, extra).of(tables)
 
 
 def in_pieces(law: Distribution, rows: int) -> Distribution:
     """``law`` with its networks evaluated in pieces of up to ``rows`` rows, which bounds their memory.
 
-    Answers are the same bits, so that who decodes may take other pieces than who encodes.
+    Answers are the same bits, so that a decoder may take other pieces than the encoder.
 
     Args:
         law: what `prepare` gave; it is changed. Called again, the last call counts.
@@ -190,8 +208,8 @@ class _Pieces(nn.Module):
     def forward(self, x: Tensor, *context: Context | None) -> Tensor:
         """The answer to all rows."""
         if len(x) <= self.rows:
-            found: Tensor = self.net(x, *context)
-            return found
+            answer: Tensor = self.net(x, *context)
+            return answer
         ends = ((start, start + self.rows) for start in range(0, len(x), self.rows))
         return torch.cat([self.net(x[i:j], *(c and c.rows(i, j) for c in context)) for i, j in ends])
 
@@ -203,49 +221,12 @@ class _Row(_Pieces):
         super().__init__(net, 1)
 
 
-@dataclass
-class Margin:
-    """How near to being rounded otherwise the nearest translation came, in integers; at most 1/2."""
-
-    value: float = inf
-
-
-@contextmanager
-def margin(law: Distribution) -> Iterator[Margin]:
-    """Record the least distance of a translation to a half integer while ``law`` is pushed or popped.
-
-    Translations of another machine must differ by less than this for what it decodes to be right. Infinite
-    where nothing has been translated.
-    """
-    found = Margin()
-
-    def see(module: nn.Module, given: Any, out: Tensor) -> None:
-        if out.numel():
-            found.value = min(found.value, float((out - out.floor() - 0.5).abs().min()))
-
-    shifts = [
-        m.net for m in law.modules() if isinstance(m, Coupling) and isinstance(m.elementwise, IntegerShift)
-    ]
-    handles = [net.register_forward_hook(see) for net in shifts]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _join(name: str, key: str) -> str:
     return f"{name}.{key}" if name else key
 
 
-def _keys(name: str, kept: Mapping[str, Tensor]) -> list[str]:
-    """What is kept of the part ``name``."""
-    lead = f"{name}." if name else ""
-    return [key[len(lead) :] for key in kept if key.startswith(lead) and "." not in key[len(lead) :]]
-
-
-def _parts(law: Distribution) -> Iterator[tuple[str, Freezable]]:
-    """Parts of ``law`` of which something is kept."""
+def _freezable(law: Distribution) -> Iterator[tuple[str, Freezable]]:
+    """Modules of ``law`` of which tables are kept."""
     for name, module in law.named_modules():
         if isinstance(module, (FrozenMixture, FrozenLogistic)):
             raise ValueError("the law is prepared already; prepare the one that is stored")
@@ -256,7 +237,7 @@ def _parts(law: Distribution) -> Iterator[tuple[str, Freezable]]:
 def _owners(
     law: Distribution,
 ) -> list[Coupling | ConditionalCategorical | ConditionalLogistic | ConditionalWindow | Spectra]:
-    """Whoever calls a network with rows and keeps nothing of it."""
+    """The modules that call a network with rows and keep no state of it."""
     kinds = (Coupling, ConditionalCategorical, ConditionalLogistic, ConditionalWindow, Spectra)
     return [module for module in law.modules() if isinstance(module, kinds)]
 

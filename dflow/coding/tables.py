@@ -42,7 +42,7 @@ def integer_counts(probabilities: Tensor, precision: int = PRECISION) -> Tensor:
     """Counts ``(..., K)``, int32, that sum to ``2^precision`` exactly and are at least 1.
 
     ``1 + floor(p (2^precision - K))``; what is left over or missing goes to the largest, the first of equals.
-    Without any sum of floats, so that it does not hang on the order of summation. Costs about
+    Without any sum of floats, so that it does not depend on the order of summation. Costs about
     ``K / 2^precision`` nats a symbol over the entropy. For K = 2 the least count is 2: an interval of all but
     one is beyond what the coder takes.
 
@@ -94,16 +94,16 @@ def logit_counts(logits: Tensor) -> Tensor:
     counts = torch.empty(rows.shape, dtype=torch.int32)
     total, pieces = 1 << PRECISION, max(1, _PIECE // K)
     # A piece at a time: what is between stays near the processor.
-    for part, out in zip(rows.split(pieces), counts.split(pieces), strict=True):
-        part = part.double()
-        mass = masses(part, part.amax(-1, keepdim=True), -1)
+    for piece, out in zip(rows.split(pieces), counts.split(pieces), strict=True):
+        piece = piece.double()
+        mass = masses(piece, piece.amax(-1, keepdim=True), -1)
         # Sums of integers below 2^53 are exact, whatever their order; of more than 2^16 masses they are not.
         whole = mass.sum(-1, keepdim=True) if K <= 1 << 16 else mass.long().sum(-1, keepdim=True).double()
         share = (total - least * K) / whole
         torch.floor(mass.mul_(share), out=mass)
         out.copy_(mass.add_(least))
-        rest = total - out.sum(-1, keepdim=True, dtype=torch.int32)
-        out.scatter_add_(-1, out.argmax(-1, keepdim=True), rest)
+        missing = total - out.sum(-1, keepdim=True, dtype=torch.int32)
+        out.scatter_add_(-1, out.argmax(-1, keepdim=True), missing)
     return counts.view(logits.shape)
 
 
@@ -137,11 +137,11 @@ def _exponentials() -> Tensor:
     """``2^EXPONENT exp(-i / 128)``, rounded, float64, up to the first that is 0."""
     with localcontext() as context:
         context.prec = 40
-        found: list[int] = []
-        while not found or found[-1]:
-            weight = Decimal(1 << EXPONENT) * (-Decimal(len(found)) / GRID).exp()
-            found.append(int(weight.to_integral_value()))
-    return torch.tensor(found, dtype=torch.float64)
+        weights: list[int] = []
+        while not weights or weights[-1]:
+            weight = Decimal(1 << EXPONENT) * (-Decimal(len(weights)) / GRID).exp()
+            weights.append(int(weight.to_integral_value()))
+    return torch.tensor(weights, dtype=torch.float64)
 
 
 @functools.cache
@@ -157,8 +157,8 @@ def sigmoid_counts() -> Tensor:
         while not upper or upper[-1] < whole - 2:
             count = whole / (1 + (-Decimal(len(upper)) / GRID).exp())
             upper.append(min(whole - 2, int(count.to_integral_value())))
-    found = torch.tensor(upper, dtype=torch.int32)
-    return torch.cat([whole - found[1:].flip(0), found])
+    half = torch.tensor(upper, dtype=torch.int32)
+    return torch.cat([whole - half[1:].flip(0), half])
 
 
 class Tables(nn.Module):
@@ -218,10 +218,10 @@ class LogisticTables(Tables):
         super().__init__(_logistic_counts())
         sizes = torch.tensor(_LOG_FRACTIONS).repeat_interleave(_LEVELS)
         self.register_buffer("log_fractions", sizes, persistent=False)
-        self.register_buffer("first", (1 << sizes).cumsum(0) - (1 << sizes), persistent=False)
+        self.register_buffer("starts", (1 << sizes).cumsum(0) - (1 << sizes), persistent=False)
 
     log_fractions: Tensor
-    first: Tensor
+    starts: Tensor
 
     def locate(self, loc: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Where numbers with these parameters are coded: table, base, shift and order, each int64 ``(n,)``.
@@ -247,7 +247,7 @@ class LogisticTables(Tables):
         sharp, row = level < _LEVELS * _LOWEST, (level - _LEVELS * _LOWEST).clamp(min=0)
         loc, size = loc.clamp(-LIMIT, LIMIT), self.log_fractions.cpu()[row]
         place = torch.where(shift > 0, loc.floor(), (loc * (1 << size)).round()).long()
-        index = self.first.cpu()[row] + (place & ((1 << size) - 1))
+        index = self.starts.cpu()[row] + (place & ((1 << size) - 1))
         base = (place >> size) + (shift > 0).long() - ((1 << shift) >> 1)
         if bool(sharp.any()):
             near = loc[sharp].round()

@@ -11,13 +11,19 @@ from pathlib import Path
 import numpy as np
 
 from dflow import hf
-from dflow.compare.codecs import Clock, Material, ModelCodec, pictures, texts
+from dflow.compare.codecs import Material, pictures, texts
 from dflow.compare.peers import Array
-from dflow.compress import BitsBackCoder, ImageCoder, TextCoder, compress_images, compress_text
+from dflow.compare.runner import Clock, ModelCodec
+from dflow.compress import (
+    TextCoder,
+    compress_images,
+    compress_text,
+    decompress_images,
+    decompress_text,
+    load_image_coder,
+)
 from dflow.compress import clock as clocks
-from dflow.compress.images import decompress_images
 from dflow.compress.pixels import read
-from dflow.compress.text import decompress_text
 from dflow.config import InputError
 from dflow.data import Bytes, DataConfig, ImageConfig, image_sets, load, load_images, splits
 from dflow.data.formats import SUFFIXES, png
@@ -45,11 +51,11 @@ def of_files(paths: Sequence[Path], limit: int | None = None) -> Material[Array]
     name = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1:,} more files"
     if kinds == {False}:
         return texts(name, [path.read_bytes()[:limit] for path in paths])
-    found = [read(path) for path in paths]
-    if any(picture.form.alpha == -1 for picture in found):
+    read_pictures = [read(path) for path in paths]
+    if any(picture.form.alpha == -1 for picture in read_pictures):
         raise InputError(f"{name}: partly transparent; codecs are compared on grey and RGB")
-    items = [_flat(values) for picture in found for values in picture.values]
-    depths = {picture.form.file_depth for picture in found}
+    items = [_flat(values) for picture in read_pictures for values in picture.values]
+    depths = {picture.form.file_depth for picture in read_pictures}
     return pictures(name, items[:limit], max(depths))
 
 
@@ -65,13 +71,13 @@ def of_data(
     """
     _check_limit(limit)
     if holds_images(name):
-        found = load_images(ImageConfig(name, folder=folder), partial=True)
-        if not isinstance(found.levels, int):
+        data_set = load_images(ImageConfig(name, folder=folder), partial=True)
+        if not isinstance(data_set.levels, int):
             raise InputError(f"{name}: a table; codecs are compared on pictures and texts")
-        rows = found.split(split)
+        rows = data_set.split(split)
         values = (rows if limit is None else rows.subset(limit)).values.numpy()
-        stack = values.reshape(-1, *found.shape).transpose(0, 2, 3, 1)
-        depth = (found.levels - 1).bit_length()
+        stack = values.reshape(-1, *data_set.shape).transpose(0, 2, 3, 1)
+        depth = (data_set.levels - 1).bit_length()
         return pictures(f"{name}, {split}", [_flat(item) for item in stack], depth)
     config = DataConfig(name, folder=folder)
     if config.law() is not None:
@@ -96,12 +102,10 @@ def image_model(folder: str, mode: str) -> ModelCodec[Array]:
     """An integer flow, or a dequantized one by local bits-back, as a codec of pictures.
 
     Raises:
-        InputError: as of `ImageCoder.load`.
+        InputError: as of `load_image_coder`.
     """
-    coder, clock = ImageCoder.load(folder, mode), Clock()
-    if isinstance(coder, BitsBackCoder):
-        # A file for each item shows what it takes.
-        coder = replace(coder, larger=True)
+    # A file for each item shows what it takes, even where that is more than the values.
+    coder, clock = replace(load_image_coder(folder, mode), larger=True), Clock()
 
     def encode(items: Sequence[Array]) -> bytes:
         with tempfile.TemporaryDirectory() as place:
@@ -111,10 +115,9 @@ def image_model(folder: str, mode: str) -> ModelCodec[Array]:
         return data
 
     def decode(data: bytes) -> list[Array]:
-        with clocks.clock(coder.law) as timed:
-            found = decompress_images(data, coder, limit=1 << 62)
-        clock.add(timed)
-        return [_flat(values) for picture in found for values in picture.values]
+        restored = decompress_images(data, coder, limit=1 << 62)
+        clock.add(restored.clock)
+        return [_flat(values) for picture in restored.pictures for values in picture.values]
 
     again = partial(image_model, folder, mode)
     return ModelCodec(folder.rstrip("/"), mode, _size(folder), encode, decode, clock, again)
@@ -134,10 +137,10 @@ def text_model(folder: str) -> ModelCodec[bytes]:
         return data
 
     def decode(data: bytes) -> list[bytes]:
-        with clocks.clock(coder.law) as timed:
-            found = decompress_text(data, coder, limit=1 << 62)
-        clock.add(timed)
-        return list(found.values())
+        with clocks.clock(coder.law) as seconds:
+            files = decompress_text(data, coder, limit=1 << 62)
+        clock.add(seconds)
+        return list(files.values())
 
     again = partial(text_model, folder)
     return ModelCodec(folder.rstrip("/"), "float64", _size(folder), encode, decode, clock, again)
@@ -150,13 +153,10 @@ def _files(items: Sequence[Array], place: Path) -> list[Path]:
         # With four axes, so that narrow grey pictures are not taken for channels.
         np.save(place / "0.npy", stack if stack.ndim == 4 else stack[..., None])
         return [place / "0.npy"]
-    found = []
-    for i, item in enumerate(items):
-        full = item if item.ndim == 3 else item[..., None]
-        path = place / f"{i}.png"
-        path.write_bytes(png.write(full, 8 * item.itemsize))
-        found.append(path)
-    return found
+    paths = [place / f"{i}.png" for i in range(len(items))]
+    for path, item in zip(paths, items, strict=True):
+        path.write_bytes(png.write(item if item.ndim == 3 else item[..., None], 8 * item.itemsize))
+    return paths
 
 
 def _flat(values: Array) -> Array:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from dflow.bijectors import Autoregressive
+from dflow.coding import one_thread
 from dflow.compare import results
+from dflow.compress.clock import progress_bar
 from dflow.config import InputError
 from dflow.data import Text
 from dflow.distributions import SequenceCategorical, Walk
@@ -58,7 +58,7 @@ class Row:
         family: of the model.
         num_parameters: trained numbers.
         evaluation: exact bits, with protocol.
-        num_calls: sequential network calls to draw one sample; where they hang on the sample, measured: the
+        num_calls: sequential network calls to draw one sample; where they depend on the sample, measured: the
             mean over as many draws as rounds, rounded.
         latency_ms: from the call of `generate` for one sample to its symbols on the CPU; median.
         latency_threads: the number of threads at which that is least.
@@ -127,6 +127,58 @@ def compare(
         InputError: no model, two of one name, an argument outside its range, or a length that one of them
             cannot draw.
     """
+    length = _check(contestants, length, batch_size, rounds)
+    scores = [
+        evaluate(c.model, c.text, batch_size=score_batch_size, limit=limit, progress=progress)
+        for c in contestants
+    ]
+    latencies = measure(contestants, 1, length, rounds, seed, progress)
+    batches = latencies
+    if batch_size > 1:
+        batches = measure(contestants, batch_size, length, max(3, rounds // 2), seed, progress)
+    reference = next((i for i, c in enumerate(contestants) if c.model.config.record.baseline), 0)
+    calls = [num_calls(c.model, length, rounds, seed) for c in contestants]
+    return Comparison(
+        environment(contestants[0].model.device),
+        contestants[0].text.name if text is None else text,
+        length,
+        batch_size,
+        rounds,
+        contestants[reference].name,
+        _rows(contestants, scores, calls, latencies, batches, reference),
+    )
+
+
+def _rows(
+    contestants: Sequence[Contestant],
+    scores: Sequence[Evaluation],
+    calls: Sequence[int],
+    latencies: Sequence[Speed],
+    batches: Sequence[Speed],
+    reference: int,
+) -> tuple[Row, ...]:
+    """The table, from what was measured of each model."""
+    rates = [speed.characters / speed.seconds for speed in batches]
+    return tuple(
+        Row(
+            name=c.name,
+            family=c.model.config.family,
+            num_parameters=c.model.num_parameters(),
+            evaluation=scores[i],
+            num_calls=calls[i],
+            latency_ms=1e3 * latencies[i].seconds,
+            latency_threads=latencies[i].threads,
+            characters_per_second=rates[i],
+            throughput_threads=batches[i].threads,
+            latency_ratio=latencies[reference].seconds / latencies[i].seconds,
+            throughput_ratio=rates[i] / rates[reference],
+        )
+        for i, c in enumerate(contestants)
+    )
+
+
+def _check(contestants: Sequence[Contestant], length: int | None, batch_size: int, rounds: int) -> int:
+    """The length of samples; `InputError` as of `compare`."""
     if not contestants:
         raise InputError("name at least one model to compare")
     names = [c.name for c in contestants]
@@ -140,35 +192,7 @@ def compare(
     length = longest if length is None else length
     if not 1 <= length <= longest:
         raise InputError(f"length {length}: {shortest.name} draws sequences of 1 to {longest} symbols")
-    scores = [
-        evaluate(c.model, c.text, batch_size=score_batch_size, limit=limit, progress=progress)
-        for c in contestants
-    ]
-    latencies = measure(contestants, 1, length, rounds, seed, progress)
-    batches = latencies
-    if batch_size > 1:
-        batches = measure(contestants, batch_size, length, max(3, rounds // 2), seed, progress)
-    first = next((i for i, c in enumerate(contestants) if c.model.config.record.baseline), 0)
-    rates = [speed.characters / speed.seconds for speed in batches]
-    rows = tuple(
-        Row(
-            name=c.name,
-            family=c.model.config.family,
-            num_parameters=c.model.num_parameters(),
-            evaluation=scores[i],
-            num_calls=num_calls(c.model, length, rounds, seed),
-            latency_ms=1e3 * latencies[i].seconds,
-            latency_threads=latencies[i].threads,
-            characters_per_second=rates[i],
-            throughput_threads=batches[i].threads,
-            latency_ratio=latencies[first].seconds / latencies[i].seconds,
-            throughput_ratio=rates[i] / rates[first],
-        )
-        for i, c in enumerate(contestants)
-    )
-    device = contestants[0].model.device
-    called = contestants[0].text.name if text is None else text
-    return Comparison(environment(device), called, length, batch_size, rounds, names[first], rows)
+    return length
 
 
 def num_calls(model: DflowModel, length: int, rounds: int = 1, seed: int = 0) -> int:
@@ -204,20 +228,14 @@ def measure(
 
     Timed is everything from the call of `generate` to the symbols on the CPU.
     """
-    everything = torch.get_num_threads()
-    settings = sorted({1, everything}) if contestants[0].model.device.type == "cpu" else [everything]
+    most = torch.get_num_threads()
+    settings = sorted({1, most}) if contestants[0].model.device.type == "cpu" else [most]
     turns = [(i, threads) for i in range(len(contestants)) for threads in settings]
     seconds: dict[tuple[int, int], list[float]] = {turn: [] for turn in turns}
     characters: list[list[float]] = [[] for _ in contestants]
-    bar = tqdm(
-        total=len(turns) * (rounds + 1),
-        unit="draw",
-        desc=f"time, batch {batch_size}",
-        delay=1,
-        mininterval=1,
-        disable=not progress,
-    )
-    with bar, _threads_restored(), torch.inference_mode(), _evaluating(contestants):
+    bar = progress_bar(len(turns) * (rounds + 1), "draw", f"time, batch {batch_size}", progress)
+    # Each draw sets its number of threads; that of before comes back at the end.
+    with bar, one_thread(), torch.inference_mode(), _evaluating(contestants):
         for r in range(-1, rounds):
             for turn in turns:
                 i, threads = turn
@@ -236,15 +254,6 @@ def measure(
         median, threads = min((statistics.median(seconds[i, t]), t) for t in settings)
         result.append(Speed(median, statistics.median(characters[i]), threads, rounds))
     return result
-
-
-@contextmanager
-def _threads_restored() -> Iterator[None]:
-    before = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -290,13 +299,13 @@ def markdown(comparison: Comparison) -> str:
         "latency ratio",
         "chars/s ratio",
     ]
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    rows = []
     for row in comparison.rows:
         e = row.evaluation
         error = "" if e.standard_error is None else f" ± {e.standard_error:.4f}"
-        lines.append(
+        rows.append(
             [
-                row.name.replace("|", "\\|"),
+                row.name,
                 f"{row.num_parameters:,}",
                 f"{e.bpc:.4f}{error}",
                 f"{row.num_calls:,}",
@@ -306,13 +315,12 @@ def markdown(comparison: Comparison) -> str:
                 f"{row.throughput_ratio:.2f}x",
             ]
         )
-    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
     protocols: dict[str, list[str]] = {}
     for row in comparison.rows:
         e = row.evaluation
         protocols.setdefault(f"{e.protocol}; {e.num_symbols:,} symbols scored", []).append(row.name)
     notes = [
-        "Environment: " + ", ".join(f"{k} {v}" for k, v in comparison.environment.items()) + ".",
+        results.environment_note(comparison.environment),
         f"Bits: {comparison.text}. "
         + " ".join(f"{', '.join(names)}: {protocol}." for protocol, names in protocols.items()),
         f"Speed: samples of {comparison.length:,} symbols, median of {comparison.rounds} rounds at batch 1, "
@@ -325,12 +333,12 @@ def markdown(comparison: Comparison) -> str:
     unchecked = [row.name for row in comparison.rows if row.evaluation.round_trip is None]
     if unchecked:
         notes.append(f"Round trip not checked: {', '.join(unchecked)}.")
-    return table + "\n\n" + "\n\n".join(notes) + "\n"
+    return results.document(head, 1, rows, notes)
 
 
 def record(comparison: Comparison) -> str:
     """The comparison as one line of JSON."""
-    return json.dumps(asdict(comparison))
+    return results.record(comparison)
 
 
 def plot(comparison: Comparison) -> bytes:

@@ -40,7 +40,7 @@ class Codec(Generic[T]):
     Attributes:
         name: of the codec.
         settings: at which it runs, in words.
-        library: the distribution whose version is told; empty for what Python brings.
+        library: the distribution whose version is shown; empty for what Python brings.
         encode: data to bytes.
         decode: bytes to data, given data without entries of the same kind: what every format records for
             itself is how large a picture is, not all record whether it was grey.
@@ -88,17 +88,17 @@ def _brotli(data: bytes) -> bytes:
 def _ppmd(order: int) -> Codec[bytes]:
     def encode(data: bytes) -> bytes:
         coder = _library("pyppmd").Ppmd7Encoder(order, _PPMD_MEMORY)
-        # The stream itself does not tell its length.
+        # The stream itself does not say how long it is.
         return len(data).to_bytes(4, "little") + bytes(coder.encode(data) + coder.flush())
 
     def decode(data: bytes, _: bytes) -> bytes:
         size = int.from_bytes(data[:4], "little")
         coder = _library("pyppmd").Ppmd7Decoder(order, _PPMD_MEMORY)
-        found = bytes(coder.decode(data[4:], size)) if size else b""
+        text = bytes(coder.decode(data[4:], size)) if size else b""
         # The library may ask for one byte more than the encoder wrote.
-        while len(found) < size and not coder.eof and coder.needs_input:
-            found += bytes(coder.decode(b"\0", size - len(found)))
-        return found
+        while len(text) < size and not coder.eof and coder.needs_input:
+            text += bytes(coder.decode(b"\0", size - len(text)))
+        return text
 
     return Codec("PPMd", f"variant H, order {order}, 256 MiB", "pyppmd", encode, decode)
 
@@ -156,9 +156,9 @@ def _opened(data: bytes, like: Array) -> Array:
         if image.mode.startswith("I"):
             return np.asarray(image).astype(like.dtype)
         modes = {2: "L"} if like.ndim == 2 else {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-        found = np.asarray(image.convert(modes[like.shape[-1] if like.ndim == 3 else 2]))
+        values = np.asarray(image.convert(modes[like.shape[-1] if like.ndim == 3 else 2]))
     # A depth of 16 bits is stored as 8 where both bytes of every value are alike.
-    return found * np.uint16(257) if like.dtype == np.uint16 else found
+    return values * np.uint16(257) if like.dtype == np.uint16 else values
 
 
 def _png(picture: Array) -> bytes:
@@ -185,8 +185,8 @@ def _imagecodecs(codec: str, picture: Array, **options: Any) -> bytes:
 
 def _decoder(codec: str) -> Callable[[bytes, Array], Array]:
     def decode(data: bytes, like: Array) -> Array:
-        found: Array = np.asarray(getattr(_library("imagecodecs"), f"{codec}_decode")(data))
-        return found
+        values: Array = np.asarray(getattr(_library("imagecodecs"), f"{codec}_decode")(data))
+        return values
 
     return decode
 

@@ -1,8 +1,8 @@
 """Files as ``.dfl`` files and back, without loss, by a model's likelihood."""
 
-from dflow.compress.coders import BitsBackCoder, ImageCoder
+from dflow.compress.coders import BitsBackCoder, ImageCoder, load_image_coder
+from dflow.compress.dfl import LIMIT
 from dflow.compress.images import (
-    LIMIT,
     Report,
     Stage,
     compress_images,
@@ -11,7 +11,9 @@ from dflow.compress.images import (
     stages,
 )
 from dflow.compress.pixels import Form, Picture
-from dflow.compress.text import TextCoder, TextReport, compress_text, decompress_text, describe_text
+from dflow.compress.segments import Restored
+from dflow.compress.text import TextReport, compress_text, decompress_text, describe_text
+from dflow.compress.text_coder import TextCoder
 
 __all__ = [
     "LIMIT",
@@ -20,6 +22,7 @@ __all__ = [
     "ImageCoder",
     "Picture",
     "Report",
+    "Restored",
     "Stage",
     "TextCoder",
     "TextReport",
@@ -29,5 +32,6 @@ __all__ = [
     "decompress_text",
     "describe_images",
     "describe_text",
+    "load_image_coder",
     "stages",
 ]

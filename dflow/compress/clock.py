@@ -1,14 +1,18 @@
-"""How much of the time the networks take."""
+"""How much of the time the networks take, and the bar that shows progress."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from tqdm import tqdm
+
+from dflow.core import Bijector, Elementwise
+from dflow.dequantize import Dequantizer
 
 
 @dataclass
@@ -24,47 +28,66 @@ class Clock:
         return self.total - self.network
 
 
+def networks(module: nn.Module) -> Iterator[nn.Module]:
+    """The networks of a law: the outermost modules that can be called, but for maps and dequantizers."""
+    if isinstance(module, (Bijector, Elementwise, Dequantizer)) or type(module).forward is nn.Module.forward:
+        for child in module.children():
+            yield from networks(child)
+    else:
+        yield module
+
+
 @contextmanager
 def clock(law: nn.Module) -> Iterator[Clock]:
-    """Time what is done with ``law``, whose networks are the modules called ``net``.
-
-    Some of these answer step by step, by a method ``step``.
-    """
-    found, started = Clock(), [0.0]
+    """Time what is done with ``law``: calls of its networks, and their steps (`dflow.core.SequenceNet`)."""
+    seconds, begins = Clock(), list[float]()
 
     def start(*_: Any) -> None:
-        started[0] = time.perf_counter()
+        begins.append(time.perf_counter())
 
     def stop(*_: Any) -> None:
-        found.network += time.perf_counter() - started[0]
+        begin = begins.pop()
+        # A network that another one calls is timed with that one.
+        if not begins:
+            seconds.network += time.perf_counter() - begin
 
-    # A net within a net is no second one.
-    paths = ((name.split("."), module) for name, module in law.named_modules())
-    nets = [module for path, module in paths if path[-1] == "net" and path.count("net") == 1]
-    handles = [h for m in nets for h in (m.register_forward_pre_hook(start), m.register_forward_hook(stop))]
-    walking: list[Any] = [m for m in nets if hasattr(m, "step")]
+    with ExitStack() as stack:
+        for network in {id(network): network for network in networks(law)}.values():
+            for hook in (
+                network.register_forward_pre_hook(start),
+                network.register_forward_hook(stop, always_call=True),
+            ):
+                stack.callback(hook.remove)
+            if hasattr(network, "step"):
+                stack.enter_context(_timed_steps(network, start, stop))
+        begin = time.perf_counter()
+        try:
+            yield seconds
+        finally:
+            seconds.total = time.perf_counter() - begin
 
-    def timed(step: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*given: Any) -> Any:
-            start()
-            answer = step(*given)
+
+@contextmanager
+def _timed_steps(network: Any, start: Callable[[], None], stop: Callable[[], None]) -> Iterator[None]:
+    """Surround every step of a network; torch calls hooks for its call as a whole only."""
+    step, before = network.step, vars(network).get("step")
+
+    def timed(*arguments: Any) -> Any:
+        start()
+        try:
+            return step(*arguments)
+        finally:
             stop()
-            return answer
 
-        return call
-
-    before = [vars(module).get("step") for module in walking]
-    for module in walking:
-        module.step = timed(module.step)
-    begun = time.perf_counter()
+    network.step = timed
     try:
-        yield found
+        yield
     finally:
-        found.total = time.perf_counter() - begun
-        for handle in handles:
-            handle.remove()
-        for module, step in zip(walking, before, strict=True):
-            if step is None:
-                del module.step
-            else:  # timed by another
-                module.step = step
+        del network.step
+        if before is not None:  # a clock around this one
+            network.step = before
+
+
+def progress_bar(total: int, unit: str, what: str, progress: bool) -> tqdm[Any]:
+    """A bar on stderr for what takes longer than a second, or none."""
+    return tqdm(total=total, unit=unit, desc=what, delay=1, mininterval=1, disable=not progress)

@@ -7,10 +7,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import ceil, log, prod
-from typing import ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dflow import hf
 from dflow.coding import bits_back, codec, container, levels
@@ -18,73 +18,63 @@ from dflow.coding.bits_back import BitsBack
 from dflow.coding.container import Damaged, Reader, crc32, varint
 from dflow.coding.local import Settings
 from dflow.coding.normals import normal_tables
-from dflow.coding.numeric import MODES, fingerprint, in_pieces, prepare
-from dflow.compress.pixels import check_name
+from dflow.coding.numeric import MODES, Fingerprint, fingerprint, in_pieces, prepare
+from dflow.compress.dfl import BATCH, name_bytes, read_name
 from dflow.config import InputError
-from dflow.core import Distribution
-from dflow.dequantize import Dequantized
 from dflow.hf import DflowImageModel
 
-#: Tiles that the networks see at a time.
-BATCH = 64
 #: Values of a segment by default (or 64 tiles), and at most: some 200 bytes of memory each.
 _SEGMENT, _TILES, _LARGEST = 1 << 19, 64, 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
 class ImageCoder:
-    """A model of images, ready to code: an integer flow here.
+    """A model of images, ready to code tiles: an integer flow, or a `BitsBackCoder`.
 
     Attributes:
         law: prepared in ``mode``.
         shape: ``(C, H, W)`` of a tile.
-        bits: of a value, which are all from 0 to ``2^bits - 1``.
+        bits: of a value; all values are from 0 to ``2^bits - 1``.
         mode: one of `MODES`.
         fingerprint: 8 bytes.
         where: what to call the model.
         batch: tiles that the networks see at a time.
+        settings: where it `borrows`, of the grids that it compresses on.
+        lend: where it borrows, name and content of a file to borrow bits of, which comes back with the
+            pictures; without one random bits are borrowed.
+        larger: where it borrows, whether files may come out larger than the values packed.
     """
 
-    law: nn.Module
+    law: Any
     shape: tuple[int, int, int]
     bits: int
     mode: str
     fingerprint: bytes
     where: str = "the model"
     batch: int = BATCH
+    settings: Settings = field(default_factory=Settings)
+    lend: tuple[str, bytes] | None = None
+    larger: bool = False
 
     #: What its files hold.
     kind: ClassVar[int] = container.IMAGES
+    #: Whether it takes auxiliary bits.
+    borrows: ClassVar[bool] = False
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], mode: str = "float64", batch: int = BATCH) -> ImageCoder:
-        """The model in ``folder``; of a dequantized flow it is a `BitsBackCoder`.
+    def of(cls, model: DflowImageModel, bits: int, mode: str, folder: str, batch: int) -> ImageCoder:
+        """That of a model as it is stored.
 
         Raises:
-            InputError: no model, or not one of pictures; a mode that it cannot take.
+            ValueError: a mode that the model cannot take; a part of it that has no code.
         """
-        if mode not in MODES:
-            raise InputError(f"mode {mode!r} is none of {', '.join(MODES)}")
-        if batch < 1:
-            raise InputError(f"batch size {batch} must be at least 1")
-        model = hf.load(folder, "cpu", DflowImageModel)
-        ranges = set(model.config.settings().ranges)
-        low, high = next(iter(ranges)) or (0, 0)
-        if len(ranges) > 1 or low or high + 1 not in [1 << b for b in range(1, 17)]:
-            raise InputError(
-                f"{folder}: a model of a table, or of values other than 0..2^b - 1; it compresses no pictures"
-            )
+        whole = Fingerprint(model.distribution, mode)
+        digest = whole.of({}) if mode == "float64" else None
+        tables = hf.coding_tables(folder, model.distribution, digest)
+        law = in_pieces(prepare(model.distribution, mode, tables), batch)
+        codec.check_code(law)
         C, H, W = model.config.shape
-        try:
-            if not model.exact:
-                return BitsBackCoder.of(model.dequantized, (C, H, W), high.bit_length(), mode, folder, batch)
-            tables = hf.coding_tables(folder, model.distribution)
-            law = in_pieces(prepare(model.distribution, mode, tables), batch)
-            codec.check_code(law)
-        except ValueError as error:
-            raise InputError(f"{folder}: {error}") from None
-        found = fingerprint(model.distribution, tables, mode)[: container.FINGERPRINT]
-        return cls(law, (C, H, W), high.bit_length(), mode, found, str(folder), batch)
+        return cls(law, (C, H, W), bits, mode, whole.of(tables)[: container.FINGERPRINT], folder, batch)
 
     @property
     def dim(self) -> int:
@@ -96,22 +86,25 @@ class ImageCoder:
         """Tiles of a segment, at most."""
         return max(1, _LARGEST // self.dim)
 
-    @functools.cached_property
+    @property
     def num_levels(self) -> int:
         """Levels of the law."""
-        return levels.num_levels(cast(Distribution, self.law))
+        return levels.num_levels(self.law)
 
     def tiles(self, total: int) -> int:
         """Tiles of a segment, if nobody asks for others."""
         return min(self.most, max(_TILES, _SEGMENT // self.dim))
 
-    def push(self, rows: Tensor, first: bool) -> list[bytes]:
+    def push(self, rows: Tensor, is_first: bool) -> list[bytes]:
         """A segment, level by level: ``rows`` int64 ``(n, dim)``, of the first segment or a later one."""
-        return levels.push(cast(Distribution, self.law), rows)
+        return levels.push(self.law, rows)
 
-    def pop(self, n: int, parts: Sequence[bytes]) -> Tensor:
-        """The inverse; what is missing of the levels is made up. ValueError for damage."""
-        return levels.pop(cast(Distribution, self.law), n, parts)
+    def pop(self, n: int, coded: Sequence[bytes]) -> tuple[Tensor, dict[str, bytes]]:
+        """The inverse: the rows, and by name the files that bits were borrowed of.
+
+        Levels that are missing are made up. ValueError for damage.
+        """
+        return levels.pop(self.law, n, coded), {}
 
     def pays(self, coded: Sequence[bytes], packed: bytes, values: int) -> bool:
         """Whether a segment that is coded is worth it, beside so many values, packed and deflated."""
@@ -120,8 +113,8 @@ class ImageCoder:
     @torch.no_grad()
     def ideal(self, rows: Tensor) -> float:
         """Bits of tiles by the likelihood."""
-        law = cast(Distribution, self.law)
-        return -sum(float(law.log_prob(part).double().sum()) for part in rows.split(self.batch)) / log(2)
+        batches = rows.split(self.batch)
+        return -sum(float(self.law.log_prob(batch).double().sum()) for batch in batches) / log(2)
 
 
 @dataclass(frozen=True)
@@ -129,12 +122,12 @@ class Head:
     """What stands before the stack of a chain, see `dflow.coding.bits_back`.
 
     Attributes:
-        settings: of the grids.
+        settings: of the grids that latents lie on.
         batch: rows that were coded together, at most.
-        random: pseudo-random words that were lent.
-        given: bytes that were lent and come back.
-        name: of the file that they were.
-        crc: CRC-32 of that name and of them.
+        random: pseudo-random words that were borrowed.
+        given: borrowed bytes of a file, which come back.
+        name: of that file.
+        crc: CRC-32 of its name and these bytes.
     """
 
     settings: Settings
@@ -146,62 +139,40 @@ class Head:
 
     def write(self) -> bytes:
         """The bytes."""
-        s, name = self.settings, self.name.encode()
+        s = self.settings
         data = b"".join(map(varint, (s.grid, s.sigma, s.noise, self.batch, self.random, self.given)))
         if self.given:
-            data += varint(len(name)) + name + self.crc.to_bytes(4, "little")
+            data += name_bytes(self.name) + self.crc.to_bytes(4, "little")
         return data
 
     @classmethod
     def read(cls, data: bytes) -> tuple[Head, bytes]:
-        """It, and what follows; `Damaged` or ValueError if it is none."""
+        """The head and what follows it.
+
+        Raises:
+            Damaged: not a head.
+            ValueError: settings that are out of range.
+        """
         reader = Reader(data)
         settings = Settings(*(reader.varint(64) for _ in range(3)))
         batch, random, given = reader.varint(1 << 32), reader.varint(1 << 40), reader.varint(1 << 60)
-        name, crc = "", 0
-        if given:
-            name = reader.take(reader.varint(reader.left)).decode("utf-8", "replace")
-            crc = int.from_bytes(reader.take(4), "little")
-        rest = reader.take(reader.left)
-        if not batch or given + 4 * random > len(rest):
-            raise Damaged("lends more than it holds")
-        if given and (wrong := check_name(name)):
-            raise Damaged(f"holds a file whose name {name!r} {wrong}; it is not written")
-        return cls(settings, batch, random, given, name, crc), rest
-
-    @property
-    def bits(self) -> int:
-        """Auxiliary bits."""
-        return 8 * self.given + 32 * self.random
+        name = read_name(reader) if given else ""
+        crc = int.from_bytes(reader.take(4), "little") if given else 0
+        stack = reader.take(reader.left)
+        if not batch or given + 4 * random > len(stack):
+            raise Damaged("declares more borrowed bytes than it contains")
+        return cls(settings, batch, random, given, name, crc), stack
 
 
 @dataclass(frozen=True, eq=False)
 class BitsBackCoder(ImageCoder):
-    """A dequantized flow, ready to code.
-
-    Attributes:
-        law: what `dflow.coding.bits_back.ready` gave.
-        settings: of the grids that it compresses on.
-        lend: name and content of a file to lend, which comes back with the pictures; else random bits are.
-        larger: whether files may come out larger than the values packed.
-    """
-
-    settings: Settings = field(default_factory=Settings)
-    lend: tuple[str, bytes] | None = None
-    larger: bool = False
+    """A dequantized flow, ready to code; ``law`` is what `dflow.coding.bits_back.ready` gave."""
 
     kind: ClassVar[int] = container.BITS_BACK
+    borrows: ClassVar[bool] = True
 
     @classmethod
-    def of(
-        cls,
-        model: Dequantized,
-        shape: tuple[int, int, int],
-        bits: int,
-        mode: str,
-        where: str | os.PathLike[str],
-        batch: int = BATCH,
-    ) -> BitsBackCoder:
+    def of(cls, model: DflowImageModel, bits: int, mode: str, folder: str, batch: int) -> BitsBackCoder:
         """That of a model as it is stored.
 
         Raises:
@@ -210,27 +181,19 @@ class BitsBackCoder(ImageCoder):
         if mode != "float64":
             raise ValueError(f"a dequantized flow is coded in float64; it cannot take mode {mode}")
         extra = b"bits back " + normal_tables().fingerprint().encode()
-        found = fingerprint(model, {}, mode, extra)[: container.FINGERPRINT]
-        coder = cls(bits_back.ready(model), shape, bits, mode, found, str(where), batch)
+        digest = fingerprint(model.dequantized, {}, mode, extra)[: container.FINGERPRINT]
+        C, H, W = model.config.shape
+        coder = cls(bits_back.ready(model.dequantized), (C, H, W), bits, mode, digest, folder, batch)
         coder.code(coder.settings)
         return coder
 
     def code(self, settings: Settings) -> BitsBack:
         """The code on some grids."""
-        known = self._codes
-        if settings not in known:
-            known.clear()
-            known[settings] = BitsBack(cast(Dequantized, self.law), self.dim, settings)
-        return known[settings]
+        return self._code if settings == self.settings else BitsBack(self.law, self.dim, settings)
 
     @functools.cached_property
-    def _codes(self) -> dict[Settings, BitsBack]:
-        return {}
-
-    @functools.cached_property
-    def back(self) -> dict[str, bytes]:
-        """Files that were lent to what was decoded last."""
-        return {}
+    def _code(self) -> BitsBack:
+        return BitsBack(self.law, self.dim, self.settings)
 
     @property
     def most(self) -> int:
@@ -246,29 +209,29 @@ class BitsBackCoder(ImageCoder):
         """All in a chain, or in as few as may be."""
         return ceil(total / ceil(total / self.most))
 
-    def push(self, rows: Tensor, first: bool) -> list[bytes]:
+    def push(self, rows: Tensor, is_first: bool) -> list[bytes]:
         """See `ImageCoder`."""
-        name, given = (self.lend if first else None) or ("", b"")
-        found = bits_back.push(self.code(self.settings), rows, given, self.batch)
+        name, given = (self.lend if is_first else None) or ("", b"")
+        stream = bits_back.push(self._code, rows, given, self.batch)
         if not given:
             name = ""
         crc = crc32(name.encode() + given)
-        head = Head(self.settings, self.batch, found.random // 32, len(given), name, crc)
-        return [head.write() + found.data]
+        head = Head(self.settings, self.batch, stream.random // 32, len(given), name, crc)
+        return [head.write() + stream.data]
 
-    def pop(self, n: int, parts: Sequence[bytes]) -> Tensor:
+    def pop(self, n: int, coded: Sequence[bytes]) -> tuple[Tensor, dict[str, bytes]]:
         """See `ImageCoder`."""
-        head, data = Head.read(parts[0])
+        head, data = Head.read(coded[0])
         code = self.code(head.settings)
         rows, given = bits_back.pop(code, n, data, head.given, head.batch, 32 * head.random)
-        if given:
-            if crc32(head.name.encode() + given) != head.crc:
-                raise Damaged(f"{head.name}, which was lent, is damaged (checksum)")
-            self.back[head.name] = given
-        return rows
+        if not given:
+            return rows, {}
+        if crc32(head.name.encode() + given) != head.crc:
+            raise Damaged(f"{head.name}, the auxiliary file, is damaged (checksum)")
+        return rows, {head.name: given}
 
     def pays(self, coded: Sequence[bytes], packed: bytes, values: int) -> bool:
-        """True: whoever asks for a chain gets one.
+        """True: a dequantized flow is chosen for its chains, which are never replaced by packed values.
 
         Raises:
             InputError: it is larger than the values as they are, and nobody said that it may be.
@@ -286,6 +249,35 @@ class BitsBackCoder(ImageCoder):
     @torch.no_grad()
     def ideal(self, rows: Tensor) -> float:
         """Bits of tiles by the bound, for noise of its own."""
-        law, generator = cast(Dequantized, self.law), torch.Generator().manual_seed(0)
-        parts = (law.log_weights(part, generator=generator) for part in rows.split(self.batch))
-        return -sum(float(part.sum()) for part in parts) / log(2)
+        generator = torch.Generator().manual_seed(0)
+        weights = (self.law.log_weights(batch, generator=generator) for batch in rows.split(self.batch))
+        return -sum(float(batch.sum()) for batch in weights) / log(2)
+
+
+def load_image_coder(folder: str | os.PathLike[str], mode: str = "float64", batch: int = BATCH) -> ImageCoder:
+    """The model in ``folder``, ready to code.
+
+    Args:
+        folder: of an integer flow or a dequantized one.
+        mode: numeric mode, see `dflow.coding.numeric`.
+        batch: tiles that the networks see at a time.
+
+    Raises:
+        InputError: no model, or not one of pictures; a mode that it cannot take.
+    """
+    if mode not in MODES:
+        raise InputError(f"mode {mode!r} is not one of {', '.join(MODES)}")
+    if batch < 1:
+        raise InputError(f"batch size {batch} must be at least 1")
+    model = hf.load(folder, "cpu", DflowImageModel)
+    ranges = set(model.config.settings().ranges)
+    low, high = next(iter(ranges)) or (0, 0)
+    if len(ranges) > 1 or low or high + 1 not in [1 << b for b in range(1, 17)]:
+        raise InputError(
+            f"{folder}: a model of a table, or of values other than 0..2^b - 1; it compresses no pictures"
+        )
+    make = ImageCoder.of if model.exact else BitsBackCoder.of
+    try:
+        return make(model, high.bit_length(), mode, os.fspath(folder), batch)
+    except ValueError as error:
+        raise InputError(f"{folder}: {error}") from None

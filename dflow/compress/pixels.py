@@ -138,7 +138,7 @@ def check_name(name: str) -> str | None:
     A colon is allowed, but not in a drive (``C:``), nor on Windows, where it separates parts of a file.
     """
     if not name.strip() or name in (".", ".."):
-        return "is none"
+        return "is not a file name"
     if "/" in name or "\\" in name or _DRIVE.match(name) or (os.name == "nt" and ":" in name):
         return "names a place, not a file"
     if os.name == "nt" and name.rstrip(" .") != name:
@@ -193,7 +193,7 @@ def _picture(path: Path, stored: formats.Stored) -> Picture:
     depth, plane, alpha = stored.depth, stored.alpha, None
     if depth == 16:
         # A picture of 16 bits often has fewer; but one of 8 would come back as another.
-        largest = max(int(part.max()) for part in (stored.values, plane) if part is not None)
+        largest = max(int(values.max()) for values in (stored.values, plane) if values is not None)
         depth = max(9, largest.bit_length())
     if plane is not None:
         alpha = int(plane[0, 0])

@@ -8,8 +8,8 @@ A text is a stream of characters of the vocabulary, and planes that say how it d
 - capitals that the vocabulary lacks are small letters in the stream; here, of each word whether it has none,
   the first, all or others, under a law for each length of word and for beginnings of sentences.
 
-Each law is that of the counts in the text, which are told. The planes are decoded one after another, each
-given all before, so that a law may hang on whatever is known.
+Each law is that of the counts in the text, which the file holds. The planes are decoded one after another, so
+that the law of each may depend on all before it.
 """
 
 from __future__ import annotations
@@ -65,42 +65,42 @@ class Counts:
     def to_bytes(self) -> bytes:
         """As a file holds them."""
         steps = np.diff(self.points, prepend=0).tolist() if self.points else []
-        parts = [varint((len(self.points) << 2) | (bool(self.words) << 1) | bool(self.breaks))]
+        chunks = [varint((len(self.points) << 2) | (bool(self.words) << 1) | bool(self.breaks))]
         for numbers in (self.words, self.runs):
-            # Most are none: which are some, one bit each, and those.
+            # Most are 0: one bit each says which are not, then come those.
             bits = sum(1 << i for i, number in enumerate(numbers) if number)
-            parts.append(bits.to_bytes(len(numbers) // 8, "little"))
-            parts += [varint(number) for number in numbers if number]
+            chunks.append(bits.to_bytes(len(numbers) // 8, "little"))
+            chunks += [varint(number) for number in numbers if number]
         for dense in (self.breaks, steps, self.escapes):
-            parts += map(varint, dense)
-        return b"".join(parts)
+            chunks += map(varint, dense)
+        return b"".join(chunks)
 
     @staticmethod
     def read(reader: Reader, limit: int) -> Counts:
-        """The inverse of `to_bytes`; `Damaged` for counts beyond ``limit`` or points that are none."""
-        first = reader.varint(4 * reader.left + 3)
+        """The inverse of `to_bytes`; `Damaged` for counts beyond ``limit``, or what are no code points."""
+        begin = reader.varint(4 * reader.left + 3)
 
         def take(n: int) -> tuple[int, ...]:
             return tuple(reader.varint(limit) for _ in range(n))
 
-        def some(n: int) -> tuple[int, ...]:
+        def take_sparse(n: int) -> tuple[int, ...]:
             bits = int.from_bytes(reader.take(n // 8), "little")
-            found = tuple(reader.varint(limit) if bits >> i & 1 else 0 for i in range(n))
-            if sum(map(bool, found)) != bits.bit_count():
-                raise Damaged("its counts are none")
-            return found
+            numbers = tuple(reader.varint(limit) if bits >> i & 1 else 0 for i in range(n))
+            if sum(map(bool, numbers)) != bits.bit_count():
+                raise Damaged("its counts of words or of runs are damaged")
+            return numbers
 
-        n = first >> 2
-        words = some(2 * _LENGTHS * _KINDS if first & 2 else 0)
-        runs = some(4 * (_RUN + 1) if n else 0)
-        breaks = take(len(_BREAKS) if first & 1 else 0)
+        n = begin >> 2
+        words = take_sparse(2 * _LENGTHS * _KINDS if begin & 2 else 0)
+        runs = take_sparse(4 * (_RUN + 1) if n else 0)
+        breaks = take(len(_BREAKS) if begin & 1 else 0)
         points, escapes = tuple(reader.varint(0x10FFFF) for _ in range(n)), take(n)
-        found = np.cumsum(points)
-        if n and (min(points[1:], default=1) < 1 or found[-1] > 0x10FFFF or n > MOST):
-            raise Damaged("its characters outside the vocabulary are none")
+        code_points = np.cumsum(points)
+        if n and (min(points[1:], default=1) < 1 or code_points[-1] > 0x10FFFF or n > MOST):
+            raise Damaged("its list of characters outside the vocabulary is damaged")
         if n and (min(escapes) < 1 or sum(escapes) > limit):
             raise Damaged("it counts more characters outside the vocabulary than it has bytes")
-        return Counts(breaks, runs, tuple(found.tolist()), escapes, words)
+        return Counts(breaks, runs, tuple(code_points.tolist()), escapes, words)
 
 
 #: Latin, Greek and Cyrillic letters are below this. Their cases are the same in every version of Unicode;
@@ -161,8 +161,8 @@ class Alphabet:
             The symbols of the stream, int64; where it is cut (ends of lines, in symbols; none without
             ``lines``); the values that `planes` asks for, in its order; the counts.
         """
-        found, inverse = _distinct(text)
-        symbols = np.array([self.symbol.get(c, -1) for c in found.tolist()], np.int64)[inverse]
+        characters, inverse = _distinct(text)
+        symbols = np.array([self.symbol.get(c, -1) for c in characters.tolist()], np.int64)[inverse]
         line = (text == 10) & self.lines
         escaped = (symbols < 0) & ~line
         stream = symbols[symbols >= 0]
@@ -171,16 +171,16 @@ class Alphabet:
         counts: dict[str, tuple[int, ...]] = {}
         values: list[Tensor] = []
         space = self.symbol.get(32, -1)
-        kept = text[~escaped]
+        in_vocabulary = text[~escaped]
         if self.breaks and np.isin(text, [ord(s) for s in self.breaks]).any():
-            at = kept[(symbols[~escaped] == space)]
+            at = in_vocabulary[(symbols[~escaped] == space)]
             kinds = np.select([at == ord(s) for s in _BREAKS], range(3))
             counts["breaks"] = _count(kinds, 3)
             values.append(_tensor(kinds))
         if escaped.any():
             runs = _runs(escaped)
             short = np.minimum(runs, _RUN)
-            context = _neighbours(kept)
+            context = _neighbours(in_vocabulary)
             counts["runs"] = _count(context * (_RUN + 1) + short, 4 * (_RUN + 1))
             values += [_tensor(short), _tensor(runs[runs >= _RUN] - _RUN)]
             points, which = _distinct(text[escaped])
@@ -245,14 +245,14 @@ class Alphabet:
         return text
 
     def _large(self, text: Array) -> Array:
-        found, inverse = _distinct(text)
-        return np.array([self.upper[c] for c in found.tolist()], np.uint32)[inverse]
+        characters, inverse = _distinct(text)
+        return np.array([self.upper[c] for c in characters.tolist()], np.uint32)[inverse]
 
     def _words(self, text: Array) -> Words:
-        found, inverse = _distinct(text)
-        names = [chr(c) for c in found.tolist()]
-        letter = np.array([_is_letter(c) for c in found.tolist()], bool)[inverse]
-        able = np.array([c in self.upper for c in found.tolist()], bool)[inverse]
+        characters, inverse = _distinct(text)
+        names = [chr(c) for c in characters.tolist()]
+        letter = np.array([_is_letter(c) for c in characters.tolist()], bool)[inverse]
+        able = np.array([c in self.upper for c in characters.tolist()], bool)[inverse]
         start = letter & ~np.concatenate([[False], letter[:-1]])
         word = np.cumsum(start) - 1
         letters = np.flatnonzero(able & letter)
@@ -292,8 +292,8 @@ class Words:
         n = len(self.firsts)
         able = np.bincount(self.owner, minlength=n)
         large = np.bincount(self.owner, weights=capital[self.letters], minlength=n).astype(np.int64)
-        first = capital[self.firsts] & (large == 1)
-        return np.select([large == 0, first, large == able], [_NONE, _FIRST, _ALL], _OTHERS)
+        only_first = capital[self.firsts] & (large == 1)
+        return np.select([large == 0, only_first, large == able], [_NONE, _FIRST, _ALL], _OTHERS)
 
     def capitals(self, kinds: Array) -> Array:
         """What is a capital, bool, by the kinds of words; of others nothing.
@@ -301,28 +301,28 @@ class Words:
         Raises:
             Damaged: a capital where the first letter has none.
         """
-        found = np.zeros(self.length, bool)
-        found[self.letters[kinds[self.owner] == _ALL]] = True
+        capital = np.zeros(self.length, bool)
+        capital[self.letters[kinds[self.owner] == _ALL]] = True
         firsts = self.firsts[kinds == _FIRST]
         if not np.isin(firsts, self.letters).all():
             raise Damaged("has capitals of letters that have none")
-        found[firsts] = True
-        return found
+        capital[firsts] = True
+        return capital
 
 
 def intervals(steps: Steps, values: Sequence[Tensor]) -> Intervals:
     """Intervals of ``values`` under the codes of ``steps``, in the order of popping."""
-    parts: list[Intervals] = []
+    pushed: list[Intervals] = []
     code = next(steps, None)
     for value in values:
         if code is None:
             raise ValueError("more values than planes")
-        parts.append(code.intervals(value))
+        pushed.append(code.intervals(value))
         try:
             code = steps.send(value)
         except StopIteration:
             code = None
-    return join(parts)
+    return join(pushed)
 
 
 def pop(steps: Steps, stack: Stack) -> Array:

@@ -22,7 +22,7 @@ class Grid:
     Attributes:
         full: ``(N, H, W, C)`` of the file.
         tile: ``(C, H, W)`` of a tile.
-        planes: pictures of the model's channels that one of the file's makes.
+        planes: pictures, each of the model's channels, that one picture of the file becomes.
         used: channels of a tile that are read back.
         down: tiles in a column.
         across: tiles in a row.
@@ -98,7 +98,7 @@ def depth_of(form: Form, bits: int) -> int:
     return max(form.depth, bits) if form.is_array else form.depth
 
 
-def shown(values: Array, depth: int, bits: int) -> Array:
+def to_model(values: Array, depth: int, bits: int) -> Array:
     """Values of ``depth`` bits as the model's."""
     if depth >= bits:
         values = values >> (depth - bits)
@@ -107,8 +107,8 @@ def shown(values: Array, depth: int, bits: int) -> Array:
     return values.astype(np.uint8 if bits <= 8 else np.uint16)
 
 
-def meant(x: Array, depth: int, bits: int) -> Array:
-    """The inverse of `shown` but for the low bits, which are 0."""
+def from_model(x: Array, depth: int, bits: int) -> Array:
+    """The inverse of `to_model` but for the low bits, which are 0."""
     if depth >= bits:
         return x.astype(np.uint16) << (depth - bits)
     top = (1 << bits) - 1

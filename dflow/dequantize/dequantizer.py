@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,11 @@ from dflow.distributions.normal import standard_energy
 class Dequantizer(nn.Module, ABC):
     """``q(v|x)``, whose support is the cell of x: noise in, ``v`` and ``log q(v|x)`` out.
 
-    It acts on the discrete columns only; what a net is given is all of x.
+    It acts on the discrete columns only; a net is given all of x.
     """
+
+    #: Whether `noise` is uniform on (0, 1); else it is standard normal.
+    uniform_noise: ClassVar[bool] = False
 
     def __init__(self, partition: Partition) -> None:
         super().__init__()
@@ -31,8 +35,13 @@ class Dequantizer(nn.Module, ABC):
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> Tensor:
-        """What `forward` turns into v: standard normal ``(n, d)`` for the d discrete columns of ``dim``."""
-        return torch.randn(n, self.partition.count(dim), generator=generator, dtype=dtype, device=device)
+        """What `forward` turns into v: ``(n, d)`` for the d discrete columns of ``dim``."""
+        shape = n, self.partition.count(dim)
+        if not self.uniform_noise:
+            return torch.randn(shape, generator=generator, dtype=dtype, device=device)
+        u = torch.rand(shape, generator=generator, dtype=dtype, device=device)
+        # 0 comes up once in 2^24: half a step of the generator stands for it.
+        return u.clamp_(min=torch.finfo(dtype).eps / 4)
 
     def context(self, x: Tensor) -> Tensor | None:
         """What the net makes of ``x`` ``(batch, dim)``, a row each; once a batch, for any number of draws."""
@@ -58,22 +67,7 @@ class Dequantizer(nn.Module, ABC):
         return v, log_q.to(v.dtype)
 
 
-class FromUniform(Dequantizer):
-    """A dequantizer whose noise is uniform."""
-
-    def noise(
-        self,
-        n: int,
-        dim: int,
-        generator: torch.Generator | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | None = None,
-    ) -> Tensor:
-        """Uniform on (0, 1), ``(n, d)``."""
-        return uniform(n, self.partition.count(dim), generator, dtype, device)
-
-
-class Uniform(FromUniform):
+class Uniform(Dequantizer):
     """Uniform in the cell, ``log q = -sum_i log(width_i)``: 0 for unit cells.
 
     Source: Uria et al. 2013, arXiv 1306.0186; Theis et al. 2016, arXiv 1511.01844.
@@ -81,6 +75,8 @@ class Uniform(FromUniform):
     Raises:
         ValueError: a partition with infinite cells.
     """
+
+    uniform_noise = True
 
     def __init__(self, partition: Partition) -> None:
         super().__init__(partition)
@@ -160,8 +156,8 @@ class FlowDequantizer(Dequantizer):
 
     def context(self, x: Tensor) -> Tensor:
         """Features of ``x``."""
-        found: Tensor = self.net(floating(x, self.net))
-        return found
+        features: Tensor = self.net(floating(x, self.net))
+        return features
 
     def forward(self, x: Tensor, noise: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``v`` and log q."""
@@ -174,12 +170,3 @@ def floating(x: Tensor, module: nn.Module) -> Tensor:
     """``x`` in the dtype of the module's parameters, in the default dtype where it has none."""
     dtypes = (value.dtype for value in module.parameters() if value.is_floating_point())
     return x.to(next(dtypes, torch.get_default_dtype()))
-
-
-def uniform(
-    n: int, d: int, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device | None
-) -> Tensor:
-    """Uniform draws ``(n, d)`` from the open interval (0, 1)."""
-    u = torch.rand(n, d, generator=generator, dtype=dtype, device=device)
-    # 0 comes up once in 2^24: half a step of the generator stands for it.
-    return u.clamp_(min=torch.finfo(dtype).eps / 4)

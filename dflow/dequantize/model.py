@@ -119,9 +119,8 @@ class Dequantized(nn.Module):
     def dequantize(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A draw ``v`` ``(batch, dim)`` from q(v | x), in the units of the density."""
         noise, x = self._noise(x, 1, generator, None)[0], self.standardize(x)
-        v, _ = self.dequantizer(x, noise)
-        found: Tensor = v
-        return found
+        v: Tensor = self.dequantizer(x, noise)[0]
+        return v
 
     def log_weights(
         self, x: Tensor, k: int = 1, generator: torch.Generator | None = None, noise: Tensor | None = None
@@ -192,21 +191,22 @@ class Dequantized(nn.Module):
         x = self.standardize(x)
         context = self.dequantizer.context(x)
         start = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-        top, total, first, second = start - torch.inf, start, start, start
+        top, total, sum_weights, sum_squares = start - torch.inf, start, start, start
         for done in range(0, k, chunk):
             count = min(chunk, k - done)
-            part = None if noise is None else noise[done : done + count]
-            lw = self._weigh(x, context, self._noise(x, count, generator, part))[0].double()
+            given_noise = None if noise is None else noise[done : done + count]
+            lw = self._weigh(x, context, self._noise(x, count, generator, given_noise))[0].double()
             new = torch.maximum(top, lw.amax(0))
             shift = torch.where(torch.isinf(new), 0, new)
             # Sums of w / exp(top), and of its square, moved to the new top.
             factor, weights = torch.exp(top - shift), torch.exp(lw - shift)
-            first = first * factor + weights.sum(0)
-            second = second * factor.square() + weights.square().sum(0)
+            sum_weights = sum_weights * factor + weights.sum(0)
+            sum_squares = sum_squares * factor.square() + weights.square().sum(0)
             top, total = new, total + lw.sum(0)
         shift = torch.where(torch.isinf(top), 0, top)
-        iwbo = shift + torch.log(first) - math.log(k)
-        return Assessment(total / k, iwbo, torch.where(second > 0, first.square() / second, 0.0), k)
+        iwbo = shift + torch.log(sum_weights) - math.log(k)
+        ess = torch.where(sum_squares > 0, sum_weights.square() / sum_squares, 0.0)
+        return Assessment(total / k, iwbo, ess, k)
 
     @torch.no_grad()
     def exact_log_prob(self, x: Tensor) -> Tensor:
@@ -232,15 +232,15 @@ class Dequantized(nn.Module):
                 "up to 2; use iwbo or assess()"
             )
         cells, index = torch.unique(x, dim=0, return_inverse=True)
-        found = []
+        log_probs = []
         for cell in self.standardize(cells)[:, None]:
             if isinstance(self.density, CovarianceNormal):
                 truncated = TruncatedNormal(partition, self.density)
                 value = _integral(_by_uniform(truncated, cell, d, self._dtype()), 1, x.device)
             else:
                 value = _integral(_by_cell(partition, self.density, cell, self._dtype()), d, x.device)
-            found.append(value)
-        return torch.tensor(found, dtype=torch.float64, device=x.device)[index] - self._log_scale
+            log_probs.append(value)
+        return torch.tensor(log_probs, dtype=torch.float64, device=x.device)[index] - self._log_scale
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -340,11 +340,11 @@ def _integral(integrand: Integrand, dims: int, device: torch.device) -> float:
         log_line = log_weights.repeat(panels) - math.log(panels)
         grid = torch.cartesian_prod(*[line] * dims).view(-1, dims)
         log_grid = torch.cartesian_prod(*[log_line] * dims).view(-1, dims).sum(1)
-        parts = [
+        pieces = [
             torch.logsumexp(integrand(t.to(device)) + w.to(device), 0)
             for t, w in zip(grid.split(POINTS), log_grid.split(POINTS), strict=True)
         ]
-        value = float(torch.logsumexp(torch.stack(parts), 0))
+        value = float(torch.logsumexp(torch.stack(pieces), 0))
         if value == last or abs(value - last) < TOLERANCE[dims]:
             return value
         last = value

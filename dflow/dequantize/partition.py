@@ -86,7 +86,7 @@ class Hypercube(Partition):
         # From 2^23 in float32 on, no number lies inside a cell.
         fits = (lower == lower.floor()) & (lower.abs() < 1 / torch.finfo(dtype).eps)
         if not fits.all():
-            raise ValueError(f"{dtype} has no unit cell for {_first(x, fits)}: is it an integer?")
+            raise ValueError(f"{dtype} has no unit cell for {_misfit(x, fits)}: is it an integer?")
         return lower, lower + 1
 
     def quantize(self, v: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class Orthant(Partition):
         values = _values(x, dtype)
         fits = (values == 0) | (values == 1)
         if not fits.all():
-            raise ValueError(f"orthants are the cells of 0 and 1, found {_first(x, fits)}")
+            raise ValueError(f"orthants are the cells of 0 and 1, found {_misfit(x, fits)}")
         ones = values == 1
         infinite = values.new_tensor(torch.inf)
         return torch.where(ones, self.threshold, -infinite), torch.where(ones, infinite, self.threshold)
@@ -154,46 +154,48 @@ class Columns(Partition):
 
     def __init__(self, runs: Sequence[tuple[Partition | None, int]]) -> None:
         super().__init__()
-        if any(width < 1 for _, width in runs) or all(part is None for part, _ in runs):
+        if any(width < 1 for _, width in runs) or all(cells is None for cells, _ in runs):
             raise ValueError(f"runs need columns, one of them discrete, found {list(runs)}")
-        self.partitions = nn.ModuleList([part for part, _ in runs if part is not None])
+        self.partitions = nn.ModuleList([cells for cells, _ in runs if cells is not None])
         self.runs = tuple(runs)
         masks = [
-            torch.zeros(width, dtype=torch.bool) if part is None else part.discrete(width)
-            for part, width in runs
+            torch.zeros(width, dtype=torch.bool) if cells is None else cells.discrete(width)
+            for cells, width in runs
         ]
-        self.finite = all(part.finite for part, _ in runs if part is not None)
+        self.finite = all(cells.finite for cells, _ in runs if cells is not None)
         self.register_buffer("mask", torch.cat(masks))
         self._count = int(self.mask.sum())
 
     def bounds(self, x: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Those of each run; ``(x, x)`` for continuous columns."""
         ends = []
-        for (part, _), values in zip(self.runs, self._split(x), strict=True):
-            if part is None:
+        for (cells, _), values in zip(self.runs, self._split(x), strict=True):
+            if cells is None:
                 same = _values(values, dtype)
                 ends.append((same, same))
             else:
-                ends.append(part.bounds(values, dtype))
+                ends.append(cells.bounds(values, dtype))
         lower, upper = zip(*ends, strict=True)
         return torch.cat(lower, 1), torch.cat(upper, 1)
 
     def quantize(self, v: Tensor) -> Tensor:
         """Each run by its partition; int64, or float64 where a column is continuous."""
-        parts = zip(self.runs, self._split(v), strict=True)
-        found = [values.double() if part is None else part.quantize(values) for (part, _), values in parts]
+        runs = zip(self.runs, self._split(v), strict=True)
+        columns = [
+            values.double() if cells is None else cells.quantize(values) for (cells, _), values in runs
+        ]
         dtype = torch.int64 if self._count == len(self.mask) else torch.float64
-        return torch.cat([values.to(dtype) for values in found], 1)
+        return torch.cat([values.to(dtype) for values in columns], 1)
 
     def spread(self, z: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         """Each run by its partition; continuous columns stay."""
         v, log_det, start = [], [], 0
-        for (part, width), low, high in zip(self.runs, self._split(lower), self._split(upper), strict=True):
-            if part is None:
+        for (cells, width), low, high in zip(self.runs, self._split(lower), self._split(upper), strict=True):
+            if cells is None:
                 v.append(low)
                 continue
-            end = start + part.count(width)
-            placed, term = part.spread(z[:, start:end], low, high)
+            end = start + cells.count(width)
+            placed, term = cells.spread(z[:, start:end], low, high)
             v.append(placed)
             log_det.append(term)
             start = end
@@ -217,8 +219,8 @@ class Columns(Partition):
         if x.ndim != 2:
             raise ValueError(f"expected (batch, dim), found shape {tuple(x.shape)}")
         self._check(x.shape[1])
-        parts: tuple[Tensor, ...] = x.split([width for _, width in self.runs], 1)
-        return parts
+        runs: tuple[Tensor, ...] = x.split([width for _, width in self.runs], 1)
+        return runs
 
 
 def _values(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -227,7 +229,7 @@ def _values(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-def _first(x: Tensor, fits: Tensor) -> str:
+def _misfit(x: Tensor, fits: Tensor) -> str:
     row, column = (~fits).nonzero()[0].tolist()
     return f"{x[row, column].item()} in row {row}, column {column}"
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dflow.bijectors.conditioner import full_precision
-from dflow.dequantize.dequantizer import FromUniform
+from dflow.dequantize.dequantizer import Dequantizer
 from dflow.dequantize.partition import Partition, inside
 from dflow.distributions import Gaussian
 from dflow.ops.normal import (
@@ -25,7 +25,7 @@ from dflow.ops.normal import (
 BLOCK = 32
 
 
-class TruncatedNormal(FromUniform):
+class TruncatedNormal(Dequantizer):
     """``q(v|x) = prod_i p(v_i | v_>i) / w_i`` on the cell of x, ``w_i = P(v_i in its interval | v_>i)``.
 
     Every entry is drawn from its conditional law under a normal density p, from the last to the first, held
@@ -42,6 +42,8 @@ class TruncatedNormal(FromUniform):
         partition: the cells.
         density: the normal law p.
     """
+
+    uniform_noise = True
 
     def __init__(self, partition: Partition, density: Gaussian) -> None:
         super().__init__(partition)
@@ -145,7 +147,7 @@ class _Sweep(torch.autograd.Function):
         # Of log w by the ends a and b, and of e by them.
         by_a, by_b = (slope * grad_weight for slope in interval_slopes(a, b))
         e_by_a, e_by_b = truncated_slopes(a, b, u, e)
-        # grad t = fixed + turn * grad y: y hangs on t directly and through the ends of the interval.
+        # grad t = fixed + turn * grad y: y depends on t directly and through the ends of the interval.
         fixed, turn = by_a + by_b, (e_by_a + e_by_b - 1) / diag
         if mask is not None:
             fixed, turn = torch.where(mask, fixed, -e * grad_weight), torch.where(mask, turn, 0)

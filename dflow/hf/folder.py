@@ -196,7 +196,9 @@ def _check_finite(model: PreTrainedModel, file: Path) -> None:
             )
 
 
-def coding_tables(folder: str | os.PathLike[str], law: Distribution) -> dict[str, Tensor]:
+def coding_tables(
+    folder: str | os.PathLike[str], law: Distribution, digest: bytes | None = None
+) -> dict[str, Tensor]:
     """Tables of the model in ``folder``, as `dflow.coding.prepare` takes them.
 
     They are what files are coded with, and no machine should make them again. Read from
@@ -206,12 +208,13 @@ def coding_tables(folder: str | os.PathLike[str], law: Distribution) -> dict[str
     Args:
         folder: of the model.
         law: the model as it was loaded from there.
+        digest: its fingerprint without tables in mode float64, where that is known.
 
     Raises:
         InputError: a file that is truncated or damaged, or a folder that cannot be written to.
     """
     file = split_calls(folder)[0] / TABLES
-    of = fingerprint(law, {}, "float64").hex()
+    of = (digest or fingerprint(law, {}, "float64")).hex()
     verify(file.parent, [TABLES])
     if file.exists():
         try:

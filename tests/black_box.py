@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from dflow.coding.codes import Stack, join
-from dflow.coding.local import Frame, Law, Settings, density
+from dflow.coding.densities import Law, density
+from dflow.coding.local import Frame, Settings
 from dflow.coding.normals import Normal
 from dflow.core import Context
 from dflow.flows import Flow

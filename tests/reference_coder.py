@@ -1,12 +1,4 @@
-"""The stream of `dflow.coding.coder.Coder` spelled out in plain Python: what the fast one is tested against.
-
-A state s of 64 bits and words of 32. To push the interval [a, a + f) of [0, 2^24): if ``s >= f 2^40``, move
-the low word of s to the stack; then ``s <- floor(s / f) 2^24 + a + s mod f``. To pop: the symbol is that
-whose interval holds ``q = s mod 2^24``; ``s <- f floor(s / 2^24) + q - a``; if ``s < 2^32``, a word comes
-back. s starts at 0, and what is left of it at the end goes on the stack, low word first.
-
-Source: Duda et al. 2015, Picture Coding Symposium; Giesen 2014, arXiv 1402.3392.
-"""
+"""The stream of `dflow.coding.coder.Coder` in plain Python, which the fast one is tested against."""
 
 from __future__ import annotations
 
