@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import signal
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +58,21 @@ def work(words: list[str], size: int | None = None) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     os._exit(cli.main(words))
+
+
+def killed_at_a_change(words: list[str], count: int) -> None:
+    """`dflow` in a process of its own that is killed before change ``count`` of its files."""
+    changes = itertools.count()
+    for name in ("replace", "unlink"):
+        once = getattr(Path, name)
+
+        def change(self: Path, *args: Any, once: Any = once, **options: Any) -> Any:
+            if next(changes) == count:
+                os._exit(9)
+            return once(self, *args, **options)
+
+        setattr(Path, name, change)
+    work(words)
 
 
 def start(path: Path, out: Path, *words: str, size: int | None = None) -> BaseProcess:
@@ -106,6 +123,25 @@ def test_killed_at_fifty_random_moments_it_ends_with_the_same_bits(text: Path, t
         found = {f.name: f.status for f in hf.check(out) if f.status != "whole"}
         assert found == {"metrics.jsonl": "unlisted"}
         assert not list(out.glob(".*"))
+
+
+def test_killed_before_each_change_of_a_file_it_ends_with_the_same_bits(text: Path, tmp_path: Path) -> None:
+    """Every window between two changes of the folder, those of its beginning included."""
+    path = recipe_file(tmp_path, text, steps=2, eval_every=1, ema=0.9, keep=2)
+    assert ended(start(path, tmp_path / "whole")) == 0
+    whole = weights(tmp_path / "whole")
+    for count in itertools.count():
+        out = tmp_path / f"run{count}"
+        words = ["train", str(path), "--output", str(out), "--resume"]
+        process = FORKS.Process(target=killed_at_a_change, args=(words, count))
+        process.start()
+        if ended(process) == 0:
+            break
+        assert process.exitcode == 9
+        assert ended(start(path, out, "--resume")) == 0, f"refused after {count} changes"
+        assert same(weights(out), whole)
+        assert not list(out.glob(".*"))
+    assert count > 20
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 0), ("SIGUSR1", 0)])

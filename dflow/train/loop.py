@@ -40,6 +40,7 @@ from tqdm import tqdm
 from dflow import hf, objectives, zoo
 from dflow.config import InputError, nearest
 from dflow.data import files
+from dflow.hf import manifest
 from dflow.memory import keep_memory
 from dflow.nn.binary import StochasticBatchNorm
 from dflow.terminal import shown
@@ -779,11 +780,14 @@ def _states(output: Path) -> list[Path]:
 
 
 def _begun(output: Path) -> bool:
-    """Whether a folder holds nothing but what a run leaves that was killed before its first state."""
+    """Whether a folder holds nothing but what a run leaves that was killed before its first state.
+
+    The manifest is written first, and lists the recipe before the recipe is there.
+    """
     if not output.exists():
         return True
     names = {path.name for path in output.iterdir() if not path.name.startswith(".")}
-    return not names or RECIPE in names
+    return not names or RECIPE in names or RECIPE in manifest.read(output)
 
 
 def _until(metrics: Path, step: int) -> Iterator[str]:
