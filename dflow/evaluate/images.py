@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dflow.config import InputError
 from dflow.data import ImageSet, Samples
+from dflow.evaluate.driver import Rows, Scorer, check_positive, total
 from dflow.hf import DflowImageModel
 from dflow.objectives import bits
 
@@ -33,7 +33,7 @@ class ImageEvaluation:
         exact: the cost itself, where the density has cell masses; else None.
         vi_error: standard error of `vi` over data, None for a single one.
         nll_error: that of `nll`.
-        ess: mean effective number of draws, 1 to `draws`; where it is small, `nll` hangs on a few draws and
+        ess: mean effective number of draws, 1 to `draws`; where it is small, `nll` depends on a few draws and
             can lie below the truth.
         unit: "bits a dimension" or "bits" (a datum).
         kind: what vi and nll are.
@@ -97,8 +97,8 @@ def evaluate_images(
 
     .. math:: \mathrm{vi} = -\tfrac 1 K \sum_k \log w_k, \qquad \mathrm{nll} = -\log \tfrac 1 K \sum_k w_k .
 
-    Draws come in chunks, so that memory hangs on the batch size and not on K. A row that occurs many times
-    is scored 32 times with new draws each; the expectation is the same.
+    Draws come in chunks, so that the memory depends on the batch size and not on K. A row that occurs many
+    times is scored 32 times with new draws each; the expectation is the same.
 
     Args:
         model: scored in a copy of the precision asked for.
@@ -116,78 +116,74 @@ def evaluate_images(
         InputError: nothing to score, data of another kind than the model's, a model without bounds, or a
             bound that is not finite.
     """
-    for name, value in (("draws", draws), ("batch size", batch_size), ("limit", limit)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} {value} must be at least 1")
+    check_positive(draws=draws, batch_size=batch_size, limit=limit)
     if not 0 <= seed < 1 << 62:
         raise InputError(f"seed {seed} must be from 0 to {(1 << 62) - 1}")
-    scored = _copy(model, precision)
-    law = scored.dequantized
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    rows, weights = _distinct(data.subset(limit or data.num_rows).values)
-    total = len(rows)
-    chunk = max(1, min(draws, min(_PASS, _PASS_ENTRIES // scored.dim) // batch_size))
-    dims = 1 if unit == "bits" else scored.dim
-    moments = torch.zeros(8, dtype=torch.float64)
-    exact = True
-    mine = range(rank * batch_size, total, world * batch_size)
-    shown = progress and rank == 0
-    with (
-        torch.inference_mode(),
-        tqdm(total=total, unit="row", desc="score", delay=1, disable=not shown) as bar,
-    ):
-        for start in mine:
-            part = slice(start, min(total, start + batch_size))
-            x = rows[part] if rows.is_floating_point() else rows[part].long()
-            x = scored.check(x.to(scored.device))
-            generator = torch.Generator(x.device).manual_seed(seed + start)
-            found = law.assess(x, draws, chunk, generator)
-            masses: Tensor | None = None
-            if exact:
-                try:
-                    masses = law.exact_log_prob(x).double()
-                except ValueError:
-                    exact = False
-            quantized = law.partition.quantize(law.dequantize(x, generator))
-            intact = bool((quantized == x)[:, law.partition.discrete(scored.dim)].all())
-            terms = [
-                torch.ones_like(found.elbo),
-                -found.elbo,
-                found.elbo**2,
-                -found.iwbo,
-                found.iwbo**2,
-                found.ess,
-            ]
-            terms.append(torch.zeros_like(found.elbo) if masses is None else -masses)
-            weight = weights[part].to(x.device)
-            sums = torch.stack([(t.double() * weight).sum() for t in terms]).cpu()
-            moments += torch.cat([sums, torch.tensor([float(not intact)], dtype=torch.float64)])
-            bar.update(len(x))
-    totals = torch.cat([moments, torch.tensor([float(not exact)], dtype=torch.float64)])
-    if accelerator is not None and world > 1:
-        totals = accelerator.reduce(totals.to(accelerator.device), "sum").cpu()
-    n, vi, vi2, nll, nll2, ess, mass, failed, inexact = totals.tolist()
-    if not math.isfinite(vi) or not math.isfinite(nll):
-        raise InputError(
-            f"the model's bound on the {data.name} data is not finite; its training diverged or its "
-            "checkpoint is damaged"
-        )
-
+    scorer = _Bounds(_copy(model, precision), data, limit, draws, batch_size, seed)
+    totals = total(scorer, batch_size, progress, accelerator)
+    dims = 1 if unit == "bits" else model.dim
+    means = {name: totals.mean(name) for name in scorer.names}
     return ImageEvaluation(
-        vi=bits(vi / n, dims),
-        nll=bits(nll / n, dims),
-        kl=bits((vi - nll) / n, dims),
-        exact=None if inexact else bits(mass / n, dims),
-        vi_error=_error(n, vi, vi2, dims),
-        nll_error=_error(n, nll, nll2, dims),
-        ess=ess / n,
+        vi=bits(means["vi"], dims),
+        nll=bits(means["nll"], dims),
+        kl=bits(means["vi"] - means["nll"], dims),
+        exact=None if math.isnan(means["exact"]) else bits(means["exact"], dims),
+        vi_error=_in_bits(totals.error("vi"), dims),
+        nll_error=_in_bits(totals.error("nll"), dims),
+        ess=means["ess"],
         unit=unit,
         kind=f"upper bounds in expectation, from {draws:,} draws",
         draws=draws,
         precision=str(precision).removeprefix("torch."),
-        num_rows=round(n),
-        intact=failed == 0,
+        num_rows=round(totals.count),
+        intact=not totals.failed,
     )
+
+
+class _Bounds(Scorer):
+    """Bounds of the likelihood of images from draws of the dequantizer."""
+
+    model: DflowImageModel
+    names, optional, random = ("vi", "nll", "ess", "exact"), ("ess", "exact"), True
+
+    def __init__(
+        self,
+        model: DflowImageModel,
+        data: Samples,
+        limit: int | None,
+        draws: int,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self.model, self.law, self.draws, self.seed = model, model.dequantized, draws, seed
+        self.what = f"bound on the {data.name} data"
+        self.values, self.weights = _distinct(data.subset(limit or data.num_rows).values)
+        self.num_rows = self.num_checks = len(self.values)
+        self.chunk = max(1, min(draws, min(_PASS, _PASS_ENTRIES // model.dim) // batch_size))
+        self.has_masses = True
+
+    def score(self, rows: slice) -> Rows:
+        x, generator = self._batch(rows)
+        bounds = self.law.assess(x, self.draws, self.chunk, generator)
+        values = {"vi": -bounds.elbo, "nll": -bounds.iwbo, "ess": bounds.ess}
+        values["exact"] = torch.full_like(bounds.elbo, math.nan)
+        if self.has_masses:
+            try:
+                values["exact"] = -self.law.exact_log_prob(x)
+            except ValueError:
+                self.has_masses = False
+        return Rows(values, weights=self.weights[rows])
+
+    def check(self, rows: slice) -> bool:
+        x, generator = self._batch(rows)
+        quantized = self.law.partition.quantize(self.law.dequantize(x, generator))
+        return bool((quantized == x)[:, self.law.partition.discrete(self.model.dim)].all())
+
+    def _batch(self, rows: slice) -> tuple[Tensor, torch.Generator]:
+        """Rows on the device of the model, and the randomness of their draws."""
+        x = self.values[rows]
+        x = self.model.check((x if x.is_floating_point() else x.long()).to(self.model.device))
+        return x, torch.Generator(x.device).manual_seed(self.seed + rows.start)
 
 
 @dataclass(frozen=True)
@@ -246,59 +242,49 @@ def evaluate_exact(
         InputError: nothing to score, data of another kind than the model's, a model without an exact
             likelihood, or a likelihood that is not finite.
     """
-    for name, value in (("batch size", batch_size), ("limit", limit)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} {value} must be at least 1")
-    scored = _copy(model, precision)
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    rows = data.subset(limit or data.num_rows)
-    total, dims = rows.num_rows, 1 if unit == "bits" else scored.dim
-    # Rows, nats, their squares, rows checked, failures.
-    sums = torch.zeros(5, dtype=torch.float64)
-    with (
-        torch.inference_mode(),
-        tqdm(total=total, unit="row", desc="score", delay=1, disable=not (progress and rank == 0)) as bar,
-    ):
-        for start in range(rank * batch_size, total, world * batch_size):
-            x = rows.rows(slice(start, min(total, start + batch_size))).to(scored.device)
-            nats = -scored.log_prob(x).double().cpu()
-            rows_checked = x[: max(0, checks - start)]
-            verdict = scored.round_trip(rows_checked) if len(rows_checked) else None
-            checked = 0 if verdict is None else len(rows_checked)
-            found = [len(x), float(nats.sum()), float(nats.square().sum()), checked, verdict is False]
-            sums += torch.tensor(found, dtype=torch.float64)
-            bar.update(len(x))
-    if accelerator is not None and world > 1:
-        sums = accelerator.reduce(sums.to(accelerator.device), "sum").cpu()
-    n, first, second, num_checked, failures = sums.tolist()
-    if not math.isfinite(first):
-        raise InputError(
-            f"the model's likelihood of the {data.name} data is not finite; its training diverged or its "
-            "checkpoint is damaged"
-        )
+    check_positive(batch_size=batch_size, limit=limit)
+    scorer = _Likelihood(_copy(model, precision), data, limit, checks)
+    totals = total(scorer, batch_size, progress, accelerator)
+    dims = 1 if unit == "bits" else model.dim
     return ExactEvaluation(
-        nll=bits(first / n, dims),
-        nll_error=_error(n, first, second, dims),
+        nll=bits(totals.mean("nats"), dims),
+        nll_error=_in_bits(totals.error("nats"), dims),
         unit=unit,
         kind="exact",
         precision=str(precision).removeprefix("torch."),
-        num_rows=round(n),
-        round_trip=failures == 0 if num_checked else None,
-        num_checked=round(num_checked),
+        num_rows=round(totals.count),
+        round_trip=totals.round_trip,
+        num_checked=totals.num_checked,
     )
 
 
+class _Likelihood(Scorer):
+    """The likelihood of images itself."""
+
+    model: DflowImageModel
+
+    def __init__(self, model: DflowImageModel, data: Samples, limit: int | None, checks: int) -> None:
+        self.model, self.data = model, data.subset(limit or data.num_rows)
+        self.what = f"likelihood of the {data.name} data"
+        self.num_rows = self.data.num_rows
+        self.num_checks = min(checks, self.num_rows)
+
+    def score(self, rows: slice) -> Rows:
+        return Rows({"nats": -self.model.log_prob(self.data.rows(rows).to(self.model.device))})
+
+    def check(self, rows: slice) -> bool | None:
+        return self.model.round_trip(self.data.rows(rows).to(self.model.device))
+
+
 def _copy(model: DflowImageModel, precision: torch.dtype) -> DflowImageModel:
-    """For scoring, in the precision asked for."""
-    scored: DflowImageModel = copy.deepcopy(model).train(False)
+    """A copy of the model in another precision."""
+    scored: DflowImageModel = copy.deepcopy(model)
     nn.Module.to(scored, precision)
     return scored
 
 
-def _error(n: float, first: float, second: float, dims: int) -> float | None:
-    """Standard error of a mean, in bits, from the sums of nats and of their squares."""
-    spread = max(0.0, second / n - (first / n) ** 2)
-    return bits(math.sqrt(spread / (n - 1)), dims) if n > 1 else None
+def _in_bits(nats: float | None, dims: int) -> float | None:
+    return None if nats is None else bits(nats, dims)
 
 
 def _distinct(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from dflow.config import InputError
 from dflow.core import check_lengths
 from dflow.data import Samples
+from dflow.evaluate.driver import check_positive
 from dflow.hf import DflowClassifier
 
 #: Bins of confidence over which calibration is measured.
@@ -89,10 +90,7 @@ def evaluate_labels(
     Raises:
         InputError: no labels, sizes below 1, data of another kind than the model's.
     """
-    smallest = min(ensembles, default=1)
-    for name, value in (("batch size", batch_size), ("limit", limit), ("ensemble", smallest)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} {value} must be at least 1")
+    check_positive(batch_size=batch_size, limit=limit, ensemble=min(ensembles, default=1))
     rows = data.subset(limit or data.num_rows)
     if rows.labels is None:
         raise InputError(f"the {data.name} data have no labels; use mnist or cifar10")
@@ -100,14 +98,14 @@ def evaluate_labels(
     x, labels = model.check(rows.rows(slice(None))), rows.labels
     kind = model.config.settings().kind
     drawn = max(ensembles, default=0) if kind == "probabilistic" else 0
-    own = train.subset(estimated).rows(slice(None)).to(device)
+    estimated_on = train.subset(estimated).rows(slice(None)).to(device)
     generator = torch.Generator().manual_seed(seed)
 
     def probabilities(net: nn.Sequential) -> Tensor:
         # float64, in which no probability of a soft-max is 0 for want of digits.
-        parts = [net(part.to(device)).double().softmax(1).cpu() for part in x.split(batch_size)]
+        batches = [net(batch.to(device)).double().softmax(1).cpu() for batch in x.split(batch_size)]
         bar.update()
-        return torch.cat(parts)
+        return torch.cat(batches)
 
     networks = drawn + 1 + (kind != "float")
     with (
@@ -118,16 +116,16 @@ def evaluate_labels(
         torch.manual_seed(seed)
         named = [("propagated" if kind == "probabilistic" else "network", probabilities(model.net))]
         if kind != "float":
-            named.append(("binarized", probabilities(model.binarized(own))))
-        members = [probabilities(model.binarized(own, "sample", generator)) for _ in range(drawn)]
-    many = torch.stack(members) if members else None
-    if many is not None:
-        named += [(f"ensemble of {n}", many[:n].mean(0)) for n in ensembles]
+            named.append(("binarized", probabilities(model.binarized(estimated_on))))
+        drawn_nets = (model.binarized(estimated_on, "sample", generator) for _ in range(drawn))
+        members = torch.stack([probabilities(net) for net in drawn_nets]) if drawn else None
+    if members is not None:
+        named += [(f"ensemble of {n}", members[:n].mean(0)) for n in ensembles]
     return LabelEvaluation(
-        scores=[score(name, found, labels) for name, found in named],
-        coverage=_points(*coverage(many, labels)) if many is not None and len(many) > 1 else None,
+        scores=[score(name, predicted, labels) for name, predicted in named],
+        coverage=_points(*coverage(members, labels)) if drawn > 1 and members is not None else None,
         num_rows=len(x),
-        num_estimated=0 if kind == "float" else len(own),
+        num_estimated=0 if kind == "float" else len(estimated_on),
     )
 
 

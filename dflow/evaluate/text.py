@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 from dflow.config import InputError
 from dflow.data import Draws, Text
+from dflow.evaluate.driver import Rows, Scorer, check_positive, share, total
 from dflow.hf import DflowModel
 from dflow.objectives import bits
 
@@ -80,62 +80,63 @@ def evaluate(
         InputError: no chunk to score, a text cut by another protocol than the model's, or a likelihood that
             is not finite.
     """
-    for name, value in (("batch size", batch_size), ("limit", limit)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} {value} must be at least 1")
+    check_positive(batch_size=batch_size, limit=limit)
     length, explicit = model.config.length, model.config.explicit_length
     if explicit != (text.lengths is not None):
-        modelled, found = ("sentences", "a stream") if explicit else ("a stream", "sentences")
+        modelled, cut = ("sentences", "a stream") if explicit else ("a stream", "sentences")
         raise InputError(
-            f"the model is one of {modelled} and the {text.name} text is cut as {found}; set the protocol to "
+            f"the model is one of {modelled} and the {text.name} text is cut as {cut}; set the protocol to "
             f"{'sentence' if explicit else 'stream'!r}"
         )
-    ids, lengths = text.chunks(length, limit)
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    shown = progress and rank == 0
-    mode = model.training
-    model.train(False)
-    try:
-        with torch.inference_mode():
-            characters = text.characters(ids, lengths) + (lengths is not None)
-            moments = _score(model, ids, lengths, characters, batch_size, rank, world, shown)
-            mine = slice(rank, min(len(ids), checks * world), world)
-            checked, failed_here = _round_trip(model, ids[mine], None if lengths is None else lengths[mine])
-    finally:
-        model.train(mode)
-    totals = torch.tensor([*moments, checked, failed_here], dtype=torch.float64)
-    if accelerator is not None and world > 1:
-        totals = accelerator.reduce(totals.to(accelerator.device), "sum")
-    chunks, nats, scored, squares, products, sizes, checked_all, failed = totals.tolist()
-    if not math.isfinite(nats):
-        raise InputError(
-            f"the model's likelihood of the {text.name} text is not finite; its training diverged or its "
-            "checkpoint is damaged"
-        )
-    if not scored:
+    scorer = _Chunks(model, text, limit, checks * share(accelerator)[1])
+    totals = total(scorer, batch_size, progress, accelerator)
+    if not totals.size:
         raise InputError(
             f"no character begins in what is scored of the {text.name} text; raise the limit, or give more "
             "text"
         )
-    rate = nats / scored
-    residuals = max(0.0, squares - 2 * rate * products + rate**2 * sizes)
-    error = math.sqrt(residuals * chunks / (chunks - 1)) / scored if chunks > 1 else None
-    unit = math.log(2)
+    error, scored = totals.error("nats"), int(totals.size)
     ends = 0 if text.lengths is None else len(text.lengths)
+    ids, lengths = scorer.ids, scorer.lengths
     symbols = ids.numel() if lengths is None else int(lengths.sum()) + len(lengths)
     return Evaluation(
-        bpc=rate / unit,
-        standard_error=None if error is None else error / unit,
+        bpc=bits(totals.mean("nats"), 1),
+        standard_error=None if error is None else bits(error, 1),
         kind="exact",
         protocol=_protocol(text, length, limit),
         num_symbols=symbols,
-        num_chunks=int(chunks),
+        num_chunks=int(totals.count),
         characters_per_symbol=scored / symbols,
-        round_trip=failed == 0 if checked_all else None,
-        num_checked=int(checked_all),
-        num_characters=int(scored),
-        num_left=text.num_characters + ends - int(scored) + text.dropped_characters,
+        round_trip=totals.round_trip,
+        num_checked=totals.num_checked,
+        num_characters=scored,
+        num_left=text.num_characters + ends - scored + text.dropped_characters,
     )
+
+
+class _Chunks(Scorer):
+    """Chunks of a text, or sentences, each without the ones before it."""
+
+    model: DflowModel
+    row = "chunk"
+
+    def __init__(self, model: DflowModel, text: Text, limit: int | None, checks: int) -> None:
+        self.model, self.what = model, f"likelihood of the {text.name} text"
+        self.ids, self.lengths = text.chunks(model.config.length, limit)
+        # The end of a sentence counts as a character.
+        self.characters = text.characters(self.ids, self.lengths) + (self.lengths is not None)
+        self.num_rows = len(self.ids)
+        self.num_checks = min(checks, self.num_rows)
+
+    def score(self, rows: slice) -> Rows:
+        return Rows({"nats": -self.model.log_prob(*self._batch(rows))}, self.characters[rows])
+
+    def check(self, rows: slice) -> bool | None:
+        return self.model.round_trip(*self._batch(rows))
+
+    def _batch(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        device = self.model.device
+        return self.ids[rows].to(device), None if self.lengths is None else self.lengths[rows].to(device)
 
 
 @dataclass(frozen=True)
@@ -200,44 +201,11 @@ def evaluate_law(
     Raises:
         InputError: a model of another length, or a likelihood that is not finite.
     """
-    for name, value in (("batch size", batch_size), ("limit", limit)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} {value} must be at least 1")
+    check_positive(batch_size=batch_size, limit=limit)
     law = text.law
-    draws, _ = text.chunks(model.config.length)
-    support = law.support if limit is None else None
-    if support is not None:
-        x, weights = support
-        offset = torch.zeros(len(x), dtype=torch.float64)
-    else:
-        x = draws[:limit]
-        weights = torch.full((len(x),), 1 / len(x), dtype=torch.float64)
-        known = law.log_prob(x)
-        offset = torch.zeros(len(x), dtype=torch.float64) if known is None else known + (law.entropy or 0.0)
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    mine = torch.arange(rank, len(x), world)
-    mode = model.training
-    model.train(False)
-    try:
-        with torch.inference_mode():
-            nats = _nats(model, x[mine], None, batch_size, progress and rank == 0, "sequence")
-            terms = nats + offset[mine]
-            checked, failed_here = _round_trip(model, draws[rank : checks * world : world], None)
-    finally:
-        model.train(mode)
-    mass = weights[mine]
-    sums = [float((mass * terms).sum()), float((mass * terms**2).sum())]
-    totals = torch.tensor([*sums, checked, failed_here], dtype=torch.float64)
-    if accelerator is not None and world > 1:
-        totals = accelerator.reduce(totals.to(accelerator.device), "sum")
-    mean, square, checked_all, failed = totals.tolist()
-    if not math.isfinite(mean):
-        raise InputError(
-            "the model's likelihood of the law is not finite; its training diverged or its checkpoint is "
-            "damaged"
-        )
-    n = len(x)
-    error = math.sqrt(max(0.0, square - mean**2) / (n - 1)) if n > 1 else None
+    scorer = _Outcomes(model, text, limit, checks * share(accelerator)[1])
+    totals = total(scorer, batch_size, progress, accelerator)
+    mean = totals.mean("nats")
     return LawEvaluation(
         nats=mean,
         bits=bits(mean, law.dim),
@@ -245,58 +213,40 @@ def evaluate_law(
         gap=None if law.entropy is None else mean - law.entropy,
         factorized=law.factorized,
         uniform=law.dim * math.log(law.K),
-        kind="estimate" if support is None else "exact",
-        standard_error=error if support is None else 0.0,
-        num_sequences=n,
-        round_trip=failed == 0 if checked_all else None,
-        num_checked=int(checked_all),
+        kind="exact" if scorer.listed else "estimate",
+        standard_error=0.0 if scorer.listed else totals.error("nats"),
+        num_sequences=scorer.num_rows,
+        round_trip=totals.round_trip,
+        num_checked=totals.num_checked,
     )
 
 
-def _round_trip(model: DflowModel, ids: Tensor, lengths: Tensor | None) -> tuple[int, bool]:
-    """Rows of which the round trip was checked, and whether it failed."""
-    if not len(ids):
-        return 0, False
-    verdict = model.round_trip(ids.to(model.device), None if lengths is None else lengths.to(model.device))
-    return 0 if verdict is None else len(ids), verdict is False
+class _Outcomes(Scorer):
+    """All outcomes of a law by their probabilities, or draws from it; what is checked are draws."""
 
+    model: DflowModel
+    row, what = "sequence", "likelihood of the law"
 
-def _nats(
-    model: DflowModel,
-    ids: Tensor,
-    lengths: Tensor | None,
-    batch_size: int,
-    shown: bool,
-    unit: str,
-) -> Tensor:
-    """Minus the log-likelihood of each row, float64 on the CPU."""
-    parts = []
-    with tqdm(total=len(ids), unit=unit, desc="score", delay=1, mininterval=1, disable=not shown) as bar:
-        for start in range(0, len(ids), batch_size):
-            rows = slice(start, start + batch_size)
-            batch = None if lengths is None else lengths[rows].to(model.device)
-            parts.append(-model.log_prob(ids[rows].to(model.device), batch).cpu().double())
-            bar.update(len(parts[-1]))
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+    def __init__(self, model: DflowModel, text: Draws, limit: int | None, checks: int) -> None:
+        self.model, law = model, text.law
+        self.draws, _ = text.chunks(model.config.length)
+        support = law.support if limit is None else None
+        self.listed = support is not None
+        self.x, probabilities = support or (self.draws[:limit], None)
+        self.num_rows = len(self.x)
+        self.weights = None if probabilities is None else self.num_rows * probabilities
+        log_p = None if self.listed else law.log_prob(self.x)
+        self.offset = torch.zeros(1) if log_p is None else log_p + (law.entropy or 0.0)
+        self.offset = self.offset.double().expand(self.num_rows)
+        self.num_checks = min(checks, len(self.draws))
 
+    def score(self, rows: slice) -> Rows:
+        nats = -self.model.log_prob(self.x[rows].to(self.model.device)).double().cpu()
+        weights = None if self.weights is None else self.weights[rows]
+        return Rows({"nats": nats + self.offset[rows]}, weights=weights)
 
-def _score(
-    model: DflowModel,
-    ids: Tensor,
-    lengths: Tensor | None,
-    characters: Tensor,
-    batch_size: int,
-    rank: int,
-    world: int,
-    shown: bool,
-) -> list[float]:
-    """Of this process's chunks: number, nats, characters, and their squares and product summed."""
-    mine = slice(rank, None, world)
-    own = None if lengths is None else lengths[mine]
-    nats = _nats(model, ids[mine], own, batch_size, shown, "chunk")
-    sizes = characters[mine].double()
-    ones = torch.ones_like(nats)
-    return torch.stack([ones, nats, sizes, nats**2, nats * sizes, sizes**2]).sum(1).tolist()
+    def check(self, rows: slice) -> bool | None:
+        return self.model.round_trip(self.draws[rows].to(self.model.device))
 
 
 def _protocol(text: Text, length: int, limit: int | None) -> str:
