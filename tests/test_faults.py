@@ -26,7 +26,7 @@ from dflow import cli, hf
 from dflow.config import InputError
 from dflow.objectives import Objective
 from dflow.train import Preempted, load_recipe, train
-from dflow.train.loop import _Run
+from dflow.train.loop import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forks")]
 
@@ -175,14 +175,14 @@ def test_an_evaluation_that_is_broken_off_is_done_again(
 ) -> None:
     path = recipe_file(tmp_path, text, steps=9, eval_every=3)
     whole = train(load_recipe(path, [f"output={tmp_path / 'whole'}"]))
-    recipe, bits = load_recipe(path), _Run._bits
+    recipe, bits = load_recipe(path), Run._bits
 
-    def interrupted(self: _Run, model: object) -> float:
-        if self.step == 6:
+    def interrupted(self: Run, model: object) -> float:
+        if self.progress.step == 6:
             os.kill(os.getpid(), signal.SIGTERM)
         return bits(self, model)
 
-    monkeypatch.setattr(_Run, "_bits", interrupted)
+    monkeypatch.setattr(Run, "_bits", interrupted)
     with pytest.raises(Preempted, match="stopped at step 6"):
         train(recipe)
     monkeypatch.undo()
@@ -227,19 +227,19 @@ def test_a_full_disk_is_told(
 
 
 def _stopped(recipe: object, step: int) -> None:
-    once = _Run._one_step
+    once = Run._one_step
 
-    def stopping(self: _Run, started: float) -> tuple[float, float]:
+    def stopping(self: Run, started: float) -> tuple[float, float]:
         result = once(self, started)
-        if self.step + 1 == step:
+        if self.progress.step + 1 == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return result
 
-    _Run._one_step = stopping  # type: ignore[method-assign]
+    Run._one_step = stopping  # type: ignore[method-assign]
     try:
         train(recipe)  # type: ignore[arg-type]
     finally:
-        _Run._one_step = once  # type: ignore[method-assign]
+        Run._one_step = once  # type: ignore[method-assign]
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, calls: set[int], factor: float) -> None:

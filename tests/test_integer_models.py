@@ -70,7 +70,7 @@ def test_flip_mirrors_about_half_of_a_batch_and_nothing_else(tmp_path: Path) -> 
     data = {"name": str(write_pictures(tmp_path / "png", 30, size=8)), "valid": 0.2, "test": 0.2}
     path = recipe(tmp_path, data, batch_size=64)
     plain, flipped = (
-        task_of(load_recipe(path, [f"data.flip={on}"]), False).batch(7)[0].view(64, 8, 8)
+        task_of(load_recipe(path, [f"data.flip={on}"]), False).data.batch(7)[0].view(64, 8, 8)
         for on in ("false", "true")
     )
     same_rows = (flipped == plain).flatten(1).all(1)
