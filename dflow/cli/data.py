@@ -16,25 +16,21 @@ class DataList(Results):
 
 
 @dataclass(kw_only=True)
-class DataPrepare(Results):
+class DataPrepare(DataList):
     """Fetch a text or a set of images, and check it.
 
     Into the folder, unless it is there.
     """
 
     name: str = argument("name of the set")
-    folder: str | None = flag("folder of the data (default: DFLOW_DATA)", None)
 
 
 @dataclass(kw_only=True)
-class DataCheck(Results):
+class DataCheck(DataPrepare):
     """Check the files of a text or a set of images.
 
     Against their known sizes and checksums.
     """
-
-    name: str = argument("name of the set")
-    folder: str | None = flag("folder of the data (default: DFLOW_DATA)", None)
 
 
 def data_list(flags: DataList) -> int:

@@ -6,12 +6,12 @@ import collections
 import contextlib
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dflow.cli.flags import Verbs, argument, flag
-from dflow.cli.shared import say_once, set_threads
+from dflow.cli.shared import Threads, say_once
 from dflow.config import InputError, nearest
 
 if TYPE_CHECKING:
@@ -19,19 +19,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class Train:
+class Train(Threads):
     """Train a model by a recipe, or go on with a training.
 
     To go on: dflow train --resume FOLDER.
     """
 
     recipe: str = argument("recipe, a YAML file; with --resume also the folder of a training")
-    set: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "settings that replace those of the recipe: train.minutes=3 model.num_calls=16 ...; or "
-            "one by one: --train.minutes 3 --model.num_calls=16 (`dflow settings` lists them)"
-        },
+    set: list[str] = flag(
+        "settings that replace those of the recipe: train.minutes=3 model.num_calls=16 ...; or "
+        "one by one: --train.minutes 3 --model.num_calls=16 (`dflow settings` lists them)",
+        many=True,
     )
     output: str | None = flag("folder of the model (default: that of the recipe)", None, short="-o")
     resume: bool = flag(
@@ -39,7 +37,6 @@ class Train:
         "recipe in its output (RECIPE --resume)",
         False,
     )
-    threads: int | None = flag("threads of torch on the CPU (default: one a processor)", None)
 
 
 def train(flags: Train) -> int:
@@ -47,7 +44,7 @@ def train(flags: Train) -> int:
     from dflow.train import Preempted
     from dflow.train import train as run
 
-    set_threads(flags.threads)
+    flags.set_threads()
     recipe = recipe_to_train(flags)
     try:
         run(recipe, resume=flags.resume)
@@ -101,18 +98,18 @@ def as_set(words: Sequence[str]) -> list[str]:
     Raises:
         InputError: a flag without a value.
     """
-    rewritten, rest = list[str](), collections.deque(words)
-    while rest:
-        word = rest.popleft()
+    rewritten, unread = list[str](), collections.deque(words)
+    while unread:
+        word = unread.popleft()
         if word == "--":
-            return [*rewritten, word, *rest]
+            return [*rewritten, word, *unread]
         key, equals, value = word.removeprefix("--").partition("=")
         section, dot, _ = key.partition(".")
         if word.startswith("--") and dot and section in SECTIONS:
             if not equals:
-                if not rest or _is_flag(rest[0]):
+                if not unread or _is_flag(unread[0]):
                     raise InputError(f"{word}: a value is missing; write {word} VALUE, or {word}=VALUE")
-                value = rest.popleft()
+                value = unread.popleft()
             # In one word: --set takes all words after it, and the recipe may be one of these.
             word = f"--set={key}={value}"
         rewritten.append(word)
