@@ -218,7 +218,7 @@ def test_commands(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert cli.main(["evaluate", "--model", name, "--precision", "float32", "--limit", "2"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["precision"] == "float32"
     for flags in (["--draws", "8"], ["--seed", "1"]):
-        assert "are for bounds" in fails(capsys, "evaluate", "--model", name, *flags)
+        assert "is for bounds" in fails(capsys, "evaluate", "--model", name, *flags)
     assert "exact likelihood and no bounds" in fails(
         capsys, "plot", "density", "--model", str(_two(tmp_path)), "--output", str(tmp_path / "p.png")
     )

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dflow import objectives
 from dflow.config import InputError
 
 
@@ -109,6 +110,11 @@ class Totals:
         mean, (_, squares, products) = self.mean(name), self.sums[name]
         residuals = max(0.0, squares - 2 * mean * products + mean**2 * self.squared_sizes)
         return math.sqrt(residuals * self.count / (self.count - 1)) / self.size
+
+    def bits(self, name: str, entries: int = 1) -> tuple[float, float | None]:
+        """`mean` and `error` of nats as bits, for each of so many entries of a row."""
+        error = self.error(name)
+        return objectives.bits(self.mean(name), entries), error and objectives.bits(error, entries)
 
     @property
     def round_trip(self) -> bool | None:

@@ -1,4 +1,4 @@
-"""The likelihood of images and tables where it can be had, else bounds of it."""
+"""The likelihood of images and tables where the model has it, else bounds of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from dflow.config import InputError
 from dflow.data import ImageSet, Samples
 from dflow.evaluate.driver import Rows, Scorer, check_positive, total
 from dflow.hf import DflowImageModel
-from dflow.objectives import bits
 
 #: A row that occurs more often is scored this often, and counts as often as it occurs.
 _REPEATS = 32
@@ -24,7 +23,7 @@ _PASS, _PASS_ENTRIES = 1 << 12, 1 << 18
 
 @dataclass(frozen=True)
 class ImageEvaluation:
-    """What a model costs on data, in `unit`; all from the same draws of the dequantizer.
+    """The cost of data under a model, in `unit`; all from the same draws of the dequantizer.
 
     Attributes:
         vi: minus the elbo (mean of log p(v) - log q(v | x)): an upper bound of the cost, in expectation.
@@ -36,10 +35,10 @@ class ImageEvaluation:
         ess: mean effective number of draws, 1 to `draws`; where it is small, `nll` depends on a few draws and
             can lie below the truth.
         unit: "bits a dimension" or "bits" (a datum).
-        kind: what vi and nll are.
-        draws: of the dequantizer, for each datum.
-        precision: in which they were computed.
-        num_rows: data scored.
+        kind: of the figures vi and nll.
+        draws: number of draws of the dequantizer for each datum.
+        precision: the dtype in which the figures were computed.
+        num_rows: number of data scored.
         intact: whether every draw fell into the cell of its datum.
     """
 
@@ -68,8 +67,8 @@ def check_data(model: DflowImageModel, images: ImageSet) -> None:
     if isinstance(images.levels, int) and len(levels) == 1 and images.levels > levels[0]:
         raise InputError(
             f"{images.name}: values of {images.levels} levels, and this model was trained on {levels[0]}: "
-            f"value {images.levels - 1} is none of 0..{levels[0] - 1}; set data.bits to that of the model's "
-            "recipe, or give the data it was trained on"
+            f"value {images.levels - 1} is not one of 0..{levels[0] - 1}; set data.bits to that of the "
+            "model's recipe, or give the data it was trained on"
         )
     if columns and images.columns and list(images.columns) != columns:
         raise InputError(
@@ -97,40 +96,40 @@ def evaluate_images(
 
     .. math:: \mathrm{vi} = -\tfrac 1 K \sum_k \log w_k, \qquad \mathrm{nll} = -\log \tfrac 1 K \sum_k w_k .
 
-    Draws come in chunks, so that the memory depends on the batch size and not on K. A row that occurs many
-    times is scored 32 times with new draws each; the expectation is the same.
+    Draws come in chunks: the memory depends on the batch size and not on K. A row that occurs many times is
+    scored 32 times with new draws each; the expectation is the same.
 
     Args:
         model: scored in a copy of the precision asked for.
         data: a split.
         unit: "bits a dimension", or "bits" for those of a whole datum.
         draws: K.
-        batch_size: data a pass, on each process.
+        batch_size: number of data a pass, on each process.
         limit: score ``limit`` random rows only, always the same.
-        precision: of the model and the draws; sums are in float64 in any case.
-        seed: of the draws.
+        precision: the dtype of the model and the draws; sums are in float64 in any case.
+        seed: the seed of the draws.
         progress: show a bar on stderr.
         accelerator: spread the data over its processes.
 
     Raises:
-        InputError: nothing to score, data of another kind than the model's, a model without bounds, or a
-            bound that is not finite.
+        InputError: data of another kind than the model's, a model without bounds, a bound that is not finite.
     """
     check_positive(draws=draws, batch_size=batch_size, limit=limit)
     if not 0 <= seed < 1 << 62:
         raise InputError(f"seed {seed} must be from 0 to {(1 << 62) - 1}")
-    scorer = _Bounds(_copy(model, precision), data, limit, draws, batch_size, seed)
+    scorer = _Bounds(_copy(model, precision), data.subset(limit or data.num_rows), draws, batch_size, seed)
     totals = total(scorer, batch_size, progress, accelerator)
     dims = 1 if unit == "bits" else model.dim
-    means = {name: totals.mean(name) for name in scorer.names}
+    (vi, vi_error), (nll, nll_error) = totals.bits("vi", dims), totals.bits("nll", dims)
+    exact, _ = totals.bits("exact", dims)
     return ImageEvaluation(
-        vi=bits(means["vi"], dims),
-        nll=bits(means["nll"], dims),
-        kl=bits(means["vi"] - means["nll"], dims),
-        exact=None if math.isnan(means["exact"]) else bits(means["exact"], dims),
-        vi_error=_in_bits(totals.error("vi"), dims),
-        nll_error=_in_bits(totals.error("nll"), dims),
-        ess=means["ess"],
+        vi=vi,
+        nll=nll,
+        kl=vi - nll,
+        exact=None if math.isnan(exact) else exact,
+        vi_error=vi_error,
+        nll_error=nll_error,
+        ess=totals.mean("ess"),
         unit=unit,
         kind=f"upper bounds in expectation, from {draws:,} draws",
         draws=draws,
@@ -146,18 +145,10 @@ class _Bounds(Scorer):
     model: DflowImageModel
     names, optional, random = ("vi", "nll", "ess", "exact"), ("ess", "exact"), True
 
-    def __init__(
-        self,
-        model: DflowImageModel,
-        data: Samples,
-        limit: int | None,
-        draws: int,
-        batch_size: int,
-        seed: int,
-    ) -> None:
+    def __init__(self, model: DflowImageModel, data: Samples, draws: int, batch_size: int, seed: int) -> None:
         self.model, self.law, self.draws, self.seed = model, model.dequantized, draws, seed
         self.what = f"bound on the {data.name} data"
-        self.values, self.weights = _distinct(data.subset(limit or data.num_rows).values)
+        self.values, self.weights = _distinct(data.values)
         self.num_rows = self.num_checks = len(self.values)
         self.chunk = max(1, min(draws, min(_PASS, _PASS_ENTRIES // model.dim) // batch_size))
         self.has_masses = True
@@ -188,17 +179,17 @@ class _Bounds(Scorer):
 
 @dataclass(frozen=True)
 class ExactEvaluation:
-    """What a model with an exact likelihood costs on data, in `unit`.
+    """The cost of data under a model with an exact likelihood, in `unit`.
 
     Attributes:
         nll: minus the mean log-likelihood.
         nll_error: its standard error over data, None for a single one.
         unit: "bits a dimension" or "bits" (a datum).
         kind: "exact".
-        precision: of the model; each precision makes a law of its own.
-        num_rows: data scored.
+        precision: the dtype of the model; each dtype makes a law of its own.
+        num_rows: number of data scored.
         round_trip: whether the flow gave back `num_checked` data from their latents; None: not checked.
-        num_checked: data that went through the round trip.
+        num_checked: number of data that went through the round trip.
     """
 
     nll: float
@@ -231,10 +222,10 @@ def evaluate_exact(
         model: scored in a copy of the precision asked for.
         data: a split.
         unit: "bits a dimension", or "bits" for those of a whole datum.
-        batch_size: data a pass, on each process.
+        batch_size: number of data a pass, on each process.
         limit: score ``limit`` random rows only, always the same.
-        precision: of the networks, and so of what is rounded; sums are in float64 in any case.
-        checks: data that go through the round trip, over all processes.
+        precision: the dtype of the networks, whose outputs are rounded; sums are in float64 in any case.
+        checks: number of data that go through the round trip, over all processes.
         progress: show a bar on stderr.
         accelerator: spread the data over its processes.
 
@@ -245,10 +236,10 @@ def evaluate_exact(
     check_positive(batch_size=batch_size, limit=limit)
     scorer = _Likelihood(_copy(model, precision), data, limit, checks)
     totals = total(scorer, batch_size, progress, accelerator)
-    dims = 1 if unit == "bits" else model.dim
+    nll, nll_error = totals.bits("nats", 1 if unit == "bits" else model.dim)
     return ExactEvaluation(
-        nll=bits(totals.mean("nats"), dims),
-        nll_error=_in_bits(totals.error("nats"), dims),
+        nll=nll,
+        nll_error=nll_error,
         unit=unit,
         kind="exact",
         precision=str(precision).removeprefix("torch."),
@@ -278,13 +269,8 @@ class _Likelihood(Scorer):
 
 def _copy(model: DflowImageModel, precision: torch.dtype) -> DflowImageModel:
     """A copy of the model in another precision."""
-    scored: DflowImageModel = copy.deepcopy(model)
-    nn.Module.to(scored, precision)
-    return scored
-
-
-def _in_bits(nats: float | None, dims: int) -> float | None:
-    return None if nats is None else bits(nats, dims)
+    copied: DflowImageModel = nn.Module.to(copy.deepcopy(model), precision)
+    return copied
 
 
 def _distinct(values: Tensor) -> tuple[Tensor, Tensor]:

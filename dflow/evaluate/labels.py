@@ -1,9 +1,9 @@
-"""How often a classifier is right, what its labels cost, and how well it knows when it is wrong."""
+"""Accuracy, cost and calibration of the labels of a classifier."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,10 +46,10 @@ class LabelEvaluation:
 
     Attributes:
         scores: in the order propagated, binarized, ensembles.
-        coverage: of the largest ensemble: pairs of a share of the data, those on which its members agree
-            most, and the error on them; None where there is none of two or more.
-        num_rows: images scored.
-        num_estimated: images that normalisations were re-estimated on, of the training data.
+        coverage: pairs of a share of the data, those on which the members of the largest ensemble agree
+            most, and the error on them; None without an ensemble of two or more.
+        num_rows: number of images scored.
+        num_estimated: number of training images on which normalisations were re-estimated.
         kind: "exact": the figures are those of the networks, and ensembles are of seeded draws.
     """
 
@@ -74,17 +74,17 @@ def evaluate_labels(
 ) -> LabelEvaluation:
     """Score ``model``, what it is binarized to, and ensembles of networks drawn from its law.
 
-    An ensemble says the mean of its members' probabilities. A smaller one is the beginning of a larger.
+    An ensemble predicts the mean of its members' probabilities. A smaller one is the beginning of a larger.
 
     Args:
         model: in evaluation mode.
         data: a split with labels.
-        train: what normalisations are re-estimated on.
+        train: data on which normalisations are re-estimated.
         ensembles: sizes; left out where no weight is random.
-        batch_size: images a pass.
+        batch_size: number of images a pass.
         limit: score ``limit`` random images only, always the same.
-        estimated: images to re-estimate on, always the same.
-        seed: of the draws of weights, and of pooling.
+        estimated: number of images to re-estimate on, always the same.
+        seed: the seed of the draws of weights, and of pooling.
         progress: show a bar on stderr.
 
     Raises:
@@ -96,37 +96,42 @@ def evaluate_labels(
         raise InputError(f"the {data.name} data have no labels; use mnist or cifar10")
     device = next(model.parameters()).device
     x, labels = model.check(rows.rows(slice(None))), rows.labels
-    kind = model.config.settings().kind
-    drawn = max(ensembles, default=0) if kind == "probabilistic" else 0
+    drawn = max(ensembles, default=0) if model.config.settings().kind == "probabilistic" else 0
     estimated_on = train.subset(estimated).rows(slice(None)).to(device)
     generator = torch.Generator().manual_seed(seed)
-
-    def probabilities(net: nn.Sequential) -> Tensor:
-        # float64, in which no probability of a soft-max is 0 for want of digits.
-        batches = [net(batch.to(device)).double().softmax(1).cpu() for batch in x.split(batch_size)]
-        bar.update()
-        return torch.cat(batches)
-
-    networks = drawn + 1 + (kind != "float")
+    predicted = list[tuple[str, Tensor]]()
     with (
         torch.inference_mode(),
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        tqdm(total=networks, unit="net", desc="score", delay=1, disable=not progress) as bar,
+        tqdm(unit="net", desc="score", delay=1, disable=not progress) as bar,
     ):
         torch.manual_seed(seed)
-        named = [("propagated" if kind == "probabilistic" else "network", probabilities(model.net))]
-        if kind != "float":
-            named.append(("binarized", probabilities(model.binarized(estimated_on))))
-        drawn_nets = (model.binarized(estimated_on, "sample", generator) for _ in range(drawn))
-        members = torch.stack([probabilities(net) for net in drawn_nets]) if drawn else None
-    if members is not None:
-        named += [(f"ensemble of {n}", members[:n].mean(0)) for n in ensembles]
+        for name, net in _networks(model, estimated_on, drawn, generator):
+            # float64, in which no probability of a soft-max is 0 for want of digits.
+            batches = [net(batch.to(device)).double().softmax(1).cpu() for batch in x.split(batch_size)]
+            predicted.append((name, torch.cat(batches)))
+            bar.update()
+    named = [(name, probabilities) for name, probabilities in predicted if name]
+    members = [probabilities for name, probabilities in predicted if not name]
+    named += [(f"ensemble of {n}", torch.stack(members[:n]).mean(0)) for n in ensembles if drawn]
     return LabelEvaluation(
-        scores=[score(name, predicted, labels) for name, predicted in named],
-        coverage=_points(*coverage(members, labels)) if drawn > 1 and members is not None else None,
+        scores=[score(name, probabilities, labels) for name, probabilities in named],
+        coverage=None if drawn < 2 else _points(*coverage(torch.stack(members), labels)),
         num_rows=len(x),
-        num_estimated=0 if kind == "float" else len(estimated_on),
+        num_estimated=0 if model.config.settings().kind == "float" else len(estimated_on),
     )
+
+
+def _networks(
+    model: DflowClassifier, estimated_on: Tensor, drawn: int, generator: torch.Generator
+) -> Iterator[tuple[str, nn.Sequential]]:
+    """The networks that a classifier can be made into, by name; those of an ensemble have none."""
+    kind = model.config.settings().kind
+    yield "propagated" if kind == "probabilistic" else "network", model.net
+    if kind != "float":
+        yield "binarized", model.binarized(estimated_on)
+    for _ in range(drawn):
+        yield "", model.binarized(estimated_on, "sample", generator)
 
 
 def score(name: str, probabilities: Tensor, labels: Tensor) -> Score:

@@ -13,26 +13,25 @@ from dflow.config import InputError
 from dflow.data import Draws, Text
 from dflow.evaluate.driver import Rows, Scorer, check_positive, share, total
 from dflow.hf import DflowModel
-from dflow.objectives import bits
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model costs on a text, and how that was measured.
+    """The cost of a text under a model, and how that was measured.
 
     Attributes:
         bpc: bits a character.
         standard_error: of `bpc`, from the spread over chunks; None for a single chunk.
         kind: ``exact``: the likelihood itself, neither a bound nor an estimate.
         protocol: how the text was cut.
-        num_symbols: symbols scored; in the sentence protocol each end counts as one.
-        num_chunks: chunks, or sentences, scored.
-        characters_per_symbol: of what is scored; 1 where the symbols are characters.
-        round_trip: whether what is scored is what is drawn, on `num_checked` chunks; None: not checked, which
-            a law of one's own may not offer.
-        num_checked: chunks that went through the round trip.
-        num_characters: characters scored; in the sentence protocol each end counts as one.
-        num_left: characters of the text that are not scored: behind the last whole chunk, of sentences that
+        num_symbols: number of symbols scored; in the sentence protocol each end counts as one.
+        num_chunks: number of chunks, or sentences, scored.
+        characters_per_symbol: a ratio over the scored text; 1 where the symbols are characters.
+        round_trip: whether the law draws what it scores, on `num_checked` chunks; None where it offers no
+            check.
+        num_checked: number of chunks that went through the round trip.
+        num_characters: number of characters scored; in the sentence protocol each end counts as one.
+        num_left: number of characters that are not scored: behind the last whole chunk, of sentences that
             are too long, or beyond the limit.
     """
 
@@ -70,10 +69,10 @@ def evaluate(
     Args:
         model: scores and draws; its mode is restored.
         text: a split of a corpus, spelled in the model's vocabulary.
-        batch_size: chunks a pass, on each process.
+        batch_size: number of chunks a pass, on each process.
         progress: show a bar on stderr.
         limit: score the first ``limit`` chunks only.
-        checks: chunks that go through the round trip, on each process.
+        checks: number of chunks that go through the round trip, on each process.
         accelerator: spread the chunks over its processes.
 
     Raises:
@@ -81,29 +80,22 @@ def evaluate(
             is not finite.
     """
     check_positive(batch_size=batch_size, limit=limit)
-    length, explicit = model.config.length, model.config.explicit_length
-    if explicit != (text.lengths is not None):
-        modelled, cut = ("sentences", "a stream") if explicit else ("a stream", "sentences")
-        raise InputError(
-            f"the model is one of {modelled} and the {text.name} text is cut as {cut}; set the protocol to "
-            f"{'sentence' if explicit else 'stream'!r}"
-        )
     scorer = _Chunks(model, text, limit, checks * share(accelerator)[1])
     totals = total(scorer, batch_size, progress, accelerator)
     if not totals.size:
         raise InputError(
-            f"no character begins in what is scored of the {text.name} text; raise the limit, or give more "
-            "text"
+            f"no character begins in the scored chunks of the {text.name} text; raise the limit, or give "
+            "more text"
         )
-    error, scored = totals.error("nats"), int(totals.size)
-    ends = 0 if text.lengths is None else len(text.lengths)
+    bpc, error = totals.bits("nats")
+    scored, ends = int(totals.size), 0 if text.lengths is None else len(text.lengths)
     ids, lengths = scorer.ids, scorer.lengths
     symbols = ids.numel() if lengths is None else int(lengths.sum()) + len(lengths)
     return Evaluation(
-        bpc=bits(totals.mean("nats"), 1),
-        standard_error=None if error is None else bits(error, 1),
+        bpc=bpc,
+        standard_error=error,
         kind="exact",
-        protocol=_protocol(text, length, limit),
+        protocol=_protocol(text, model.config.length, limit),
         num_symbols=symbols,
         num_chunks=int(totals.count),
         characters_per_symbol=scored / symbols,
@@ -121,6 +113,13 @@ class _Chunks(Scorer):
     row = "chunk"
 
     def __init__(self, model: DflowModel, text: Text, limit: int | None, checks: int) -> None:
+        explicit = model.config.explicit_length
+        if explicit != (text.lengths is not None):
+            modelled, cut = ("sentences", "a stream") if explicit else ("a stream", "sentences")
+            raise InputError(
+                f"the model is one of {modelled} and the {text.name} text is cut as {cut}; set the protocol "
+                f"to {'sentence' if explicit else 'stream'!r}"
+            )
         self.model, self.what = model, f"likelihood of the {text.name} text"
         self.ids, self.lengths = text.chunks(model.config.length, limit)
         # The end of a sentence counts as a character.
@@ -141,20 +140,20 @@ class _Chunks(Scorer):
 
 @dataclass(frozen=True)
 class LawEvaluation:
-    """What a model costs on a law, beside what the best of all costs.
+    """The cost of a law under a model, beside that under the law itself.
 
     Attributes:
         nats: ``E[-log q(x)]`` of a sequence, x from the law and q the model.
         bits: the same in bits an entry.
-        entropy: of the law, in nats a sequence; None where it is not known.
-        gap: ``nats - entropy``, the divergence KL(law || model) in nats; None where the entropy is.
-        factorized: what independent entries cost at best, in nats; None where it is not known.
+        entropy: the entropy of the law, in nats a sequence; None where it is not known.
+        gap: ``nats - entropy``, the divergence KL(law || model) in nats; None without an entropy.
+        factorized: the least cost under independent entries, in nats; None where it is not known.
         uniform: ``dim ln K``.
         kind: ``exact``: the expectation is a sum over all outcomes; ``estimate``: a mean over draws.
         standard_error: of `nats` and `gap`, 0 where they are exact; None for a single draw.
-        num_sequences: outcomes or draws scored.
-        round_trip: whether what is scored is what is drawn, on `num_checked` draws; None: not checked.
-        num_checked: draws that went through the round trip.
+        num_sequences: number of outcomes or draws scored.
+        round_trip: whether the model draws what it scores, on `num_checked` draws; None: not checked.
+        num_checked: number of draws that went through the round trip.
     """
 
     nats: float
@@ -192,10 +191,10 @@ def evaluate_law(
     Args:
         model: scores and draws; its mode is restored.
         text: a split of a corpus that is a law.
-        batch_size: sequences a pass, on each process.
+        batch_size: number of sequences a pass, on each process.
         progress: show a bar on stderr.
         limit: estimate from the first ``limit`` draws, even where the outcomes can be listed.
-        checks: draws that go through the round trip, on each process.
+        checks: number of draws that go through the round trip, on each process.
         accelerator: spread the sequences over its processes.
 
     Raises:
@@ -208,7 +207,7 @@ def evaluate_law(
     mean = totals.mean("nats")
     return LawEvaluation(
         nats=mean,
-        bits=bits(mean, law.dim),
+        bits=totals.bits("nats", law.dim)[0],
         entropy=law.entropy,
         gap=None if law.entropy is None else mean - law.entropy,
         factorized=law.factorized,
@@ -250,7 +249,10 @@ class _Outcomes(Scorer):
 
 
 def _protocol(text: Text, length: int, limit: int | None) -> str:
-    first = "" if limit is None else f"the first {limit:,} "
+    """How the text was cut, in words."""
+    limited = "" if limit is None else f"the first {limit:,} "
     if text.lengths is None:
-        return f"{first}chunks of {length:,} symbols, each on its own, tail of {text.tail(length):,} dropped"
-    return f"{first}sentences, each on its own with its length, {text.dropped:,} too long ones dropped"
+        return (
+            f"{limited}chunks of {length:,} symbols, each on its own, tail of {text.tail(length):,} dropped"
+        )
+    return f"{limited}sentences, each on its own with its length, {text.dropped:,} too long ones dropped"
