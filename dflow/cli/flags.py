@@ -117,11 +117,11 @@ def read_flags(cls: type[Any], values: dict[str, Any]) -> Any:
     converted = {}
     for name, value in values.items():
         options = [option for option in options_of(fields[name]) if option.startswith("--")]
-        shown = name if fields[name].metadata.get("positional") else " or ".join(options)
-        converted[name] = convert(hints[name], value, shown)
+        spelled = name if fields[name].metadata.get("positional") else " or ".join(options)
+        converted[name] = convert(hints[name], value, spelled)
         if name in _FILES and "-" in (value if isinstance(value, list) else [value]):
             raise InputError(
-                f"{shown} -: neither standard input nor standard output can be named here; for a file that "
+                f"{spelled} -: neither standard input nor standard output can be named here; for a file that "
                 "is called - write ./-"
             )
         if name == "seed" and converted[name] is not None and not 0 <= converted[name] < 1 << 63:

@@ -1,4 +1,4 @@
-"""What verbs share: flags of many of them, models, and what reaches the terminal."""
+"""What verbs share: flags, models, tables and messages."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Machine(Threads):
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(
-                f"--device {self.device}: not to be had here ({reason}); try --device cpu"
+                f"--device {self.device}: not available here ({reason}); try --device cpu"
             ) from None
         return device
 
@@ -177,7 +177,7 @@ def print_lines(items: Sequence[object]) -> None:
 
 
 def finite(record: object) -> object:
-    """``record`` with null for numbers that JSON lacks: infinite ones, and those that are none.
+    """``record`` with null for numbers that JSON lacks: infinite ones and NaN.
 
     >>> finite({"bits": [1.5, float("inf")]})
     {'bits': [1.5, None]}

@@ -55,7 +55,7 @@ class Source:
         return self.changed(load_images, trained, trained.of(str(self.data)))
 
     def recorded(self, folder: str, kind: type[C], other: str) -> C | None:
-        """The data that the recipe beside a model names; None where there is none, and none is needed."""
+        """The data that the recipe beside a model names; None without a recipe, where --data names some."""
         from dflow.hf import split_calls
         from dflow.train import recipe_of
 

@@ -33,14 +33,14 @@ class Train(Threads):
     )
     output: str | None = flag("folder of the model (default: that of the recipe)", None, short="-o")
     resume: bool = flag(
-        "go on: with the training in FOLDER by the recipe that it keeps (--resume FOLDER), or with that of a "
-        "recipe in its output (RECIPE --resume)",
+        "go on with the training in FOLDER by the recipe in it (--resume FOLDER), or with the training by "
+        "RECIPE in its output (RECIPE --resume)",
         False,
     )
 
 
 def train(flags: Train) -> int:
-    """`dflow train`; asked by a scheduler to make room it ends with 0, so that it may be queued again."""
+    """`dflow train`; where a scheduler asks for room it ends with 0, so that it may be queued again."""
     from dflow.train import Preempted
     from dflow.train import train as run
 
@@ -54,7 +54,7 @@ def train(flags: Train) -> int:
 
 
 def recipe_to_train(flags: Train) -> Recipe:
-    """The recipe that the flags of `dflow train` name; --resume never begins what was not asked for."""
+    """The recipe that the flags of `dflow train` name; --resume alone never begins a new training."""
     from dflow.train import STATE, load_recipe, resume_command, resumed_recipe
 
     path = Path(flags.recipe)
@@ -75,7 +75,7 @@ def recipe_to_train(flags: Train) -> Recipe:
     if not (flags.resume and empty):
         return recipe
     if flags.output is None and not any(word.startswith("output=") for word in flags.set):
-        # Whoever trained into another folder would train from the beginning, into this one.
+        # A user who trained into another folder would train from the beginning, into this one.
         named = path.parent if (path.parent / STATE).is_file() else Path("FOLDER")
         raise InputError(
             f"{recipe.output}: nothing to resume; go on with a training by its folder: "
@@ -125,12 +125,12 @@ def _is_flag(word: str) -> bool:
 
 
 def hint_of_setting(option: str) -> str:
-    """How the setting of a recipe is given that a flag may stand for; "" where it may be none."""
+    """How to give the setting of a recipe that a flag may stand for; "" where there is no such setting."""
     from dflow.train import TrainConfig
 
     section, dot, name = option.lstrip("-").partition(".")
     if dot:
-        return nearest(option, [f"--{known}.{name}" for known in SECTIONS])
+        return nearest(option, [f"--{other}.{name}" for other in SECTIONS])
     name = section.replace("-", "_")
     if name in {f.name for f in dataclasses.fields(TrainConfig)}:
         return f"settings of the recipe are given by --set train.{name}=VALUE"
