@@ -1,4 +1,4 @@
-"""Which training a folder holds: what must be the same for it to go on, and how it is told to go on."""
+"""Which training a folder holds: what must be the same for it to go on, and the command for it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def resumed_task(recipe: Recipe) -> Task:
     except InputError:
         return task_of(recipe, True)  # the state says whether it is the same run
     then, now = _fixed(before), _fixed(recipe)
-    if before.family != recipe.family or any(then[part] != now[part] for part in ("data", "train")):
+    if before.family != recipe.family or any(then[section] != now[section] for section in ("data", "train")):
         raise other_settings(recipe)
     expected = recipe.data.checksum or before.data.checksum
     try:

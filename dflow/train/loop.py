@@ -148,7 +148,7 @@ class Run:
     def begin(self, resumed: bool) -> None:
         """Open the output and say what will happen."""
         output, is_main = self.recipe.output, self.accelerator.is_main_process
-        # With the checksum, whoever evaluates the model learns if the data have changed since.
+        # With the checksum, an evaluation of the model finds out if the data have changed since.
         data = replace(self.recipe.data.located(), checksum=self.task.data.checksum)
         text = yaml.safe_dump(replace(self.recipe, data=data).as_dict(), sort_keys=False)
         # The budget may have changed, or the place of the data: the next --resume goes on by these.
@@ -219,7 +219,7 @@ class Run:
             data.things,
             not self.accelerator.is_main_process,
         )
-        with self.signals, bar.bar:
+        with self.signals.noted(), bar.bar:
             self._catch_up()
             while self.fraction() < 1 and not self.stop:
                 progress.loss, count = self._one_step(started)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import signal
 import time
 import warnings
-from collections.abc import Callable
-from types import FrameType, TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -61,12 +62,12 @@ def check_trackers(names: list[str]) -> None:
 
     Accelerate itself warns of one that is missing and goes on without any.
     """
-    known = {str(kind): kind for kind in LOGGER_TYPE_TO_CLASS}
+    trackers = {str(kind) for kind in LOGGER_TYPE_TO_CLASS}
     installed = {str(kind) for kind in get_available_trackers()}
     for name in filter(None, names):
-        if name not in known and name != "all":
-            raise InputError(f"train.trackers: no tracker {name!r}; {nearest(name, [*known, 'all'])}")
-    missing = [name for name in names if name in known and name not in installed]
+        if name not in trackers and name != "all":
+            raise InputError(f"train.trackers: no tracker {name!r}; {nearest(name, [*trackers, 'all'])}")
+    missing = [name for name in names if name in trackers and name not in installed]
     if missing:
         packages = " ".join(name.replace("_", "-") for name in missing)
         others = ",".join(name for name in names if name not in missing)
@@ -99,42 +100,41 @@ def compile_in_place(objective: nn.Module, device: torch.device) -> None:
 
 
 class Signals:
-    """Within ``with``: notes the first signal that asks to stop; the second one raises `KeyboardInterrupt`.
+    """The first signal that asks to stop; a second one raises `KeyboardInterrupt`.
 
     Args:
-        first: called at the first signal.
-        second: the message of the `KeyboardInterrupt`.
+        at_first: called at the first signal.
+        at_second: gives the message of the `KeyboardInterrupt`.
 
     Attributes:
-        number: of the signal that was noted, 0 for none.
+        number: of the first signal, 0 while there was none.
         time: when it came.
     """
 
-    def __init__(self, first: Callable[[], None], second: Callable[[], str]) -> None:
-        self.first, self.second = first, second
+    def __init__(self, at_first: Callable[[], None], at_second: Callable[[], str]) -> None:
+        self.at_first, self.at_second = at_first, at_second
         self.number, self.time = 0, 0.0
-        self._handlers: dict[int, Any] = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if not self.number:
             self.number, self.time = number, now
-            self.first()
+            self.at_first()
         elif now - self.time > ECHO:
-            raise KeyboardInterrupt(self.second())
+            raise KeyboardInterrupt(self.at_second())
 
-    def __enter__(self) -> Signals:
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Within it signals are noted; then the handlers of before are back."""
         try:
-            self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+            handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
         except ValueError:  # only the main thread may; elsewhere the defaults stand
-            self._handlers = {}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            handlers = {}
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 #: Formats of the bar by what it counts; seconds a second say nothing.

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -141,11 +141,23 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
             raise InputError("give a budget: steps or minutes")
-        for names, fits, condition in _CONDITIONS:
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not fits(value):
-                    raise InputError(f"{name} must {condition}, found {value}")
+        for name in ("steps", "minutes", "eval_every", "eval_minutes", "save_every", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"{name} must be positive and finite, found {value}")
+        for name in ("batch_size", "accumulation", "refit_batches", "draws", "eval_draws", "keep"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, found {getattr(self, name)}")
+        for name in ("warmup", "weight_decay", "clip", "eval_chunks", "samples", "skip"):
+            if (getattr(self, name) or 0) < 0:
+                raise InputError(f"{name} must not be negative, found {getattr(self, name)}")
+        for name in ("ema", "base_momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} must lie in [0, 1), found {getattr(self, name)}")
+        if not 0 <= self.final_learning_rate <= 1:
+            raise InputError(f"final_learning_rate must lie in [0, 1], found {self.final_learning_rate}")
+        if not -(1 << 63) <= self.seed < 1 << 63:
+            raise InputError(f"seed must be a number of 64 bits, found {self.seed}")
         if self.shard and self.mixed_precision == "fp16":
             raise InputError("shard goes with mixed_precision bf16 or no, not with fp16; choose bf16")
         if self.shard and self.compile:
@@ -154,29 +166,6 @@ class TrainConfig:
             raise InputError(f"temperature must be positive from start to end, found {self.temperature}")
         if self.noise and min(self.noise.start, self.noise.end) < 0:
             raise InputError(f"noise must not be negative, found {self.noise}")
-
-
-#: Names of settings of `TrainConfig`, the condition that their values meet, and the condition in words.
-_CONDITIONS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    (
-        "steps minutes eval_every eval_minutes save_every learning_rate",
-        lambda value: 0 < value < math.inf,
-        "be positive and finite",
-    ),
-    (
-        "batch_size accumulation refit_batches draws eval_draws keep",
-        lambda value: value >= 1,
-        "be at least 1",
-    ),
-    (
-        "warmup weight_decay clip eval_chunks samples skip",
-        lambda value: value >= 0,
-        "not be negative",
-    ),
-    ("ema base_momentum", lambda value: 0 <= value < 1, "lie in [0, 1)"),
-    ("final_learning_rate", lambda value: 0 <= value <= 1, "lie in [0, 1]"),
-    ("seed", lambda value: -(1 << 63) <= value < 1 << 63, "be a number of 64 bits"),
-)
 
 
 @dataclass

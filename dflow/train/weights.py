@@ -77,7 +77,7 @@ class Weights:
             self.accelerator.backward(loss)
 
     def clip(self) -> float:
-        """Clip the gradient; its norm before, 0 where there is none."""
+        """Clip the gradient; returns its norm before, 0 where nothing is optimised."""
         if not self.learned:
             return 0.0
         # Without a limit nothing is clipped, and the norm says whether the gradient is finite.
