@@ -12,9 +12,9 @@ from dflow.config import InputError
 
 @dataclass(kw_only=True)
 class Check(Results):
-    """Say whether a model folder is whole.
+    """Check whether a model folder is whole.
 
-    That is: every file as it was saved, and a model that loads.
+    In a whole one every file is as it was saved, and the model loads.
     """
 
     model: str = argument("folder of the model")

@@ -13,20 +13,20 @@ from dflow.config import InputError
 
 @dataclass(kw_only=True)
 class Codecs(Machine, Results):
-    """What classical codecs, and models, make of pictures or texts.
+    """Compare classical codecs and models on pictures or texts.
 
-    A table of bytes, bits and time, each file decoded and compared.
+    The table has bytes, bits and times; each file is decoded and compared.
     """
 
     files: list[str] = argument("pictures, .npy arrays or texts (or a set by --data)", many=True)
     data: str | None = flag("data set by name (`dflow data list` shows them), or a path", None)
     split: Literal["train", "valid", "test", "all"] | None = flag(
-        "with --data: which part of it: train, valid, test, or all of them (default: test)", None
+        "part of --data: train, valid, test, or all of them (default: test)", None
     )
-    folder: str | None = flag("with --data: folder of the data (default: DFLOW_DATA)", None)
+    folder: str | None = flag("folder of --data (default: DFLOW_DATA)", None)
     limit: int | None = flag(
-        "of files the first LIMIT pictures, or LIMIT bytes of each text; of --data LIMIT random pictures, or "
-        "LIMIT characters",
+        "number of pictures, the first ones of files or random ones of --data; of texts, number of bytes of "
+        "each file or of characters of --data (default: all)",
         None,
     )
     model: list[str] = flag("folders of models to compress with", many=True)

@@ -13,9 +13,9 @@ from dflow.cli.source import Source
 
 @dataclass(kw_only=True)
 class Compare(Source, Machine, Results):
-    """Bits, network calls and speed of several models.
+    """Compare bits, network calls and speed of several models.
 
-    With ratios to the LSTM among them.
+    Where an LSTM is among them, the table has ratios to it.
     """
 
     models: list[str] = argument("folders of the models")

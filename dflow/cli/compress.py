@@ -26,13 +26,13 @@ BITS_BACK = ("auxiliary", "allow_larger", "grid", "sigma", "noise")
 class Compress(Threads, Results):
     """Compress pictures, or files of any kind, without loss.
 
-    Pictures by a flow, integer or dequantized; files of any kind by a model of text.
+    A flow, integer or dequantized, compresses pictures; a model of text compresses files of any kind.
 
     Every value of a picture or an array (.npy of uint8 or uint16) comes back; ICC profiles, EXIF data and the
-    bytes of the original file do not. A picture comes back as PNG. By a model of text every byte comes back.
+    bytes of the original file do not. A picture comes back as PNG. A model of text gives every byte back.
 
-    By a dequantized flow (local bits-back) the first pictures need auxiliary bits: those of a file that comes
-    back with the pictures, or else random ones, which make a file of few pictures larger than they are.
+    With a dequantized flow (local bits-back) the first pictures need auxiliary bits: those of a file that
+    comes back with the pictures, or else random ones, which make a file of few pictures larger than they are.
     """
 
     files: list[str] = argument("pictures or .npy arrays; for a model of text, files of any kind")

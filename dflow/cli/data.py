@@ -10,27 +10,21 @@ from dflow.cli.shared import Results, show_records
 
 @dataclass(kw_only=True)
 class DataList(Results):
-    """The texts and images known by name, and which are there."""
+    """List the texts and images known by name, and which of them are there."""
 
     folder: str | None = flag("folder of the data (default: DFLOW_DATA)", None)
 
 
 @dataclass(kw_only=True)
 class DataPrepare(DataList):
-    """Fetch a text or a set of images, and check it.
-
-    Into the folder, unless it is there.
-    """
+    """Fetch a text or a set of images, unless it is there, and check it."""
 
     name: str = argument("name of the set")
 
 
 @dataclass(kw_only=True)
 class DataCheck(DataPrepare):
-    """Check the files of a text or a set of images.
-
-    Against their known sizes and checksums.
-    """
+    """Check the files of a text or a set of images against their checksums."""
 
 
 def data_list(flags: DataList) -> int:

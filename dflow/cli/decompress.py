@@ -12,9 +12,9 @@ from dflow.config import InputError
 
 @dataclass(kw_only=True)
 class Decompress(Threads, Results):
-    """Give back what was compressed.
+    """Decompress .dfl files.
 
-    With --levels coarse pictures from a beginning of the file.
+    With --levels the beginning of a file gives coarse pictures.
     """
 
     files: list[str] = argument(".dfl files")

@@ -26,10 +26,11 @@ FAILED = "the round trip failed; the figures above do not describe what it draws
 
 @dataclass(kw_only=True)
 class Evaluate(Source, Machine, Results):
-    """Exact bits of a model on a text or images, or bounds of them.
+    """Measure bits of texts or images, exactly or by bounds.
 
-    Of a synthetic law the distance from it. Of a classifier accuracy, nll and calibration: of the propagated
-    law, of the network of its most probable signs, and of ensembles of networks drawn from it.
+    For a synthetic law it measures the distance from the law. For a classifier it measures accuracy, nll and
+    calibration: those of the propagated law, of the network of its most probable signs, and of ensembles of
+    networks drawn from it.
 
     A failed round trip ends with exit code 1.
     """

@@ -17,9 +17,9 @@ _OUTPUT = "PNG file to write, whole or not at all"
 
 @dataclass(kw_only=True)
 class PlotDensity(Machine, Results):
-    """Density p(v) and dequantized data q(v), side by side.
+    """Plot the density p(v) of a model beside its dequantized data q(v).
 
-    Pictures of a model of two dimensions.
+    The model has two dimensions.
     """
 
     model: str = flag("folder of the model")
@@ -29,9 +29,9 @@ class PlotDensity(Machine, Results):
 
 @dataclass(kw_only=True)
 class PlotCoverage(Source, Machine, Results):
-    """Error of an ensemble where its members agree most.
+    """Plot the error of an ensemble where its members agree most.
 
-    An ensemble of drawn networks, on the share of the data where they agree most.
+    The members are networks that are drawn from a network of random signs.
     """
 
     model: str = flag("folder of the model, a network of random signs")
@@ -42,9 +42,9 @@ class PlotCoverage(Source, Machine, Results):
 
 @dataclass(kw_only=True)
 class PlotProgressive(Threads, Results):
-    """Pictures of a .dfl file as they are seen after each level.
+    """Plot the pictures of a .dfl file as they are seen after each level.
 
-    With their share of the file and PSNR.
+    The plot names the share of the file, and the PSNR.
     """
 
     file: str = argument(".dfl file")
@@ -55,10 +55,7 @@ class PlotProgressive(Threads, Results):
 
 @dataclass(kw_only=True)
 class PlotTraining(Results):
-    """What the validation data cost while models were trained.
-
-    By steps and by minutes.
-    """
+    """Plot the cost of the validation data by steps and by minutes of trainings."""
 
     runs: list[str] = argument("folders of the models")
     output: str = flag(_OUTPUT, "training.png", short="-o")

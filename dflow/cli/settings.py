@@ -25,9 +25,9 @@ _NARROW, _LEAST = (8, 16), 20
 
 @dataclass(kw_only=True)
 class Settings(Results):
-    """The settings of a recipe: names, types, defaults, meanings.
+    """List settings of recipes: names, types, defaults, meanings.
 
-    Of a family of models, or the names of all families.
+    They are those of one family of models; without a family the names of all are listed.
     """
 
     family: str | None = argument("family of models (default: none, and the names of all are shown)", None)
