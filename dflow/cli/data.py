@@ -10,21 +10,21 @@ from dflow.cli.shared import Results, show_records
 
 @dataclass(kw_only=True)
 class DataList(Results):
-    """List the texts and images known by name, and which of them are there."""
+    """List texts and images known by name, and which are there."""
 
     folder: str | None = flag("folder of the data (default: DFLOW_DATA)", None)
 
 
 @dataclass(kw_only=True)
 class DataPrepare(DataList):
-    """Fetch a text or a set of images, unless it is there, and check it."""
+    """Fetch a text or set of images unless it is there; check it."""
 
     name: str = argument("name of the set")
 
 
 @dataclass(kw_only=True)
 class DataCheck(DataPrepare):
-    """Check the files of a text or a set of images against their checksums."""
+    """Check files of a text or set of images by their checksums."""
 
 
 def data_list(flags: DataList) -> int:

@@ -17,7 +17,7 @@ _OUTPUT = "PNG file to write, whole or not at all"
 
 @dataclass(kw_only=True)
 class PlotDensity(Machine, Results):
-    """Plot the density p(v) of a model beside its dequantized data q(v).
+    """Plot the density p(v) beside the dequantized data q(v).
 
     The model has two dimensions.
     """
@@ -42,7 +42,7 @@ class PlotCoverage(Source, Machine, Results):
 
 @dataclass(kw_only=True)
 class PlotProgressive(Threads, Results):
-    """Plot the pictures of a .dfl file as they are seen after each level.
+    """Plot pictures of a .dfl file as seen after each level.
 
     The plot names the share of the file, and the PSNR.
     """
@@ -55,7 +55,7 @@ class PlotProgressive(Threads, Results):
 
 @dataclass(kw_only=True)
 class PlotTraining(Results):
-    """Plot the cost of the validation data by steps and by minutes of trainings."""
+    """Plot the cost of validation data by steps and by minutes."""
 
     runs: list[str] = argument("folders of the models")
     output: str = flag(_OUTPUT, "training.png", short="-o")
