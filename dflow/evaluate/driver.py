@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -90,7 +90,7 @@ class Totals:
     count: float
     size: float
     squared_sizes: float
-    sums: Mapping[str, tuple[float, float, float]]
+    sums: Mapping[str, Sequence[float]]
     num_checked: int
     failed: bool
 
@@ -135,18 +135,19 @@ def total(
     """
     rank, world = share(accelerator)
 
-    def batches(num_rows: int) -> Iterator[slice]:
+    def batches(num_rows: int) -> list[slice]:
         size = batch_size if scorer.random else max(1, min(batch_size, -(-num_rows // world)))
-        for start in range(rank * size, num_rows, world * size):
-            yield slice(start, min(num_rows, start + size))
+        starts = range(rank * size, num_rows, world * size)
+        return [slice(start, min(num_rows, start + size)) for start in starts]
 
+    shares = batches(scorer.num_rows)
     sums = torch.zeros(3 + 3 * len(scorer.names), dtype=torch.float64)
     checks = torch.zeros(2, dtype=torch.float64)
     with (
         torch.inference_mode(),
         evaluating(scorer.model),
         tqdm(
-            total=scorer.num_rows,
+            total=sum(rows.stop - rows.start for rows in shares),
             unit=scorer.row,
             desc="score",
             delay=1,
@@ -154,7 +155,7 @@ def total(
             disable=not (progress and rank == 0),
         ) as bar,
     ):
-        for rows in batches(scorer.num_rows):
+        for rows in shares:
             sums += _sums(scorer.score(rows), scorer.names)
             bar.update(rows.stop - rows.start)
         for rows in batches(scorer.num_checks):
@@ -164,8 +165,9 @@ def total(
     totals = torch.cat([sums, checks])
     if accelerator is not None and world > 1:
         totals = accelerator.reduce(totals.to(accelerator.device), "sum")
-    count, size, squared_sizes, *values, num_checked, failures = totals.tolist()
-    by_name = dict(zip(scorer.names, zip(*[iter(values)] * 3, strict=True), strict=True))
+    count, size, squared_sizes = totals[:3].tolist()
+    num_checked, failures = totals[-2:].tolist()
+    by_name = dict(zip(scorer.names, totals[3:-2].view(-1, 3).tolist(), strict=True))
     if not all(math.isfinite(by_name[name][0]) for name in scorer.names if name not in scorer.optional):
         raise InputError(
             f"the model's {scorer.what} is not finite; its training diverged or its checkpoint is damaged"
