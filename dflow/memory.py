@@ -6,7 +6,7 @@ import ctypes
 import os
 import sys
 
-#: Of malloc.h.
+#: Parameters of mallopt, as in malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 #: Bytes of one block, or free at the end of the heap, up to which nothing goes back to the system.
 _LARGEST = 1 << 30

@@ -173,10 +173,10 @@ def progressive(
     As on slide 11 of Hoogeboom et al. 2019 (arXiv 1905.07376).
 
     Args:
-        names: of the pictures, a row each.
+        names: the names of the pictures, a row each.
         images: each picture as it is seen after each level, ``(H, W)`` or ``(H, W, 3)`` in 0..1.
         shares: the share of the file up to each level.
-        psnr: that of each picture after each level, in decibels; infinite where nothing is missing.
+        psnr: peak signal-to-noise ratios of each picture after each level, in decibels; infinite where exact.
     """
     rows, columns = len(names), len(shares)
     heights = [0.4 + 2.4 * min(3, max(0.2, seen[0].shape[0] / seen[0].shape[1])) for seen in images]
@@ -203,7 +203,7 @@ def coverage(curve: Sequence[tuple[float, float]], levels: Mapping[str, float]) 
 
     Args:
         curve: shares and errors, both in 0..1.
-        levels: by name, errors on all of the data.
+        levels: errors on all of the data, by name.
     """
     shares, errors = (100 * np.array(side) for side in zip(*sorted(curve), strict=True))
     wrong = np.flatnonzero(errors > 0)
@@ -238,8 +238,8 @@ def training(runs: Mapping[str, Sequence[Mapping[str, float]]], unit: str = "bit
     """The cost of the validation data at each evaluation, by steps and by minutes.
 
     Args:
-        runs: by name, evaluations as `dflow.train.history` reads them.
-        unit: of the cost, "bits a character".
+        runs: evaluations by the names of the runs, as `dflow.train.history` reads them.
+        unit: the unit of the cost, "bits a character".
     """
     from matplotlib.ticker import MaxNLocator
 

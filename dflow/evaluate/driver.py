@@ -32,7 +32,7 @@ class Rows:
     """The figures of a batch of rows.
 
     Attributes:
-        values: by the names of the scorer, ``(rows,)``: nats, or whatever is averaged.
+        values: figures ``(rows,)`` by the names of the scorer: nats, or whatever is averaged.
         sizes: what the figures are averaged over, ``(rows,)``: the characters of each row; default 1.
         weights: how often each row counts, ``(rows,)``; default 1. They add up to the number of rows.
     """
@@ -47,8 +47,8 @@ class Scorer(ABC):
 
     Attributes:
         model: set to evaluation mode while it is scored.
-        names: of the figures.
-        optional: those of the figures that may be missing, as NaN.
+        names: the names of the figures.
+        optional: the names of figures that may be missing, as NaN.
         row: the word for a row on the progress bar.
         what: what is scored, for the error: "likelihood of the test text".
         num_rows: rows to score.
@@ -79,9 +79,9 @@ class Totals:
     """Sums over the rows of all processes.
 
     Attributes:
-        count: rows, by their weights.
-        size: their sizes.
-        sums: by name ``(sum v, sum v^2, sum v s)`` for values v and sizes s, each times the weight.
+        count: the number of rows, by their weights.
+        size: the sum of their sizes.
+        sums: ``(sum v, sum v^2, sum v s)`` by name, for values v and sizes s, each times the weight.
         squared_sizes: ``sum s^2``.
         num_checked: rows that were checked.
         failed: whether one of the checks failed.
@@ -176,7 +176,7 @@ def total(
 
 
 def _sums(rows: Rows, names: tuple[str, ...]) -> Tensor:
-    """Those of `Totals`, float64 ``(3 + 3 * names,)`` on the CPU."""
+    """The sums of `Totals` over a batch, float64 ``(3 + 3 * names,)`` on the CPU."""
     values = torch.stack([rows.values[name].double().cpu() for name in names])
     ones = torch.ones(values.shape[1], dtype=torch.float64)
     weights = ones if rows.weights is None else rows.weights.double().cpu()

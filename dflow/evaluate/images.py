@@ -31,11 +31,11 @@ class ImageEvaluation:
         kl: ``vi - nll``, an estimate from below of KL(q(v | x) || p(v | x)).
         exact: the cost itself, where the density has cell masses; else None.
         vi_error: standard error of `vi` over data, None for a single one.
-        nll_error: that of `nll`.
+        nll_error: standard error of `nll`.
         ess: mean effective number of draws, 1 to `draws`; where it is small, `nll` depends on a few draws and
             can lie below the truth.
         unit: "bits a dimension" or "bits" (a datum).
-        kind: of the figures vi and nll.
+        kind: the kind of the figures vi and nll.
         draws: number of draws of the dequantizer for each datum.
         precision: the dtype in which the figures were computed.
         num_rows: number of data scored.

@@ -21,7 +21,7 @@ class Evaluation:
 
     Attributes:
         bpc: bits a character.
-        standard_error: of `bpc`, from the spread over chunks; None for a single chunk.
+        standard_error: the error of `bpc`, from the spread over chunks; None for a single chunk.
         kind: ``exact``: the likelihood itself, neither a bound nor an estimate.
         protocol: how the text was cut.
         num_symbols: number of symbols scored; in the sentence protocol each end counts as one.
@@ -144,13 +144,13 @@ class LawEvaluation:
 
     Attributes:
         nats: ``E[-log q(x)]`` of a sequence, x from the law and q the model.
-        bits: the same in bits an entry.
+        bits: the cost in bits an entry.
         entropy: the entropy of the law, in nats a sequence; None where it is not known.
         gap: ``nats - entropy``, the divergence KL(law || model) in nats; None without an entropy.
         factorized: the least cost under independent entries, in nats; None where it is not known.
         uniform: ``dim ln K``.
         kind: ``exact``: the expectation is a sum over all outcomes; ``estimate``: a mean over draws.
-        standard_error: of `nats` and `gap`, 0 where they are exact; None for a single draw.
+        standard_error: the error of `nats` and `gap`, 0 where they are exact; None for a single draw.
         num_sequences: number of outcomes or draws scored.
         round_trip: whether the model draws what it scores, on `num_checked` draws; None: not checked.
         num_checked: number of draws that went through the round trip.

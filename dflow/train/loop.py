@@ -91,7 +91,7 @@ class Run:
     """One training in progress.
 
     Attributes:
-        progress: what a state keeps of it, beside the weights.
+        progress: the numbers that a state holds beside the weights.
         stop: the signal on which all processes agreed to stop, 0 for none.
         saved: whether the output folder holds something that is not this run's to remove.
     """

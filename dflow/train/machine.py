@@ -24,7 +24,7 @@ from dflow.train.recipe import Recipe, TrainConfig
 #: Ways of accelerate to distribute a model of which no process has the whole.
 _CUT_MODELS = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
-#: By which people and schedulers ask a training to stop; not every system has the last.
+#: Signals by which people and schedulers ask a training to stop; not every system has the last.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 #: Seconds within which a second signal is an echo of the first: under a launcher a process gets Ctrl-C from
@@ -93,7 +93,7 @@ def compile_in_place(objective: nn.Module, device: torch.device) -> None:
             f"train.compile: no compiler that works ({str(error).splitlines()[0]}); install one (g++; for a "
             "GPU Triton as well), or leave out train.compile"
         ) from error
-    # That complex numbers (rotary positions) are not compiled, and that it looks at all of a tensor.
+    # Warnings that complex numbers (rotary positions) are not compiled, and that a gradient is looked at.
     for message in ("Torchinductor does not support code generation for complex", "The .grad attribute of a"):
         warnings.filterwarnings("ignore", message)
     objective.compile(options={"fallback_random": True})
@@ -107,8 +107,8 @@ class Signals:
         at_second: gives the message of the `KeyboardInterrupt`.
 
     Attributes:
-        number: of the first signal, 0 while there was none.
-        time: when it came.
+        number: the number of the first signal, 0 before it.
+        time: the time of the first signal, by `time.monotonic`.
     """
 
     def __init__(self, at_first: Callable[[], None], at_second: Callable[[], str]) -> None:
@@ -148,9 +148,9 @@ class Bar:
         config: the budget.
         step: steps made.
         elapsed: seconds spent.
-        unit: of the loss.
-        things: what is counted a second.
-        disabled: show nothing.
+        unit: the unit of the loss.
+        things: the name of what is counted a second.
+        disabled: whether to show nothing.
     """
 
     def __init__(

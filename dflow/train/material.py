@@ -39,10 +39,10 @@ class Material(ABC):
     """The data of a training.
 
     Attributes:
-        checksum: of the data.
-        unit: of what the model costs, "bits a character".
+        checksum: the checksum of the data.
+        unit: the unit of the cost, "bits a character".
         short: the same unit for the progress bar.
-        things: what the progress bar counts a second.
+        things: the name of what the progress bar counts a second.
         summary: lines on the data, their splits, and how they were read.
     """
 
@@ -66,7 +66,7 @@ class Material(ABC):
 
     @abstractmethod
     def valid(self, device: torch.device, rank: int, world: int) -> tuple[Iterator[Batch], float]:
-        """The batches of validation data of this process, and the number of things in those of all."""
+        """The batches of validation data of this process, and the number of things in all of the data."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:

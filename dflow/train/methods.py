@@ -30,7 +30,7 @@ class Judgement:
     """How good a model is.
 
     Attributes:
-        rank: what the best model has least of, the same on every process.
+        rank: a number that is least for the best model, the same on every process.
         shares: other figures of the evaluation, by name, for its line of metrics.
         notes: lines on them to print.
     """
@@ -45,9 +45,9 @@ class Method:
 
     Attributes:
         config: the settings of the training.
-        objective: loss in nats summed over a batch, and statistics for what has a closed form (or None).
+        objective: gives the loss of a batch in nats, summed, and statistics for a closed form or None.
         rule: the training rule.
-        kind: of the cost at an evaluation: "exact" or the name of a bound.
+        kind: the kind of the cost at an evaluation: "exact" or the name of a bound.
         rank_unit: the unit of the rank of a model, None where it is that of its cost.
     """
 
@@ -204,7 +204,7 @@ class Classification(Method):
                 wrong[name] += int((net(x).argmax(1) != labels).sum())
         accuracies = ", ".join(f"{name} {1 - n / count:.2%}" for name, n in wrong.items())
         return Judgement(
-            # Of those with as many errors the one of fewest bits: far less than an image more.
+            # Among models with equally many errors the fewest bits decide, by far less than one image.
             list(wrong.values())[-1] / count + 1e-9 * min(bits, 100.0),
             {f"valid_error {name}": n / count for name, n in wrong.items()},
             (f"  | accuracy on the validation data: {accuracies}",),

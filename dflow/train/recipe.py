@@ -221,7 +221,7 @@ class _File:
     paper: dict[str, Any] | list[Any] | None = None
 
 
-#: Bytes of a recipe.
+#: Largest number of bytes of a recipe.
 _LONGEST = 1 << 20
 
 

@@ -1,7 +1,7 @@
 """The state of a training in its output folder: saved, restored, pruned; and the lock on the folder.
 
-A state is one safetensors file with the tensors of `Weights`; its metadata hold, as JSON under the key
-``dflow``, the fields of `Progress` and what tells whether it is a state of the same run.
+A state is one safetensors file with the tensors of `Weights`. Its metadata hold, as JSON under the key
+``dflow``, the fields of `Progress` and the fingerprints by which a run knows its own states.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ class Progress:
     """How far a training is.
 
     Attributes:
-        step: steps made.
+        step: number of steps made.
         elapsed: seconds spent, evaluations included.
         best: the least rank of a model up to now.
         next_eval: when the next evaluation is due, a step or a time in seconds.
-        next_save: the same for the next state, where these have times of their own.
-        skipped: steps left out, one after another up to now.
+        next_save: when the next state is due, where states have times of their own.
+        skipped: number of steps left out in a row up to now.
         pending: the loss at which an evaluation was broken off, else NaN.
         evaluated: the step of the last evaluation.
-        loss: of the last step.
+        loss: the loss of the last step.
     """
 
     step: int = 0
@@ -83,8 +83,8 @@ class States:
     """The states of one training.
 
     Args:
-        task: what is trained.
-        weights: of its model.
+        task: the model, data and method of the training.
+        weights: the weights of its model.
         say: prints a message on the main process.
     """
 
@@ -152,11 +152,11 @@ class States:
         files.check_same(self.recipe.data.name, self.checksum, about.get("data"))
         try:
             self.weights.load(path)
-            # States of before these were kept were mostly written by an evaluation.
+            # States of versions without these fields were mostly written by an evaluation.
             values = {"evaluated": about["step"], "loss": math.nan} | about
             progress = Progress(**{name: type(old)(values[name]) for name, old in asdict(Progress()).items()})
             if about.get("intervals", self._intervals()) != self._intervals():
-                # What was due by other settings no longer is; nor may steps be taken for seconds.
+                # Times of other settings no longer hold; nor may steps be taken for seconds.
                 progress.next_eval = progress.after(self.config, self.config.eval_every)
                 progress.next_save = progress.after(self.config, self.config.save_every)
             if self.accelerator.scaler and about["scaler"]:

@@ -24,10 +24,10 @@ class Weights:
 
     Attributes:
         model: in training.
-        objective: called on a batch by every process at every step.
+        objective: the module that every process calls on a batch at every step.
         evaluated: the model that is evaluated and saved; see `evaluation`.
-        averages: its parameters: those of `model`, or their moving averages.
-        learned: whether there is anything to optimise; not where all has a closed form.
+        averages: the parameters of `evaluated`: those of `model`, or their moving averages.
+        learned: whether there is anything to optimise; there is not where all has a closed form.
         sharded: whether parameters, averages and moments are in pieces.
         optimizer: AdamW.
     """
@@ -107,7 +107,7 @@ class Weights:
         model = self.evaluated
         model.train(False)
         if model is not self.model:
-            # What is counted, not learned, has its own memory.
+            # Buffers are counted, not learned, and have no averages.
             for old, new in zip(model.buffers(), self.model.buffers(), strict=True):
                 old.copy_(new)
         if self.sharded:
