@@ -49,7 +49,7 @@ def settings(given: argparse.Namespace, steps: int, output: str) -> list[str]:
 def plain(given: argparse.Namespace, steps: int, output: str, compiled: bool) -> float:
     """The simplest loop that trains the same: seconds of the steps."""
     task = task_of(load_recipe(given.recipe, settings(given, steps, output)), False)
-    config, objective = task.recipe.train, task.objective
+    config, objective = task.recipe.train, task.method.objective
     parameters = list(objective.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
     forward = torch.compile(objective) if compiled else objective
@@ -58,9 +58,9 @@ def plain(given: argparse.Namespace, steps: int, output: str, compiled: bool) ->
     for step in range(steps):
         if step == 1:
             began = time.perf_counter()
-        x, lengths = batch = task.batch(step)
+        x, lengths = batch = task.data.batch(step)
         loss, _ = forward(x, lengths)
-        (loss / task.entries(batch)).backward()
+        (loss / task.data.entries(batch)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -75,10 +75,10 @@ def work(given: argparse.Namespace) -> None:
         output = given.output or str(Path(folder) / "out")
         if given.worker == "batch":
             task = task_of(load_recipe(given.recipe, settings(given, given.steps, output)), False)
-            task.batch(0)
+            task.data.batch(0)
             began = time.perf_counter()
             for step in range(given.steps):
-                task.batch(step)
+                task.data.batch(step)
             seconds = time.perf_counter() - began
         elif given.worker.startswith("dflow"):
             began = time.perf_counter()

@@ -360,14 +360,14 @@ def test_the_validation_counts_the_characters_of_its_chunks(kind: str, tmp_path:
     }
     recipe.write_text(yaml.safe_dump(values))
     task = task_of(load_recipe(recipe), False)
-    batches, count = task.valid(torch.device("cpu"), 0, 1)
+    batches, count = task.data.valid(torch.device("cpu"), 0, 1)
     ids = torch.cat([ids for ids, _ in batches])
-    _, characters = by_hand(task.model, text, task.corpus.tokenizer, 9)  # type: ignore[attr-defined]
+    _, characters = by_hand(task.model, text, task.data.corpus.tokenizer, 9)  # type: ignore[attr-defined]
     assert len(ids) == 9
     assert count == characters
-    batch = task.batch(3)
+    batch = task.data.batch(3)
     if kind == "bytes":
-        assert task.count(batch) == sum(b < 0x80 or b >= 0xC0 for b in batch[0].flatten().tolist())
+        assert task.data.count(batch) == sum(b < 0x80 or b >= 0xC0 for b in batch[0].flatten().tolist())
 
 
 def test_characters_of_what_is_drawn() -> None:

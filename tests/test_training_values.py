@@ -25,7 +25,8 @@ from dflow import hf, objectives
 from dflow.data import Corpus, DataConfig, load
 from dflow.distributions import Categorical
 from dflow.train import Schedule, TrainConfig, load_recipe, loop, schedule, train
-from dflow.train.tasks import mix, task_of
+from dflow.train.material import mix
+from dflow.train.tasks import task_of
 
 LENGTH = 16
 
@@ -347,8 +348,8 @@ def test_pictures_are_turned_round_half_of_the_time_where_asked_for(tmp_path: Pa
         task_of(load_recipe(image_recipe(tmp_path, data | {"flip": flip}, batch_size=400)), False)
         for flip in (False, True)
     )
-    rows, turned = plain.batch(7)[0], turning.batch(7)[0]
-    assert torch.equal(rows, plain.images.train.crops(400, 192, torch.Generator().manual_seed(7))[0])  # type: ignore[attr-defined]
+    rows, turned = plain.data.batch(7)[0], turning.data.batch(7)[0]
+    assert torch.equal(rows, plain.data.images.train.crops(400, 192, torch.Generator().manual_seed(7))[0])  # type: ignore[attr-defined]
     mirrored = rows.view(-1, 3, 8, 8).flip(3).flatten(1)
     one, other = (turned == rows).all(1), (turned == mirrored).all(1)
     assert (one ^ other).all()
@@ -494,9 +495,9 @@ def test_memory_of_a_density_grows_with_the_training_where_the_dequantizer_moves
     for dequantizer, start, later in (("uniform", 0.98, 0.98), ("normal", 31 / 32, 1 - 1 / 41)):
         path = image_recipe(tmp_path, data, {"density": "diagonal", "dequantizer": dequantizer})
         task = task_of(load_recipe(path), False)
-        assert task.momentum(0, 0.0) == start
-        assert task.momentum(18, 0.5) == pytest.approx(later)
-        assert task.momentum(10**6, 1.0) == 0.98
+        assert task.method.momentum(0, 0.0) == start
+        assert task.method.momentum(18, 0.5) == pytest.approx(later)
+        assert task.method.momentum(10**6, 1.0) == 0.98
 
 
 # -- several processes ---------------------------------------------------------------------------------------
@@ -544,7 +545,7 @@ def test_two_processes_have_the_gradient_and_the_counts_of_the_whole_batch(
     pair: tuple[Path, list[dict[str, Any]]],
 ) -> None:
     recipe, reports = pair
-    objective: Any = task_of(load_recipe(recipe), False).objective.train()
+    objective: Any = task_of(load_recipe(recipe), False).method.objective.train()
     base, [estimator] = objectives.closed_form(objective.distribution), objectives.estimators(objective)
     assert base is not None
     text = load(DataConfig(str(recipe.parent / "text.txt"))).train

@@ -22,7 +22,7 @@ from dflow.threads import wait_passively
 
 
 class _Terminal(io.TextIOBase):
-    """A terminal to which nothing is written that it would obey."""
+    """A terminal that gets control characters spelled out."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -48,9 +48,9 @@ class _Terminal(io.TextIOBase):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns its exit code.
 
-    0, 1 (a check failed), 2 (what was given cannot be used), 130 (stopped by Ctrl-C).
+    0, 1 (a check failed), 2 (the input cannot be used), 130 (stopped by Ctrl-C).
     """
-    # What a terminal or a log cannot show must not end a training of hours.
+    # A character that a terminal or a log cannot show must not end a training of hours.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -63,19 +63,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_words(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The verb and its flags; ends with exit code 2 where they are none."""
-    found, unknown = build_parser().parse_known_args(argv)
-    parser = found._parser
-    del found._parser
+    """The verb and its flags; ends with exit code 2 where a word is unknown."""
+    words, unknown = build_parser().parse_known_args(argv)
+    parser = words._parser
+    del words._parser
     if unknown:
-        parser.error(f"unknown: {' '.join(unknown)}{hint(unknown[0], found._cls)}")
-    return found
+        parser.error(f"unknown: {' '.join(unknown)}{hint(unknown[0], words._cls)}")
+    return words
 
 
 def run(
     function: Callable[[Any], int], cls: type[Any], values: dict[str, Any], modules: Sequence[str] = ()
 ) -> int:
-    """Run a verb; what goes wrong outside of dflow becomes a line on stderr and an exit code."""
+    """Run a verb; an error outside of dflow becomes a line on stderr and an exit code."""
     try:
         plugins.load_installed()
         for module in modules:
