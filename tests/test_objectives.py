@@ -151,7 +151,7 @@ def test_default_rules():
         ("bipartite", {}, "masked", "use layerwise or gumbel or straight_through"),
         ("bipartite", {}, "likelihood", "use layerwise or gumbel or straight_through"),
         ("bipartite", {"base": "mixture"}, "layerwise", "trains no base"),
-        ("bipartite", {"elementwise": "affine"}, "layerwise", "nothing to teach ModAffine"),
+        ("bipartite", {"elementwise": "affine"}, "layerwise", "cannot train ModAffine"),
         ("bipartite", {"base": "mixture", "elementwise": "shift"}, "expected", "trains no base"),
         ("bipartite", {}, "expected", "ModRank has no 'expected'"),
         ("multiscale", {}, "likelihood", "use layerwise or gumbel or straight_through"),

@@ -131,7 +131,7 @@ class AnyOrder(nn.Module):
             x: symbols ``(batch, n)`` or one-hot rows ``(batch, n, K)``.
             calls: int64 (batch, n) or (n,), in 0..num_calls-1.
             num_calls: network passes that it takes; several passes are joined up to a bounded memory.
-            context: of lengths, or None.
+            context: lengths, or None.
         """
         batch, n = x.shape[:2]
         calls, mask = calls.expand(batch, n), present(context, batch, n)

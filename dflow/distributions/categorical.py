@@ -15,12 +15,12 @@ class Categorical(Distribution):
     By default b is the soft-max of a parameter ``logits``, which learns by the gradient of `log_prob`. With
     ``learned=False`` b has a closed form instead: the counts of symbols seen in each class, smoothed,
     ``b[c, k] = (counts[c, k] + 1/2) / (sum_k counts[c, k] + K/2)`` (Krichevsky and Trofimov 1981). The
-    counts are a buffer: no gradient moves them, but who trains does, with `statistics` and `update`, as
-    ``dflow train`` does for the flows of its recipes.
+    counts are a buffer without a gradient: the training loop updates them with `statistics` and `update`, as
+    ``dflow train`` does for flows.
 
-    While ``peak`` is above 0 the law is ``b^(1-peak) q^peak``, normalised, with q half on symbol 0 and
-    uniform on the others: at a base equal to the data's marginals the identity is a local optimum of a
-    flow, and a peaked base is a way out of it at the start of training.
+    While ``peak`` is above 0 the law is ``b^(1-peak) q^peak``, normalised, where q has half of its mass on
+    symbol 0 and is uniform on the others. With a base equal to the data's marginals the identity is a local
+    optimum of a flow; a peaked base at the start of training helps to leave it.
 
     Args:
         dim: number of entries.
@@ -63,7 +63,7 @@ class Categorical(Distribution):
 
     @property
     def peak(self) -> float:
-        """How far the law is drawn towards one peaked on symbol 0, in [0, 1]; 0 is the law itself."""
+        """Weight in [0, 1] of a law that is peaked on symbol 0; 0 is the law itself."""
         return self._peak
 
     @peak.setter
@@ -102,8 +102,8 @@ class Categorical(Distribution):
         return total(terms, present(context, len(x), self.dim)).to(dtype)
 
     def _dtype(self) -> torch.dtype:
-        own = self.logits if self.learned else self.counts
-        return torch.promote_types(own.dtype, torch.float32)
+        source = self.logits if self.learned else self.counts
+        return torch.promote_types(source.dtype, torch.float32)
 
     def sample(
         self, n: int, context: Context | None = None, generator: torch.Generator | None = None
@@ -112,7 +112,7 @@ class Categorical(Distribution):
 
         Args:
             n: number of draws.
-            context: of lengths, or None.
+            context: lengths, or None.
             generator: on the device of the distribution.
         """
         mask = present(context, n, self.dim)
@@ -136,10 +136,10 @@ class Categorical(Distribution):
 
     @torch.no_grad()
     def update(self, counts: Tensor, momentum: float) -> None:
-        """``counts <- momentum * counts + new``; the caller adds up what several processes counted.
+        """``counts <- momentum * counts + new``; the caller adds up the counts of several processes.
 
         Raises:
-            ValueError: a law that is learned, counts of another shape, momentum outside [0, 1].
+            ValueError: learned logits, counts of another shape, momentum outside [0, 1].
         """
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum must lie in [0, 1], found {momentum}")
@@ -176,7 +176,7 @@ class Mixture(Distribution):
     """Mixture of factorized laws, ``p(x) = sum_m w_m prod_i b[m, i, x_i]``, all learned.
 
     ``w`` is the soft-max of ``weight_logits`` ``(components,)``, ``b`` that of ``logits``
-    ``(components, dim, K)``. These start at random, slightly, so that components can part.
+    ``(components, dim, K)``. These start with small random numbers, so that the components can differ.
 
     Raises:
         ValueError: dim < 1, K < 2 or components < 1.
@@ -257,8 +257,8 @@ class ConditionalCategorical(Distribution):
 
     def logits(self, context: Context | None) -> Tensor:
         """Logits ``(batch, dim, K)``, at least float32."""
-        found: Tensor = conditioned(self.net, context)
-        return found.to(torch.promote_types(found.dtype, torch.float32))
+        logits: Tensor = conditioned(self.net, context)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact log-likelihood in nats, ``(batch,)``: on rows in the dtype of ``x``, else the logits'."""
@@ -324,6 +324,6 @@ def smoothed_counts(marginals: Tensor, K: int, weight: float) -> Tensor:
 
 
 def _pick(law: Tensor, x: Tensor) -> Tensor:
-    # A product and a sum, not a matrix product: the one term that is not 0 comes out to the bit, on
-    # every device and at every precision setting.
+    # A product and a sum, not a matrix product: the only term that is not 0 is then exact, on every device
+    # and at every precision setting.
     return (law * x).sum(-1)

@@ -61,13 +61,13 @@ class DflowClassifier(Pretrained):
             pixel_values: integers ``(batch, C, H, W)`` or ``(batch, C*H*W)``.
             labels: int64 ``(batch,)``.
             return_dict: False for a tuple.
-            num_items_in_batch: how many labels the batches of one step have together, of whose mean the loss
-                is then this batch's share.
-            kwargs: none.
+            num_items_in_batch: number of labels in all batches of one step; the loss is then the share of
+                this batch in their mean.
+            kwargs: refused.
 
         Raises:
-            InputError: an argument that is none of these; another shape, or values outside the model's
-                levels; labels that are no classes.
+            InputError: an unknown argument; another shape, or values outside the model's levels; labels
+                outside the classes.
         """
         refuse_unknown(kwargs, self.forward)
         logits: Tensor = self.net(self._given(pixel_values))
@@ -83,12 +83,13 @@ class DflowClassifier(Pretrained):
         classes = self._settings.classes
         if labels.shape != x.shape[:1] or labels.dtype != torch.int64:
             raise InputError(
-                f"labels are int64 ({len(x)},), one of each image, found {labels.dtype} {tuple(labels.shape)}"
+                f"labels are int64 ({len(x)},), one for each image, found {labels.dtype} "
+                f"{tuple(labels.shape)}"
             )
         low, high = (int(v) for v in labels.aminmax()) if labels.numel() else (0, 0)
         if low < 0 or high >= classes:
             raise InputError(
-                f"label {high if high >= classes else low} is none of the classes 0..{classes - 1}"
+                f"label {high if high >= classes else low} is not one of the classes 0..{classes - 1}"
             )
 
     def log_prob(self, pixel_values: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ class DflowClassifier(Pretrained):
     def binarized(
         self, images: Tensor, rule: zoo.Rule = "map", generator: torch.Generator | None = None
     ) -> nn.Sequential:
-        """The network of given weights on {-1, +1}, normalised anew on ``images``; see `to_deterministic`.
+        """The network with fixed weights on {-1, +1}, normalised anew on ``images``; see `to_deterministic`.
 
         Raises:
             InputError: a network of floats; values as in `forward`.
@@ -115,7 +116,7 @@ class DflowClassifier(Pretrained):
         return checked(x, self._settings)
 
 
-#: Images that are re-estimated on at a time.
+#: Images in a batch for the re-estimated normalisation.
 _BATCH = 256
 
 AutoModel.register(DflowClassifierConfig, DflowClassifier)

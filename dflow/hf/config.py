@@ -1,4 +1,4 @@
-"""Settings of models as transformers configs: the family's, and those of every config."""
+"""Transformers configs of models: the settings of the family, and those of every config."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dflow.config import InputError
 
 
 class FamilyConfig(PreTrainedConfig):
-    """Settings of a model of some kind: its family, and what the family's settings list.
+    """Settings of a model: its family, and the settings of that family.
 
     Args:
         family: a name in `dflow.zoo.FAMILIES`.
@@ -30,11 +30,11 @@ class FamilyConfig(PreTrainedConfig):
         self.family = family
         plugins.load_installed()
         record, values = zoo.FAMILIES.get(family), {}
-        # A family that is not known, or not here, is refused by `settings`.
+        # A family that is unknown, or of another kind, is refused by `settings`.
         if record is not None and record.kind == self.model_kind:
             if taken := [name for name in record.fields if name in _of_transformers()]:
                 raise InputError(
-                    f"family {family!r}: transformers takes the setting {taken[0]!r} for its own; rename it"
+                    f"family {family!r}: {taken[0]!r} is a setting of transformers itself; rename it"
                 )
             values = {name: kwargs.pop(name) for name in record.fields if name in kwargs}
             values = asdict(zoo.settings(family, values))
@@ -42,10 +42,10 @@ class FamilyConfig(PreTrainedConfig):
 
     @property
     def record(self) -> zoo.Family:
-        """What is known of the family.
+        """The record of the family.
 
         Raises:
-            InputError: it is not known, or is one of another kind.
+            InputError: the family is unknown, or is one of another kind.
         """
         return zoo.find(self.family, self.model_kind)
 
@@ -53,7 +53,7 @@ class FamilyConfig(PreTrainedConfig):
         """The family's settings, checked; parsed once for the same values.
 
         Raises:
-            InputError: an unknown family, or values that it does not take.
+            InputError: an unknown family, or values that it refuses.
         """
         fields = self.record.fields
         return _parsed(self.record, json.dumps({name: getattr(self, name) for name in fields}))
@@ -61,7 +61,7 @@ class FamilyConfig(PreTrainedConfig):
 
 @functools.cache
 def _of_transformers() -> frozenset[str]:
-    """Names, such as temperature, that transformers takes out of the settings of a model."""
+    """Names, such as temperature, that transformers removes from the settings of a model."""
     return frozenset(vars(GenerationConfig()))
 
 
@@ -108,11 +108,11 @@ class DflowImageConfig(FamilyConfig):
         super().__init__(family, **kwargs)
 
     def settings(self) -> zoo.ValuesConfig:
-        """See `FamilyConfig.settings`; what is that of the data has to be there."""
-        found: zoo.ValuesConfig = super().settings()
-        if not found.shape or not found.levels:
+        """See `FamilyConfig.settings`; the settings that come from the data are required."""
+        settings: zoo.ValuesConfig = super().settings()
+        if not settings.shape or not settings.levels:
             raise InputError("shape and levels are missing; restore the file")
-        return found
+        return settings
 
 
 class DflowClassifierConfig(FamilyConfig):
@@ -128,11 +128,11 @@ class DflowClassifierConfig(FamilyConfig):
         super().__init__(family, **kwargs)
 
     def settings(self) -> Any:
-        """See `FamilyConfig.settings`; what is that of the data has to be there."""
-        found: Any = super().settings()
-        if not found.shape or not found.levels or not found.classes:
+        """See `FamilyConfig.settings`; the settings that come from the data are required."""
+        settings: Any = super().settings()
+        if not settings.shape or not settings.levels or not settings.classes:
             raise InputError("shape, levels and classes are missing; restore the file")
-        return found
+        return settings
 
 
 for config in (DflowConfig, DflowImageConfig, DflowClassifierConfig):

@@ -74,9 +74,9 @@ class LayerHeader:
 
     def __post_init__(self) -> None:
         sizes = [*self.inputs, self.outputs, self.stride, self.pool]
-        known = len(self.inputs) == 3 and min(sizes) >= 1 and (not self.kernel or self.kernel % 2 == 1)
+        valid = len(self.inputs) == 3 and min(sizes) >= 1 and (not self.kernel or self.kernel % 2 == 1)
         # Before anything is made of that size.
-        if not known or math.prod(self.inputs) > _MOST:
+        if not valid or math.prod(self.inputs) > _MOST:
             raise InputError(f"{self} is no layer")
 
     @property
@@ -152,9 +152,9 @@ class PackedNetwork:
                 expected[f"{i}.flip"] = ("uint8", ((layer.outputs + 7) // 8,))
             else:
                 expected |= {name: ("float64", (layer.outputs,)) for name in ("scale", "shift")}
-        found = {name: (str(array.dtype), array.shape) for name, array in arrays.items()}
-        if found != expected:
-            raise InputError(f"expected the arrays {expected}, found {found}")
+        actual = {name: (str(array.dtype), array.shape) for name, array in arrays.items()}
+        if actual != expected:
+            raise InputError(f"expected the arrays {expected}, found {actual}")
         self.layers: list[_Real | _Bits | _Bytes] = []
         kind = _Bits if products == "bits" else _Bytes
         for i, layer in enumerate(header.layers):
@@ -227,16 +227,16 @@ class PackedNetwork:
         """
         try:
             with safe_open(path, "np") as file:
-                about = file.metadata() or {}
+                metadata = file.metadata() or {}
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         except FileNotFoundError:
             raise InputError(f"{path}: no such file; `dflow export` writes one") from None
         except (SafetensorError, OSError, ValueError, TypeError) as error:
             raise InputError(f"{path}: truncated, damaged or no exported network ({error})") from None
         try:
-            told = json.loads(about["dflow"])
-            header = parse(Header, told["header"], "header")
-            if told["sha256"] != _digest(header, arrays):
+            description = json.loads(metadata["dflow"])
+            header = parse(Header, description["header"], "header")
+            if description["sha256"] != _digest(header, arrays):
                 raise InputError("its checksum fails")
             return cls(header, arrays, products)
         except (KeyError, ValueError, TypeError, RecursionError) as error:
@@ -261,15 +261,15 @@ def pack(net: nn.Sequential, rule: str = "map") -> PackedNetwork:
             groups.append((module, []))
         else:
             groups[-1][1].append(module)
-    for i, (layer, rest) in enumerate(groups):
-        header = _header(layer, shape, rest)
+    for i, (layer, following) in enumerate(groups):
+        header = _header(layer, shape, following)
         weight = layer.theta.detach().cpu().numpy()
         if not np.isin(weight, (-1, 0, 1)).all() or (not header.ternary and not weight.all()):
             raise InputError("weights other than -1 and 1; make them with to_deterministic first")
         arrays[f"{i}.signs"] = np.packbits(weight.ravel() > 0)
         if header.ternary:
             arrays[f"{i}.kept"] = np.packbits(weight.ravel() != 0)
-        norm = next((m for m in rest if isinstance(m, StochasticBatchNorm)), None)
+        norm = next((m for m in following if isinstance(m, StochasticBatchNorm)), None)
         taps = int(np.prod(header.weight[1:])) * (pixels.levels - 1 if i == 0 else 1)
         if i == len(groups) - 1:
             arrays |= _affine(layer, norm, head)
@@ -291,16 +291,18 @@ def agrees(program: PackedNetwork, net: nn.Sequential, x: torch.Tensor) -> bool:
     modules = list(net)
     last = max(i for i, module in enumerate(modules) if isinstance(module, BinaryLayer))
     sums = net[: last + 1](x)
-    found = program.steps(x.cpu().numpy())[-1]
-    return bool((found == (sums.mean if isinstance(sums, Moments) else sums).cpu().numpy()).all())
+    packed_sums = program.steps(x.cpu().numpy())[-1]
+    return bool((packed_sums == (sums.mean if isinstance(sums, Moments) else sums).cpu().numpy()).all())
 
 
-def _header(layer: BinaryLayer, shape: list[int], rest: Sequence[nn.Module]) -> LayerHeader:
-    known = (StochasticMaxPool2d, StochasticBatchNorm, StochasticSign)
-    if not isinstance(layer, (BinaryConv2d, BinaryLinear)) or not all(isinstance(m, known) for m in rest):
-        names = [type(m).__name__ for m in (layer, *rest)]
+def _header(layer: BinaryLayer, shape: list[int], following: Sequence[nn.Module]) -> LayerHeader:
+    packable = (StochasticMaxPool2d, StochasticBatchNorm, StochasticSign)
+    if not isinstance(layer, (BinaryConv2d, BinaryLinear)) or not all(
+        isinstance(m, packable) for m in following
+    ):
+        names = [type(m).__name__ for m in (layer, *following)]
         raise InputError(f"cannot pack a layer of {', '.join(names)}")
-    pool = next((m.size for m in rest if isinstance(m, StochasticMaxPool2d)), 1)
+    pool = next((m.size for m in following if isinstance(m, StochasticMaxPool2d)), 1)
     ternary = bool((layer.weight == 0).any())
     if isinstance(layer, BinaryConv2d):
         return LayerHeader(shape, len(layer.weight), layer.kernel, layer.stride, pool, ternary)
@@ -390,8 +392,8 @@ class _Bytes(_Layer):
         patches = self.patches(x.view(np.int8) * np.int8(2) - np.int8(1))
         rows = patches.reshape(int(np.prod(patches.shape[:3])), patches.shape[3])
         # Patches of one place each are a view that is not to be written, of which torch warns.
-        given = torch.from_numpy(np.require(rows, requirements=("C", "W")))
-        sums: Array = torch._int_mm(given, self.matrix).numpy()
+        matrix = torch.from_numpy(np.require(rows, requirements=("C", "W")))
+        sums: Array = torch._int_mm(matrix, self.matrix).numpy()
         return sums.reshape(*patches.shape[:3], self.header.outputs)
 
 
@@ -401,9 +403,9 @@ class _Bits(_Layer):
     def __init__(self, header: LayerHeader, weight: Array) -> None:
         super().__init__(header, weight, 1)
         self.signs = self._rows(_words(self.weight > 0))
-        kept = self.weight != 0
-        self.kept = None if kept.all() else self._rows(_words(kept))
-        count = kept.sum((1, 2, 3))
+        nonzero = self.weight != 0
+        self.mask = None if nonzero.all() else self._rows(_words(nonzero))
+        count = nonzero.sum((1, 2, 3))
         # Bits of the border are 0, which says -1: what that adds is taken away again.
         outside = self.patches(np.zeros((1, *header.inputs[1:], 1), np.int64), border=1)
         if header.kernel:
@@ -426,11 +428,11 @@ class _Bits(_Layer):
         different = np.empty((rows.shape[1], outputs), self.dtype)
         step = max(1, _TILE // self.signs.size)
         for start in range(0, rows.shape[1], step):
-            part = slice(start, start + step)
-            words = rows[:, part, None] ^ self.signs[:, None]
-            if self.kept is not None:
-                words &= self.kept[:, None]
-            np.add.reduce(_popcount(words), 0, dtype=self.dtype, out=different[part])
+            block = slice(start, start + step)
+            words = rows[:, block, None] ^ self.signs[:, None]
+            if self.mask is not None:
+                words &= self.mask[:, None]
+            np.add.reduce(_popcount(words), 0, dtype=self.dtype, out=different[block])
         different *= -2
         sums: Array = different.reshape(*shape, outputs) + self.count
         return sums
@@ -462,5 +464,5 @@ def _largest(sums: Array, size: int) -> Array:
     if size == 1:
         return sums
     height, width = (n // size * size for n in sums.shape[1:3])
-    parts = [sums[:, i:height:size, j:width:size] for i in range(size) for j in range(size)]
-    return reduce(np.maximum, parts)
+    corners = [sums[:, i:height:size, j:width:size] for i in range(size) for j in range(size)]
+    return reduce(np.maximum, corners)

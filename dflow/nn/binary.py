@@ -119,10 +119,10 @@ class BinaryLayer(nn.Module, ABC):
         Raises:
             ValueError: random signs, and weights that are not random.
         """
-        values, given, ones = (x.mean, x.hard, x.hard) if isinstance(x, Signs) else (x, True, False)
+        values, exact, ones = (x.mean, x.hard, x.hard) if isinstance(x, Signs) else (x, True, False)
         theta = self.theta
         if not self.random:
-            if not given:
+            if not exact:
                 raise ValueError(f"weights {self.weights!r} take numbers or drawn signs, found random signs")
             sums = self.product(values, theta)
             if self.noise is None:
@@ -131,7 +131,7 @@ class BinaryLayer(nn.Module, ABC):
         mean = self.product(values, theta)
         if ones:
             return Moments(mean, self.total(values, 1 - theta * theta))
-        if given:
+        if exact:
             return Moments(mean, self.product(values * values, 1 - theta * theta))
         count = self.total(values, torch.ones_like(theta))
         return Moments(mean, count - self.product(values * values, theta * theta))
@@ -314,21 +314,21 @@ class _Sum(torch.autograd.Function):
 
 def _batch_moments(mean: Tensor, var: Tensor | None, shared: bool = False) -> tuple[Tensor, Tensor]:
     dims = [d for d in range(mean.ndim) if d != 1]
-    own = mean.numel() // mean.shape[1]
-    count = own * torch.distributed.get_world_size() if shared else own
+    local_count = mean.numel() // mean.shape[1]
+    count = local_count * torch.distributed.get_world_size() if shared else local_count
     if count < 2:
         raise ValueError(f"the variance of {count} numbers a channel; train on two or more")
 
     def total(x: Tensor) -> Tensor:
-        found: Tensor = _Sum.apply(x) if shared else x  # type: ignore[no-untyped-call]
-        return found
+        everywhere: Tensor = _Sum.apply(x) if shared else x  # type: ignore[no-untyped-call]
+        return everywhere
 
     mean = mean.to(torch.promote_types(mean.dtype, torch.float32))
     m = total(mean.sum(dims)) / count
     # In two passes, as accurate as torch.var_mean and five times as fast.
     squares = (mean - m.view(1, -1, *[1] * (mean.ndim - 2))).square().sum(dims)
     # Variances stand for many numbers where a size is 1.
-    return m, total(squares if var is None else squares + _mean(var) * own) / (count - 1)
+    return m, total(squares if var is None else squares + _mean(var) * local_count) / (count - 1)
 
 
 def _mean(var: Tensor) -> Tensor:
@@ -370,9 +370,9 @@ class StochasticMaxPool2d(nn.Module):
             index = _last(F.max_pool2d(drawn, self.size, return_indices=True)[1])
         flat = index.flatten(1, 2)
 
-        def pick(part: Tensor) -> Tensor:
-            found = _last(part.expand_as(mean)).flatten(1, 2).gather(1, flat)
-            return found.view_as(index).permute(0, 3, 1, 2)
+        def pick(moment: Tensor) -> Tensor:
+            chosen = _last(moment.expand_as(mean)).flatten(1, 2).gather(1, flat)
+            return chosen.view_as(index).permute(0, 3, 1, 2)
 
         return Moments(pick(mean), pick(var))
 

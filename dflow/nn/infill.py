@@ -88,7 +88,7 @@ class InfillTransformer(nn.Module):
 
         Args:
             x: int64 ``(batch, n_known)`` or one-hot rows ``(batch, n_known, K)``.
-            context: of the lengths of whole sequences, or None.
+            context: lengths of whole sequences, or None.
         """
         lengths = only_lengths(context, len(x))
         symbols = x.argmax(-1) if x.is_floating_point() else x
@@ -159,7 +159,7 @@ class MaskedTransformer(nn.Module):
             x: symbols, int64 ``(batch, n)``, or one-hot rows ``(batch, n, K)``, with ``n <= dim``; entries
                 that are not known are never read.
             known: bool ``(batch, n)``.
-            context: of lengths, or None.
+            context: lengths, or None.
         """
         lengths = only_lengths(context, len(x))
         n = x.shape[1]

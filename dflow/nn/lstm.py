@@ -152,7 +152,7 @@ class LSTM(nn.Module):
 
         Args:
             x: symbols, int64 ``(batch, dim)``, or one-hot rows, floating ``(batch, dim, K)``.
-            context: of lengths, or None; changes nothing, see the class.
+            context: lengths, or None; changes nothing, see the class.
         """
         only_lengths(context, len(x))
         weight: Tensor = self.embedding

@@ -16,9 +16,9 @@ from dflow.ops.modular import check_alphabet, one_hot
 class MADE(nn.Module):
     """Params at i depend on ``x[:, :i]`` only, by masks on the weights of a feed-forward net.
 
-    The masks are buffers applied at each call: no optimiser can lose them. Both modes run the same
-    products on the same rows and agree to the bit. The net ignores its context, which is right for
-    lengths: absent entries come last.
+    The masks are buffers applied at each call, so that training cannot change them. Both modes run the same
+    products on the same rows and agree to the bit. The net ignores lengths, which is right: absent entries
+    come last.
 
     Source: Germain et al. 2015, arXiv 1502.03509.
 
@@ -85,7 +85,7 @@ class _State:
 
 
 class _MaskedLinear(nn.Linear):
-    """A unit sees the inputs whose degree is at most its own."""
+    """A unit reads the inputs whose degree is at most its own."""
 
     mask: Tensor
 

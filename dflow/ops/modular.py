@@ -136,7 +136,7 @@ def _apply(x: Tensor, loc: Tensor, scale: Tensor | None, factors: Tensor | None,
 class _Modular(torch.autograd.Function):
     """``m * (x - loc)`` or ``m * x + loc`` modulo K, with m the factor that ``scale`` selects, or 1.
 
-    Each gradient reads ``g`` at an index that is affine in the symbol it belongs to.
+    Each gradient is a gather from ``g`` at an index that is affine in the symbol.
     """
 
     @staticmethod

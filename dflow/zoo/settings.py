@@ -1,4 +1,4 @@
-"""What settings are made of."""
+"""Fields of settings dataclasses, with their help, defaults and choices."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def setting(default: Any, help: str) -> Any:
 
 
 def choice(default: str, known: Mapping[str, object], help: str) -> Any:
-    """A field whose values are the names in a registry, to which modules of users may add."""
+    """A field whose values are the names in the registry ``known``, to which modules of users may add."""
     names = ", ".join(known)
     return field(default=default, metadata={"help": f"{help}: {names}", "known": known})
 
 
 def check_choices(settings: Any) -> None:
-    """`InputError` for a field made by `choice` whose value its registry does not have."""
+    """`InputError` for a field made by `choice` whose value is not in its registry."""
     for f in fields(settings):
-        value, known = getattr(settings, f.name), f.metadata.get("known")
-        if known is not None and value not in known:
-            hint = nearest(str(value), list(known))
+        value, choices = getattr(settings, f.name), f.metadata.get("known")
+        if choices is not None and value not in choices:
+            hint = nearest(str(value), list(choices))
             raise InputError(f"unknown {f.name} {value!r}; {hint}; {plugins.WAY}")
