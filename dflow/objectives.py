@@ -49,7 +49,7 @@ from dflow.distributions.logistic import Logistics
 from dflow.distributions.window import ConditionalWindow
 from dflow.flows import Flow, Split
 from dflow.flows.walk import innermost, scattered
-from dflow.nn.binary import Head
+from dflow.nn.classifier import head_of
 from dflow.ops.modular import one_hot
 from dflow.ops.straight_through import StraightThrough
 
@@ -213,7 +213,6 @@ class Objective(nn.Module):
     """
 
     def __init__(self, distribution: Distribution, rule: Rule) -> None:
-        """See the class."""
         super().__init__()
         check_rule(rule, distribution)
         self.distribution, self.rule = distribution, rule
@@ -386,7 +385,6 @@ class BoundObjective(nn.Module):
     """Minus a bound; a module, so that processes can average its gradients."""
 
     def __init__(self, law: Dequantized, bound: Bound) -> None:
-        """See the class."""
         super().__init__()
         law.check_bound(bound)
         self.law, self.bound = law, bound
@@ -428,23 +426,18 @@ class LabelObjective(nn.Module):
     """The loss of a classifier's head; a module, so that processes can average its gradients."""
 
     def __init__(self, net: nn.Sequential) -> None:
-        """See the class."""
         super().__init__()
         self.net = net
 
     def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, None]:
         """Loss in nats summed over the batch, of integers ``(batch, dim)`` and labels ``(batch,)``."""
-        head = self.net[-1]
-        if not isinstance(head, Head):
-            raise ValueError(f"a classifier ends with a head, found {type(head).__name__}")
-        return head.loss(self.net(x), labels), None
+        return head_of(self.net).loss(self.net(x), labels), None
 
 
 class ExactObjective(nn.Module):
     """Minus the exact log-likelihood of integers; a module, so that processes can average its gradients."""
 
     def __init__(self, law: Distribution) -> None:
-        """See the class."""
         super().__init__()
         self.law = law
 

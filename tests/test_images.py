@@ -476,7 +476,7 @@ def test_families_are_those_of_the_kind() -> None:
         InputError, match="'dequantized' is one of models of images or tables, and this takes one of text"
     ):
         hf.DflowModel(hf.DflowConfig(family="dequantized"))
-    with pytest.raises(InputError, match="shape and levels are missing"):
+    with pytest.raises(InputError, match="missing: shape, levels"):
         hf.DflowImageModel(hf.DflowImageConfig())
 
 
@@ -678,7 +678,7 @@ def test_evaluate_on_other_data(
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["num_rows"] == 30
     for name, said in [
         ("checkerboard", "(2,); this model takes (1, 4, 4)"),
-        (str(write_pictures(tmp_path / "deep", 30, size=4)), "is no integer in 0..1"),
+        (str(write_pictures(tmp_path / "deep", 30, size=4)), "is none of 0..1"),
         ("mnist", "mnist: not in a local folder"),
         ("text8", "text8: a text"),
         ("nowhere", "nowhere: neither"),

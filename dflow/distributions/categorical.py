@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dflow.core import Context, Distribution, conditioned, present
+from dflow.core import Context, Distribution, present
+from dflow.distributions.conditional import Conditional, check_rows
 from dflow.ops.modular import check_alphabet, symbols
 
 
@@ -41,16 +42,11 @@ class Categorical(Distribution):
         super().__init__()
         if dim < 1:
             raise ValueError(f"dim must be at least 1, found {dim}")
-        classes = torch.arange(dim) if classes is None else classes.clone()
-        if classes.shape != (dim,) or classes.dtype != torch.int64 or int(classes.min()) < 0:
-            raise ValueError(
-                f"classes must be int64 ({dim},) and not negative, found {classes.dtype} {classes.tolist()}"
-            )
+        self.register_buffer("classes", check_classes(classes, dim))
         self.dim = dim
         self.K = check_alphabet(K)
-        self.n_classes = int(classes.max()) + 1
+        self.n_classes = int(self.classes.max()) + 1
         self.learned = learned
-        self.register_buffer("classes", classes)
         self._peak = 0.0
         if learned:
             self.logits = nn.Parameter(torch.zeros(self.n_classes, K))
@@ -239,7 +235,7 @@ class Mixture(Distribution):
         return clear_absent(x, present(context, n, self.dim))
 
 
-class ConditionalCategorical(Distribution):
+class ConditionalCategorical(Conditional):
     """Entries independent given the context, ``p(x | context) = prod_i softmax(net(context))[i, x_i]``.
 
     The net is called as ``net(x, rest)``, see `dflow.core.conditioned`, and returns logits
@@ -257,8 +253,7 @@ class ConditionalCategorical(Distribution):
 
     def logits(self, context: Context | None) -> Tensor:
         """Logits ``(batch, dim, K)``, at least float32."""
-        logits: Tensor = conditioned(self.net, context)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return self.outputs(context, None, None)
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact log-likelihood in nats, ``(batch,)``: on rows in the dtype of ``x``, else the logits'."""
@@ -279,15 +274,9 @@ class ConditionalCategorical(Distribution):
     ) -> Tensor:
         """One exact draw for each of the ``n`` rows of the context, int64 ``(n, dim)``."""
         law = torch.softmax(self.logits(context).double(), -1)
-        if law.shape[0] != n:
-            raise ValueError(f"{n} draws asked of a context of {law.shape[0]} rows")
+        check_rows(n, len(law))
         x = law.flatten(0, 1).multinomial(1, generator=generator).view(law.shape[:2])
         return clear_absent(x, present(context, len(x), x.shape[1]))
-
-    @property
-    def num_calls(self) -> int:
-        """One."""
-        return 1
 
 
 def check_entries(x: Tensor, dim: int, K: int) -> None:
@@ -299,6 +288,16 @@ def check_entries(x: Tensor, dim: int, K: int) -> None:
             f"expected int64 (batch, {dim}) or one-hot rows (batch, {dim}, {K}), "
             f"found {x.dtype} {tuple(x.shape)}"
         )
+
+
+def check_classes(classes: Tensor | None, dim: int) -> Tensor:
+    """A copy of the classes of ``dim`` entries, by default one each; ValueError unless they fit."""
+    classes = torch.arange(dim) if classes is None else classes.clone()
+    if classes.shape != (dim,) or classes.dtype != torch.int64 or int(classes.min()) < 0:
+        raise ValueError(
+            f"classes must be int64 ({dim},) and not negative, found {classes.dtype} {classes.tolist()}"
+        )
+    return classes
 
 
 def total(terms: Tensor, mask: Tensor | None) -> Tensor:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflow.core import Context, Distribution, conditioned, only_given
+from dflow.distributions.categorical import check_classes
+from dflow.distributions.conditional import Conditional, check_rows
 
 #: Limits of log scales. Below the lower one a bin away from loc has less than exp(-80000) of the mass.
 LEAST, MOST = -12.0, 30.0
@@ -162,8 +164,8 @@ class Logistics(Distribution):
     ) -> Tensor:
         """``n`` exact draws, int64 ``(n, dim)``, one a row of the context: logistic draws, rounded."""
         loc, log_scale, *log_weights = self.params(context)
-        if len(loc) not in (1, n):
-            raise ValueError(f"{n} draws asked of a context of {len(loc)} rows")
+        if len(loc) > 1:
+            check_rows(n, len(loc))
         shape = (n, *loc.shape[1:])
         if log_weights:
             # The exponential variable with the smallest value wins; its rate is the weight of the component.
@@ -217,13 +219,8 @@ class LogisticMixture(Logistics):
         unit: Tensor | None = None,
     ) -> None:
         super().__init__(dim, components, centre, unit)
-        classes = torch.arange(dim) if classes is None else classes.clone()
-        if classes.shape != (dim,) or classes.dtype != torch.int64 or int(classes.min()) < 0:
-            raise ValueError(
-                f"classes must be int64 ({dim},) and not negative, found {classes.dtype} {classes.tolist()}"
-            )
-        self.register_buffer("classes", classes)
-        self.raw = nn.Parameter(torch.zeros(int(classes.max()) + 1, self.num_params))
+        self.register_buffer("classes", check_classes(classes, dim))
+        self.raw = nn.Parameter(torch.zeros(int(self.classes.max()) + 1, self.num_params))
 
     def _raw(self, context: Context | None) -> Tensor:
         only_given(context)
@@ -243,7 +240,7 @@ class Logistic(LogisticMixture):
         super().__init__(dim, 1, classes, centre, unit)
 
 
-class ConditionalLogistic(Logistics):
+class ConditionalLogistic(Conditional, Logistics):
     """Entries independent given the context, each a discretized logistic law or a mixture; see `Logistics`.
 
     The net is called as ``net(x, rest)``, see `dflow.core.conditioned`; it returns ``(batch,
@@ -267,13 +264,7 @@ class ConditionalLogistic(Logistics):
 
     def _raw(self, context: Context | None) -> Tensor:
         only_given(context)
-        params: Tensor = conditioned(self.net, context)
-        expected = (self.dim, self.num_params)
-        if params.ndim != 3 or params.shape[1:] != expected:
-            raise ValueError(
-                f"the net gave params of shape {tuple(params.shape)}, expected (batch, *{expected})"
-            )
-        return params
+        return self.outputs(context, self.dim, self.num_params)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Context | None = None) -> None:
@@ -293,8 +284,3 @@ class ConditionalLogistic(Logistics):
         units = self.unit.view(len(weight), -1, self.components)[:, 0].double()
         self.net.net.lead(weight, 1 / units)  # type: ignore[union-attr, operator]
         return None
-
-    @property
-    def num_calls(self) -> int:
-        """One."""
-        return 1

@@ -7,7 +7,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
-from dflow.core import Context, Distribution, conditioned, only_given
+from dflow.core import Context, Distribution, only_given
+from dflow.distributions.conditional import Conditional, check_rows
 from dflow.ops.normal import LOG_SQRT_2PI, log_interval
 
 #: Share of the mean variance that is added to each variance when the moments are singular.
@@ -289,7 +290,7 @@ class CovarianceNormal(Gaussian):
         return (-C.diagonal().log(), L.tril(-1)), C.diagonal().square()
 
 
-class ConditionalNormal(Distribution):
+class ConditionalNormal(Conditional):
     """Entries independent given the context, ``v_i`` normal with mean ``loc_i`` and deviation ``exp(s_i)``.
 
     The net is called as ``net(x, rest)``, see `dflow.core.conditioned`, and returns ``(loc, s)`` in the
@@ -307,10 +308,7 @@ class ConditionalNormal(Distribution):
     def params(self, context: Context | None) -> tuple[Tensor, Tensor]:
         """``loc`` and log standard deviation, each ``(batch, dim)``, at least float32."""
         only_given(context)
-        params: Tensor = conditioned(self.net, context)
-        if params.ndim != 3 or params.shape[2] != 2:
-            raise ValueError(f"the net gave params of shape {tuple(params.shape)}, expected (batch, dim, 2)")
-        loc, log_scale = params.to(torch.promote_types(params.dtype, torch.float32)).unbind(-1)
+        loc, log_scale = self.outputs(context, None, 2).unbind(-1)
         return loc, log_scale
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
@@ -327,15 +325,9 @@ class ConditionalNormal(Distribution):
     ) -> Tensor:
         """One exact draw for each of the ``n`` rows of the context, ``(n, dim)``."""
         loc, log_scale = self.params(context)
-        if loc.shape[0] != n:
-            raise ValueError(f"{n} draws asked of a context of {loc.shape[0]} rows")
+        check_rows(n, len(loc))
         e = torch.randn(loc.shape, generator=generator, dtype=loc.dtype, device=loc.device)
         return loc + log_scale.exp() * e
-
-    @property
-    def num_calls(self) -> int:
-        """One."""
-        return 1
 
 
 class StandardNormal(Distribution):

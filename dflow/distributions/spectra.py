@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dflow.core import Context, Distribution, Elementwise, conditioned, present
+from dflow.core import Context, Elementwise, conditioned, present
 from dflow.distributions.categorical import check_entries, clear_absent, total
+from dflow.distributions.conditional import Conditional, check_rows
 from dflow.ops.modular import check_alphabet
 
 #: Spectra are the soft-max of this number times their parameter: Adam moves a parameter by at most the
@@ -14,7 +15,7 @@ from dflow.ops.modular import check_alphabet
 _GAIN = 10.0
 
 
-class Spectra(Distribution):
+class Spectra(Conditional):
     r"""Entries independent given the context: each is mapped to a latent with a mixture of C laws.
 
     .. math:: p(x_i \mid \text{context}) = \sum_{c=1}^{C} w_{ic} \, S_{c, z_i},
@@ -109,14 +110,8 @@ class Spectra(Distribution):
     ) -> Tensor:
         """One exact draw for each of the ``n`` rows of the context, int64 ``(n, dim)``."""
         params, log_weights = self.params(context)
-        if params.shape[0] != n:
-            raise ValueError(f"{n} draws asked of a context of {params.shape[0]} rows")
+        check_rows(n, len(params))
         law = self.log_law(log_weights).double().exp()
         z = law.flatten(0, 1).multinomial(1, generator=generator).view(law.shape[:2])
         x, _ = self.elementwise.inverse(z, params)
         return clear_absent(x, present(context, len(x), x.shape[1]))
-
-    @property
-    def num_calls(self) -> int:
-        """One."""
-        return 1

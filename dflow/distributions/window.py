@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dflow.core import Context, Distribution, conditioned, only_given
+from dflow.core import Context, only_given
+from dflow.distributions.conditional import Conditional, check_rows
 from dflow.distributions.logistic import check_numbers
 
 #: Most integers that a window holds.
@@ -17,7 +18,7 @@ MOST = 1024
 _LOGITS = 1 << 20
 
 
-class ConditionalWindow(Distribution):
+class ConditionalWindow(Conditional):
     """Entries independent given the context, each with a probability for every integer of a window.
 
     A hurdle model over K + 2 symbols: with logits ``l = start + net(context)`` and the symbol c that is most
@@ -84,13 +85,7 @@ class ConditionalWindow(Distribution):
     def raw(self, context: Context | None) -> Tensor:
         """The logits without ``start``: the output of the net."""
         only_given(context)
-        logits: Tensor = conditioned(self.net, context)
-        expected = (self.dim, self.K + 2)
-        if logits.ndim != 3 or logits.shape[1:] != expected:
-            raise ValueError(
-                f"the net gave logits of shape {tuple(logits.shape)}, expected (batch, *{expected})"
-            )
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return self.outputs(context, self.dim, self.K + 2)
 
     def symbols(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Symbols 0..K + 1 of integers ``x``, and their index j in a tail; 0 inside the window."""
@@ -137,8 +132,7 @@ class ConditionalWindow(Distribution):
     ) -> Tensor:
         """``n`` exact draws, int64 ``(n, dim)``, one a row of the context."""
         law = self.law(context)
-        if len(law) != n:
-            raise ValueError(f"{n} draws asked of a context of {len(law)} rows")
+        check_rows(n, len(law))
         symbol = law.flatten(0, 1).multinomial(1, generator=generator).view(law.shape[:2])
         u = torch.rand(n, self.dim, 2, dtype=torch.float64, device=law.device, generator=generator)
         # q is geometric, and the integers of one q have equal probability; none beyond 2^53 is drawn.
@@ -177,11 +171,6 @@ class ConditionalWindow(Distribution):
         # Log-odds are at least the log of the share, so that this stays the largest start.
         start[c] = share[c].logit()
         self.start.copy_(start)
-
-    @property
-    def num_calls(self) -> int:
-        """One."""
-        return 1
 
 
 def _without(logits: Tensor, symbol: int) -> Tensor:

@@ -69,11 +69,11 @@ class MixtureLogistic(Continuous):
         return self._map(z, params, True)
 
     def _map(self, value: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        mapped: tuple[Tensor, Tensor] = _Map.apply(params, value, self.bound, inverse)  # type: ignore[no-untyped-call]
+        mapped: tuple[Tensor, Tensor] = _MixtureMap.apply(params, value, self.bound, inverse)  # type: ignore[no-untyped-call]
         return mapped
 
 
-class _Law(NamedTuple):
+class _Components(NamedTuple):
     """A mixture for each of n entries: weights, means and inverse scales, each ``(K, n)``."""
 
     weight: Tensor
@@ -81,7 +81,7 @@ class _Law(NamedTuple):
     inv: Tensor
 
 
-class _Map(torch.autograd.Function):
+class _MixtureMap(torch.autograd.Function):
     """Both directions. Gradients are written by hand as for the spline: autograd costs several times as much.
 
     The gradients of the inverse follow from those of the map at the solution.
@@ -99,7 +99,7 @@ class _Map(torch.autograd.Function):
         raw = rows[2 * count : -2] * scale_factor
         most = torch.where(raw > 0, _WIDE, bound)
         share, tame, stretch = rows[:count].softmax(0), _tanh(raw / most), _tanh(rows[-2] / _WIDE)
-        law = _Law(
+        law = _Components(
             torch.add(_LEAST / count, share, alpha=1 - _LEAST),
             rows[count : 2 * count] * loc_factor,
             torch.exp(-tame * most),
@@ -163,7 +163,7 @@ def _tanh(x: Tensor) -> Tensor:
     return torch.sigmoid(2 * x).mul_(2).sub_(1)
 
 
-def _parts(x: Tensor, law: _Law) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _parts(x: Tensor, law: _Components) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """For each component d, the masses below and above x and the density; and ``shift``, ``(n,)``.
 
     That is ``d = (x - loc) / s``, ``w c``, ``w (1 - c)`` and ``w c (1 - c) / s`` with ``c = sigmoid(d)``. In
@@ -182,7 +182,7 @@ def _parts(x: Tensor, law: _Law) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor
     return d, below.mul_(law.weight), above.mul_(law.weight), density, shift
 
 
-def _look(x: Tensor, law: _Law) -> tuple[Tensor, ...]:
+def _look(x: Tensor, law: _Components) -> tuple[Tensor, ...]:
     """Logit of F and the log of its slope ``(n,)``; d, and shares in F, 1 - F and the density ``(K, n)``.
 
     The slope is ``f / (F (1 - F))``; nothing is subtracted from one.
@@ -200,13 +200,13 @@ def _look(x: Tensor, law: _Law) -> tuple[Tensor, ...]:
     return log_F - log_S + shift, log_f - log_F - log_S, d, below.div_(F), above.div_(S), density.div_(f)
 
 
-def _solve(y: Tensor, law: _Law) -> Tensor:
+def _solve(y: Tensor, law: _Components) -> Tensor:
     """Places where the logit of F is ``y``."""
     blocks = zip(*(rows.split(_BLOCK, -1) for rows in (y, *law)), strict=True)
-    return torch.cat([_root(rows, _Law(*tensors)) for rows, *tensors in blocks])
+    return torch.cat([_root(rows, _Components(*tensors)) for rows, *tensors in blocks])
 
 
-def _root(y: Tensor, law: _Law) -> Tensor:
+def _root(y: Tensor, law: _Components) -> Tensor:
     """Newton's method, with a bisection where a step leaves the interval or is too long.
 
     Each entry is solved for by itself; entries that are done are removed from the batch from time to time.
@@ -236,7 +236,7 @@ def _root(y: Tensor, law: _Law) -> Tensor:
         if 3 * arrived > len(x):
             solution[remaining] = x
             keep = (~done).nonzero().flatten()
-            law = _Law(*(tensor[:, keep] for tensor in law))
+            law = _Components(*(tensor[:, keep] for tensor in law))
             remaining, x, y, low, high = (tensor[keep] for tensor in (remaining, x, y, low, high))
             last, near, noise = (tensor[keep] for tensor in (last, near, noise))
     solution[remaining] = x

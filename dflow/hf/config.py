@@ -23,10 +23,11 @@ class FamilyConfig(PreTrainedConfig):
     """
 
     model_kind: ClassVar[zoo.Kind]
+    #: Settings that come from the data, without which there is no model.
+    required: ClassVar[tuple[str, ...]] = ()
     family: str
 
     def __init__(self, family: str, **kwargs: Any) -> None:
-        """See the class."""
         self.family = family
         plugins.load_installed()
         record, values = zoo.FAMILIES.get(family), {}
@@ -53,10 +54,13 @@ class FamilyConfig(PreTrainedConfig):
         """The family's settings, checked; parsed once for the same values.
 
         Raises:
-            InputError: an unknown family, or values that it refuses.
+            InputError: an unknown family, values that it refuses, or missing settings of the data.
         """
         fields = self.record.fields
-        return _parsed(self.record, json.dumps({name: getattr(self, name) for name in fields}))
+        settings = _parsed(self.record, json.dumps({name: getattr(self, name) for name in fields}))
+        if missing := [name for name in self.required if not getattr(settings, name)]:
+            raise InputError(f"settings of the data are missing: {', '.join(missing)}; restore the file")
+        return settings
 
 
 @functools.cache
@@ -86,7 +90,6 @@ class DflowConfig(FamilyConfig):
     def __init__(
         self, family: str = "grouped", vocab_size: int = 27, explicit_length: bool = False, **kwargs: Any
     ) -> None:
-        """See the class."""
         self.vocab_size, self.explicit_length = vocab_size, explicit_length
         super().__init__(family, **kwargs)
 
@@ -102,17 +105,11 @@ class DflowImageConfig(FamilyConfig):
 
     model_type = "dflow-image"
     model_kind = "images"
+    required = ("shape", "levels")
 
     def __init__(self, family: str = "dequantized", **kwargs: Any) -> None:
         """See `FamilyConfig`."""
         super().__init__(family, **kwargs)
-
-    def settings(self) -> zoo.ValuesConfig:
-        """See `FamilyConfig.settings`; the settings that come from the data are required."""
-        settings: zoo.ValuesConfig = super().settings()
-        if not settings.shape or not settings.levels:
-            raise InputError("shape and levels are missing; restore the file")
-        return settings
 
 
 class DflowClassifierConfig(FamilyConfig):
@@ -120,19 +117,13 @@ class DflowClassifierConfig(FamilyConfig):
 
     model_type = "dflow-classifier"
     model_kind = "labels"
+    required = ("shape", "levels", "classes")
 
     def __init__(self, family: str = "pbnet", **kwargs: Any) -> None:
         """See `FamilyConfig`."""
         if kwargs.get("classes"):
             kwargs.setdefault("num_labels", kwargs["classes"])
         super().__init__(family, **kwargs)
-
-    def settings(self) -> Any:
-        """See `FamilyConfig.settings`; the settings that come from the data are required."""
-        settings: Any = super().settings()
-        if not settings.shape or not settings.levels or not settings.classes:
-            raise InputError("shape, levels and classes are missing; restore the file")
-        return settings
 
 
 for config in (DflowConfig, DflowImageConfig, DflowClassifierConfig):

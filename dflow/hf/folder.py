@@ -21,16 +21,16 @@ from dflow.config import InputError
 from dflow.core import Distribution
 from dflow.hf.binary import DflowClassifier
 from dflow.hf.images import DflowImageModel
-from dflow.hf.limits import Bounded
+from dflow.hf.limits import AllocationLimit
 from dflow.hf.manifest import replacing, verify
 from dflow.hf.pretrained import COMPANIONS, INDEX, TABLES, WEIGHTS
 from dflow.hf.symbols import DflowModel
 
 M = TypeVar("M", DflowModel, DflowImageModel, DflowClassifier)
-Kind = type[DflowModel] | type[DflowImageModel] | type[DflowClassifier]
+ModelClass = type[DflowModel] | type[DflowImageModel] | type[DflowClassifier]
 
 #: Names of the kinds of models, and their classes, by the model type in `config.json`.
-_KINDS: dict[str, tuple[str, Kind]] = {
+_KINDS: dict[str, tuple[str, ModelClass]] = {
     "dflow": ("text", DflowModel),
     "dflow-image": ("images or tables", DflowImageModel),
     "dflow-classifier": ("labels of images", DflowClassifier),
@@ -61,7 +61,7 @@ def save(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
         model.save_pretrained(folder)
 
 
-def kind_of(folder: str | os.PathLike[str]) -> Kind:
+def kind_of(folder: str | os.PathLike[str]) -> ModelClass:
     """The class of the model in ``folder``.
 
     Raises:
@@ -121,7 +121,7 @@ def load(
         config = kind.config_class.from_pretrained(path)
         config.settings()
         # Settings that belong to other weights may ask for any amount of memory.
-        with Bounded(sum(weight.stat().st_size for weight in weights)), _quiet():
+        with AllocationLimit(sum(weight.stat().st_size for weight in weights)), _quiet():
             pair: Any = kind.from_pretrained(path, config=config, output_loading_info=True)
         model, info = pair
     except InputError as error:

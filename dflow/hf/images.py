@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModel
 from transformers.utils.generic import ModelOutput
 
@@ -39,25 +39,61 @@ class DflowImageOutput(ModelOutput):
     log_prob: Tensor | None = None
 
 
-class DflowImageModel(Pretrained):
+class ValuesModel(Pretrained):
+    """Base class of models that take images or rows of a table."""
+
+    main_input_name = "pixel_values"
+    _settings: zoo.ValuesConfig
+
+    @property
+    def dim(self) -> int:
+        """Entries of one datum."""
+        return self._settings.dim
+
+    def check(self, x: Tensor) -> Tensor:
+        """``x`` flat, ``(batch, dim)``, if its shape and values fit the settings; else an `InputError`."""
+        settings = self._settings
+        shape = tuple(settings.shape)
+        if x.shape[1:] != shape and (x.ndim != 2 or x.shape[1] != settings.dim):
+            raise InputError(f"data of shape {tuple(x.shape[1:])}; this model takes {shape}")
+        x = x.reshape(len(x), -1)
+        support = settings.support
+        ranges = support if len(settings.levels) > 1 else support[:1]
+        # One number is enough where all entries have the same range, as in images.
+        low, high = (
+            torch.tensor([sign * torch.inf if r is None else r[i] for r in ranges], device=x.device)
+            for i, sign in enumerate((-1, 1))
+        )
+        fits = (x >= low) & (x <= high)
+        if x.is_floating_point():
+            fits &= x.isfinite() & ((x == x.floor()) | low.isinf())
+        if not fits.all():
+            row, column = (~fits).nonzero()[0].tolist()
+            value, allowed = x[row, column].item(), support[column]
+            if allowed is None:
+                raise InputError(f"value {value} of entry {column} is not finite")
+            origin = ", the range of the training data" * (allowed == settings.ranges[column])
+            raise InputError(
+                f"value {value} of entry {column} is no integer in {allowed[0]}..{allowed[1]}{origin}"
+            )
+        return x
+
+
+class DflowImageModel(ValuesModel):
     """A model of integers (pixels, columns): exact likelihoods or, if dequantized, bounds; and draws."""
 
     config_class = DflowImageConfig
     base_model_prefix = "law"
-    main_input_name = "pixel_values"
     config: DflowImageConfig
 
     def __init__(self, config: DflowImageConfig) -> None:
         """Build the model that ``config`` describes, with fresh weights."""
         super().__init__(config)
-        self._settings = settings = config.settings()
+        self._settings = config.settings()
         # Masks and permutations are computed, not loaded; see `DflowModel`.
         with torch.device("cpu"):
-            self.law = zoo.build_image(config.family, settings)
+            self.law = zoo.build_image(config.family, self._settings)
         self.post_init()  # type: ignore[no-untyped-call]
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Modules initialise themselves; the default would undo it."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -98,17 +134,12 @@ class DflowImageModel(Pretrained):
         Raises:
             InputError: the model has bounds.
         """
-        if isinstance(self.law, Dequantized):
-            raise InputError(
-                f"a model of family {self.config.family!r} has bounds of its likelihood: use elbo, iwbo "
-                "or, of few dimensions, exact_log_prob"
-            )
-        return self.law
-
-    @property
-    def dim(self) -> int:
-        """Entries of one datum."""
-        return self._settings.dim
+        if isinstance(self.law, Distribution):
+            return self.law
+        raise InputError(
+            f"a model of family {self.config.family!r} has bounds of its likelihood: use elbo, iwbo or, for "
+            "few dimensions, exact_log_prob"
+        )
 
     def forward(
         self,
@@ -134,22 +165,23 @@ class DflowImageModel(Pretrained):
         refuse_unknown(kwargs, self.forward, way)
         x = self.check(pixel_values)
         output = DflowImageOutput()
-        if isinstance(self.law, Dequantized):
-            if self.training:
-                output.elbo = values = training.elbo_of_values(self.law, x, generator)
-            else:
-                output.elbo = values = self.law.elbo(x, 1, generator).values
-            nats = -values.mean()
-        elif not self._symbols:
-            # On floats, for which rounding has its straight-through gradient.
-            output.log_prob = values = self.law.log_prob(x.to(self.dtype))
-            nats = -values.mean()
-        elif self.training:
-            nats = training.loss_of_symbols(self.law, x.long()) / len(x)
+        if not self.exact:
+            law = self.dequantized
+            elbo = (
+                training.elbo_of_values(law, x, generator)
+                if self.training
+                else law.elbo(x, 1, generator).values
+            )
+            output.elbo, nats = elbo, -elbo.mean()
+        elif self.training and self._symbols:
+            nats = training.loss_of_symbols(self.distribution, x.long()) / len(x)
         else:
-            output.log_prob = values = self.law.log_prob(x.long())
-            nats = -values.mean()
-            nats = training.evaluated(nats) if nats.requires_grad else nats
+            # For floats that hold integers, rounding has its straight-through gradient.
+            values = x.long() if self._symbols else x.to(self.dtype)
+            output.log_prob = log_prob = self.distribution.log_prob(values)
+            nats = -log_prob.mean()
+            if self._symbols and nats.requires_grad:
+                nats = training.evaluated(nats)
         if return_loss:
             output.loss = nats / (x.shape[1] * math.log(2))
         return answer(output, return_dict, self.config)
@@ -232,38 +264,6 @@ class DflowImageModel(Pretrained):
             InputError: a dequantized model; values as in `elbo`.
         """
         return self.distribution.round_trip(self.check(pixel_values).long())
-
-    def check(self, x: Tensor) -> Tensor:
-        """``x`` flat, ``(batch, dim)``, or an `InputError`."""
-        return checked(x, self._settings)
-
-
-def checked(x: Tensor, settings: zoo.ValuesConfig) -> Tensor:
-    """``x`` flat, ``(batch, dim)``, if its shape and values fit ``settings``; else an `InputError`."""
-    shape = tuple(settings.shape)
-    if x.shape[1:] != shape and (x.ndim != 2 or x.shape[1] != settings.dim):
-        raise InputError(f"data of shape {tuple(x.shape[1:])}; this model takes {shape}")
-    x = x.reshape(len(x), -1)
-    support = settings.support
-    ranges = support if len(settings.levels) > 1 else support[:1]
-    # One number is enough where all entries have the same range, as in images.
-    low, high = (
-        torch.tensor([sign * torch.inf if r is None else r[i] for r in ranges], device=x.device)
-        for i, sign in enumerate((-1, 1))
-    )
-    fits = (x >= low) & (x <= high)
-    if x.is_floating_point():
-        fits &= x.isfinite() & ((x == x.floor()) | low.isinf())
-    if not fits.all():
-        row, column = (~fits).nonzero()[0].tolist()
-        value, allowed = x[row, column].item(), support[column]
-        if allowed is None:
-            raise InputError(f"value {value} of entry {column} is not finite")
-        origin = ", the range of the training data" * (allowed == settings.ranges[column])
-        raise InputError(
-            f"value {value} of entry {column} is no integer in {allowed[0]}..{allowed[1]}{origin}"
-        )
-    return x
 
 
 AutoModel.register(DflowImageConfig, DflowImageModel)

@@ -24,7 +24,7 @@ class TooLarge(ValueError):
     """An allocation beyond the limit was refused."""
 
 
-class Bounded(TorchDispatchMode):
+class AllocationLimit(TorchDispatchMode):
     """Inside this context, new tensors may have a limited number of bytes together.
 
     Args:
@@ -35,7 +35,6 @@ class Bounded(TorchDispatchMode):
     """
 
     def __init__(self, num_bytes: int) -> None:
-        """See the class."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.limit, self.spent = _FREE + _TIMES * num_bytes, 0
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
@@ -41,6 +42,9 @@ class Pretrained(PreTrainedModel):
     """
 
     companions: Mapping[str, bytes] = {}
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Modules initialise themselves; the default would undo it."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:

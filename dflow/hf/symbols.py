@@ -57,9 +57,6 @@ class DflowModel(Pretrained):
             self.register_buffer("length_counts", torch.zeros(config.length + 1))
         self.post_init()  # type: ignore[no-untyped-call]
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """Modules initialise themselves; the default would undo it."""
-
     #: Network calls of the law in use; None where it is `distribution` itself.
     _calls: int | None = None
 

@@ -57,7 +57,6 @@ class DenseNet(nn.Module):
         norm: Literal["none", "group"] = "none",
         head_kernel: int = 3,
     ) -> None:
-        """See the class."""
         super().__init__()
         if activation not in ("silu", "relu") or norm not in ("none", "group"):
             raise ValueError(f"activation {activation!r} is silu or relu, and norm {norm!r} none or group")

@@ -42,7 +42,6 @@ class FixedDenseNet(nn.Module):
     """
 
     def __init__(self, net: DenseNet) -> None:
-        """See the class."""
         super().__init__()
         for name, value, needed in (("activation", net.activation, "relu"), ("norm", net.norm, "none")):
             if value != needed:
@@ -91,7 +90,6 @@ class FixedProduct(nn.Module):
     step: Tensor
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, active: bool) -> None:
-        """See the class."""
         super().__init__()
         weight = layer.weight.detach().cpu().double()
         bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach().cpu().double()

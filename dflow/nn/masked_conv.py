@@ -51,7 +51,6 @@ class MaskedConv(nn.Module):
         context_channels: int = 0,
         zero_head: bool = True,
     ) -> None:
-        """See the class."""
         super().__init__()
         channels, height, width = shape
         check_sizes(channels=channels, height=height, width=width, num_params=num_params, depth=depth)

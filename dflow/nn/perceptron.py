@@ -42,7 +42,6 @@ class InfillPerceptron(nn.Module):
         dropout: float = 0.0,
         zero_head: bool = False,
     ) -> None:
-        """See the class."""
         super().__init__()
         if len(known) < 1 or len(hidden) < 1:
             raise ValueError(
@@ -125,7 +124,6 @@ class Perceptron(nn.Module):
         levels: int | None = None,
         zero_head: bool = True,
     ) -> None:
-        """See the class."""
         super().__init__()
         check_sizes(in_features=in_features, out_entries=out_entries, num_params=num_params)
         check_sizes(hidden_size=hidden_size, num_layers=num_layers)

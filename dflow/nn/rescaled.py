@@ -28,7 +28,6 @@ class Rescaled(nn.Module):
     def __init__(
         self, net: nn.Module, offset: Tensor, scale: Tensor, unit: Tensor, rezero: bool, linear: bool = False
     ) -> None:
-        """See the class."""
         super().__init__()
         self.net, self.linear = net, linear
         self.register_buffer("offset", offset.clone())

@@ -34,7 +34,6 @@ class InfillTable(nn.Module):
     places: Tensor
 
     def __init__(self, K: int, num_params: int, known: Tensor, hidden: Tensor) -> None:
-        """See the class."""
         super().__init__()
         self.K, self.num_hidden = K, len(hidden)
         self.register_buffer("known", known.clone())
@@ -83,7 +82,6 @@ class PrefixTable(nn.Module):
     first_rows: Tensor
 
     def __init__(self, K: int, num_params: int, dim: int) -> None:
-        """See the class."""
         super().__init__()
         self.K, self.dim = K, dim
         first_rows = [(K**i - 1) // (K - 1) for i in range(dim + 1)]
@@ -99,12 +97,12 @@ class PrefixTable(nn.Module):
             code[:, i] = code[:, i - 1] * self.K + symbols[:, i - 1]
         return _rows(self.table, code + self.first_rows[: symbols.shape[1]])
 
-    def start(self, batch: int, context: Context | None = None) -> _State:
+    def start(self, batch: int, context: Context | None = None) -> _PrefixState:
         """State before the first entry."""
         only_lengths(context, batch)
-        return _State(torch.zeros(batch, dtype=torch.int64, device=self.table.device))
+        return _PrefixState(torch.zeros(batch, dtype=torch.int64, device=self.table.device))
 
-    def step(self, x: Tensor | None, state: _State) -> Tensor:
+    def step(self, x: Tensor | None, state: _PrefixState) -> Tensor:
         """Parameters ``(batch, 1, num_params)`` of the next entry; ``x`` ``(batch, 1)`` is None at first."""
         if x is not None:
             state.code = state.code * self.K + x[:, 0]
@@ -112,7 +110,7 @@ class PrefixTable(nn.Module):
         return _rows(self.table, state.code + self.first_rows[state.call])[:, None]
 
 
-class _State:
+class _PrefixState:
     def __init__(self, code: Tensor) -> None:
         self.code, self.call = code, 0
 

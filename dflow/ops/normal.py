@@ -60,7 +60,7 @@ def truncated_normal(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
     >>> truncated_normal(torch.tensor(30.0), torch.tensor(31.0), torch.tensor(0.5))
     tensor(30.0231)
     """
-    result: Tensor = _TruncatedNormal.apply(*torch.broadcast_tensors(a, b, u))  # type: ignore[no-untyped-call]
+    result: Tensor = _TruncatedDraw.apply(*torch.broadcast_tensors(a, b, u))  # type: ignore[no-untyped-call]
     return result
 
 
@@ -158,7 +158,7 @@ class _LogInterval(torch.autograd.Function):
         return g * left, g * right
 
 
-class _TruncatedNormal(torch.autograd.Function):
+class _TruncatedDraw(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, u: Tensor) -> Tensor:
         e = truncated_quantile(a, b, u)

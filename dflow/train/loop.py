@@ -42,7 +42,7 @@ from dflow.config import InputError, nearest
 from dflow.data import files
 from dflow.hf import manifest
 from dflow.memory import keep_memory
-from dflow.nn.binary import StochasticBatchNorm
+from dflow.nn.batch_norm import StochasticBatchNorm
 from dflow.terminal import shown
 from dflow.train import schedule, shards
 from dflow.train.recipe import METRICS, RECIPE, STATE, Recipe, load_recipe

@@ -15,18 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from dflow.config import InputError
-from dflow.nn.binary import (
-    BinaryConv2d,
-    BinaryLayer,
-    BinaryLinear,
-    Head,
-    Pixels,
-    StochasticBatchNorm,
-    StochasticMaxPool2d,
-    StochasticSign,
-    Weights,
-    reestimate,
-)
+from dflow.nn.batch_norm import StochasticBatchNorm, reestimate
+from dflow.nn.binary import BinaryConv2d, BinaryLayer, BinaryLinear, WeightKind
+from dflow.nn.classifier import Head, Pixels, head_of
+from dflow.nn.moments import StochasticMaxPool2d, StochasticSign
 from dflow.ops.straight_through import signs
 from dflow.zoo.family import Family, register
 from dflow.zoo.settings import setting
@@ -120,7 +112,7 @@ def build(config: PBNetConfig) -> nn.Sequential:
             f"a classifier takes images of values from 0, found levels {config.levels} and lowest "
             f"{config.lowest}"
         )
-    weights: Weights = {"binary": "sign", "float": "float"}.get(config.kind, config.parametrisation)  # type: ignore[assignment]
+    weights: WeightKind = {"binary": "sign", "float": "float"}.get(config.kind, config.parametrisation)  # type: ignore[assignment]
     inputs, height, width = config.shape
     modules: list[nn.Module] = [Pixels((inputs, height, width), levels, unit=config.kind == "float")]
 
@@ -205,18 +197,13 @@ def to_deterministic(
         if not layer.random and rule != "map":
             raise InputError(f"rule {rule!r} is for random weights; for a network of signs use 'map'")
         theta = layer.theta
-        if layer.random and layer is layers(fixed)[-1] and _kind(fixed) == "bce":
+        if layer.random and layer is layers(fixed)[-1] and head_of(fixed).kind == "bce":
             layer.noise = (1 - theta.square()).sum(1)
         layer.weights = "float"
         layer.weight.copy_(_RULES[rule](theta, generator))
         layer.weight.requires_grad_(False)
     reestimate(fixed, batches)
     return fixed
-
-
-def _kind(net: nn.Sequential) -> str:
-    head = net[-1]
-    return head.kind if isinstance(head, Head) else ""
 
 
 def _ternary(theta: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -60,13 +60,15 @@ class DequantizedConfig(ValuesConfig):
             "bipartite or autoregressive flow; truncated (truncated normals of a Gaussian density)",
         )
     )
-    num_levels: int = setting(1, "levels of a flow; half of the entries are factored out between two levels")
-    num_flows: int = setting(8, "couplings of a level")
+    num_levels: int = setting(
+        1, "levels of a flow; half of the entries are factored out between two levels", least=1
+    )
+    num_flows: int = setting(8, "couplings of a level", least=1)
     elementwise: Literal["affine", "spline", "mixture"] = setting(
         "spline", "family of a coupling: affine, spline, mixture (of logistic laws)"
     )
-    spline_bins: int = setting(8, "bins of a spline")
-    mixture_components: int = setting(4, "components of a mixture")
+    spline_bins: int = setting(8, "bins of a spline", least=1)
+    mixture_components: int = setting(4, "components of a mixture", least=1)
     mixing: Literal["rotate", "permute"] = setting(
         "rotate",
         "between couplings: rotate (1x1 convolutions); permute, which keeps edges of cells along the axes",
@@ -74,26 +76,19 @@ class DequantizedConfig(ValuesConfig):
     conditioner: Literal["densenet", "perceptron"] = setting(
         "densenet", "networks: densenet (convolutions); perceptron, which takes an image as a vector"
     )
-    hidden_size: int = setting(96, "width of a network")
-    num_hidden_layers: int = setting(4, "layers of a network")
-    context_size: int = setting(16, "channels of a dequantizer's context")
+    hidden_size: int = setting(96, "width of a network", least=1)
+    num_hidden_layers: int = setting(4, "layers of a network", least=1)
+    context_size: int = setting(16, "channels of a dequantizer's context", least=1)
     dequantizer_flows: int = setting(
-        4, "couplings, or autoregressive layers, of a dequantizer that is a flow"
+        4, "couplings, or autoregressive layers, of a dequantizer that is a flow", least=1
     )
     dequantizer_elementwise: Literal["affine", "spline", "mixture"] = setting(
         "affine", "elementwise family of a dequantizer that is a flow: affine, spline, mixture"
     )
-    dequantizer_hidden_size: int = setting(64, "width of a dequantizer's networks")
-    dequantizer_hidden_layers: int = setting(2, "layers of a dequantizer's networks")
+    dequantizer_hidden_size: int = setting(64, "width of a dequantizer's networks", least=1)
+    dequantizer_hidden_layers: int = setting(2, "layers of a dequantizer's networks", least=1)
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_levels", "num_flows", "spline_bins", "mixture_components", "hidden_size",
-            "num_hidden_layers", "context_size", "dequantizer_flows", "dequantizer_hidden_size",
-            "dequantizer_hidden_layers",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, found {getattr(self, name)}")
         super().__post_init__()
         if self.levels and all(n is None for n in self.levels):
             raise InputError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,30 +27,27 @@ from dflow.zoo.family import Family, register
 from dflow.zoo.settings import setting
 from dflow.zoo.values import LARGEST, MISSING, Shape, ValuesConfig, naming_setting
 
-_LEAST = {
-    "num_levels": 1, "num_flows": 0, "prior_groups": 1, "prior_components": 1, "hidden_size": 1,
-    "num_hidden_layers": 1, "components": 1, "groups": 1,
-}  # fmt: skip
-
 
 @dataclass
 class IntegerConfig(ValuesConfig):
     """Integers under a bijection of the integers and discretized logistic laws."""
 
-    num_levels: int = setting(3, "levels; channels are factored out between two levels")
-    num_flows: int = setting(8, "couplings of a level")
+    num_levels: int = setting(3, "levels; channels are factored out between two levels", least=1)
+    num_flows: int = setting(8, "couplings of a level", least=0)
     kept: Literal["half", "quarter"] = setting(
         "half", "channels kept for the next level: half; quarter (one pixel of four)"
     )
     prior_groups: int = setting(
-        1, "groups of the channels that are factored out, each modelled given those before it"
+        1, "groups of the channels that are factored out, each modelled given those before it", least=1
     )
     prior: Literal["logistic", "hurdle"] = setting(
         "logistic",
         "laws of factored-out channels: logistic (mixtures of logistic laws); hurdle (one logit decides "
         "whether it is the most frequent value, a soft-max covers the others; needs num_flows 0)",
     )
-    prior_components: int = setting(1, "logistic laws in the mixture of each entry that is factored out")
+    prior_components: int = setting(
+        1, "logistic laws in the mixture of each entry that is factored out", least=1
+    )
     split: Literal["quarter", "half"] = setting(
         "quarter", "channels that a coupling transforms: quarter (given three quarters), half"
     )
@@ -60,20 +57,19 @@ class IntegerConfig(ValuesConfig):
     rezero: bool = setting(False, "multiply each translation by a learned factor that starts at 0 (IDF++)")
     activation: Literal["relu", "silu"] = setting("relu", "activation of the networks: relu, or silu (IDF++)")
     norm: Literal["none", "group"] = setting("none", "norm in the networks: none, or group (IDF++)")
-    hidden_size: int = setting(96, "width of a network")
-    num_hidden_layers: int = setting(4, "layers of a network")
+    hidden_size: int = setting(96, "width of a network", least=1)
+    num_hidden_layers: int = setting(4, "layers of a network", least=1)
     start: Literal["linear", "marginals"] = setting(
         "linear",
         "initial location of the logistic laws of factored-out channels: linear (the best linear prediction "
         "from neighbouring pixels); marginals (of the data)",
     )
-    components: int = setting(5, "logistic laws in the mixture of each entry of the last level")
-    groups: int = setting(1, "groups of the entries of the last level, each modelled given those before it")
+    components: int = setting(5, "logistic laws in the mixture of each entry of the last level", least=1)
+    groups: int = setting(
+        1, "groups of the entries of the last level, each modelled given those before it", least=1
+    )
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}, found {getattr(self, name)}")
         hurdle = self.prior == "hurdle"
         if hurdle and self.num_flows:
             raise InputError(f"num_flows={self.num_flows} needs prior logistic: hurdle laws pass no gradient")
@@ -124,36 +120,36 @@ def integer(config: IntegerConfig) -> Distribution:
     scale = torch.tensor([2.0 ** max(0, (high - low).bit_length() - 1) for low, high in ends])
     channels, height, width = config.shape
     generator = torch.Generator().manual_seed(_SEED)
-    return _level(config, (channels, height, width), config.num_levels, _Grid(offset, scale), generator)
+    return _level(config, (channels, height, width), config.num_levels, _Ranges(offset, scale), generator)
 
 
 #: Seed of the permutations; the checkpoint holds these too.
 _SEED = 1905_07376
 
 
-class _Grid:
+class _Ranges(NamedTuple):
     """Middle and half the range of the entries of a tensor, reordered and sliced as the tensor is."""
 
-    def __init__(self, offset: Tensor, scale: Tensor) -> None:
-        self.offset, self.scale = offset, scale
+    offset: Tensor
+    scale: Tensor
 
-    def at(self, index: Tensor | slice) -> _Grid:
-        return _Grid(self.offset[index], self.scale[index])
+    def at(self, index: Tensor | slice) -> _Ranges:
+        return _Ranges(self.offset[index], self.scale[index])
 
 
 def _level(
-    config: IntegerConfig, shape: Shape, levels: int, grid: _Grid, generator: torch.Generator
+    config: IntegerConfig, shape: Shape, levels: int, ranges: _Ranges, generator: torch.Generator
 ) -> Distribution:
     layers: list[Bijector] = []
     if shape[1] % 2 == 0 and shape[2] % 2 == 0:
         permutation, shape = squeeze(shape)
         layers.append(permutation)
-        grid = grid.at(permutation.permutation)
+        ranges = ranges.at(permutation.permutation)
         if config.kept == "quarter":
             # The kept pixels come first, in all their colours; then the others, pixel by pixel.
             colours = torch.arange(prod(shape)).view(shape[0] // 4, 4, -1).transpose(0, 1).flatten()
             layers.append(Permute(colours))
-            grid = grid.at(colours)
+            ranges = ranges.at(colours)
     channels, places = shape[0], shape[1] * shape[2]
     flows = config.num_flows
     if channels == 1 and levels == 1 < config.num_levels:
@@ -166,13 +162,13 @@ def _level(
     for _ in range(flows):
         order = torch.randperm(channels, generator=generator)
         index = torch.arange(prod(shape)).view(channels, places)[order].flatten()
-        layers += [Permute(index), _coupling(config, shape, grid.at(index))]
+        layers += [Permute(index), _coupling(config, shape, ranges.at(index))]
         if config.permute == "inverted":
             layers.append(Inverse(Permute(index)))
         else:
-            grid = grid.at(index)
+            ranges = ranges.at(index)
     if levels == 1:
-        return Flow(Chain(layers), _last(config, shape, grid))
+        return Flow(Chain(layers), _last(config, shape, ranges))
     kept_channels = max(1, channels // 4) if config.kept == "quarter" else -(-channels // 2)
     inner = (kept_channels, *shape[1:])
     groups, factored = config.prior_groups, channels - kept_channels
@@ -180,16 +176,16 @@ def _level(
         raise InputError(f"{factored} channels are factored out of a level, fewer than {groups} prior_groups")
     cuts = [kept_channels + factored * i // groups for i in range(groups + 1)]
     # The kept channels are the context of all groups; the last group is given those before it as well.
-    prior: Distribution = _prior(config, inner, kept_channels, cuts[1], grid, places)
+    prior: Distribution = _prior(config, inner, kept_channels, cuts[1], ranges, places)
     for known, out in pairwise(cuts[1:]):
         mask = torch.arange((out - kept_channels) * places) < (known - kept_channels) * places
-        prior = Split(mask, _prior(config, (known, *shape[1:]), known, out, grid, places), prior)
+        prior = Split(mask, _prior(config, (known, *shape[1:]), known, out, ranges, places), prior)
     mask = torch.arange(prod(shape)) < kept_channels * places
-    base_law = _level(config, inner, levels - 1, grid.at(slice(kept_channels * places)), generator)
+    base_law = _level(config, inner, levels - 1, ranges.at(slice(kept_channels * places)), generator)
     return Flow(Chain(layers), Split(mask, prior, base_law))
 
 
-def _last(config: IntegerConfig, shape: Shape, grid: _Grid) -> Distribution:
+def _last(config: IntegerConfig, shape: Shape, ranges: _Ranges) -> Distribution:
     """The law of the last level: colour by colour, places far apart first, in groups that grow."""
     count, G = prod(shape), config.groups
     if count < G:
@@ -197,42 +193,41 @@ def _last(config: IntegerConfig, shape: Shape, grid: _Grid) -> Distribution:
     order = (torch.arange(shape[0])[:, None] * shape[1] * shape[2] + spread(*shape[1:])).flatten()
     # Entries of early groups cost most, so these are small: sizes grow linearly, from at least one entry.
     cuts = [max(g, round(count * g * g / G**2)) for g in range(1, G + 1)]
-    first_entries = order[: cuts[0]].sort().values
-    law: Distribution = LogisticMixture(
-        len(first_entries), config.components, None, grid.offset[first_entries], grid.scale[first_entries] / 3
-    )
+    start = order[: cuts[0]].sort().values
+    offset, scale = ranges.at(start)
+    law: Distribution = LogisticMixture(len(start), config.components, None, offset, scale / 3)
     for known, end in pairwise(cuts):
         entries = order[:end].sort().values
         mask = torch.isin(entries, order[:known])
-        known_grid, new_grid = grid.at(entries[mask]), grid.at(entries[~mask])
-        M = config.components
-        net = _net(config, (known, 1, 1), end - known, 2 if M == 1 else 3 * M, True)
-        linear = config.start == "linear"
-        wired = Rescaled(net, known_grid.offset, known_grid.scale, torch.ones(end - known), False, linear)
-        law = Split(
-            mask, ConditionalLogistic(wired, end - known, M, new_grid.offset, new_grid.scale / 3), law
-        )
+        inputs, outputs = ranges.at(entries[mask]), ranges.at(entries[~mask])
+        law = Split(mask, _logistic(config, (known, 1, 1), config.components, inputs, outputs), law)
     return law
 
 
 def _prior(
-    config: IntegerConfig, shape: Shape, known: int, out: int, grid: _Grid, places: int
+    config: IntegerConfig, shape: Shape, known: int, out: int, ranges: _Ranges, places: int
 ) -> ConditionalLogistic | ConditionalWindow:
     """The law of the channels from ``known`` to ``out`` given those before."""
-    known_grid, new_grid = grid.at(slice(known * places)), grid.at(slice(known * places, out * places))
-    ones = torch.ones(len(new_grid.scale))
-    if config.prior == "hurdle":
-        K = 2 * int(new_grid.scale.max())
-        net = _net(config, shape, out - known, K + 2, True, 1)
-        wired = Rescaled(net, known_grid.offset, known_grid.scale, ones, False)
-        return ConditionalWindow(wired, (new_grid.offset - new_grid.scale).long(), K)
-    M = config.prior_components
-    net = _net(config, shape, out - known, 2 if M == 1 else 3 * M, True)
-    wired = Rescaled(net, known_grid.offset, known_grid.scale, ones, False, config.start == "linear")
-    return ConditionalLogistic(wired, len(new_grid.scale), M, new_grid.offset, new_grid.scale / 3)
+    inputs, outputs = ranges.at(slice(known * places)), ranges.at(slice(known * places, out * places))
+    if config.prior == "logistic":
+        return _logistic(config, shape, config.prior_components, inputs, outputs)
+    K = 2 * int(outputs.scale.max())
+    net = _net(config, shape, out - known, K + 2, True, 1)
+    wired = Rescaled(net, *inputs, torch.ones(len(outputs.scale)), False)
+    return ConditionalWindow(wired, (outputs.offset - outputs.scale).long(), K)
 
 
-def _coupling(config: IntegerConfig, shape: Shape, grid: _Grid) -> Coupling:
+def _logistic(
+    config: IntegerConfig, shape: Shape, components: int, inputs: _Ranges, outputs: _Ranges
+) -> ConditionalLogistic:
+    """A mixture of logistic laws of some entries given ``inputs`` of ``shape``."""
+    dim = len(outputs.scale)
+    net = _net(config, shape, dim // (shape[1] * shape[2]), 2 if components == 1 else 3 * components, True)
+    wired = Rescaled(net, *inputs, torch.ones(dim), False, config.start == "linear")
+    return ConditionalLogistic(wired, dim, components, outputs.offset, outputs.scale / 3)
+
+
+def _coupling(config: IntegerConfig, shape: Shape, ranges: _Ranges) -> Coupling:
     """A coupling that transforms the last channels given the first ones."""
     channels, places = shape[0], shape[1] * shape[2]
     moved = max(1, channels // (4 if config.split == "quarter" else 2))
@@ -240,8 +235,7 @@ def _coupling(config: IntegerConfig, shape: Shape, grid: _Grid) -> Coupling:
     # With a factor of 0 the head must not be 0 too: neither would have a gradient.
     net = _net(config, (known, *shape[1:]), moved, 1, not config.rezero)
     cut = known * places
-    known_grid = grid.at(slice(cut))
-    wired = Rescaled(net, known_grid.offset, known_grid.scale, grid.scale[cut:], config.rezero)
+    wired = Rescaled(net, *ranges.at(slice(cut)), ranges.scale[cut:], config.rezero)
     return Coupling(IntegerShift(), wired, torch.arange(prod(shape)) < cut)
 
 

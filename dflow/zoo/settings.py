@@ -10,9 +10,9 @@ from dflow import plugins
 from dflow.config import InputError, nearest
 
 
-def setting(default: Any, help: str) -> Any:
-    """A dataclass field with a default and a line of help."""
-    return field(default=default, metadata={"help": help})
+def setting(default: Any, help: str, least: int | None = None) -> Any:
+    """A dataclass field with a default, a line of help and, for numbers, the least value."""
+    return field(default=default, metadata={"help": help, "least": least})
 
 
 def choice(default: str, known: Mapping[str, object], help: str) -> Any:
@@ -21,10 +21,13 @@ def choice(default: str, known: Mapping[str, object], help: str) -> Any:
     return field(default=default, metadata={"help": f"{help}: {names}", "known": known})
 
 
-def check_choices(settings: Any) -> None:
-    """`InputError` for a field made by `choice` whose value is not in its registry."""
+def check_settings(settings: Any) -> None:
+    """`InputError` for a value below the least one of its field, or not in the registry of its field."""
     for f in fields(settings):
         value, choices = getattr(settings, f.name), f.metadata.get("known")
+        least = f.metadata.get("least")
+        if None not in (least, value) and value < least:
+            raise InputError(f"{f.name} must be at least {least}, found {value}")
         if choices is not None and value not in choices:
             hint = nearest(str(value), list(choices))
             raise InputError(f"unknown {f.name} {value!r}; {hint}; {plugins.WAY}")

@@ -38,7 +38,7 @@ from dflow.ops.masks import MASKS
 from dflow.ops.orders import ORDERS, check_order, lockstep, shuffled
 from dflow.ops.straight_through import StraightThrough
 from dflow.zoo.family import Family, register
-from dflow.zoo.settings import check_choices, choice, setting
+from dflow.zoo.settings import check_settings, choice, setting
 
 #: Orders of any-order models: the fixed orders, and "confidence".
 _ANY_ORDERS: Mapping[str, Callable[[int, int], Tensor]] = ChainMap(
@@ -50,16 +50,13 @@ _ANY_ORDERS: Mapping[str, Callable[[int, int], Tensor]] = ChainMap(
 class ModelConfig:
     """Settings of every family of models of text."""
 
-    length: int = setting(256, "longest sequence, in symbols")
-    hidden_size: int = setting(128, "width of the network")
-    num_hidden_layers: int = setting(3, "layers of the network (of each network, in a flow)")
+    length: int = setting(256, "longest sequence, in symbols", least=1)
+    hidden_size: int = setting(128, "width of the network", least=1)
+    num_hidden_layers: int = setting(3, "layers of the network (of each network, in a flow)", least=1)
     dropout: float = setting(0.0, "dropout in the network")
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        for name in ("length", "hidden_size", "num_hidden_layers"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, found {getattr(self, name)}")
+        check_settings(self)
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout must lie in [0, 1), found {self.dropout}")
 
@@ -104,15 +101,15 @@ class GroupedConfig(TransformerConfig):
     )
     order: str = choice("lockstep", ORDERS, "order in which positions are drawn")
     block: int = setting(
-        1, "symbols of a lane that one call draws, those after the first by a small network inside the group"
+        1,
+        "symbols of a lane that one call draws, those after the first by a small network inside the group",
+        least=1,
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 1 <= self.num_calls <= self.length:
             raise InputError(f"num_calls must lie in 1..{self.length} (length), found {self.num_calls}")
-        if self.block < 1:
-            raise InputError(f"block must be at least 1, found {self.block}")
         most = -(-self.length // self.block)
         for calls in (self.num_calls, *self.calls):
             if not 1 <= calls <= most:
@@ -146,8 +143,8 @@ class AnyOrderConfig(TransformerConfig):
 class BipartiteConfig(AttentionConfig):
     """Discrete coupling flow: `num_flows` couplings over a factorized base."""
 
-    num_hidden_layers: int = setting(1, "attention layers of each coupling's network")
-    num_flows: int = setting(8, "couplings, one network call each when a sequence is drawn")
+    num_hidden_layers: int = setting(1, "attention layers of each coupling's network", least=1)
+    num_flows: int = setting(8, "couplings, one network call each when a sequence is drawn", least=1)
     masks: Literal["strides", "halves", "single", "blocks"] = setting(
         "strides", "known and hidden positions of each coupling: strides, halves, single, blocks"
     )
@@ -167,21 +164,21 @@ class BipartiteConfig(AttentionConfig):
                 "conditioner 'attention' distinguishes hidden positions by their known neighbours, and all "
                 "positions of a block have the same; use conditioner 'perceptron', or num_flows of length - 1"
             )
-        if self.num_flows < 1:
-            raise InputError(f"num_flows must be at least 1, found {self.num_flows}")
 
 
 @dataclass
 class AutoregressiveConfig(TransformerConfig):
     """Discrete autoregressive flow: `num_flows` layers in alternating directions over a base."""
 
-    num_flows: int = setting(2, "autoregressive bijectors, alternating left to right and right to left")
+    num_flows: int = setting(
+        2, "autoregressive bijectors, alternating left to right and right to left", least=1
+    )
     elementwise: str = choice("rank", DISCRETE, "family on Z/K")
     base: Literal["factorized", "mixture", "autoregressive"] = setting(
         "factorized", "base law: factorized, mixture, autoregressive"
     )
     base_classes: int = setting(
-        16, "first entries with separate laws in a factorized base; all later entries share one law"
+        16, "first entries with separate laws in a factorized base; all later entries share one law", least=1
     )
     conditioner: Literal["attention", "table"] = setting(
         "attention", "network of a layer: attention; for short sequences table"
@@ -191,24 +188,20 @@ class AutoregressiveConfig(TransformerConfig):
         "loop", "how symbols are drawn: loop (a call a symbol), jacobi (parallel calls until nothing changes)"
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("num_flows", "base_classes"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, found {getattr(self, name)}")
-
 
 @dataclass
 class MultiscaleConfig(AttentionConfig):
     """Coarse to fine: at each level every second entry is drawn given the others, in one network call."""
 
-    num_hidden_layers: int = setting(1, "attention layers of each level's network")
+    num_hidden_layers: int = setting(1, "attention layers of each level's network", least=1)
     num_levels: int | None = setting(None, "levels, one network call each (default: until one entry is left)")
     conditional: Literal["categorical", "spectra"] = setting(
         "spectra", "law of a level: categorical, spectra (one of a few shared laws, mapped on Z/K)"
     )
     elementwise: str = choice("rank", DISCRETE, "family on Z/K")
-    num_spectra: int = setting(4, "shared laws in the mixture of each entry; with 1 it is a discrete flow")
+    num_spectra: int = setting(
+        4, "shared laws in the mixture of each entry; with 1 it is a discrete flow", least=1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -219,16 +212,14 @@ class MultiscaleConfig(AttentionConfig):
             raise InputError(
                 f"num_levels must lie in 1..{most} for length {self.length}, found {self.num_levels}"
             )
-        if self.num_spectra < 1:
-            raise InputError(f"num_spectra must be at least 1, found {self.num_spectra}")
 
 
 @dataclass
 class LstmConfig(ModelConfig):
     """Baseline: the regularised LSTM of Merity et al., one network call a symbol."""
 
-    num_hidden_layers: int = setting(2, "layers")
-    hidden_size: int = setting(384, "cells of a layer")
+    num_hidden_layers: int = setting(2, "layers", least=1)
+    hidden_size: int = setting(384, "cells of a layer", least=1)
     embedding_size: int = setting(128, "features of a symbol")
     dropout_hidden: float = setting(0.0, "locked dropout between layers")
     dropout_input: float = setting(0.0, "locked dropout of the embedded symbols")

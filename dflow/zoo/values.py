@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from dflow.config import InputError
-from dflow.zoo.settings import check_choices
+from dflow.zoo.settings import check_settings
 
 Shape = tuple[int, int, int]
 
@@ -60,7 +60,7 @@ class ValuesConfig:
     )
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_settings(self)
         if self.shape and (len(self.shape) != 3 or min(self.shape) < 1):
             raise InputError(f"shape must be channels, height and width, found {self.shape}")
         if self.dim > _MOST:
