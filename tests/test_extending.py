@@ -423,7 +423,7 @@ def test_records_are_checked_when_they_are_made_and_when_they_build() -> None:
         temperature: float = 1.0
 
     zoo.register(family(settings=Warm))
-    with pytest.raises(InputError, match="transformers takes the setting 'temperature'"):
+    with pytest.raises(InputError, match="'temperature' is a setting of transformers"):
         hf.DflowConfig("mine")
     with pytest.raises(InputError, match="'lstm' exists already"):
         zoo.register(family(name="lstm"))

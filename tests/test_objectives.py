@@ -151,7 +151,7 @@ def test_default_rules():
         ("bipartite", {}, "masked", "use layerwise or gumbel or straight_through"),
         ("bipartite", {}, "likelihood", "use layerwise or gumbel or straight_through"),
         ("bipartite", {"base": "mixture"}, "layerwise", "trains no base"),
-        ("bipartite", {"elementwise": "affine"}, "layerwise", "nothing to teach ModAffine"),
+        ("bipartite", {"elementwise": "affine"}, "layerwise", "cannot train ModAffine"),
         ("bipartite", {"base": "mixture", "elementwise": "shift"}, "expected", "trains no base"),
         ("bipartite", {}, "expected", "ModRank has no 'expected'"),
         ("multiscale", {}, "likelihood", "use layerwise or gumbel or straight_through"),
@@ -203,7 +203,7 @@ def test_a_law_around_a_split_counts_what_reaches_the_innermost_base():
     assert loss.item() == pytest.approx(-flow.log_prob(x).sum().item(), rel=1e-5)
     assert torch.equal(counts, innermost(flow).statistics(coupling(x)[0][:, :1]))
     half = build("bipartite", length=4)
-    with pytest.raises(InputError, match="part factored out"):
+    with pytest.raises(InputError, match="conditional of a split"):
         objectives.Objective(Split(torch.arange(LENGTH) < 4, half, build("bipartite", length=4)), "gumbel")
 
 

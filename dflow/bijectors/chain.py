@@ -1,4 +1,4 @@
-"""Compose and turn round."""
+"""Composition and inverse of bijectors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Chain(Bijector):
         yield from self.bijectors  # type: ignore[misc]
 
     def layers(self) -> Iterator[Bijector]:
-        """Those of each bijector in turn."""
+        """The layers of each bijector in turn."""
         for bijector in self:
             yield from bijector.layers()
 
@@ -62,7 +62,7 @@ class Chain(Bijector):
 
 
 class Inverse(Bijector):
-    """The bijector turned round: its `forward` is the other's `inverse`."""
+    """The inverse of a bijector: its `forward` is the other's `inverse`."""
 
     def __init__(self, bijector: Bijector) -> None:
         super().__init__()
@@ -78,12 +78,12 @@ class Inverse(Bijector):
 
     @property
     def num_calls(self) -> int:
-        """What the other's `forward` costs."""
+        """Network calls of the other's `forward`."""
         return forward_calls(self.bijector)
 
     @property
     def forward_calls(self) -> int:
-        """What the other's `inverse` costs."""
+        """Network calls of the other's `inverse`."""
         return self.bijector.num_calls
 
 

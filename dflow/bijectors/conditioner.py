@@ -1,4 +1,4 @@
-"""How a layer calls its net."""
+"""Layers with a conditioner: their base class, and the checks of the parameters that a net returns."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Conditioned(Bijector):
 def full_precision(x: Tensor) -> torch.autocast:
     """Context in which parameters are computed: autocast off.
 
-    Parameters on Z/K are decided by arg-max. In half precision the differentiable mode would decide
-    otherwise than the exact mode wherever two logits are close.
+    On Z/K an arg-max of the parameters selects the map. In half precision the differentiable mode and the
+    exact mode would select different maps wherever two logits are close.
     """
     return torch.autocast(device_type=x.device.type, enabled=False)
 

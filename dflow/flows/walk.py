@@ -1,4 +1,4 @@
-"""One walk over the leaves of a law: what is left when bijectors and factored-out parts are taken apart.
+"""The leaves of a law, that is, its distributions that are neither flows nor splits, and a walk over them.
 
 A law is a tree: a `Flow` has a base, a `Split` a conditional and a base, and every other law is a leaf.
 """
@@ -28,7 +28,7 @@ def leaves(law: Distribution) -> Iterator[Distribution]:
 def scattered(
     law: Distribution, x: Tensor, context: Context | None = None
 ) -> Iterator[tuple[Distribution, Tensor, Context | None]]:
-    """Each leaf, in the order of `leaves`, with what reaches it of ``x`` in either mode, and its context."""
+    """Each leaf, in the order of `leaves`, with its values for ``x`` in either mode, and its context."""
     if isinstance(law, Flow):
         yield from scattered(law.base, law.transform(x, context)[0], context)
     elif isinstance(law, Split):
@@ -44,9 +44,9 @@ def gathered(
     value: Callable[[Distribution, Context | None], Tensor],
     context: Context | None = None,
 ) -> Tensor:
-    """The ``x`` of which ``value(leaf, context)`` gives what reaches each leaf: the inverse of `scattered`.
+    """The inverse of `scattered`: the ``x`` whose values at each leaf are ``value(leaf, context)``.
 
-    Leaves are asked for in the reverse order: the innermost base first, a conditional after what it is given.
+    Leaves are called in reverse order: the innermost base first, a conditional after the base it is given.
     """
     if isinstance(law, Flow):
         return law.bijector.inverse(gathered(law.base, value, context), context)[0]
@@ -57,6 +57,6 @@ def gathered(
 
 
 def innermost(law: Distribution) -> Distribution:
-    """The last leaf: the base that is left when all bijectors and all parts factored out are taken away."""
+    """The last leaf: the base of the innermost flow or split."""
     *_, base = leaves(law)
     return base

@@ -1,4 +1,4 @@
-"""Masks of couplings over a sequence: which positions each of them knows, and which it hides.
+"""Masks of couplings over a sequence: the known and the hidden positions of each coupling.
 
 Each function takes the number of positions and of couplings and gives a pair (known, hidden), bool ``(dim,)``
 each, for every coupling, in the order in which data pass through them.
@@ -16,8 +16,8 @@ def strides(dim: int, num_flows: int) -> list[tuple[Tensor, Tensor]]:
     """Masks (known, hidden) of couplings from fine to coarse.
 
     Coupling l of the first round hides the positions that are 2^l mod 2^(l+1) and knows those that are
-    0 mod 2^(l+1): every coupling conditions on symbols that none has transformed, since one that
-    conditions on transformed symbols gains next to nothing. Rounds after the first swap the two sets.
+    0 mod 2^(l+1), so that no symbol is transformed before a coupling conditions on it: conditioning on
+    transformed symbols gains almost nothing. Rounds after the first swap the two sets.
 
     >>> [(k.nonzero().flatten().tolist(), h.nonzero().flatten().tolist()) for k, h in strides(4, 3)]
     [([0, 2], [1, 3]), ([0], [2]), ([1, 3], [0, 2])]
@@ -33,7 +33,7 @@ def strides(dim: int, num_flows: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def halves(dim: int, num_flows: int) -> list[tuple[Tensor, Tensor]]:
-    """Masks of couplings that hide the odd positions and the even ones by turns, and know all others.
+    """Masks of couplings that alternately hide the odd and the even positions, and know the others.
 
     >>> [(k.nonzero().flatten().tolist(), h.nonzero().flatten().tolist()) for k, h in halves(4, 2)]
     [([0, 2], [1, 3]), ([1, 3], [0, 2])]
@@ -45,8 +45,8 @@ def halves(dim: int, num_flows: int) -> list[tuple[Tensor, Tensor]]:
 def single(dim: int, num_flows: int) -> list[tuple[Tensor, Tensor]]:
     """Masks of couplings that hide one position in turn, the last first, and know all others.
 
-    With ``dim`` of them nothing that an autoregressive layer can use is lost, and one position given *all*
-    others has the least entropy of all.
+    With ``dim`` couplings every position is transformed given at least as much as in an autoregressive layer,
+    and a position given *all* others has the least entropy.
 
     >>> [(k.nonzero().flatten().tolist(), h.nonzero().flatten().tolist()) for k, h in single(3, 2)]
     [([0, 1], [2]), ([0, 2], [1])]
@@ -58,8 +58,8 @@ def single(dim: int, num_flows: int) -> list[tuple[Tensor, Tensor]]:
 def blocks(dim: int, num_flows: int) -> list[tuple[Tensor, Tensor]]:
     """Masks of couplings that hide one of ``num_flows + 1`` blocks, the last first, and know all before it.
 
-    Every coupling conditions on symbols that none has transformed. With ``dim - 1`` of them it is the
-    autoregressive layer; couplings beyond that begin again with the last block.
+    Every coupling conditions on symbols that are not transformed yet. ``dim - 1`` couplings make up an
+    autoregressive layer; further couplings begin again with the last block.
 
     >>> [(k.nonzero().flatten().tolist(), h.nonzero().flatten().tolist()) for k, h in blocks(5, 2)]
     [([0, 1, 2, 3], [4]), ([0, 1], [2, 3])]

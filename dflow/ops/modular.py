@@ -129,14 +129,14 @@ def _apply(x: Tensor, loc: Tensor, scale: Tensor | None, factors: Tensor | None,
         expected = (*x.shape[:-1], len(factors))
         if scale.shape != expected:
             raise ValueError(f"scale has shape {tuple(scale.shape)}, expected {expected}")
-    result: Tensor = _Modular.apply(x, loc, scale, factors, to_latent)  # type: ignore[no-untyped-call]
+    result: Tensor = _AffineModK.apply(x, loc, scale, factors, to_latent)  # type: ignore[no-untyped-call]
     return result
 
 
-class _Modular(torch.autograd.Function):
+class _AffineModK(torch.autograd.Function):
     """``m * (x - loc)`` or ``m * x + loc`` modulo K, with m the factor that ``scale`` selects, or 1.
 
-    Each gradient reads ``g`` at an index that is affine in the symbol it belongs to.
+    Each gradient is a gather from ``g`` at an index that is affine in the symbol.
     """
 
     @staticmethod

@@ -18,7 +18,7 @@ from torch import Tensor
 def lockstep(dim: int, num_groups: int) -> Tensor:
     """Call g draws the g-th entry of every one of the ceil(dim / G) segments of length G.
 
-    What is drawn together lies G entries apart, so that little dependence is lost; with G = dim it is the
+    Entries of one call lie G apart, so that their dependence, which is lost, is weak; with G = dim it is the
     order from left to right.
 
     >>> lockstep(6, 3)
@@ -54,11 +54,11 @@ def shuffled(dim: int, num_groups: int, seed: int = 0) -> Tensor:
 
 
 def islands(dim: int, num_groups: int) -> Tensor:
-    """Pieces that grow from a seed: first to the right, then to both sides at once.
+    """Islands that grow from a seed: first to the right, then to both sides at once.
 
-    A lane that starts knows nothing to lean on, and what it misses is found again only where lanes meet. An
-    island has one start for two lanes, so that there are half as many as in `lockstep`; its left lane
-    starts as late as it can.
+    The first entry of a lane is drawn without any neighbour, and costs more bits than later ones. An island
+    has one first entry for two lanes, so that there are half as many as in `lockstep`; its left lane starts
+    as late as possible.
 
     >>> islands(10, 4)
     tensor([[ 1, 10,  6, 10],
@@ -72,19 +72,19 @@ def islands(dim: int, num_groups: int) -> Tensor:
     order = torch.full((num_groups, 2 * count), dim)
     begin = 0
     for i, size in enumerate(sizes):
-        left = max(0, size - num_groups)
-        seed = begin + left
-        order[: size - left, 2 * i] = torch.arange(seed, begin + size)
-        order[num_groups - left :, 2 * i + 1] = torch.arange(seed - 1, begin - 1, -1)
+        num_left = max(0, size - num_groups)
+        seed = begin + num_left
+        order[: size - num_left, 2 * i] = torch.arange(seed, begin + size)
+        order[num_groups - num_left :, 2 * i + 1] = torch.arange(seed - 1, begin - 1, -1)
         begin += size
-    kept = (order < dim).any(0)
-    return order[:, kept]
+    used = (order < dim).any(0)
+    return order[:, used]
 
 
 def spread(height: int, width: int) -> Tensor:
-    """Places of a grid, int64 ``(height * width,)``, each far from those before it: a Bayer matrix's order.
+    """Places of a grid in the order of a Bayer matrix, int64 ``(height * width,)``: neighbours come late.
 
-    Halves, quarters, ... of them are grids themselves.
+    The first half, quarter, ... of them are regular grids too.
 
     >>> spread(2, 2)
     tensor([0, 3, 2, 1])

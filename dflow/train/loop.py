@@ -25,7 +25,7 @@ from tqdm import tqdm
 from dflow import hf, objectives
 from dflow.config import InputError
 from dflow.memory import keep_memory
-from dflow.nn.binary import StochasticBatchNorm
+from dflow.nn.batch_norm import StochasticBatchNorm
 from dflow.terminal import shown
 from dflow.train import identity, machine, schedule, state
 from dflow.train.identity import resume_command

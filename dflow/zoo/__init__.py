@@ -1,6 +1,6 @@
-"""Models by name: a settings dataclass a family, and the builder that turns it into a model.
+"""Models by name: for each family a settings dataclass, and the builder that turns it into a model.
 
-This is the only floor that reads settings of a model; what lies below takes named arguments. Families of
+This is the only floor that reads settings of a model; the floors below take named arguments. Families of
 symbols (text) are in `dflow.zoo.text`, those of images and tables in `dflow.zoo.images` (dequantized) and
 `dflow.zoo.integer` and `dflow.zoo.modular` (exact), classifiers in `dflow.zoo.binary`.
 """

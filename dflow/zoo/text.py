@@ -38,9 +38,9 @@ from dflow.ops.masks import MASKS
 from dflow.ops.orders import ORDERS, check_order, lockstep, shuffled
 from dflow.ops.straight_through import StraightThrough
 from dflow.zoo.family import Family, register
-from dflow.zoo.settings import check_choices, choice, setting
+from dflow.zoo.settings import check_settings, choice, setting
 
-#: Orders of any-order models: those of one fixed order, and "confidence".
+#: Orders of any-order models: the fixed orders, and "confidence".
 _ANY_ORDERS: Mapping[str, Callable[[int, int], Tensor]] = ChainMap(
     {"random": shuffled, "confidence": shuffled}, ORDERS
 )
@@ -48,25 +48,22 @@ _ANY_ORDERS: Mapping[str, Callable[[int, int], Tensor]] = ChainMap(
 
 @dataclass
 class ModelConfig:
-    """What every family of models has."""
+    """Settings of every family of models of text."""
 
-    length: int = setting(256, "longest sequence, in symbols")
-    hidden_size: int = setting(128, "width of the network")
-    num_hidden_layers: int = setting(3, "layers of the network (of each network, in a flow)")
+    length: int = setting(256, "longest sequence, in symbols", least=1)
+    hidden_size: int = setting(128, "width of the network", least=1)
+    num_hidden_layers: int = setting(3, "layers of the network (of each network, in a flow)", least=1)
     dropout: float = setting(0.0, "dropout in the network")
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        for name in ("length", "hidden_size", "num_hidden_layers"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, found {getattr(self, name)}")
+        check_settings(self)
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout must lie in [0, 1), found {self.dropout}")
 
 
 @dataclass
 class AttentionConfig(ModelConfig):
-    """What every family built on attention has."""
+    """Settings of every family built on attention."""
 
     num_attention_heads: int = setting(4, "attention heads")
     intermediate_size: int | None = setting(None, "width of the perceptrons (default 4 x hidden_size)")
@@ -97,22 +94,22 @@ class TransformerConfig(AttentionConfig):
 class GroupedConfig(TransformerConfig):
     """The sequence is drawn in `num_calls` groups, each in one network call given all earlier ones."""
 
-    num_calls: int = setting(32, "groups, and so network calls to draw a sequence")
+    num_calls: int = setting(32, "groups, one network call each, in which a sequence is drawn")
     calls: list[int] = field(
         default_factory=list,
-        metadata={"help": "further numbers of calls to train on at once; MODEL@8 is the one of 8"},
+        metadata={"help": "further numbers of calls to train for; MODEL@8 then draws in 8 calls"},
     )
     order: str = choice("lockstep", ORDERS, "order in which positions are drawn")
     block: int = setting(
-        1, "symbols of a lane that one call draws, those after the first by a small coupling inside the group"
+        1,
+        "symbols of a lane that one call draws, those after the first by a small network inside the group",
+        least=1,
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 1 <= self.num_calls <= self.length:
             raise InputError(f"num_calls must lie in 1..{self.length} (length), found {self.num_calls}")
-        if self.block < 1:
-            raise InputError(f"block must be at least 1, found {self.block}")
         most = -(-self.length // self.block)
         for calls in (self.num_calls, *self.calls):
             if not 1 <= calls <= most:
@@ -121,15 +118,15 @@ class GroupedConfig(TransformerConfig):
 
 @dataclass
 class AnyOrderConfig(TransformerConfig):
-    """Peer: one network for all orders (absorbing-state diffusion), and the order that draws with it."""
+    """One network for all orders (absorbing-state diffusion), drawn along one order: for comparison."""
 
     num_calls: int = setting(32, "network calls to draw a sequence")
     order: str = choice(
         "lockstep", _ANY_ORDERS,
-        "what each call draws: of one fixed order, or what the network is surest of (confidence)",
+        "entries that each call draws: those of a fixed order, or those of least entropy (confidence)",
     )  # fmt: skip
     schedule: Literal["uniform", "dp"] = setting(
-        "uniform", "entries of each call of the orders random and confidence: uniform, dp (by measured costs)"
+        "uniform", "entries in each call of the orders random and confidence: uniform, dp (by measured costs)"
     )
 
     def __post_init__(self) -> None:
@@ -146,10 +143,10 @@ class AnyOrderConfig(TransformerConfig):
 class BipartiteConfig(AttentionConfig):
     """Discrete coupling flow: `num_flows` couplings over a factorized base."""
 
-    num_hidden_layers: int = setting(1, "attention layers of each coupling's network")
-    num_flows: int = setting(8, "couplings, and so network calls to draw a sequence")
+    num_hidden_layers: int = setting(1, "attention layers of each coupling's network", least=1)
+    num_flows: int = setting(8, "couplings, one network call each when a sequence is drawn", least=1)
     masks: Literal["strides", "halves", "single", "blocks"] = setting(
-        "strides", "what each coupling knows and hides: strides, halves, single, blocks"
+        "strides", "known and hidden positions of each coupling: strides, halves, single, blocks"
     )
     conditioner: Literal["attention", "perceptron", "table"] = setting(
         "attention", "network of a coupling: attention; for short sequences perceptron, table"
@@ -164,51 +161,47 @@ class BipartiteConfig(AttentionConfig):
             raise InputError(f"a coupling needs length 2 or more, found {self.length}")
         if self.masks == "blocks" and self.conditioner == "attention" and self.num_flows < self.length - 1:
             raise InputError(
-                "conditioner 'attention' tells hidden positions apart by their known neighbours, and all of "
-                "a block have the same; use conditioner 'perceptron', or num_flows of length - 1"
+                "conditioner 'attention' distinguishes hidden positions by their known neighbours, and all "
+                "positions of a block have the same; use conditioner 'perceptron', or num_flows of length - 1"
             )
-        if self.num_flows < 1:
-            raise InputError(f"num_flows must be at least 1, found {self.num_flows}")
 
 
 @dataclass
 class AutoregressiveConfig(TransformerConfig):
     """Discrete autoregressive flow: `num_flows` layers in alternating directions over a base."""
 
-    num_flows: int = setting(2, "autoregressive bijectors, alternating left to right and right to left")
+    num_flows: int = setting(
+        2, "autoregressive bijectors, alternating left to right and right to left", least=1
+    )
     elementwise: str = choice("rank", DISCRETE, "family on Z/K")
     base: Literal["factorized", "mixture", "autoregressive"] = setting(
         "factorized", "base law: factorized, mixture, autoregressive"
     )
     base_classes: int = setting(
-        16, "first entries that have a law of their own in a factorized base; the rest share one"
+        16, "first entries with separate laws in a factorized base; all later entries share one law", least=1
     )
     conditioner: Literal["attention", "table"] = setting(
         "attention", "network of a layer: attention; for short sequences table"
     )
     components: int = setting(16, "components of a mixture base")
     inversion: Literal["loop", "jacobi"] = setting(
-        "loop", "how symbols are drawn: loop, a call a symbol; jacobi, parallel calls until nothing changes"
+        "loop", "how symbols are drawn: loop (a call a symbol), jacobi (parallel calls until nothing changes)"
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("num_flows", "base_classes"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, found {getattr(self, name)}")
 
 
 @dataclass
 class MultiscaleConfig(AttentionConfig):
     """Coarse to fine: at each level every second entry is drawn given the others, in one network call."""
 
-    num_hidden_layers: int = setting(1, "attention layers of each level's network")
-    num_levels: int | None = setting(None, "levels, and so network calls (default: until one entry is left)")
+    num_hidden_layers: int = setting(1, "attention layers of each level's network", least=1)
+    num_levels: int | None = setting(None, "levels, one network call each (default: until one entry is left)")
     conditional: Literal["categorical", "spectra"] = setting(
         "spectra", "law of a level: categorical, spectra (one of a few shared laws, mapped on Z/K)"
     )
     elementwise: str = choice("rank", DISCRETE, "family on Z/K")
-    num_spectra: int = setting(4, "laws from which each entry chooses; with 1 it is a discrete flow")
+    num_spectra: int = setting(
+        4, "shared laws in the mixture of each entry; with 1 it is a discrete flow", least=1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -219,16 +212,14 @@ class MultiscaleConfig(AttentionConfig):
             raise InputError(
                 f"num_levels must lie in 1..{most} for length {self.length}, found {self.num_levels}"
             )
-        if self.num_spectra < 1:
-            raise InputError(f"num_spectra must be at least 1, found {self.num_spectra}")
 
 
 @dataclass
 class LstmConfig(ModelConfig):
     """Baseline: the regularised LSTM of Merity et al., one network call a symbol."""
 
-    num_hidden_layers: int = setting(2, "layers")
-    hidden_size: int = setting(384, "cells of a layer")
+    num_hidden_layers: int = setting(2, "layers", least=1)
+    hidden_size: int = setting(384, "cells of a layer", least=1)
     embedding_size: int = setting(128, "features of a symbol")
     dropout_hidden: float = setting(0.0, "locked dropout between layers")
     dropout_input: float = setting(0.0, "locked dropout of the embedded symbols")
@@ -249,7 +240,7 @@ def bipartite(config: BipartiteConfig, K: int) -> Distribution:
     positions = torch.arange(config.length)
     if config.masks != "strides":
         return Flow(Chain(layers), _base(config, K, positions))
-    # A position's law depends on the coupling that transformed it and on nothing else, far from the ends.
+    # Far from the ends, the law of a latent depends only on the coupling that transformed its position.
     level = torch.tensor([(p & -p).bit_length() - 1 if p else -1 for p in positions.tolist()])
     classes = torch.unique(level, return_inverse=True)[1]
     return Flow(Chain(layers), _base(config, K, classes))
@@ -272,15 +263,16 @@ def autoregressive(config: AutoregressiveConfig, K: int) -> Distribution:
         order = lockstep(config.length, config.length)
         base: Distribution = SequenceCategorical(_causal(config, K, K), order, config.length)
     else:
-        # The first entries of the last layer have little context and a law of their own.
+        # The first entries of the last layer have little context, so each of them has a separate law.
         base = _base(config, K, torch.arange(config.length).clamp(max=config.base_classes - 1))
     return Flow(Chain(layers), base)
 
 
 class _Infill(nn.Module):
-    """The conditioner of a coupling as that of a `Split`: every second entry given the entries kept.
+    """The conditioner of a coupling as the net of a `Split`: every second entry given the kept entries.
 
-    Its positions are those of the whole sequence, which lie ``stride`` apart.
+    Entries of the split are ``stride`` positions of the whole sequence apart, and the net takes the lengths
+    of whole sequences.
     """
 
     def __init__(self, net: nn.Module, stride: int) -> None:
@@ -288,10 +280,10 @@ class _Infill(nn.Module):
         self.net, self.stride = net, stride
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
-        rest = lengths_in(context, len(x))
-        if context is not None and rest is not None:
-            *given, kept = context.given
-            context = Context(lengths=self.stride * (kept + rest), given=tuple(given))
+        num_hidden = lengths_in(context, len(x))
+        if context is not None and num_hidden is not None:
+            *given, num_kept = context.given
+            context = Context(lengths=self.stride * (num_kept + num_hidden), given=tuple(given))
         out: Tensor = self.net(x, context)
         return out
 
@@ -314,7 +306,7 @@ def multiscale(config: MultiscaleConfig, K: int) -> Distribution:
                 K if config.conditional == "categorical" else outputs,
                 positions[kept],
                 positions[~kept],
-                # As in `bipartite`: fewer entries a level, and n-grams that tell less.
+                # As in `bipartite`: coarse levels have fewer entries, and their n-grams say less.
                 config.size(ngram_rows=config.ngram_rows >> level),
                 zero_head=True,
             ),
@@ -328,17 +320,17 @@ def multiscale(config: MultiscaleConfig, K: int) -> Distribution:
 
 
 def _order(name: str, dim: int, num_groups: int) -> Tensor:
-    """The order of that name, checked: a module of users may have added it."""
+    """The order called ``name``, checked, since a module of users may have added it."""
     order = _ANY_ORDERS[name](dim, num_groups)
     try:
         check_order(order, dim)
     except ValueError as error:
-        raise InputError(f"model.order {name!r}: {error}; mend it or choose another") from error
+        raise InputError(f"model.order {name!r}: {error}; correct it or choose another") from error
     return order
 
 
 def grouped(config: GroupedConfig, K: int) -> Distribution:
-    """The sequence in groups, exact likelihood in one pass; see `dflow.ops.orders`."""
+    """A sequence drawn in groups, with its exact likelihood in one pass; see `dflow.ops.orders`."""
 
     def rows(calls: int) -> Tensor:
         return _order(config.order, config.length, min(config.length, calls * config.block))
@@ -350,13 +342,13 @@ def grouped(config: GroupedConfig, K: int) -> Distribution:
 
 
 def any_order(config: AnyOrderConfig, K: int) -> Distribution:
-    """Hoogeboom et al. 2022 (arXiv 2110.02037), walked along one order, where its likelihood is exact."""
+    """Hoogeboom et al. 2022 (arXiv 2110.02037), drawn along one order, where the likelihood is exact."""
     net = MaskedTransformer(K, K, config.length, config.size())
     return walk(config, AnyOrder(net, config.length, K))
 
 
 def walk(config: AnyOrderConfig, model: AnyOrder) -> Walk:
-    """``model`` along the order and in the number of calls that ``config`` names."""
+    """``model`` drawn in the order and the number of calls of ``config``."""
     if config.order == "confidence":
         law: Walk = Confident(model, config.num_calls, config.schedule == "dp")
     elif config.schedule == "dp":
@@ -421,7 +413,7 @@ def _infill(config: BipartiteConfig, K: int, num_params: int, known: Tensor, hid
         num_params,
         known,
         hidden,
-        # Fewer entries, and n-grams of symbols that lie further off: both call for less.
+        # Smaller tables for couplings with fewer hidden entries, whose n-grams also span larger distances.
         config.size(ngram_rows=config.ngram_rows * 2 * len(hidden) // config.length),
         zero_head=True,
     )
