@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dflow.config import InputError
+from dflow.ops.noise import Noise
 
 T = TypeVar("T")
 
@@ -28,6 +29,7 @@ class Context:
         lengths: of sequences, int64 ``(batch,)``; entries at positions at or beyond the length are absent.
         given: tensors with a row for each sequence, which networks read: features, class labels, and inside
             `Split` the kept entries.
+        noise: what symbols are drawn by; None for that of a generator.
 
     Raises:
         InputError: lengths of another dtype or shape, or ``given`` that is no tuple of tensors.
@@ -35,6 +37,7 @@ class Context:
 
     lengths: Tensor | None = None
     given: tuple[Tensor, ...] = ()
+    noise: Noise | None = None
 
     def __post_init__(self) -> None:
         """Check dtypes and shapes; the number of rows is checked by who knows it."""
@@ -46,7 +49,8 @@ class Context:
     def rows(self, start: int, end: int) -> Context:
         """The context of some of the rows."""
         lengths = None if self.lengths is None else self.lengths[start:end]
-        return Context(lengths=lengths, given=tuple(item[start:end] for item in self.given))
+        noise = None if self.noise is None else self.noise.rows(start, end)
+        return Context(lengths=lengths, given=tuple(item[start:end] for item in self.given), noise=noise)
 
     def repeat(self, times: int) -> Context:
         """The context of as many batches, one after another."""
@@ -115,6 +119,8 @@ def only_given(context: Context | None) -> tuple[Tensor, ...]:
         raise InputError(
             "lengths are for models of sequences of symbols; this one takes all entries as present"
         )
+    if context is not None and context.noise is not None:
+        raise InputError("noise by address is for laws of symbols; draw from this one with a generator")
     return () if context is None else context.given
 
 
@@ -133,6 +139,21 @@ def conditioned(net: Callable[..., T], context: Context | None) -> T:
     if lengths is None and not others:
         return net(x)
     return net(x, Context(lengths=lengths, given=tuple(others)))
+
+
+def noise_in(
+    context: Context | None, n: int, generator: torch.Generator | None, device: torch.device
+) -> Noise:
+    """The noise that ``n`` sequences of symbols are drawn by: that of the context, else one of a generator.
+
+    Raises:
+        InputError: noise of another number of samples.
+    """
+    if context is None or context.noise is None:
+        return Noise.of(generator, n, device)
+    if len(context.noise.samples) != n:
+        raise InputError(f"the noise is of {len(context.noise.samples)} samples, and {n} are drawn")
+    return context.noise
 
 
 def present(context: Context | None, batch: int, dim: int) -> Tensor | None:

@@ -15,7 +15,7 @@ from dflow.config import InputError
 
 @dataclass(kw_only=True)
 class Generate(Machine):
-    """Draw text, images or rows from a model. Seed and batch size fix the result on one kind of machine."""
+    """Draw text, images or rows from a model. The seed fixes each sample, whatever is drawn beside it."""
 
     model: str = flag("folder of the model")
     n: int = flag(
@@ -27,6 +27,16 @@ class Generate(Machine):
     seed: int = flag("seed of the draws", 0)
     batch_size: int = flag("samples drawn at a time", 100)
     prompt: str | None = flag("text that each sample begins with, for models that can continue one", None)
+    temperature: float = flag("divides the logits; other than 1, draws are not of the model's law", 1.0)
+    top_k: int | None = flag("draw only from so many symbols, the likeliest (not the model's law)", None)
+    top_p: float | None = flag(
+        "draw only from the fewest symbols that together have this probability (not the model's law)", None
+    )
+    min_p: float | None = flag(
+        "draw only from symbols that are at least this times as likely as the likeliest (not the model's "
+        "law)",
+        None,
+    )
     format: Literal["text", "jsonl", "png", "npy", "csv"] | None = flag(
         "text (default), or jsonl: a JSON object a line; of images png (default), a grid, or npy, csv; of "
         "tables csv (default) or npy",
@@ -44,6 +54,7 @@ def generate(flags: Generate) -> int:
     from dflow.generate import check_output, write
     from dflow.generate import generate as run
     from dflow.hf import DflowClassifier, DflowImageModel, kind_of
+    from dflow.ops.noise import Controls
 
     if kind_of(flags.model) is DflowClassifier:
         raise InputError(f"{flags.model}: a model of labels, which draws nothing; give one of text or images")
@@ -56,6 +67,10 @@ def generate(flags: Generate) -> int:
         check_output(output)
     device, accelerator = flags.processes()
     model, tokenizer = load_model(flags.model, device)
+    controls = Controls(flags.temperature, flags.top_k, flags.top_p, flags.min_p)
+    if not controls.exact:
+        note = "note: temperature, top-k, top-p and min-p change the law; the draws are not exact"
+        print(note, file=sys.stderr)
     prompt = None
     if flags.prompt is not None:
         try:
@@ -69,11 +84,12 @@ def generate(flags: Generate) -> int:
         seed=flags.seed,
         batch_size=flags.batch_size,
         prompt=prompt,
+        controls=controls,
         progress=output is not None or not sys.stdout.isatty(),
         accelerator=accelerator,
     )
     if accelerator is None or accelerator.is_main_process:
-        write(samples, tokenizer, flags.format or "text", output)
+        write(samples, tokenizer, flags.format or "text", output, controls.exact)
     else:
         collections.deque(samples, 0)
     if accelerator is not None:
@@ -102,9 +118,10 @@ def generate_pictures(flags: Generate) -> int:
     from dflow import generate as drawing
     from dflow.hf import DflowImageModel, load
 
-    for name in ("length", "prompt"):
-        if getattr(flags, name) is not None:
-            raise InputError(f"--{name} is for models of text; {flags.model} is one of images or tables")
+    for name in ("length", "prompt", "temperature", "top_k", "top_p", "min_p"):
+        if getattr(flags, name) not in (None, 1.0):
+            flag_name = name.replace("_", "-")
+            raise InputError(f"--{flag_name} is for models of text; {flags.model} is one of images or tables")
     if flags.format == "text" or flags.format == "jsonl":
         raise InputError(f"--format {flags.format}: this is a model of images or tables; use png, npy or csv")
     device, accelerator = flags.processes()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflow.core import Context, Distribution, lengths_in, present
+from dflow.core import Context, Distribution, lengths_in, noise_in, present
 from dflow.ops.memo import Memo
 from dflow.ops.modular import check_alphabet
 from dflow.ops.orders import check_order
@@ -260,11 +260,11 @@ class Walk(Distribution):
         longest = dim if length is None else length
         if lengths is not None:
             longest = min(longest, max(1, *lengths.tolist()))
+        noise = noise_in(context, n, generator, device)
         for call in range(self.needed(longest)):
             drawn, logits = self.step(call, x, known, context)
-            noise = torch.rand(logits.shape, dtype=logits.dtype, device=device, generator=generator)
-            # The arg-max of logits plus Gumbel noise is an exact draw (Gumbel 1954; Maddison et al. 2014).
-            x[drawn] = (logits - noise.log_().neg_().log_()).argmax(-1)
+            rows, positions = drawn.nonzero(as_tuple=True)
+            x[drawn] = noise.draw(logits, rows, positions)
             known = known | drawn
         return x if mask is None else torch.where(mask, x, 0)
 

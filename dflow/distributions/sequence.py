@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflow.core import Context, Distribution, lengths_in, present
+from dflow.core import Context, Distribution, lengths_in, noise_in, present
 from dflow.ops.memo import Memo
 from dflow.ops.orders import check_order
 
@@ -126,27 +126,22 @@ class SequenceCategorical(Distribution):
         entries before it keep the law of full draws.
         """
         device = self.order.device
-        (rows, state), drawn = self.start(n, context, length), None
+        noise, samples = noise_in(context, n, generator, device), torch.arange(n, device=device)[:, None]
+        (calls, state), drawn = self.start(n, context, length), None
         x = torch.zeros(n, self.dim, dtype=torch.int64, device=device)
-        noise: Tensor | None = None
-        ahead = 0
-        for g, row in enumerate(rows):
+        ahead: list[Tensor] = []
+        for g, positions in enumerate(calls):
             logits = self.net.step(drawn, state)
-            if noise is None or ahead + len(row) > len(noise):
-                # As many groups at once as fit, and at least this one.
-                fits, wanted = max(1, _NOISE_BLOCK // (n * logits.shape[-1])), 0
-                for later in rows[g:]:
-                    if wanted and wanted + len(later) > fits:
-                        break
-                    wanted += len(later)
-                noise, ahead = _gumbel(wanted, logits, generator), 0
-            # The arg-max of logits plus Gumbel noise is an exact draw (Gumbel 1954; Maddison et al. 2014).
-            drawn = (logits - noise[ahead : ahead + len(row)].transpose(0, 1)).argmax(-1)
-            ahead += len(row)
+            if not ahead:
+                # As many calls' as fit, and at least this one's.
+                several = _as_fit(calls[g:], n * logits.shape[-1])
+                gumbel = noise.gumbel(samples, torch.cat(several), logits.shape[-1])
+                ahead = list(gumbel.split([len(entries) for entries in several], 1))
+            drawn = noise.draw(logits, samples, positions, ahead.pop(0))
             if prompt is not None:
-                forced = prompt[row.clamp(max=len(prompt) - 1)]
-                drawn = torch.where(row < len(prompt), forced, drawn)
-            x[:, row] = drawn
+                forced = prompt[positions.clamp(max=len(prompt) - 1)]
+                drawn = torch.where(positions < len(prompt), forced, drawn)
+            x[:, positions] = drawn
         mask = present(context, n, self.dim)
         return x if mask is None else torch.where(mask, x, 0)
 
@@ -215,13 +210,14 @@ class SequenceCategorical(Distribution):
         x = torch.zeros(n, dim, dtype=torch.int64, device=device)
         mask, lengths = present(context, n, dim), lengths_in(context, n)
         longest = dim if lengths is None else min(dim, max(lengths.tolist(), default=0))
-        rows, noise = self._drawn(longest), None
+        rows, gumbel = self._drawn(longest), None
+        noise, samples = noise_in(context, n, generator, device), torch.arange(n, device=device)[:, None]
         used = torch.cat(rows)
         for call in range(1, len(rows) + 2):
             logits: Tensor = self.net(x, context, *self._extra())[:, used]
-            if noise is None:
-                noise = _gumbel(len(used), logits, generator).transpose(0, 1)
-            new = x.index_copy(1, used, (logits - noise).argmax(-1))
+            if gumbel is None:
+                gumbel = noise.gumbel(samples, used, logits.shape[-1])
+            new = x.index_copy(1, used, noise.draw(logits, samples, used, gumbel))
             if mask is not None:
                 new = torch.where(mask, new, 0)
             if torch.equal(new, x):
@@ -233,8 +229,12 @@ class SequenceCategorical(Distribution):
         )
 
 
-def _gumbel(entries: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Minus Gumbel noise (entries, batch, K) for logits ``like`` (batch, any, K)."""
-    shape = (entries, like.shape[0], like.shape[-1])
-    noise = torch.rand(shape, dtype=like.dtype, device=like.device, generator=generator)
-    return noise.log_().neg_().log_()
+def _as_fit(calls: list[Tensor], size: int) -> list[Tensor]:
+    """The first of some calls: at least one, and as many as fit with ``size`` numbers of noise an entry."""
+    entries, number = 0, 0
+    for positions in calls:
+        entries += len(positions)
+        if number and entries * size > _NOISE_BLOCK:
+            break
+        number += 1
+    return calls[:number]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dflow.core import Context, Distribution, Elementwise, conditioned, present
-from dflow.distributions.categorical import check_entries, clear_absent, total
+from dflow.distributions.categorical import check_entries, clear_absent, draw_all, total
 from dflow.ops.modular import check_alphabet
 
 #: Spectra are the soft-max of this times their parameter, so that they keep up with networks at their
@@ -111,8 +111,8 @@ class Spectra(Distribution):
         params, log_weights = self.params(context)
         if params.shape[0] != n:
             raise ValueError(f"{n} draws asked of a context of {params.shape[0]} rows")
-        law = self.log_law(log_weights).double().exp()
-        z = law.flatten(0, 1).multinomial(1, generator=generator).view(law.shape[:2])
+        # Each entry's map is a permutation, so that controls do to symbols what they do to latents.
+        z = draw_all(self.log_law(log_weights), n, context, generator)
         x, _ = self.elementwise.inverse(z, params)
         return clear_absent(x, present(context, len(x), x.shape[1]))
 
