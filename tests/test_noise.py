@@ -1,4 +1,4 @@
-"""Noise by address: it is Philox, it depends on nothing but its address, and what it draws follows the law."""
+"""Noise by address: it is Philox, it depends on its address alone, and what it draws follows the law."""
 
 from __future__ import annotations
 
