@@ -85,7 +85,7 @@ class Autoregressive(Conditioned):
         """Latent to data: x like ``z``, log_det ``(batch,)``.
 
         Raises:
-            RuntimeError: the net answers differently when asked twice (dropout in training mode).
+            RuntimeError: the net gives another result for the same input (dropout in training mode).
         """
         with full_precision(z):
             if z.is_floating_point():
@@ -112,7 +112,7 @@ class Autoregressive(Conditioned):
                 return new, log_det
             x = new
         raise RuntimeError(
-            f"no inverse after {self.dim + 1} calls: the net answers differently each time it is asked "
+            f"no inverse after {self.dim + 1} calls: the net gives another result at each call "
             "(dropout? call eval() on the model first) or looks ahead"
         )
 

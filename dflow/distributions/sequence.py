@@ -42,8 +42,8 @@ class SequenceCategorical(Distribution):
         super().__init__()
         self.net: Any = net
         self.dim, self.block = dim, block
-        # Written anew: a matrix of one column may keep odd strides, by which torch takes the broadcast of it
-        # to other processes for a write over itself.
+        # A contiguous copy: a matrix of one column may keep unusual strides, and torch refuses to broadcast
+        # such a matrix to other processes because it believes that its entries overlap.
         self.register_buffer("order", order.clone(memory_format=torch.contiguous_format))
         for i, other in enumerate(others):
             self.register_buffer(f"order_{i}", other.clone(memory_format=torch.contiguous_format))
@@ -53,7 +53,7 @@ class SequenceCategorical(Distribution):
             self._names.setdefault(-(-len(other) // block), f"order_{i}")
         check_order(order, dim)
         self._laws: dict[int, Memo[SequenceCategorical]] = {calls: Memo() for calls in self._names}
-        #: Whether the order is another than that which the network was built with, so that it needs a plan.
+        #: Whether the order differs from the one that the network was built with, so that it needs a plan.
         self._planned = False
         self._plan: Memo[Any] = Memo()
 
@@ -84,7 +84,7 @@ class SequenceCategorical(Distribution):
         return other
 
     def _extra(self) -> tuple[Any, ...]:
-        """The plan of the order, where it is not the network's own, made once."""
+        """The plan of the order, made once; nothing where it is the order that the network was built with."""
         if not self._planned:
             return ()
         dtype = next(self.net.parameters()).dtype
@@ -148,7 +148,7 @@ class SequenceCategorical(Distribution):
     def start(
         self, n: int, context: Context | None = None, length: int | None = None
     ) -> tuple[list[Tensor], Any]:
-        """What draws n sequences: the positions of each call, and the state for ``net.step``."""
+        """Begin to draw n sequences: the positions of each row, and the state for ``net.step``."""
         longest, lengths = self.dim if length is None else length, lengths_in(context, n)
         if lengths is not None:
             longest = min(longest, max(lengths.tolist(), default=0))
@@ -166,13 +166,13 @@ class SequenceCategorical(Distribution):
 
     @torch.no_grad()
     def log_prob_by_steps(self, x: Tensor, context: Context | None = None) -> Tensor:
-        """`log_prob` of symbols computed as `sample` draws them, group by group: a check of the two."""
+        """`log_prob` of symbols, computed group by group as `sample` draws: a check that both agree."""
         limit, lengths = torch.full((len(x),), x.shape[1], device=x.device), lengths_in(context, len(x))
         if lengths is not None:
             limit = torch.minimum(limit, lengths)
         shortened = None if bool((limit == self.dim).all()) else limit
-        rest = Context(lengths=shortened, given=() if context is None else context.given)
-        state = self.net.start(len(x), rest, *self._extra())
+        trimmed = Context(lengths=shortened, given=() if context is None else context.given)
+        state = self.net.start(len(x), trimmed, *self._extra())
         previous = None
         x = F.pad(x, (0, self.dim - x.shape[1]))
         total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
@@ -184,7 +184,7 @@ class SequenceCategorical(Distribution):
         return total.to(log_p.dtype)
 
     def round_trip(self, x: Tensor, context: Context | None = None) -> bool | None:
-        """Whether `log_prob_by_steps` and `log_prob` agree, but for the last bits."""
+        """Whether `log_prob_by_steps` and `log_prob` agree up to rounding."""
         steps = self.log_prob_by_steps(x, context)
         return torch.allclose(steps, self.log_prob(x, context), rtol=1e-4, atol=1e-3)
 
@@ -197,14 +197,14 @@ class SequenceCategorical(Distribution):
         With the Gumbel noise g of all entries fixed, ``x = argmax(logits(x) + g)`` is a triangular system:
         ``x <- argmax(logits(x) + g)`` from x = 0 is right in one more row after each call, at least, and
         nothing changes any more at its only fixed point, which is the draw (Song et al. 2021, arXiv
-        2002.03629). It can differ from that of `sample` where two symbols are as good as tied, since cached
-        and parallel results differ in their last bits.
+        2002.03629). It can differ from that of `sample` where two symbols are almost tied, since cached
+        and parallel results differ by rounding.
 
         Returns:
-            Symbols int64 ``(n, dim)``, and the calls, from 1 to the rows of the order plus 1.
+            Symbols int64 ``(n, dim)``, and the number of calls, from 1 to the rows of the order plus 1.
 
         Raises:
-            RuntimeError: the net answers differently when asked twice (dropout in training mode).
+            RuntimeError: the net gives another result for the same input (dropout in training mode).
         """
         device, dim = self.order.device, self.dim
         x = torch.zeros(n, dim, dtype=torch.int64, device=device)
@@ -224,7 +224,7 @@ class SequenceCategorical(Distribution):
                 return x, call
             x = new
         raise RuntimeError(
-            f"no draw after {len(rows) + 1} calls: the net answers differently each time it is asked "
+            f"no draw after {len(rows) + 1} calls: the net gives another result at each call "
             "(dropout? call eval() on the model first) or looks ahead"
         )
 

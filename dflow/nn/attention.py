@@ -28,7 +28,7 @@ class TransformerSize:
         ngram_rows: rows of each table of hashed n-grams of these, see `dflow.nn.embed`; 0 for no tables.
         ngram_size: longest n-gram with a table.
         ngram_dropout: share of the n-grams left out in training, see `dflow.nn.embed`.
-        dropout: of what attention and perceptrons add.
+        dropout: rate for the outputs of attention and perceptrons.
 
     Raises:
         ValueError: a value out of its range.
@@ -76,7 +76,7 @@ class TransformerSize:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with rotary positions; queries and keys may stand at different positions."""
+    """Multi-head attention with rotary positions; query and key of a slot may have different positions."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         """``hidden_size`` must be a multiple of ``2 * num_heads``."""
@@ -99,13 +99,14 @@ class Attention(nn.Module):
         pairs = torch.view_as_complex(qk.to(real).unflatten(-1, (-1, 2)))
         qk = torch.view_as_real(pairs * rotation).flatten(-2).to(qkv.dtype)
         q, k, v = (t.transpose(1, 2) for t in (qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2]))
-        # No dropout of the weights: it would take the fused kernel away, six times the time on a CPU.
+        # No dropout of the attention weights: the fused kernel does not support it on a CPU, and the other
+        # kernel takes six times as long.
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return F.linear(out.transpose(1, 2).flatten(2), self.out.weight)
 
 
 class Block(nn.Module):
-    """Attention and a two-layer perceptron, each behind a norm and beside a residual path."""
+    """Attention and a two-layer perceptron, each after a norm and inside a residual connection."""
 
     def __init__(self, size: TransformerSize) -> None:
         super().__init__()
@@ -130,7 +131,7 @@ class Block(nn.Module):
 
 
 def initialize(module: nn.Module, num_layers: int) -> None:
-    """Scale of GPT-2: normal(0.02), residual outputs smaller by sqrt(2 layers)."""
+    """Random weights as in GPT-2: normal(0.02), those of residual outputs smaller by sqrt(2 layers)."""
     for name, child in module.named_modules():
         if isinstance(child, nn.Linear):
             residual = name.endswith(("attention.out", "down"))
@@ -162,6 +163,6 @@ def ngrams(before: int, after: int, size: int) -> list[list[int]]:
     """
     left = [list(range(-1, -n - 1, -1)) for n in range(1, min(size, before) + 1)]
     right = [list(range(1, n + 1)) for n in range(1, min(size, after) + 1)]
-    # Around an entry both sides are balanced: the nearest symbols tell the most.
+    # N-grams around an entry have as many symbols on either side: the nearest ones say the most about it.
     around = [a + b for a in left for b in right if len(a + b) <= size and abs(len(a) - len(b)) <= 1]
     return left[1:] + right[1:] + around

@@ -1,6 +1,6 @@
-"""Bidirectional Transformers: hidden entries given known ones, of a fixed pattern or of any.
+"""Bidirectional Transformers: hidden entries given known ones, in a fixed pattern or in any pattern.
 
-They know nothing of flows: symbols in, ``num_params`` numbers an entry out.
+They are independent of flows: symbols in, ``num_params`` numbers an entry out.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ class InfillTransformer(nn.Module):
     """Parameters of hidden entries given known ones: the conditioner of a coupling.
 
     Every hidden entry reads the ``window`` nearest known symbols on each side, in place of a convolution over
-    a grid with holes; the layers then attend among the hidden entries, which together have read every known
-    symbol. No work is done for an entry whose output would be thrown away.
+    a grid with holes. The layers then attend among the hidden entries, which together have read every known
+    symbol. Nothing is computed for known entries.
 
     Args:
         K: size of the alphabet.
         num_params: numbers for each hidden entry.
         known, hidden: int64 ``(n_known,)`` and ``(n_hidden,)``: positions in the whole sequence, sorted.
-        size: its ``window`` is of known symbols.
+        size: see `TransformerSize`; ``window`` counts known symbols.
         zero_head: start with an output of zeros (the identity, for the parameters of a bijector).
     """
 
@@ -60,7 +60,7 @@ class InfillTransformer(nn.Module):
         neighbours = torch.cat([right - 1 - reach, right + reach], 1)
         outside = (neighbours < 0) | (neighbours >= len(known))
         self.register_buffer("neighbours", neighbours.masked_fill(outside, len(known)))
-        # Column j is the symbol j + 1 places before the entry, column window + j that j + 1 places after it.
+        # Column j: the known symbol j + 1 places before the entry; column window + j: j + 1 places after it.
         columns = [
             [-o - 1 if o < 0 else window + o - 1 for o in pattern]
             for pattern in ngrams(window, window, size.ngram_size)
@@ -96,8 +96,8 @@ class InfillTransformer(nn.Module):
         if lengths is not None:
             symbols = symbols.masked_fill(self.known >= lengths[:, None], self.K)
             present = self.hidden < lengths[:, None]
-            own = torch.eye(len(self.hidden), dtype=torch.bool, device=x.device)
-            mask = (present[:, None] | own)[:, None]
+            diagonal = torch.eye(len(self.hidden), dtype=torch.bool, device=x.device)
+            mask = (present[:, None] | diagonal)[:, None]
         h: Tensor = self.embed(F.pad(symbols, (0, 1), value=self.K)[:, self.neighbours])
         if x.is_floating_point():
             rows = torch.where((symbols != self.K)[..., None], x, 0.0)
@@ -111,10 +111,11 @@ class InfillTransformer(nn.Module):
 
 
 class MaskedTransformer(nn.Module):
-    """Bidirectional Transformer over a sequence of which any entries are known: the any-order network.
+    """Bidirectional Transformer over a sequence with any set of known entries: the any-order network.
 
     Every entry reads itself and the ``window`` symbols on either side as far as they are known, n-grams of
-    these neighbours, and how far off the nearest known symbols stand; all present entries then attend to all.
+    these neighbours, and the distances to the nearest known symbols. Then all present entries attend to each
+    other.
 
     Args:
         K: size of the alphabet.
@@ -197,9 +198,9 @@ class MaskedTransformer(nn.Module):
         return buckets(torch.stack([before, after], -1)) + rows
 
     def _rotations(self, line: Tensor, dtype: torch.dtype) -> Tensor:
-        """The rotations of positions ``line``, of those of all positions, made once."""
+        """The rotations of the first positions, a slice of those of all positions, which are made once."""
         whole = torch.arange(self.dim, device=line.device)
-        made = self._rotation(
+        whole_rotation = self._rotation(
             lambda: rotations(whole, whole, self.size.head_size, dtype), key=(line.device, dtype)
         )
-        return made[: len(line)]
+        return whole_rotation[: len(line)]

@@ -1,4 +1,4 @@
-"""Orders as the group-causal Transformer walks them: which entries are predicted where, and what is read.
+"""Plans for the group-causal Transformer: which slot predicts which entries of an order, and what it reads.
 
 A plan holds no weights: it is computed from an order (see `dflow.ops.orders`) and from how far the network
 reads.
@@ -14,10 +14,10 @@ from torch import Tensor
 from dflow.nn.attention import rotations
 from dflow.ops.orders import check_order
 
-#: Distances to the nearest known symbol are told apart up to this many half powers of two.
+#: Number of classes of distances to the nearest known symbol; each class is half a power of two wide.
 GAPS = 18
 
-#: Stands for the distance where there is no known symbol.
+#: The distance where there is no known symbol.
 FAR = 1 << 20
 
 
@@ -28,14 +28,14 @@ def buckets(distances: Tensor) -> Tensor:
 
 @dataclass
 class Reading:
-    """Entries to be predicted, and what is read for each.
+    """Entries to be predicted, and the symbols that are read for each.
 
     Attributes:
-        positions: of the entries, (entries,).
-        slots: the slot that each belongs to, ascending.
-        sources: positions (entries, columns) of the symbols read, n for none.
-        gaps: rows of the embedding (entries, 2) that tell how far the nearest known symbols are, or None.
-        cuts: entries up to each group, beginning with 0.
+        positions: positions of the entries, (entries,).
+        slots: the slot that each entry belongs to, ascending.
+        sources: positions (entries, columns) of the symbols read; n where there is no symbol.
+        gaps: rows of the embedding (entries, 2) for the distances to the nearest known symbols, or None.
+        cuts: number of entries in the first 0, 1, 2, ... groups.
     """
 
     positions: Tensor
@@ -45,7 +45,7 @@ class Reading:
     cuts: list[int]
 
     def tensors(self) -> list[Tensor]:
-        """What there is for each entry."""
+        """All attributes with a row for each entry."""
         return [t for t in (self.positions, self.slots, self.sources, self.gaps) if t is not None]
 
 
@@ -54,15 +54,15 @@ class Plan:
     """An order as `GroupCausalTransformer` walks it.
 
     Attributes:
-        slots: what the slots read; their positions are those of the first entry that they predict, or, where
-            there is none, of the symbol that they carry.
-        entries: those that the slots predict, one list for each row of a block.
-        later: those of all rows but the first, one list after the other.
-        inverse: where each position stands in all lists, one after the other.
-        least: the least position that a slot predicts or carries.
+        slots: what the slots read. The position of a slot is that of the first entry that it predicts; a slot
+            that predicts no entry has the position of the symbol that it carries.
+        entries: the entries that the slots predict, one list for each row of a block.
+        later: the entries of all rows but the first, one list after the other.
+        inverse: the place of each position in ``entries``, all lists one after the other.
+        least: the smallest position that a slot predicts or carries.
         rotation: complex (slots, 2, 1, head / 2), turns queries and keys to their positions.
-        mask: which slot attends to which, (slots, slots); None when each sees those before it and itself.
-        ascending: whether slots stand from left to right.
+        mask: which slot attends to which, (slots, slots); None when each sees the slots before it and itself.
+        ascending: whether the positions of the slots ascend.
     """
 
     slots: Reading
@@ -77,14 +77,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Reach:
-    """What a network reads around each entry.
+    """The neighbourhood of an entry that a network reads.
 
     Attributes:
         dim: longest sequence.
         block: rows of the order that one call predicts.
-        offsets: of the neighbours that are read, (neighbours,).
-        gaps_row: the first row of the embedding that tells how far the nearest known symbols are; None where
-            the network does not read that.
+        offsets: offsets of the neighbours that are read, (neighbours,).
+        gaps_row: the first row of the embedding for distances to the nearest known symbols; None where the
+            network does not read these.
     """
 
     dim: int
@@ -95,15 +95,15 @@ class Reach:
     def reading(
         self, drawn: Tensor, positions: Tensor, row: Tensor, carried: Tensor, slots: Tensor, cuts: list[int]
     ) -> Reading:
-        """What is read for entries.
+        """The symbols that are read for entries.
 
         Args:
             drawn: the row that draws each position, (dim + 1,).
-            positions: of the entries, (entries,).
-            row: symbols of rows before it are known, (entries,).
+            positions: positions of the entries, (entries,).
+            row: the first row whose symbols are not known yet, (entries,).
             carried: positions of the symbols that the lane drew last, (entries, block).
             slots: the slot that each entry belongs to, ascending.
-            cuts: entries up to each group, beginning with 0.
+            cuts: number of entries in the first 0, 1, 2, ... groups.
         """
         n, device = self.dim, positions.device
         around = positions[:, None] + self.offsets
@@ -133,14 +133,14 @@ def make_plan(order: Tensor, reach: Reach, head_size: int, dtype: torch.dtype) -
     drawn[order] = torch.arange(rows, device=device)[:, None].expand_as(order)
     drawn[n] = rows
     history = torch.cat([order.new_full((m, lanes), n), order])
-    # Column c: what the lane drew c + 1 rows before.
+    # Column c: the position that the lane drew c + 1 rows before.
     last = torch.stack([history[m - 1 - c : m - 1 - c + rows] for c in range(m)], -1)
     blocks, carried = order.unflatten(0, (-1, m)).transpose(1, 2), last[::m]
     present = blocks < n
     used = present.any(-1) | (carried < n).any(-1)
     slot = torch.full(used.shape, -1, device=device)
     slot[used] = torch.arange(int(used.sum()), device=device)
-    # A slot stands at the first entry it predicts, else at the last symbol that it carries.
+    # A slot has the position of the first entry that it predicts, else of the last symbol that it carries.
     chain = torch.cat([blocks, carried], -1)
     anchor = chain.gather(-1, (chain < n).to(torch.uint8).argmax(-1, keepdim=True))[..., 0]
     keys = torch.where(carried[..., 0] < n, carried[..., 0], anchor)[used]
@@ -170,7 +170,7 @@ def make_plan(order: Tensor, reach: Reach, head_size: int, dtype: torch.dtype) -
 
 
 def _cuts(entries: Tensor) -> list[int]:
-    """Entries up to each group, of bool (groups, lanes)."""
+    """Number of entries in the first 0, 1, 2, ... groups, from bool (groups, lanes)."""
     return [0, *entries.sum(1).cumsum(0).tolist()]
 
 

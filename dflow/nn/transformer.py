@@ -1,6 +1,6 @@
 """The group-causal Transformer: one pass scores a sequence, G calls draw it; causal is a special case.
 
-It knows nothing of flows: symbols in, ``num_params`` numbers an entry out. It starts with a window over
+It is independent of flows: symbols in, ``num_params`` numbers an entry out. Its first layer reads a window of
 neighbouring symbols: without that locality bidirectional networks stay at the unigram entropy for a thousand
 steps.
 """
@@ -42,12 +42,12 @@ class State:
         batch: sequences.
         plan: the order that is walked.
         lengths: (batch, 1), or None.
-        symbols: those drawn so far, (batch, dim + 1); K stands for none.
-        weights: of each block.
-        keys: of each block, (batch, heads, slots, head), filled up to the present call.
-        values: the same.
+        symbols: the symbols drawn so far, (batch, dim + 1); K where there is no symbol yet.
+        weights: the parameters of each block.
+        keys: keys of each block, (batch, heads, slots, head), filled up to the present call.
+        values: values of each block, in the same way.
         hidden: features of the slots of the present call.
-        row: steps so far.
+        row: number of steps so far.
     """
 
     batch: int
@@ -62,7 +62,7 @@ class State:
 
 
 class Inner(nn.Module):
-    """What a group knows, joined with symbols drawn after it: a perceptron, no attention."""
+    """Joins the features of a slot with symbols drawn later in its block: a perceptron, no attention."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         """Sizes as in `Block`."""
@@ -73,7 +73,7 @@ class Inner(nn.Module):
         self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, h: Tensor, read: Tensor) -> Tensor:
-        """``h`` and ``read`` (..., hidden): features of the slot, and of what stands around the entry now."""
+        """``h`` and ``read`` (..., hidden): features of the slot, and of the symbols around the entry."""
         h = h + self.read(read)
         out: Tensor = h + self.down(F.relu(self.up(self.norm(h))).square())
         return out
@@ -88,18 +88,19 @@ class GroupCausalTransformer(nn.Module):
     a position depends on symbols of strictly earlier rows only. With one lane it is the causal Transformer.
 
     With blocks of m rows a slot predicts m entries of its lane. The first is predicted as before; for each
-    further one a small perceptron (`Inner`) joins the slot's features with the symbols that stand around the
-    entry by then. It removes the dependence inside a group at a small part of the cost of a call.
+    further one a small perceptron (`Inner`) joins the slot's features with the symbols that are drawn around
+    the entry by then. It models the dependence inside a group at a small fraction of the cost of a call.
 
-    No parameter belongs to an order: what is known around an entry is all that a slot is told of it, and any
-    order can be walked (`plan`).
+    No parameter belongs to an order: a slot sees only which symbols around an entry are known, so that the
+    network can walk any order (`plan`).
 
     Args:
         K: size of the alphabet.
         num_params: numbers for each entry of the output.
         order: int64 ``(R, S)``, the order walked unless another plan is given.
         dim: longest sequence.
-        size: its ``window`` is of symbols before an entry; n-grams lie on either side and across the entry.
+        size: see `TransformerSize`; ``window`` counts symbols before an entry, and n-grams may lie before the
+            entry, after it or around it.
         block: rows of the order that one call predicts.
         ahead: how many symbols after an entry are read directly, where an order draws any of them earlier;
             default ``window`` if the order has several lanes, else 0.
@@ -135,7 +136,8 @@ class GroupCausalTransformer(nn.Module):
             "offsets", torch.tensor([*range(-1, -size.window - 1, -1), *range(1, ahead + 1)])
         )
         offsets = self.offsets.tolist()
-        # The last columns are what the lane drew last; with one lane there are no gaps to tell of.
+        # The last columns hold the symbols that the lane drew last. Without symbols ahead the nearest known
+        # symbol is always the one before, so that distances are not read.
         self.gaps = ahead > 0
         patterns = ngrams(size.window, ahead, size.ngram_size)
         self.embed = Neighbours(
@@ -165,10 +167,10 @@ class GroupCausalTransformer(nn.Module):
         return self._plan(lambda: self.plan(self.order), self.order, key=self.norm.weight.dtype)
 
     def _read(self, x: Tensor, symbols: Tensor, reading: Reading) -> Tensor:
-        """Features (batch, entries, hidden) of what ``reading`` reads; K in ``symbols`` stands for none."""
+        """Features (batch, entries, hidden) of the symbols of ``reading``; K in ``symbols`` is no symbol."""
         h: Tensor = self.embed(symbols[:, reading.sources], reading.gaps)
         if x.is_floating_point():
-            # The inference mode's sum to the last bit, with a gradient.
+            # Adds zeros with a gradient: both modes give the same features to the last bit.
             h = h + self.embed.gradient_of(x, reading.sources)
         return h
 
@@ -177,8 +179,8 @@ class GroupCausalTransformer(nn.Module):
 
         Args:
             x: symbols, int64 ``(batch, n)``, or one-hot rows ``(batch, n, K)``, with ``n <= dim``.
-            context: of lengths, or None.
-            plan: of another order than the network's own.
+            context: lengths, or None.
+            plan: the plan of another order, made by `plan`; default the order of the network.
 
         Returns:
             ``(batch, n, num_params)``; entry i depends on entries of earlier rows only.
@@ -202,16 +204,16 @@ class GroupCausalTransformer(nn.Module):
             if not plan.ascending:
                 mask = _causal(len(plan.least), x.device) if mask is None else mask
                 # A row without a single visible key would be undefined; every slot sees itself.
-                own = torch.eye(len(plan.least), dtype=torch.bool, device=x.device)
-                mask = ((mask & (plan.least < lengths[:, None])[:, None]) | own)[:, None]
+                diagonal = torch.eye(len(plan.least), dtype=torch.bool, device=x.device)
+                mask = ((mask & (plan.least < lengths[:, None])[:, None]) | diagonal)[:, None]
         h = self._read(x, symbols, plan.slots)
         for block in self.blocks:
             h = block(h, plan.rotation, mask, mask is None)
-        first = h[:, plan.entries[0].slots]
+        features = h[:, plan.entries[0].slots]
         if self.inner is not None:
             later = self.inner(h[:, plan.later.slots], self._read(x, symbols, plan.later))
-            first = torch.cat([first, later], 1)
-        out: Tensor = self.head(self.norm(first[:, plan.inverse[:n]]))
+            features = torch.cat([features, later], 1)
+        out: Tensor = self.head(self.norm(features[:, plan.inverse[:n]]))
         return out
 
     def start(self, batch: int, context: Context | None = None, plan: Plan | None = None) -> State:
@@ -262,20 +264,20 @@ class GroupCausalTransformer(nn.Module):
         if j == 0:
             state.hidden = self._call(state, begin, plan.slots.cuts[g + 1])
         h, entries = state.hidden, plan.entries[j]
-        some = slice(entries.cuts[g], entries.cuts[g + 1])
-        if some.stop - some.start < h.shape[1]:
-            h = h[:, entries.slots[some] - begin]
+        members = slice(entries.cuts[g], entries.cuts[g + 1])
+        if members.stop - members.start < h.shape[1]:
+            h = h[:, entries.slots[members] - begin]
         if j and self.inner is not None:
-            gaps = None if entries.gaps is None else entries.gaps[some]
-            h = self.inner(h, self.embed(state.symbols[:, entries.sources[some]], gaps))
+            gaps = None if entries.gaps is None else entries.gaps[members]
+            h = self.inner(h, self.embed(state.symbols[:, entries.sources[members]], gaps))
         h = F.layer_norm(h, (self.size.hidden_size,), self.norm.weight)
         return F.linear(h, self.head.weight, self.head.bias)
 
     def _call(self, state: State, begin: int, end: int) -> Tensor:
         """Features (batch, slots, hidden) of the slots of the next group.
 
-        The blocks are written out with as few operations as they take: at one sequence the calls of
-        operations, not their arithmetic, are what drawing costs.
+        The blocks are written out with as few operations as possible: for one sequence the overhead of each
+        operation, not its arithmetic, takes most of the time.
         """
         size, plan, batch, width = self.size.hidden_size, state.plan, state.batch, end - begin
         heads, head, norm = self.size.num_attention_heads, self.size.head_size, (size,)
@@ -283,9 +285,9 @@ class GroupCausalTransformer(nn.Module):
         h: Tensor = self.embed(state.symbols[:, plan.slots.sources[begin:end]], gaps).flatten(0, 1)
         mask = None
         if state.lengths is not None and not plan.ascending:
-            own = torch.zeros(width, end, dtype=torch.bool, device=h.device)
-            own[:, begin:].fill_diagonal_(True)
-            mask = (plan.least[:end] < state.lengths)[:, None, None] | own
+            diagonal = torch.zeros(width, end, dtype=torch.bool, device=h.device)
+            diagonal[:, begin:].fill_diagonal_(True)
+            mask = (plan.least[:end] < state.lengths)[:, None, None] | diagonal
         rotation = plan.rotation[begin:end]
         for w, keys, values in zip(state.weights, state.keys, state.values, strict=True):
             qkv = _product(F.layer_norm(h, norm, w.norm_attention), w.qkv)
@@ -310,7 +312,7 @@ def _causal(n: int, device: torch.device) -> Tensor:
 
 
 def _product(x: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:
-    """``plus + x @ weight.T``; a product with a vector is faster than one with a matrix of one row."""
+    """``plus + x @ weight.T``; for one row a matrix-vector product is faster than a matrix product."""
     if len(x) == 1:
         vector = x.view(-1)
         out = torch.mv(weight, vector) if plus is None else torch.addmv(plus.view(-1), weight, vector)
