@@ -149,6 +149,7 @@ def noise_in(
     Raises:
         InputError: noise of another number of samples.
     """
+    lengths_in(context)
     if context is None or context.noise is None:
         return Noise.of(generator, n, device)
     if len(context.noise.samples) != n:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dflow.core import Context, Distribution, conditioned, noise_in, present
+from dflow.core import Context, Distribution, conditioned, lengths_in, noise_in, present
 from dflow.ops.modular import check_alphabet, symbols
 from dflow.ops.noise import COMPONENTS
 
@@ -292,6 +292,7 @@ class ConditionalCategorical(Distribution):
 
 def draw_all(logits: Tensor, n: int, context: Context | None, generator: torch.Generator | None) -> Tensor:
     """``n`` draws, int64 ``(n, dim)``, of independent entries with logits ``(dim, K)`` or ``(n, dim, K)``."""
+    lengths_in(context)
     if context is None or context.noise is None:
         law = logits.double().softmax(-1)
         if law.ndim == 2:
