@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dflow.config import InputError
-from dflow.core import Bijector, Context, Distribution, agreed
+from dflow.core import Bijector, Context, Distribution, agreed, lengths_in
 
 
 class Flow(Distribution):
@@ -37,6 +37,7 @@ class Flow(Distribution):
         Raises:
             InputError: noise with controls, which change the law of latents, and not as they should.
         """
+        lengths_in(context)
         if context is not None and context.noise is not None and context.noise.controls is not None:
             raise InputError(
                 "temperature, top_k, top_p and min_p are for laws that draw symbols themselves; a flow draws "
