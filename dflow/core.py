@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -21,6 +21,35 @@ from dflow.ops.noise import Noise
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, eq=False)
+class Known:
+    """Entries of sequences that are known; a law with them in its context is that of the others, given these.
+
+    A prompt, the text before a chunk, what stands after a gap: all are known entries.
+
+    Args:
+        symbols: int64 ``(batch, n)``; what stands where an entry is not known is never read.
+        mask: bool ``(n,)``, True where an entry is known, in all sequences of the batch.
+
+    Raises:
+        InputError: tensors of other dtypes or shapes.
+    """
+
+    symbols: Tensor
+    mask: Tensor
+
+    def __post_init__(self) -> None:
+        """Check dtypes and shapes."""
+        symbols, mask = self.symbols, self.mask
+        if (symbols.dtype, symbols.ndim, mask.dtype, mask.ndim) != (torch.int64, 2, torch.bool, 1) or (
+            symbols.shape[1] != len(mask)
+        ):
+            raise InputError(
+                "known entries are symbols int64 (batch, n) and a mask bool (n,), found "
+                f"{_shown(symbols)} and {_shown(mask)}"
+            )
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Context:
     """What a law, a layer or a network is conditioned on; None in its place is an empty one.
@@ -30,6 +59,7 @@ class Context:
         given: tensors with a row for each sequence, which networks read: features, class labels, and inside
             `Split` the kept entries.
         noise: what symbols are drawn by; None for that of a generator.
+        known: entries that are known; None for none.
 
     Raises:
         InputError: lengths of another dtype or shape, or ``given`` that is no tuple of tensors.
@@ -38,6 +68,7 @@ class Context:
     lengths: Tensor | None = None
     given: tuple[Tensor, ...] = ()
     noise: Noise | None = None
+    known: Known | None = None
 
     def __post_init__(self) -> None:
         """Check dtypes and shapes; the number of rows is checked by who knows it."""
@@ -50,13 +81,16 @@ class Context:
         """The context of some of the rows."""
         lengths = None if self.lengths is None else self.lengths[start:end]
         noise = None if self.noise is None else self.noise.rows(start, end)
-        return Context(lengths=lengths, given=tuple(item[start:end] for item in self.given), noise=noise)
+        known = self.known and replace(self.known, symbols=self.known.symbols[start:end])
+        given = tuple(item[start:end] for item in self.given)
+        return Context(lengths=lengths, given=given, noise=noise, known=known)
 
     def repeat(self, times: int) -> Context:
         """The context of as many batches, one after another."""
         lengths = None if self.lengths is None else self.lengths.repeat(times)
         given = (item.repeat(times, *[1] * (item.ndim - 1)) for item in self.given)
-        return Context(lengths=lengths, given=tuple(given))
+        known = self.known and replace(self.known, symbols=self.known.symbols.repeat(times, 1))
+        return Context(lengths=lengths, given=tuple(given), known=known)
 
 
 _WAY = "lengths are passed as Context(lengths=n), all that a network reads as Context(given=(features,))"
@@ -139,6 +173,12 @@ def conditioned(net: Callable[..., T], context: Context | None) -> T:
     if lengths is None and not others:
         return net(x)
     return net(x, Context(lengths=lengths, given=tuple(others)))
+
+
+def known_in(context: Context | None) -> Known | None:
+    """The entries that are known, or None."""
+    lengths_in(context)
+    return None if context is None else context.known
 
 
 def noise_in(
