@@ -9,15 +9,45 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dflow.config import InputError
+from dflow.ops.noise import Noise
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """Entries of sequences that are known; a law with them in its context is that of the others, given these.
+
+    A prompt, the text before a chunk, what stands after a gap: all are known entries.
+
+    Args:
+        symbols: int64 ``(batch, n)``; what stands where an entry is not known is never read.
+        mask: bool ``(n,)``, True where an entry is known, in all sequences of the batch.
+
+    Raises:
+        InputError: tensors of other dtypes or shapes.
+    """
+
+    symbols: Tensor
+    mask: Tensor
+
+    def __post_init__(self) -> None:
+        """Check dtypes and shapes."""
+        symbols, mask = self.symbols, self.mask
+        if (symbols.dtype, symbols.ndim, mask.dtype, mask.ndim) != (torch.int64, 2, torch.bool, 1) or (
+            symbols.shape[1] != len(mask)
+        ):
+            raise InputError(
+                "known entries are symbols int64 (batch, n) and a mask bool (n,), found "
+                f"{_shown(symbols)} and {_shown(mask)}"
+            )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -28,6 +58,8 @@ class Context:
         lengths: lengths of sequences, int64 ``(batch,)``; entries at or beyond the length are absent.
         given: tensors with a row for each sequence, which networks read: features, class labels, and inside
             `Split` the kept entries.
+        noise: what symbols are drawn by; None for that of a generator.
+        known: entries that are known; None for none.
 
     Raises:
         InputError: lengths of another dtype or shape, or a ``given`` that is not a tuple of tensors.
@@ -35,6 +67,8 @@ class Context:
 
     lengths: Tensor | None = None
     given: tuple[Tensor, ...] = ()
+    noise: Noise | None = None
+    known: Known | None = None
 
     def __post_init__(self) -> None:
         """Check dtypes and shapes; the number of rows is checked where the batch is known."""
@@ -46,13 +80,17 @@ class Context:
     def rows(self, start: int, end: int) -> Context:
         """The context of the rows from ``start`` to before ``end``."""
         lengths = None if self.lengths is None else self.lengths[start:end]
-        return Context(lengths=lengths, given=tuple(item[start:end] for item in self.given))
+        noise = None if self.noise is None else self.noise.rows(start, end)
+        known = self.known and replace(self.known, symbols=self.known.symbols[start:end])
+        given = tuple(item[start:end] for item in self.given)
+        return Context(lengths=lengths, given=given, noise=noise, known=known)
 
     def repeat(self, times: int) -> Context:
         """The context of ``times`` copies of the batch, one after another."""
         lengths = None if self.lengths is None else self.lengths.repeat(times)
         given = (item.repeat(times, *[1] * (item.ndim - 1)) for item in self.given)
-        return Context(lengths=lengths, given=tuple(given))
+        known = self.known and replace(self.known, symbols=self.known.symbols.repeat(times, 1))
+        return Context(lengths=lengths, given=tuple(given), known=known)
 
 
 _WAY = "lengths are passed as Context(lengths=n), all that a network reads as Context(given=(features,))"
@@ -115,6 +153,8 @@ def only_given(context: Context | None) -> tuple[Tensor, ...]:
         raise InputError(
             "lengths are for models of sequences of symbols; this one takes all entries as present"
         )
+    if context is not None and context.noise is not None:
+        raise InputError("noise by address is for laws of symbols; draw from this one with a generator")
     return () if context is None else context.given
 
 
@@ -133,6 +173,28 @@ def conditioned(net: Callable[..., T], context: Context | None) -> T:
     if lengths is None and not others:
         return net(x)
     return net(x, Context(lengths=lengths, given=tuple(others)))
+
+
+def known_in(context: Context | None) -> Known | None:
+    """The entries that are known, or None."""
+    lengths_in(context)
+    return None if context is None else context.known
+
+
+def noise_in(
+    context: Context | None, n: int, generator: torch.Generator | None, device: torch.device
+) -> Noise:
+    """The noise that ``n`` sequences of symbols are drawn by: that of the context, else one of a generator.
+
+    Raises:
+        InputError: noise of another number of samples.
+    """
+    lengths_in(context)
+    if context is None or context.noise is None:
+        return Noise.of(generator, n, device)
+    if len(context.noise.samples) != n:
+        raise InputError(f"the noise is of {len(context.noise.samples)} samples, and {n} are drawn")
+    return context.noise
 
 
 def present(context: Context | None, batch: int, dim: int) -> Tensor | None:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from dflow.config import InputError
 from dflow.data import Tokenizer, files, pictures
 from dflow.hf import DflowImageModel, DflowModel
+from dflow.ops.noise import Controls, Noise
 from dflow.terminal import shown
 
 Format = Literal["text", "jsonl"]
@@ -35,14 +36,15 @@ def generate(
     seed: int = 0,
     batch_size: int = 100,
     prompt: Tensor | None = None,
+    controls: Controls | None = None,
     progress: bool = False,
     accelerator: Accelerator | None = None,
 ) -> Iterator[Tensor]:
-    """``n`` exact draws, one tensor int64 ``(length,)`` each, on the CPU; -1 marks absent entries.
+    """``n`` draws, one tensor int64 ``(length,)`` each, on the CPU; -1 marks absent entries.
 
-    The draws are fixed by the seed and the batch size, on one kind of machine, whatever the number of
-    processes. Each batch has randomness of its own, by the seed and its number, so a larger ``n`` begins with
-    the full batches of a smaller one.
+    Without controls they are exact. A sample is fixed by the seed and its number, on one kind of machine,
+    whatever the batch size and the number of processes; a larger ``n`` begins with the samples of a smaller.
+    Networks round differently for other batch sizes: where two symbols are as good as tied, another may win.
 
     Args:
         model: the law to draw from; its mode is restored.
@@ -51,6 +53,7 @@ def generate(
         seed: from 0 to 2^63 - 1.
         batch_size: number of draws at a time.
         prompt: int64 ``(m,)``, the first symbols of each draw.
+        controls: changes of the law, as temperature; None for the model's own.
         progress: show a bar on stderr.
         accelerator: spread the batches over its processes; each of them gets all draws.
 
@@ -73,10 +76,12 @@ def generate(
                 f"prompt: symbol {low if low < 0 else high} is outside the vocabulary, 0 to {K - 1}"
             )
 
-    def draw(count: int, generator: torch.Generator) -> Tensor:
-        return model.generate(count, length=length, generator=generator, prompt=prompt)
+    def draw(numbers: range) -> Tensor:
+        samples = torch.arange(numbers.start, numbers.stop, device=model.device)
+        noise = Noise(seed, samples, controls=None if controls is None or controls.exact else controls)
+        return model.generate(len(numbers), length=length, prompt=prompt, noise=noise)
 
-    return _draw(model, draw, n, seed, batch_size, progress, accelerator)
+    return _draw(model, draw, n, batch_size, progress, accelerator)
 
 
 def generate_images(
@@ -88,13 +93,24 @@ def generate_images(
     progress: bool = False,
     accelerator: Accelerator | None = None,
 ) -> Tensor:
-    """``n`` exact draws ``(n, C, H, W)``, on the CPU; fixed as those of `generate`.
+    """``n`` exact draws ``(n, C, H, W)``, on the CPU.
+
+    They are fixed by the seed and the batch size, on one kind of machine, whatever the number of processes. A
+    larger ``n`` begins with the full batches of a smaller one.
 
     Raises:
         InputError: an argument outside its range.
     """
     _check(n, batch_size, seed)
-    return torch.stack([*_draw(model, model.generate, n, seed, batch_size, progress, accelerator)])
+    generator = torch.Generator(model.device)
+
+    def draw(numbers: range) -> Tensor:
+        # Each batch has randomness of its own.
+        text = f"{seed},{numbers.start // batch_size}".encode()
+        generator.manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:7], "big"))
+        return model.generate(len(numbers), generator=generator)
+
+    return torch.stack([*_draw(model, draw, n, batch_size, progress, accelerator)])
 
 
 def _check(n: int, batch_size: int, seed: int) -> None:
@@ -107,43 +123,34 @@ def _check(n: int, batch_size: int, seed: int) -> None:
 
 def _draw(
     model: PreTrainedModel,
-    draw: Callable[[int, torch.Generator], Tensor],
+    draw: Callable[[range], Tensor],
     n: int,
-    seed: int,
     batch_size: int,
     progress: bool,
     accelerator: Accelerator | None,
 ) -> Iterator[Tensor]:
-    """Rows one after another, drawn in rounds: a batch a process."""
+    """Rows one after another, drawn in rounds, a batch a process; ``draw`` takes the numbers of a batch."""
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    numbers = range(-(-n // batch_size))
-    generator = torch.Generator(model.device)
+    batches = [range(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
     with tqdm(
         total=n, unit="sample", desc="draw", delay=1, mininterval=1, disable=not progress or rank > 0
     ) as bar:
-        for start in numbers[::world]:
-            # A process without a batch in the last round draws the last one again: all send as much.
-            number = min(start + rank, numbers[-1])
-            count = min(batch_size, n - number * batch_size)
-            generator.manual_seed(_seed(seed, number))
+        for first in range(0, len(batches), world):
+            # A process that has no batch in the last round draws the last again, so that all send as much.
+            numbers = batches[min(first + rank, len(batches) - 1)]
             mode = model.training
             model.train(False)
             try:
                 with torch.inference_mode():
-                    x = draw(count, generator)
+                    x = draw(numbers)
             finally:
                 model.train(mode)
             if accelerator and world > 1:
                 filled = x.new_zeros(batch_size, *x.shape[1:])
-                filled[:count] = x
-                x = accelerator.gather(filled)[: n - start * batch_size]
+                filled[: len(numbers)] = x
+                x = accelerator.gather(filled)[: n - first * batch_size]
             bar.update(len(x))
             yield from x.cpu()
-
-
-def _seed(seed: int, number: int) -> int:
-    """The seed of a batch."""
-    return int.from_bytes(hashlib.sha256(f"{seed},{number}".encode()).digest()[:7], "big")
 
 
 def encode_images(
@@ -195,18 +202,22 @@ def is_picture(shape: Sequence[int]) -> bool:
     return shape[0] in (1, 3) and tuple(shape[1:]) != (1, 1)
 
 
-def spell(ids: Tensor, tokenizer: Tokenizer, kind: Format, number: int = 1) -> str:
-    """One sample under a title line, for reading, or as a line of JSON: ``text`` and ``num_symbols``.
+def spell(ids: Tensor, tokenizer: Tokenizer, kind: Format, number: int = 1, exact: bool = True) -> str:
+    """One sample under a title line, for reading, or as a line of JSON: ``text``, ``num_symbols``, ``exact``.
 
     Samples that are a line each need no title.
     """
     text = tokenizer.decode(ids)
     if kind == "text":
+        # Samples hold line breaks of their own.
         return f"{text}\n" if tokenizer.one_line else f"--- sample {number} ---\n{text}\n"
-    return json.dumps({"text": text, "num_symbols": int((ids >= 0).sum())}, ensure_ascii=False) + "\n"
+    values = {"text": text, "num_symbols": int((ids >= 0).sum()), "exact": exact}
+    return json.dumps(values, ensure_ascii=False) + "\n"
 
 
-def write(samples: Iterator[Tensor], tokenizer: Tokenizer, kind: Format, output: Path | None) -> None:
+def write(
+    samples: Iterator[Tensor], tokenizer: Tokenizer, kind: Format, output: Path | None, exact: bool = True
+) -> None:
     """Write samples to the file ``output``, which appears when all are in it, or to stdout as they come.
 
     Raises:
@@ -215,7 +226,7 @@ def write(samples: Iterator[Tensor], tokenizer: Tokenizer, kind: Format, output:
     """
     if output is None:
         for number, ids in enumerate(samples, 1):
-            text = spell(ids, tokenizer, kind, number)
+            text = spell(ids, tokenizer, kind, number, exact)
             # A character that the terminal cannot show must not end a long draw.
             encoding = sys.stdout.encoding or "utf-8"
             sys.stdout.write(shown(text.encode(encoding, "replace").decode(encoding), sys.stdout))
@@ -223,7 +234,7 @@ def write(samples: Iterator[Tensor], tokenizer: Tokenizer, kind: Format, output:
         return
     check_output(output)
     # An output is whole or absent, so it waits in memory: a million samples of 256 symbols are 256 MB.
-    text = "".join(spell(ids, tokenizer, kind, number) for number, ids in enumerate(samples, 1))
+    text = "".join(spell(ids, tokenizer, kind, number, exact) for number, ids in enumerate(samples, 1))
     write_whole(output, text.encode("utf-8", "replace"))
 
 

@@ -124,7 +124,7 @@ def test_formats() -> None:
     line = spell(ids, TOKENIZER, "jsonl")
     assert line.endswith("\n")
     assert line.count("\n") == 1
-    assert json.loads(line) == {"text": "a\né", "num_symbols": 3}
+    assert json.loads(line) == {"text": "a\né", "num_symbols": 3, "exact": True}
     assert "é" in line
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Generate(Machine):
-    """Draw text, images or rows from a model. Seed and batch size fix the result on one kind of machine."""
+    """Draw text, images or rows from a model. The seed fixes each sample, whatever is drawn beside it."""
 
     model: str = flag("folder of the model")
     n: int = flag(
@@ -30,6 +30,17 @@ class Generate(Machine):
     seed: int = flag("seed of the draws", 0)
     batch_size: int = flag("number of samples drawn at a time", 100)
     prompt: str | None = flag("text that each sample begins with, for models that can continue one", None)
+    temperature: float | None = flag(
+        "number that divides the logits; below 1 likely symbols become likelier (changes the law)", None
+    )
+    top_k: int | None = flag("number of the likeliest symbols that can be drawn (changes the law)", None)
+    top_p: float | None = flag(
+        "probability: the fewest symbols that together have it can be drawn (changes the law)", None
+    )
+    min_p: float | None = flag(
+        "share of the likeliest symbol's probability that a symbol needs to be drawn (changes the law)",
+        None,
+    )
     format: Literal["text", "jsonl", "png", "npy", "csv"] | None = flag(
         "format of text: text (default), or jsonl, a JSON object a line; of images: png (default), a grid, "
         "or npy, csv; of tables: csv (default) or npy",
@@ -47,6 +58,7 @@ def generate(flags: Generate) -> int:
     from dflow.generate import check_output, write
     from dflow.generate import generate as run
     from dflow.hf import DflowClassifier, DflowImageModel, kind_of
+    from dflow.ops.noise import Controls
 
     if kind_of(flags.model) is DflowClassifier:
         raise InputError(f"{flags.model}: a model of labels, which draws nothing; give one of text or images")
@@ -59,6 +71,12 @@ def generate(flags: Generate) -> int:
         check_output(output)
     device, accelerator = flags.processes()
     model, tokenizer = load_model(flags.model, device)
+    controls = Controls(
+        1.0 if flags.temperature is None else flags.temperature, flags.top_k, flags.top_p, flags.min_p
+    )
+    if not controls.exact:
+        note = "note: temperature, top-k, top-p and min-p change the law; the draws are not exact"
+        print(note, file=sys.stderr)
     prompt = None
     if flags.prompt is not None:
         try:
@@ -72,11 +90,12 @@ def generate(flags: Generate) -> int:
         seed=flags.seed,
         batch_size=flags.batch_size,
         prompt=prompt,
+        controls=controls,
         progress=output is not None or not sys.stdout.isatty(),
         accelerator=accelerator,
     )
     if accelerator is None or accelerator.is_main_process:
-        write(samples, tokenizer, flags.format or "text", output)
+        write(samples, tokenizer, flags.format or "text", output, controls.exact)
     else:
         collections.deque(samples, 0)
     if accelerator is not None:
@@ -103,7 +122,11 @@ def generate_pictures(flags: Generate) -> int:
     from dflow import generate as drawing
     from dflow.hf import DflowImageModel, load
 
-    refuse(flags, ("length", "prompt"), f"is for models of text; {flags.model} is one of images or tables")
+    refuse(
+        flags,
+        ("length", "prompt", "temperature", "top_k", "top_p", "min_p"),
+        f"is for models of text; {flags.model} is one of images or tables",
+    )
     if flags.format == "text" or flags.format == "jsonl":
         raise InputError(f"--format {flags.format}: this is a model of images or tables; use png, npy or csv")
     device, accelerator = flags.processes()

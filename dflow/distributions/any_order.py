@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflow.core import Context, Distribution, lengths_in, present
+from dflow.config import InputError
+from dflow.core import Context, Distribution, known_in, lengths_in, noise_in, present
 from dflow.ops.memo import Memo
 from dflow.ops.modular import check_alphabet
 from dflow.ops.orders import check_order
@@ -233,8 +234,8 @@ class Walk(Distribution):
     def step(self, call: int, x: Tensor, known: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
         """The entries that a call draws, bool (batch, n), and their logits (entries, K), given known ones."""
 
-    def needed(self, length: int) -> int:
-        """Calls after which the first ``length`` entries are drawn."""
+    def needed(self, length: int, context: Context | None = None) -> int:
+        """Calls after which the first ``length`` entries are drawn, given those that the context knows."""
         return self.num_calls
 
     @torch.no_grad()
@@ -251,25 +252,40 @@ class Walk(Distribution):
         ``prompt``, int64 ``(m,)``, is known at the first positions before the first call, so that every entry
         is drawn given it. Calls that draw only entries at or beyond ``length`` are left out.
         """
-        dim, device = self.model.dim, self.model.costs.device
+        device, before = self.model.costs.device, known_in(context)
+        dim = self.model.dim if before is None else len(before.mask)
         x = torch.zeros(n, dim, dtype=torch.int64, device=device)
-        known = torch.zeros(n, dim, dtype=torch.bool, device=device)
+        known = self._begin(n, dim, context, device)
+        if before is not None:
+            x = torch.where(before.mask, before.symbols, x)
         if prompt is not None:
             x[:, : len(prompt)], known[:, : len(prompt)] = prompt, True
         lengths, mask = lengths_in(context), present(context, n, dim)
         longest = dim if length is None else length
         if lengths is not None:
             longest = min(longest, max(1, *lengths.tolist()))
-        for call in range(self.needed(longest)):
+        noise = noise_in(context, n, generator, device)
+        for call in range(self.needed(longest, context)):
             drawn, logits = self.step(call, x, known, context)
-            noise = torch.rand(logits.shape, dtype=logits.dtype, device=device, generator=generator)
-            # The arg-max of logits plus Gumbel noise is an exact draw (Gumbel 1954; Maddison et al. 2014).
-            x[drawn] = (logits - noise.log_().neg_().log_()).argmax(-1)
+            rows, positions = drawn.nonzero(as_tuple=True)
+            x[drawn] = noise.draw(logits, rows, positions)
             known = known | drawn
         return x if mask is None else torch.where(mask, x, 0)
 
+    def _begin(self, batch: int, n: int, context: Context | None, device: torch.device) -> Tensor:
+        """Entries that are known before the first call, bool ``(batch, n)``."""
+        before = known_in(context)
+        if before is None:
+            return torch.zeros(batch, n, dtype=torch.bool, device=device)
+        if bool(before.mask.all()):
+            raise InputError("every entry is known, so that there is nothing to score or to draw")
+        return before.mask[:n].expand(batch, n)
+
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
-        """Exact nats (batch,) of symbols ``(batch, n)`` or one-hot rows ``(batch, n, K)``."""
+        """Exact nats (batch,) of symbols ``(batch, n)`` or one-hot rows ``(batch, n, K)``.
+
+        With known entries in the context, which ``x`` holds too, of the others given these.
+        """
         return self.log_prob_by_steps(x, context)
 
     def round_trip(self, x: Tensor, context: Context | None = None) -> bool | None:
@@ -279,10 +295,10 @@ class Walk(Distribution):
 
     def log_prob_by_steps(self, x: Tensor, context: Context | None = None) -> Tensor:
         """`log_prob` computed as `sample` draws."""
-        known = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+        known = self._begin(len(x), x.shape[1], context, x.device)
         total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         dtype = torch.float32
-        for call in range(self.needed(x.shape[1])):
+        for call in range(self.needed(x.shape[1], context)):
             drawn, logits = self.step(call, x, known, context)
             log_p, seen = logits.log_softmax(-1), x[drawn]
             if x.is_floating_point():
@@ -319,28 +335,38 @@ class Ordered(Walk):
         self.merged = num_calls is not None
         self.register_buffer("rank", rank)
 
-    def calls(self) -> Tensor:
-        """The call that draws each entry, int64 (dim,)."""
-        if not self.merged:
-            return self.rank
-        calls = torch.arange(self.num_calls).repeat_interleave(self.model.sizes(self.num_calls))
-        return calls.to(self.rank.device)[self.rank]
+    def calls(self, context: Context | None = None) -> Tensor:
+        """The call that draws each entry, int64 (dim,); -1 for an entry that the context knows.
 
-    def needed(self, length: int) -> int:
-        """Calls after which the first ``length`` entries are drawn."""
-        return int(self.calls()[:length].max()) + 1
+        Calls that would draw known entries alone are left out.
+        """
+        calls = self.rank
+        if self.merged:
+            sizes = self.model.sizes(self.num_calls)
+            calls = torch.arange(self.num_calls).repeat_interleave(sizes).to(self.rank.device)[self.rank]
+        before = known_in(context)
+        if before is None:
+            return calls
+        hidden = ~before.mask
+        places = torch.unique(calls[: len(hidden)][hidden], return_inverse=True)[1]
+        return torch.full_like(hidden, -1, dtype=torch.int64).masked_scatter(hidden, places)
+
+    def needed(self, length: int, context: Context | None = None) -> int:
+        """See `Walk.needed`."""
+        return int(self.calls(context)[:length].max()) + 1
 
     def step(self, call: int, x: Tensor, known: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
         """See `Walk.step`."""
-        drawn = (self.calls()[: x.shape[1]] == call) & ~known
+        drawn = (self.calls(context)[: x.shape[1]] == call) & ~known
         mask = present(context, *x.shape[:2])
         drawn = drawn if mask is None else drawn & mask
         return drawn, self.model.logits(x, known, context)[drawn]
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact nats (batch,) of symbols ``(batch, n)`` or rows ``(batch, n, K)``, several calls at once."""
-        calls = self.calls()[: x.shape[1]]
-        return self.model.log_prob_along(x, calls, self.needed(x.shape[1]), context)
+        self._begin(len(x), x.shape[1], context, x.device)
+        calls = self.calls(context)[: x.shape[1]]
+        return self.model.log_prob_along(x, calls, self.needed(x.shape[1], context), context)
 
 
 class Confident(Walk):
@@ -379,6 +405,10 @@ class Confident(Walk):
         logits = self.model.logits(x, known, context)
         entropy = torch.special.entr(logits.detach().softmax(-1)).sum(-1)
         entropy = (entropy / _STEP).round().masked_fill(~hidden, math.inf)
+        before = known_in(context)
+        if before is not None:
+            at_first = before.mask[:n] if mask is None else before.mask[:n] & mask
+            count = count - at_first.expand(len(x), n).sum(1)
         # Rounded up, so that the last call completes the sequence.
         quota = -(-count * done // dim) - (count - hidden.sum(1))
         segments = F.pad(entropy, (0, -n % self.num_calls), value=math.inf).unflatten(1, (-1, self.num_calls))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dflow.core import Context, Distribution, present
+from dflow.core import Context, Distribution, lengths_in, noise_in, present
 from dflow.distributions.conditional import Conditional, check_rows
 from dflow.ops.modular import check_alphabet, symbols
+from dflow.ops.noise import COMPONENTS
 
 
 class Categorical(Distribution):
@@ -112,9 +113,7 @@ class Categorical(Distribution):
             generator: on the device of the distribution.
         """
         mask = present(context, n, self.dim)
-        law = self.log_law().detach().exp()[self.classes]
-        x = law.multinomial(n, replacement=True, generator=generator).T
-        return clear_absent(x, mask)
+        return clear_absent(draw_all(self.log_law().detach()[self.classes], n, context, generator), mask)
 
     @torch.no_grad()
     def statistics(self, z: Tensor, context: Context | None = None) -> Tensor:
@@ -228,10 +227,11 @@ class Mixture(Distribution):
         self, n: int, context: Context | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
         """``n`` exact draws, int64 ``(n, dim)``: a component, then its symbols; absent entries are 0."""
-        weights = torch.softmax(self.weight_logits.double(), -1)
-        component = weights.multinomial(n, replacement=True, generator=generator)
-        law = torch.softmax(self.logits.double(), -1)[component]
-        x = law.flatten(0, 1).multinomial(1, generator=generator).view(n, self.dim)
+        noise = noise_in(context, n, generator, self.logits.device)
+        rows = torch.arange(n, device=self.logits.device)
+        gumbel = noise.gumbel(rows, torch.zeros_like(rows), self.components, COMPONENTS)
+        component = (self.weight_logits.double() + gumbel).argmax(-1)
+        x = draw_all(self.logits[component], n, Context(noise=noise), None)
         return clear_absent(x, present(context, n, self.dim))
 
 
@@ -273,10 +273,23 @@ class ConditionalCategorical(Conditional):
         self, n: int, context: Context | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
         """One exact draw for each of the ``n`` rows of the context, int64 ``(n, dim)``."""
-        law = torch.softmax(self.logits(context).double(), -1)
-        check_rows(n, len(law))
-        x = law.flatten(0, 1).multinomial(1, generator=generator).view(law.shape[:2])
+        logits = self.logits(context)
+        check_rows(n, len(logits))
+        x = draw_all(logits, n, context, generator)
         return clear_absent(x, present(context, len(x), x.shape[1]))
+
+
+def draw_all(logits: Tensor, n: int, context: Context | None, generator: torch.Generator | None) -> Tensor:
+    """``n`` draws, int64 ``(n, dim)``, of independent entries with logits ``(dim, K)`` or ``(n, dim, K)``."""
+    lengths_in(context)
+    if context is None or context.noise is None:
+        law = logits.double().softmax(-1)
+        if law.ndim == 2:
+            return law.multinomial(n, replacement=True, generator=generator).T
+        return law.flatten(0, 1).multinomial(1, generator=generator).view(law.shape[:2])
+    noise = noise_in(context, n, generator, logits.device)
+    rows = torch.arange(n, device=logits.device)[:, None]
+    return noise.draw(logits, rows, torch.arange(logits.shape[-2], device=logits.device))
 
 
 def check_entries(x: Tensor, dim: int, K: int) -> None:

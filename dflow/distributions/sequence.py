@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflow.core import Context, Distribution, lengths_in, present
+from dflow.config import InputError
+from dflow.core import Context, Distribution, Known, known_in, lengths_in, noise_in, present
 from dflow.ops.memo import Memo
 from dflow.ops.orders import check_order
 
@@ -31,12 +32,24 @@ class SequenceCategorical(Distribution):
         dim: longest sequence.
         block: rows that the network draws in one call.
         others: further orders that the network can walk, each a law of its own: see `at`.
+        known: bool ``(dim,)``, entries that are in no row of the order since they are known, or None.
+
+    Attributes:
+        lay: the order over any number of entries in any number of rows, for networks that can walk any order
+            and read known entries before; None for a law that is drawn from left to right.
     """
 
     order: Tensor
+    lay: Callable[[int, int], Tensor] | None = None
 
     def __init__(
-        self, net: nn.Module, order: Tensor, dim: int, block: int = 1, others: Sequence[Tensor] = ()
+        self,
+        net: nn.Module,
+        order: Tensor,
+        dim: int,
+        block: int = 1,
+        others: Sequence[Tensor] = (),
+        known: Tensor | None = None,
     ) -> None:
         """See the class."""
         super().__init__()
@@ -51,11 +64,15 @@ class SequenceCategorical(Distribution):
         for i, other in enumerate(others):
             check_order(other, dim)
             self._names.setdefault(-(-len(other) // block), f"order_{i}")
-        check_order(order, dim)
+        read_before = order.new_zeros(0) if known is None else known.nonzero().flatten()
+        check_order(torch.cat([order.flatten(), read_before])[:, None], dim)
         self._laws: dict[int, Memo[SequenceCategorical]] = {calls: Memo() for calls in self._names}
         #: Whether the order differs from the one that the network was built with, so that it needs a plan.
         self._planned = False
         self._plan: Memo[Any] = Memo()
+        self._among: Memo[SequenceCategorical] = Memo()
+        #: Entries that are known, bool (dim,): they are neither scored nor drawn.
+        self._mask: Tensor | None = None
 
     @property
     def budgets(self) -> list[int]:
@@ -87,8 +104,53 @@ class SequenceCategorical(Distribution):
         """The plan of the order, made once; nothing where it is the order that the network was built with."""
         if not self._planned:
             return ()
-        dtype = next(self.net.parameters()).dtype
-        return (self._plan(lambda: self.net.plan(self.order), self.order, key=dtype),)
+        dtype, known = (
+            next(self.net.parameters()).dtype,
+            None if self._mask is None else self._mask.nonzero()[:, 0],
+        )
+        return (self._plan(lambda: self.net.plan(self.order, known, self.dim), self.order, key=dtype),)
+
+    def _of(self, context: Context | None) -> SequenceCategorical:
+        """The law that a context asks for: this one, or that of the entries that are not known."""
+        known = known_in(context)
+        if known is None or self._mask is not None:
+            return self
+        law = self.among(known.mask)
+        law.training = self.training
+        return law
+
+    def among(self, known: Tensor) -> SequenceCategorical:
+        """The law of the entries that are not ``known``, bool ``(n,)``, given those that are.
+
+        It shares the network and takes sequences of any length n. With a way to lay orders it is drawn in as
+        many calls as this one, or in one for each hidden entry if these are fewer: the known entries are read
+        before the first call, and an order is laid over the others. Without, it is drawn from left to right.
+
+        Raises:
+            InputError: every entry is known; or the law is drawn from left to right, and entries are known
+                behind one that is not.
+        """
+        return self._among(lambda: self._among_known(known), known)
+
+    def _among_known(self, known: Tensor) -> SequenceCategorical:
+        hidden, n = (~known).nonzero().flatten(), len(known)
+        if not len(hidden):
+            raise InputError("every entry is known, so that there is nothing to score or to draw")
+        if self.lay is None:
+            if not bool(known[: int(known.sum())].all()):
+                raise InputError(
+                    "this law is drawn from left to right: it takes what stands before, and not what stands "
+                    "after; a grouped or any-order model takes both"
+                )
+            law = SequenceCategorical(self.net, torch.arange(n, device=known.device)[:, None], n)
+        else:
+            rows = self.lay(len(hidden), min(len(hidden), self.num_calls * self.block)).to(known.device)
+            places = torch.cat([hidden, hidden.new_full((1,), n)])
+            order = places[rows.clamp(max=len(hidden))]
+            law = SequenceCategorical(self.net, order, n, self.block, known=known)
+            law._planned = True
+        law._mask = known
+        return law
 
     @property
     def num_calls(self) -> int:
@@ -96,7 +158,12 @@ class SequenceCategorical(Distribution):
         return -(-len(self.order) // self.block)
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
-        """Exact nats (batch,) of symbols ``(batch, n)`` or one-hot rows ``(batch, n, K)``."""
+        """Exact nats (batch,) of symbols ``(batch, n)`` or one-hot rows ``(batch, n, K)``.
+
+        With known entries in the context, which ``x`` holds too, of the others given these.
+        """
+        if (law := self._of(context)) is not self:
+            return law.log_prob(x, context)
         mask = present(context, len(x), x.shape[1])
         logits = self.net(x, context, *self._extra())
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -106,6 +173,8 @@ class SequenceCategorical(Distribution):
             terms = -F.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="none").view(x.shape)
         if mask is not None:
             terms = torch.where(mask, terms, 0.0)
+        if self._mask is not None:
+            terms = torch.where(self._mask[: x.shape[1]], 0.0, terms)
         out: Tensor = terms.sum(1)
         return out
 
@@ -120,33 +189,36 @@ class SequenceCategorical(Distribution):
     ) -> Tensor:
         """``n`` sequences, int64 ``(n, dim)``, in `num_calls` calls; absent entries are 0.
 
-        ``prompt``, int64 ``(length,)``, is forced at the first positions while the rest is drawn. For an
-        order from left to right that is the exact conditional law; for any other, an entry drawn before a
-        prompt's symbol has not seen it. ``length`` leaves out groups that lie wholly at or beyond it; the
-        entries before it keep the law of full draws.
+        With known entries in the context the others are drawn given these. ``prompt``, int64 ``(length,)``,
+        is forced at the first positions while the rest is drawn. For an order from left to right that is the
+        exact conditional law; for any other, an entry drawn before a prompt's symbol has not seen it.
+        ``length`` leaves out groups that lie wholly at or beyond it; the entries before it keep the law of
+        full draws.
         """
+        if (law := self._of(context)) is not self:
+            return law.sample(n, context, generator, prompt, length)
         device = self.order.device
-        (rows, state), drawn = self.start(n, context, length), None
+        noise, samples = noise_in(context, n, generator, device), torch.arange(n, device=device)[:, None]
+        (calls, state), drawn = self.start(n, context, length), None
         x = torch.zeros(n, self.dim, dtype=torch.int64, device=device)
-        noise: Tensor | None = None
-        ahead = 0
-        for g, row in enumerate(rows):
+        known = known_in(context)
+        if known is not None:
+            x = torch.where(known.mask, known.symbols, x)
+        ahead: list[Tensor] = []
+        for g, positions in enumerate(calls):
             logits = self.net.step(drawn, state)
-            if noise is None or ahead + len(row) > len(noise):
-                # As many groups at once as fit, and at least this one.
-                fits, wanted = max(1, _NOISE_BLOCK // (n * logits.shape[-1])), 0
-                for later in rows[g:]:
-                    if wanted and wanted + len(later) > fits:
-                        break
-                    wanted += len(later)
-                noise, ahead = _gumbel(wanted, logits, generator), 0
-            # The arg-max of logits plus Gumbel noise is an exact draw (Gumbel 1954; Maddison et al. 2014).
-            drawn = (logits - noise[ahead : ahead + len(row)].transpose(0, 1)).argmax(-1)
-            ahead += len(row)
+            if not ahead:
+                # As many calls' as fit, and at least this one's.
+                several = _as_fit(calls[g:], n * logits.shape[-1])
+                gumbel = noise.gumbel(samples, torch.cat(several), logits.shape[-1])
+                ahead = list(gumbel.split([len(entries) for entries in several], 1))
+            drawn = noise.draw(logits, samples, positions, ahead.pop(0))
             if prompt is not None:
-                forced = prompt[row.clamp(max=len(prompt) - 1)]
-                drawn = torch.where(row < len(prompt), forced, drawn)
-            x[:, row] = drawn
+                forced = prompt[positions.clamp(max=len(prompt) - 1)]
+                drawn = torch.where(positions < len(prompt), forced, drawn)
+            if known is not None:
+                drawn = torch.where(known.mask[positions], known.symbols[:, positions], drawn)
+            x[:, positions] = drawn
         mask = present(context, n, self.dim)
         return x if mask is None else torch.where(mask, x, 0)
 
@@ -172,11 +244,14 @@ class SequenceCategorical(Distribution):
     @torch.no_grad()
     def log_prob_by_steps(self, x: Tensor, context: Context | None = None) -> Tensor:
         """`log_prob` of symbols, computed group by group as `sample` draws: a check that both agree."""
+        if (law := self._of(context)) is not self:
+            return law.log_prob_by_steps(x, context)
         limit, lengths = torch.full((len(x),), x.shape[1], device=x.device), lengths_in(context, len(x))
         if lengths is not None:
             limit = torch.minimum(limit, lengths)
         shortened = None if bool((limit == self.dim).all()) else limit
-        trimmed = Context(lengths=shortened, given=() if context is None else context.given)
+        known = None if self._mask is None else Known(x, self._mask)
+        trimmed = Context(lengths=shortened, given=() if context is None else context.given, known=known)
         state = self.net.start(len(x), trimmed, *self._extra())
         previous = None
         x = F.pad(x, (0, self.dim - x.shape[1]))
@@ -185,7 +260,10 @@ class SequenceCategorical(Distribution):
             log_p = self.net.step(previous, state).log_softmax(-1)
             previous = x[:, row]
             terms = log_p.gather(-1, previous[..., None]).squeeze(-1)
-            total = total + torch.where(row < limit[:, None], terms, 0.0).sum(1)
+            scored = row < limit[:, None]
+            if self._mask is not None:
+                scored = scored & ~self._mask[row]
+            total = total + torch.where(scored, terms, 0.0).sum(1)
         return total.to(log_p.dtype)
 
     def round_trip(self, x: Tensor, context: Context | None = None) -> bool | None:
@@ -215,13 +293,14 @@ class SequenceCategorical(Distribution):
         x = torch.zeros(n, dim, dtype=torch.int64, device=device)
         mask, lengths = present(context, n, dim), lengths_in(context, n)
         longest = dim if lengths is None else min(dim, max(lengths.tolist(), default=0))
-        rows, noise = self._drawn(longest), None
+        rows, gumbel = self._drawn(longest), None
+        noise, samples = noise_in(context, n, generator, device), torch.arange(n, device=device)[:, None]
         used = torch.cat(rows)
         for call in range(1, len(rows) + 2):
             logits: Tensor = self.net(x, context, *self._extra())[:, used]
-            if noise is None:
-                noise = _gumbel(len(used), logits, generator).transpose(0, 1)
-            new = x.index_copy(1, used, (logits - noise).argmax(-1))
+            if gumbel is None:
+                gumbel = noise.gumbel(samples, used, logits.shape[-1])
+            new = x.index_copy(1, used, noise.draw(logits, samples, used, gumbel))
             if mask is not None:
                 new = torch.where(mask, new, 0)
             if torch.equal(new, x):
@@ -233,8 +312,12 @@ class SequenceCategorical(Distribution):
         )
 
 
-def _gumbel(entries: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Minus Gumbel noise (entries, batch, K) for logits ``like`` (batch, any, K)."""
-    shape = (entries, like.shape[0], like.shape[-1])
-    noise = torch.rand(shape, dtype=like.dtype, device=like.device, generator=generator)
-    return noise.log_().neg_().log_()
+def _as_fit(calls: list[Tensor], size: int) -> list[Tensor]:
+    """The first of some calls: at least one, and as many as fit with ``size`` numbers of noise an entry."""
+    entries, number = 0, 0
+    for positions in calls:
+        entries += len(positions)
+        if number and entries * size > _NOISE_BLOCK:
+            break
+        number += 1
+    return calls[:number]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dflow.core import Context, Elementwise, conditioned, present
-from dflow.distributions.categorical import check_entries, clear_absent, total
+from dflow.distributions.categorical import check_entries, clear_absent, draw_all, total
 from dflow.distributions.conditional import Conditional, check_rows
 from dflow.ops.modular import check_alphabet
 
@@ -111,7 +111,7 @@ class Spectra(Conditional):
         """One exact draw for each of the ``n`` rows of the context, int64 ``(n, dim)``."""
         params, log_weights = self.params(context)
         check_rows(n, len(params))
-        law = self.log_law(log_weights).double().exp()
-        z = law.flatten(0, 1).multinomial(1, generator=generator).view(law.shape[:2])
+        # Each entry's map is a permutation, so that controls do to symbols what they do to latents.
+        z = draw_all(self.log_law(log_weights), n, context, generator)
         x, _ = self.elementwise.inverse(z, params)
         return clear_absent(x, present(context, len(x), x.shape[1]))

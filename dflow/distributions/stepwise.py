@@ -8,8 +8,9 @@ from collections.abc import Callable, Generator
 import torch
 from torch import Tensor
 
-from dflow.core import Context, Distribution, present
+from dflow.core import Context, Distribution, noise_in, present
 from dflow.distributions.categorical import clear_absent
+from dflow.ops.noise import Noise
 
 #: Yields places in the flat ``(n, dim)`` with the logits of the symbols there, and is sent these symbols.
 Steps = Generator[tuple[Tensor, Tensor], Tensor, None]
@@ -53,9 +54,12 @@ class Stepwise(Distribution):
         """
         mask = present(context, n, self.dim)
         rows: list[tuple[Tensor, Tensor]] = []
+        noise: Noise | None = None
 
         def draw(places: Tensor, logits: Tensor) -> Tensor:
-            drawn = logits.double().softmax(-1).multinomial(1, generator=generator).flatten()
+            nonlocal noise
+            noise = noise_in(context, n, generator, places.device) if noise is None else noise
+            drawn = noise.draw(logits, places // self.dim, places % self.dim)
             if prompt is not None:
                 position = places % self.dim
                 forced = prompt[position.clamp(max=len(prompt) - 1)]

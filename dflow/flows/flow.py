@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dflow.core import Bijector, Context, Distribution, agreed
+from dflow.config import InputError
+from dflow.core import Bijector, Context, Distribution, agreed, lengths_in
 
 
 class Flow(Distribution):
@@ -31,7 +32,17 @@ class Flow(Distribution):
     def sample(
         self, n: int, context: Context | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """``n`` exact draws: those of the base, mapped by the inverse of the bijector."""
+        """``n`` exact draws: those of the base, mapped by the inverse of the bijector.
+
+        Raises:
+            InputError: noise with controls, which would change the law of latents and not that of symbols.
+        """
+        lengths_in(context)
+        if context is not None and context.noise is not None and context.noise.controls is not None:
+            raise InputError(
+                "temperature, top_k, top_p and min_p are for laws that draw symbols themselves; a flow draws "
+                "latents and maps them"
+            )
         return self.bijector.inverse(self.base.sample(n, context, generator), context)[0]
 
     def round_trip(self, x: Tensor, context: Context | None = None) -> bool | None:

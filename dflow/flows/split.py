@@ -72,13 +72,17 @@ class Split(Distribution):
         """The contexts of base and conditional; without ``x_a`` only that of the base is valid."""
         lengths, given = lengths_in(context), () if context is None else context.given
         with_kept = given if x_a is None else (x_a, *given)
+        noise = None if context is None else context.noise
+        of_kept, of_rest = (
+            None if noise is None else noise.select(index) for index in (self.kept_index, self.rest_index)
+        )
         if lengths is None:
-            return context, Context(given=with_kept)
+            return Context(given=given, noise=of_kept), Context(given=with_kept, noise=of_rest)
         total = lengths.clamp(max=self.dim)
         num_kept = (self.kept_index < total[:, None]).sum(1)
         return (
-            Context(lengths=num_kept, given=given),
-            Context(lengths=total - num_kept, given=(*with_kept, num_kept)),
+            Context(lengths=num_kept, given=given, noise=of_kept),
+            Context(lengths=total - num_kept, given=(*with_kept, num_kept), noise=of_rest),
         )
 
     def rounded_mean(self, context: Context | None = None) -> Tensor:

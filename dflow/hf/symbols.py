@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from dflow.hf import training
 from dflow.hf.arguments import IGNORED, answer, labels_optional, present_lengths, refuse_unknown, scaled
 from dflow.hf.config import DflowConfig
 from dflow.hf.pretrained import Pretrained
+from dflow.ops.noise import LENGTHS, Noise
 
 
 @dataclass
@@ -182,16 +184,19 @@ class DflowModel(Pretrained):
         length: int | None = None,
         generator: torch.Generator | None = None,
         prompt: Tensor | None = None,
+        noise: Noise | None = None,
     ) -> Tensor:
         """Exact draws: int64 ``(num_return_sequences, length)``; entries beyond the end of a sequence are -1.
 
         A length below the model's gives the first symbols of full draws, which has the model's own law;
-        with ``config.explicit_length`` lengths are drawn too unless one is given.
+        with ``config.explicit_length`` lengths are drawn too unless one is given. By the same noise the same
+        samples are drawn, whatever others are drawn with them.
 
         Args:
             num_return_sequences: number of draws.
             length: symbols of each, at most ``config.length``, the default.
             generator: source of randomness, on the model's device.
+            noise: what symbols are drawn by, in place of a generator; its controls change the law.
             prompt: int64 ``(n,)`` first symbols, for models that draw symbols themselves; see
                 `SequenceCategorical.sample` for what it means in orders other than left to right, and
                 `Walk.sample` for any-order models.
@@ -211,16 +216,19 @@ class DflowModel(Pretrained):
             raise InputError(f"length {length} is not in 1..{longest}, what this model can draw")
         if prompt is not None:
             prompt = self._prompt(prompt, length or longest)
+        if noise is None:
+            noise = Noise.of(generator, num_return_sequences, self.device)
         lengths = None
         if self.config.explicit_length:
             if length is None:
-                law = self._length_log_prob().exp()
+                law = self._length_log_prob().clone()
                 # From left to right this is the law of the length given the prompt.
-                law[: 0 if prompt is None else len(prompt)] = 0
-                lengths = torch.multinomial(law, num_return_sequences, True, generator=generator)
+                law[: 0 if prompt is None else len(prompt)] = -math.inf
+                rows = torch.arange(num_return_sequences, device=self.device)
+                lengths = (law + noise.gumbel(rows, torch.zeros_like(rows), len(law), LENGTHS)).argmax(-1)
             else:
                 lengths = torch.full((num_return_sequences,), length, device=self.device)
-        context = Context(lengths=lengths)
+        context = Context(lengths=lengths, noise=noise)
         # A law that takes a prompt takes the length too, and may stop there.
         options = {} if self.config.record.prompt == "no" else {"prompt": prompt, "length": length}
         x = self.law.sample(num_return_sequences, context, generator, **options)

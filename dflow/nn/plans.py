@@ -6,7 +6,7 @@ reads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -63,6 +63,9 @@ class Plan:
         rotation: complex (slots, 2, 1, head / 2), turns queries and keys to their positions.
         mask: which slot attends to which, (slots, slots); None when each sees the slots before it and itself.
         ascending: whether the positions of the slots ascend.
+        dim: entries of the sequence.
+        known: positions (known,) of the entries that are known before the first call. Each has a slot, among
+            the first, which carries its symbol and predicts nothing; these see each other, and all see them.
     """
 
     slots: Reading
@@ -73,6 +76,8 @@ class Plan:
     rotation: Tensor
     mask: Tensor | None
     ascending: bool
+    dim: int
+    known: Tensor
 
 
 @dataclass(frozen=True)
@@ -121,9 +126,15 @@ class Reach:
 
 
 @torch.no_grad()
-def make_plan(order: Tensor, reach: Reach, head_size: int, dtype: torch.dtype) -> Plan:
-    """How to walk ``order``, int64 ``(R, S)``, with attention heads of ``head_size`` in ``dtype``."""
-    check_order(order, reach.dim)
+def make_plan(
+    order: Tensor, reach: Reach, head_size: int, dtype: torch.dtype, known: Tensor | None = None
+) -> Plan:
+    """How to walk ``order``, int64 ``(R, S)``, with attention heads of ``head_size`` in ``dtype``.
+
+    The positions ``known``, int64 ``(known,)``, are in no row of the order.
+    """
+    known = order.new_zeros(0) if known is None else known
+    check_order(torch.cat([order.flatten(), known])[:, None], reach.dim)
     m, n, device = reach.block, reach.dim, order.device
     order = order.masked_fill(order >= n, n)
     order = torch.cat([order, order.new_full((-len(order) % m, order.shape[1]), n)])
@@ -132,6 +143,7 @@ def make_plan(order: Tensor, reach: Reach, head_size: int, dtype: torch.dtype) -
     drawn = torch.full((n + 1,), rows, device=device)
     drawn[order] = torch.arange(rows, device=device)[:, None].expand_as(order)
     drawn[n] = rows
+    drawn[known] = -1
     history = torch.cat([order.new_full((m, lanes), n), order])
     # Column c: the position that the lane drew c + 1 rows before.
     last = torch.stack([history[m - 1 - c : m - 1 - c + rows] for c in range(m)], -1)
@@ -146,6 +158,15 @@ def make_plan(order: Tensor, reach: Reach, head_size: int, dtype: torch.dtype) -
     keys = torch.where(carried[..., 0] < n, carried[..., 0], anchor)[used]
     group = torch.arange(len(blocks), device=device)[:, None].expand_as(anchor)
     slots = reach.reading(drawn, anchor[used], m * group[used], carried[used], slot[used], _cuts(used))
+    group_of_slot = group[used]
+    if len(known):
+        itself = torch.cat([known[:, None], known.new_full((len(known), m - 1), n)], 1)
+        line = torch.arange(len(known), device=device)
+        before = reach.reading(drawn, known, torch.zeros_like(known), itself, line, [])
+        cuts = [0, *(len(known) + cut for cut in slots.cuts[1:])]
+        slots = replace(_joined([before, slots]), cuts=cuts)
+        group_of_slot = torch.cat([torch.full_like(known, -1), group_of_slot])
+        keys, slot = torch.cat([known, keys]), slot + len(known)
     entries = [
         reach.reading(
             drawn,
@@ -161,17 +182,26 @@ def make_plan(order: Tensor, reach: Reach, head_size: int, dtype: torch.dtype) -
         slots,
         entries,
         _joined(entries[1:] or entries),
-        torch.cat([e.positions for e in entries]).argsort(),
-        chain.min(-1).values[used],
+        _places(entries, n),
+        torch.cat([known, chain.min(-1).values[used]]),
         rotations(slots.positions, keys, head_size, dtype),
-        None if lanes == 1 else group[used][:, None] >= group[used],
-        lanes == 1 and bool((slots.positions.diff() > 0).all()),
+        None if lanes == 1 and not len(known) else group_of_slot[:, None] >= group_of_slot,
+        lanes == 1 and not len(known) and bool((slots.positions.diff() > 0).all()),
+        n,
+        known,
     )
 
 
 def _cuts(entries: Tensor) -> list[int]:
     """Number of entries in the first 0, 1, 2, ... groups, from bool (groups, lanes)."""
     return [0, *entries.sum(1).cumsum(0).tolist()]
+
+
+def _places(entries: list[Reading], dim: int) -> Tensor:
+    """The place of each position in all lists, one after the other; 0 for a position in none."""
+    positions = torch.cat([reading.positions for reading in entries])
+    line = torch.arange(len(positions), device=positions.device)
+    return torch.zeros(dim, dtype=torch.int64, device=positions.device).index_copy(0, positions, line)
 
 
 def _joined(readings: list[Reading]) -> Reading:

@@ -157,10 +157,14 @@ class GroupCausalTransformer(nn.Module):
         if zero_head:
             nn.init.zeros_(self.head.weight)
 
-    def plan(self, order: Tensor) -> Plan:
-        """How to walk ``order``, another one over sequences of the same ``dim``."""
-        reach = Reach(self.dim, self.block, self.offsets, self.embed.extra_row if self.gaps else None)
-        return make_plan(order, reach, self.size.head_size, self.norm.weight.dtype)
+    def plan(self, order: Tensor, known: Tensor | None = None, dim: int | None = None) -> Plan:
+        """How to walk ``order``, another one, over sequences of ``dim`` entries (default: the network's).
+
+        The positions ``known``, int64 ``(known,)``, are read before the first call, and are not in the order.
+        """
+        gaps_row = self.embed.extra_row if self.gaps else None
+        reach = Reach(self.dim if dim is None else dim, self.block, self.offsets, gaps_row)
+        return make_plan(order, reach, self.size.head_size, self.norm.weight.dtype, known)
 
     def _own_plan(self) -> Plan:
         """The plan of the network's own order, made once for an order and a precision."""
@@ -187,20 +191,21 @@ class GroupCausalTransformer(nn.Module):
         """
         lengths = only_lengths(context, len(x))
         n = x.shape[1]
-        if n > self.dim:
-            raise ValueError(f"the sequence has {n} entries, the network at most {self.dim}")
         plan = self._own_plan() if plan is None else plan
-        if n < self.dim:
+        dim = plan.dim
+        if n > dim:
+            raise ValueError(f"the sequence has {n} entries, the network at most {dim}")
+        if n < dim:
             # A short sequence is a long one whose other entries are absent.
             short = torch.full((len(x),), n, device=x.device)
             lengths = short if lengths is None else torch.minimum(lengths, short)
-        symbols = F.pad(x.argmax(-1) if x.is_floating_point() else x, (0, self.dim + 1 - n), value=self.K)
+        symbols = F.pad(x.argmax(-1) if x.is_floating_point() else x, (0, dim + 1 - n), value=self.K)
         mask = plan.mask
         if lengths is not None:
-            absent = torch.arange(self.dim + 1, device=x.device) >= lengths[:, None]
+            absent = torch.arange(dim + 1, device=x.device) >= lengths[:, None]
             symbols = symbols.masked_fill(absent, self.K)
             if x.is_floating_point():
-                x = F.pad(x, (0, 0, 0, self.dim - n)).masked_fill(absent[:, : self.dim, None], 0.0)
+                x = F.pad(x, (0, 0, 0, dim - n)).masked_fill(absent[:, :dim, None], 0.0)
             if not plan.ascending:
                 mask = _causal(len(plan.least), x.device) if mask is None else mask
                 # A row without a single visible key would be undefined; every slot sees itself.
@@ -222,11 +227,18 @@ class GroupCausalTransformer(nn.Module):
         plan = self._own_plan() if plan is None else plan
         dtype, device = self.norm.weight.dtype, self.norm.weight.device
         shape = (batch, self.size.num_attention_heads, len(plan.least), self.size.head_size)
+        symbols = torch.full((batch, plan.dim + 1), self.K, device=device)
+        if context is not None and context.known is not None:
+            symbols[:, plan.known] = context.known.symbols[:, plan.known]
+            if lengths is not None:
+                symbols[:, plan.known] = symbols[:, plan.known].masked_fill(
+                    plan.known >= lengths[:, None], self.K
+                )
         return State(
             batch,
             plan,
             None if lengths is None else lengths[:, None],
-            torch.full((batch, self.dim + 1), self.K, device=device),
+            symbols,
             [
                 _Weights(
                     block.norm_attention.weight,
@@ -288,6 +300,10 @@ class GroupCausalTransformer(nn.Module):
             diagonal = torch.zeros(width, end, dtype=torch.bool, device=h.device)
             diagonal[:, begin:].fill_diagonal_(True)
             mask = (plan.least[:end] < state.lengths)[:, None, None] | diagonal
+        if plan.mask is not None and len(plan.known) and begin == 0:
+            # The known entries do not see those of the first group, which are in the same call.
+            first = plan.mask[:end, :end]
+            mask = first if mask is None else mask & (first | diagonal)
         rotation = plan.rotation[begin:end]
         for w, keys, values in zip(state.weights, state.keys, state.values, strict=True):
             qkv = _product(F.layer_norm(h, norm, w.norm_attention), w.qkv)

@@ -338,7 +338,9 @@ def grouped(config: GroupedConfig, K: int) -> Distribution:
     order, others = rows(config.num_calls), [rows(calls) for calls in config.calls]
     ahead = config.window if any(o.shape[1] > 1 for o in (order, *others)) else 0
     net = GroupCausalTransformer(K, K, order, config.length, config.size(), block=config.block, ahead=ahead)
-    return SequenceCategorical(net, order, config.length, config.block, others)
+    law = SequenceCategorical(net, order, config.length, config.block, others)
+    law.lay = functools.partial(_order, config.order)
+    return law
 
 
 def any_order(config: AnyOrderConfig, K: int) -> Distribution:
