@@ -180,11 +180,9 @@ def test_a_law_without_steps_is_told_apart(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_a_command_runs_and_is_listed_beside_the_others(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = module(tmp_path, "count.py")
-    monkeypatch.setattr(verbs, "ADDED", added := [])
-    monkeypatch.setattr("dflow.cli.parser.ADDED", added)
     text = tmp_path / "notes.txt"
     text.write_text("abca", encoding="utf-8")
     with pytest.raises(SystemExit):
