@@ -436,4 +436,8 @@ register(Family("bipartite", "text", BipartiteConfig, bipartite))
 register(Family("autoregressive", "text", AutoregressiveConfig, autoregressive))
 register(Family("multiscale", "text", MultiscaleConfig, multiscale))
 register(Family("transformer", "text", TransformerConfig, transformer, prompt="exact", left_to_right=True))
-register(Family("lstm", "text", LstmConfig, lstm, prompt="exact", left_to_right=True, baseline=True))
+register(
+    Family(
+        "lstm", "text", LstmConfig, lstm, prompt="exact", left_to_right=True, baseline=True, recurrent=True
+    )
+)
