@@ -249,7 +249,7 @@ def _unfilter(lines: Array, pixel: int) -> Array:
     planes = []
     for place in range(pixel):
         plane = np.concatenate([lines[:, :1], lines[:, 1 + place :: pixel]], 1)
-        file = _file(plane.shape[1] - 1, len(plane), 8, 0, zlib.compress(plane.tobytes(), 1))
+        file = _file(plane.shape[1] - 1, len(plane), 8, 0, zlib.compress(plane.tobytes(), 0))
         with Image.open(io.BytesIO(file), formats=["PNG"]) as image:
             planes.append(np.asarray(image))
     return np.stack(planes, -1).reshape(len(lines), -1)
