@@ -118,8 +118,8 @@ def check_same(name: str, checksum: str, expected: str | None) -> None:
     if expected not in (None, checksum):
         raise Changed(
             f"{name}: the data have changed, their checksum is {checksum} and not {expected}, and rows that "
-            "the model was trained on may be in another split now; restore the data, or score them as they "
-            "are with --data"
+            "the model was trained on may be in another split now; restore the data, or score what they "
+            "are now with --data"
         )
 
 
