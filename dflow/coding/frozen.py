@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from dflow.coding.codes import Bits, Golomb, Intervals, Shared, Stack, check_numbers, join
-from dflow.coding.integers import pop_tails, split_tails
 from dflow.coding.tables import LIMIT, Tables, integer_counts
 from dflow.core import Context, Distribution
 from dflow.distributions.logistic import LEAST, MOST, ConditionalLogistic, LogisticMixture
@@ -172,7 +171,13 @@ class Cells:
     def __init__(self, tables: MixtureTables, index: Tensor) -> None:
         self.tables, self.index = tables, index.cpu()
         self._symbols = Shared(tables, self.index)
-        self._end, self._orders = tables.ends[self.index, -1], tables.orders[self.index].long()
+
+    def _beyond(self, symbol: Tensor) -> tuple[Tensor, Tensor, Golomb]:
+        """Numbers beyond the window, the others, and the code of the first."""
+        last = self.tables.K - 1
+        beyond = ((symbol == 0) | (symbol == last)).nonzero().flatten()
+        within = ((symbol != 0) & (symbol != last)).nonzero().flatten()
+        return beyond, within, Golomb(self.tables.orders[self.index[beyond]].long())
 
     def _low(self, symbol: Tensor, within: Tensor) -> tuple[Tensor, Bits]:
         """Where cells begin, from the base on, and the code of the places in them."""
@@ -185,13 +190,13 @@ class Cells:
         check_numbers(x, len(self.index))
         offset = x - self.tables.base[self.index]
         symbol = self.tables.find(offset, self.index)
-        beyond, tails = split_tails(offset, self._end)
-        within = (~beyond).nonzero().flatten()
+        beyond, within, far = self._beyond(symbol)
         begin, low = self._low(symbol, within)
+        over = offset[beyond] - self.tables.ends[self.index[beyond], -1]
         return join(
             [
                 self._symbols.intervals(symbol),
-                Golomb(self._orders[beyond]).intervals(tails),
+                far.intervals(torch.where(over < 0, -1 - offset[beyond], over)),
                 low.intervals(offset[within] - begin),
             ]
         )
@@ -199,11 +204,14 @@ class Cells:
     def pop(self, stack: Stack) -> Tensor:
         """See `Code`."""
         symbol = self._symbols.pop(stack)
-        offset = torch.where(symbol == self.tables.K - 1, self._end, (symbol > 0).long() - 1)
-        within = ((symbol > 0) & (symbol < self.tables.K - 1)).nonzero().flatten()
-        offset = pop_tails(offset, self._end, self._orders, stack)
+        beyond, within, far = self._beyond(symbol)
+        distance = far.pop(stack)
         begin, low = self._low(symbol, within)
-        return offset.index_copy_(0, within, begin + low.pop(stack)) + self.tables.base[self.index]
+        end = self.tables.ends[self.index[beyond], -1]
+        outside = torch.where(symbol[beyond] == 0, -1 - distance, end + distance)
+        offset = torch.zeros_like(symbol).index_copy_(0, beyond, outside)
+        offset.index_copy_(0, within, begin + low.pop(stack))
+        return offset + self.tables.base[self.index]
 
 
 class FrozenMixture(Distribution):

@@ -69,7 +69,7 @@ class Window:
         others = (~is_common).nonzero().flatten()
         group, member = symbol[others] // self._size, symbol[others] % self._size
         mass, groups = self._others(others)
-        _, tails = split_tails(offset, self._window)
+        _, tails = _tails(offset, self._window)
         return join(
             [
                 self._is_common.intervals(is_common.long()),
@@ -86,7 +86,7 @@ class Window:
         group = groups.pop(stack)
         other = self._size * group + self._member(mass, group).pop(stack)
         symbol = torch.full_like(self._low, self._common).index_copy_(0, others, other)
-        return self._low + pop_tails(symbol - 1, self._window, torch.zeros_like(symbol), stack)
+        return self._low + _pop_tails(symbol - 1, self._window, torch.zeros_like(symbol), stack)
 
 
 class Binned:
@@ -121,7 +121,7 @@ class Binned:
         check_numbers(x, len(self.base))
         offset = x - self.base
         cell = (offset >> self.shift) + self.window // 2
-        beyond, tails = split_tails(cell, self.window)
+        beyond, tails = _tails(cell, self.window)
         return join(
             [
                 self._cells.intervals(cell.clamp(-1, self.window) + 1),
@@ -132,7 +132,7 @@ class Binned:
 
     def pop(self, stack: Stack) -> Tensor:
         """See `Code`."""
-        cell = pop_tails(self._cells.pop(stack) - 1, self.window, self.orders, stack, self._tail)
+        cell = _pop_tails(self._cells.pop(stack) - 1, self.window, self.orders, stack, self._tail)
         cell -= self.window // 2
         return (cell << self.shift) + self._low.pop(stack) + self.base
 
@@ -208,7 +208,7 @@ class Mixture:
         check_numbers(x, len(self.index))
         offset = x - self._base
         # Beyond the window there are no cells: distances are those of integers.
-        beyond, tails = split_tails(offset, _CELLS << self.shift)
+        beyond, tails = _tails(offset, _CELLS << self.shift)
         intervals = [
             self._cells.intervals((offset >> self.shift).clamp(-1, _CELLS) + 1),
             Golomb(self._orders[beyond]).intervals(tails),
@@ -230,7 +230,7 @@ class Mixture:
         cell = self._cells.pop(stack) - 1
         within = ((cell >= 0) & (cell < _CELLS)).nonzero().flatten()
         offset = torch.where(cell < 0, -1, cell << self.shift)
-        x = pop_tails(offset, _CELLS << self.shift, self._orders, stack) + self._base
+        x = _pop_tails(offset, _CELLS << self.shift, self._orders, stack) + self._base
         start = x[within]
         law, below = self._within(within)
         ends = _ends(below, cell[within])
@@ -277,14 +277,14 @@ def _below(mass: Tensor) -> Tensor:
     return torch.nn.functional.pad(mass.T.cumsum(0), (0, 0, 1, 0))
 
 
-def split_tails(offset: Tensor, end: int | Tensor) -> tuple[Tensor, Tensor]:
+def _tails(offset: Tensor, end: int) -> tuple[Tensor, Tensor]:
     """Which offsets are outside ``0..end-1``, and how far."""
     beyond = (offset < 0) | (offset >= end)
     return beyond, torch.where(offset < 0, -1 - offset, offset - end)[beyond]
 
 
-def pop_tails(
-    offset: Tensor, end: int | Tensor, orders: Tensor, stack: Stack, tail: type[Bits] | type[Golomb] = Golomb
+def _pop_tails(
+    offset: Tensor, end: int, orders: Tensor, stack: Stack, tail: type[Bits] | type[Golomb] = Golomb
 ) -> Tensor:
     """The offsets, those at -1 and at ``end`` moved out to where they are."""
     beyond = ((offset < 0) | (offset >= end)).nonzero().flatten()
