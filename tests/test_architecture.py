@@ -29,7 +29,7 @@ def test_the_files_that_it_names_exist() -> None:
 
 
 #: Names that say nothing about what they hold.
-VAGUE = {"found", "told", "own", "kept", "asked", "mine"}
+VAGUE = {"found", "told", "own", "asked", "mine"}
 
 
 def test_files_and_functions_are_short_and_local_names_say_something() -> None:
