@@ -517,7 +517,7 @@ def test_data_that_have_changed_are_noticed(text, tmp_path, capsys):
         with pytest.raises(InputError, match="the data have changed"):
             again()
     assert cli.main(["evaluate", "--model", str(out)]) == 2
-    assert "score them as they are with --data" in capsys.readouterr().err
+    assert "score what they are now with --data" in capsys.readouterr().err
     assert cli.main(["evaluate", "--model", str(out), "--data", str(own)]) == 0
 
 
