@@ -32,7 +32,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from functools import singledispatch
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,7 @@ def check_rule(rule: Rule, distribution: Distribution) -> None:
         raise InputError(f"{reason or f'rule {rule!r} does not train this model'}; {advice}")
     innermost = closed_form(distribution)
     for module in distribution.modules():
-        if isinstance(module, Categorical) and not module.learned and module is not innermost:
+        if _counted(module) and module is not innermost:
             raise InputError(
                 "only the innermost base has a closed form; let the conditional of a split learn logits"
             )
@@ -181,13 +181,18 @@ def _alphabet(distribution: nn.Module) -> int:
 def _trained_bases(distribution: nn.Module) -> bool:
     """Whether some flow has a base with learned parameters, which need the likelihood of its latents."""
     flows = (m for m in distribution.modules() if isinstance(m, Flow))
-    return any(not isinstance(f.base, Categorical) or f.base.learned for f in flows)
+    return not all(_counted(flow.base) for flow in flows)
 
 
 def closed_form(distribution: Distribution) -> Categorical | None:
     """The innermost base where it is factorized and a running average of latents, else None."""
     base = innermost(distribution)
-    return base if isinstance(base, Categorical) and not base.learned else None
+    return base if _counted(base) else None
+
+
+def _counted(base: nn.Module) -> TypeGuard[Categorical]:
+    """Whether a base is a running average of latents, without learned parameters."""
+    return isinstance(base, Categorical) and not base.learned
 
 
 def estimators(distribution: nn.Module) -> set[StraightThrough]:

@@ -1,4 +1,4 @@
-"""Modules of users that add to dflow: families, maps on Z/K, orders, data sets.
+"""Modules of users that add to dflow: families, maps on Z/K, orders, data sets, commands.
 
 A module adds to a registry when it is imported. It is imported by the flag ``--import`` of every command, or
 because an installed package names it in the entry point group ``dflow.plugins``. Modules that a model folder

@@ -1,4 +1,4 @@
-"""Threads of torch: how they wait for each other, and how many this process can use."""
+"""Threads of torch: how they wait for each other, and how many of them a piece of work is worth."""
 
 from __future__ import annotations
 
@@ -39,3 +39,26 @@ def processors(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
         return max(1, min(available, math.ceil(int(quota) / int(period))))
     except (OSError, ValueError, ZeroDivisionError):
         return available  # no such file, or "max": no limit
+
+
+#: Multiplications of one layer, for a batch, from which several threads are faster than one (docs/LOG.md).
+PAYS = 12_000_000
+
+
+class Suited:
+    """The number of threads by the size of the work, where a command may choose it.
+
+    Attributes:
+        free: whether it may: a command sets this where its user has chosen no number. A program that uses
+            dflow as a library keeps its own number.
+    """
+
+    free = False
+
+    @classmethod
+    def to(cls, multiplications: int | None) -> None:
+        """One thread for fewer multiplications than `PAYS`, else one a processor; None changes nothing."""
+        if cls.free and multiplications is not None:
+            import torch
+
+            torch.set_num_threads(1 if multiplications < PAYS else processors())

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dflow import hf, objectives, plugins, zoo
 from dflow.bijectors import Coupling
-from dflow.cli import main
+from dflow.cli import Results, main, verbs
 from dflow.config import InputError
 from dflow.core import Distribution, Elementwise
 from dflow.data import DataConfig, load
@@ -177,6 +177,31 @@ def test_a_law_without_steps_is_told_apart(tmp_path: Path, capsys: pytest.Captur
     sentences = ["--set", "data.protocol=sentence", "model.length=40", f"output={tmp_path / 'lines'}"]
     assert main(["train", str(tmp_path / "unigram.yaml"), *flag, *sentences]) == 2
     assert "'unigram' scores symbols beyond the end of a sentence" in capsys.readouterr().err
+
+
+def test_a_command_runs_and_is_listed_beside_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = module(tmp_path, "count.py")
+    text = tmp_path / "notes.txt"
+    text.write_text("abca", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main(["count", str(text)])
+    assert "invalid choice: 'count'" in capsys.readouterr().err
+    words = ["count", "--import", path, str(text), "--least", "2"]
+    assert main([*words, "--json"]) == 0
+    assert told(capsys) == {"symbols": 4, "different": 3}
+    assert main(words) == 0
+    assert "symbols" in capsys.readouterr().out
+    assert main([*words[:-1], "4"]) == 2
+    assert "3 different symbols; --least asks for 4" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "count       Count the symbols of a text file" in " ".join(capsys.readouterr().out.split("\n"))
+    with pytest.raises(InputError, match="there is a verb 'train' already"):
+        verbs.register_verb("train", Results, lambda flags: 0, "")
+    with pytest.raises(InputError, match="one word of letters"):
+        verbs.register_verb("two words", Results, lambda flags: 0, "")
 
 
 def test_a_family_of_images_goes_through_every_verb(

@@ -164,10 +164,10 @@ def test_chunks_that_are_lost_are_named() -> None:
     data = png_file(RGB, 8, 2, *zip(names, bodies, strict=True))
     layout = png.layout(data + b"more")
     for name in names:
-        assert sum(name.decode() in line for line in layout.lost) == 1
-    assert "not kept: its gamma (gAMA) (viewers may show other colours without it)" in layout.lost
-    assert any("orientation 6 (viewers show it turned by 90 degrees" in line for line in layout.lost)
-    assert any("4 bytes behind its end" in line for line in layout.lost)
+        assert sum(name.decode() in line for line in layout.losses) == 1
+    assert "not kept: its gamma (gAMA) (viewers may show other colours without it)" in layout.losses
+    assert any("orientation 6 (viewers show it turned by 90 degrees" in line for line in layout.losses)
+    assert any("4 bytes behind its end" in line for line in layout.losses)
     assert layout.orientation == 6
     refused(png_file(RGB, 8, 2, (b"CrIt", b"")), "critical chunk b'CrIt'")
 

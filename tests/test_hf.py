@@ -299,7 +299,7 @@ def test_weights_in_several_files_load_as_by_transformers(tmp_path, capsys):
 
     index = tmp_path / "model.safetensors.index.json"
     for file, damage, message in [
-        (shards[1], lambda data: None, f"no {shards[1]}, in which"),
+        (shards[1], lambda data: None, f"no {shards[1]}, a file of weights"),
         (shards[1], lambda data: data[:-8], f"{shards[1]}: damaged or changed"),
         (index.name, lambda data: data[:50], "index.json: damaged or changed"),
         (index.name, lambda data: data.replace(b"model-", b"../odel-"), "no index of weights"),

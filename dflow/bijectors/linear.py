@@ -52,7 +52,7 @@ class ActNorm(_Channels):
         shape: (C, H, W).
 
     Raises:
-        ValueError: a shape that is none, or an ``x`` that is not ``(batch, C * H * W)`` and floating.
+        ValueError: an invalid shape, or an ``x`` that is not ``(batch, C * H * W)`` and floating.
     """
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
@@ -94,7 +94,7 @@ class Conv1x1(_Channels):
         generator: of the rotation; on the CPU.
 
     Raises:
-        ValueError: a shape that is none, or an ``x`` that is not ``(batch, C * H * W)`` and floating.
+        ValueError: an invalid shape, or an ``x`` that is not ``(batch, C * H * W)`` and floating.
     """
 
     permutation: Tensor

@@ -10,12 +10,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TextIO
+from itertools import pairwise
+from typing import TextIO
 
 from dflow import plugins
 from dflow.cli.flags import read_flags
 from dflow.cli.parser import build_parser, hint
 from dflow.cli.shared import complain, say_once
+from dflow.cli.verbs import VERBS
 from dflow.config import InputError
 from dflow.terminal import visible
 from dflow.threads import wait_passively
@@ -55,11 +57,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     wait_passively()
-    values = vars(parse_words(argv))
-    cls, function, modules = (values.pop(name) for name in ("_cls", "_function", "_modules"))
     screen = _Terminal(sys.stdout) if sys.stdout.isatty() else sys.stdout
     with contextlib.redirect_stdout(screen):
-        return run(function, cls, values, modules)
+        return guarded(lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the verb that some words name; modules of users are imported first where they may add the verb."""
+    if argv and argv[0] not in {verb.split()[0] for verb, *_ in VERBS} | {"--version"}:
+        import_modules(imported(argv))
+    values = vars(parse_words(argv))
+    cls, function, modules = (values.pop(name) for name in ("_cls", "_function", "_modules"))
+    import_modules(modules)
+    return int(function(read_flags(cls, values)))
+
+
+def imported(argv: Sequence[str]) -> list[str]:
+    """The modules that ``--import`` names among words that are not parsed yet."""
+    names = [word.partition("=")[2] for word in argv if word.startswith("--import=")]
+    return names + [name for word, name in pairwise(argv) if word == "--import"]
+
+
+def import_modules(modules: Sequence[str]) -> None:
+    """Import the modules of installed plug-ins, and ``modules``."""
+    plugins.load_installed()
+    for module in modules:
+        plugins.load(module)
 
 
 def parse_words(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -72,17 +95,12 @@ def parse_words(argv: Sequence[str] | None) -> argparse.Namespace:
     return words
 
 
-def run(
-    function: Callable[[Any], int], cls: type[Any], values: dict[str, Any], modules: Sequence[str] = ()
-) -> int:
-    """Run a verb; an error outside of dflow becomes a line on stderr and an exit code."""
+def guarded(action: Callable[[], int]) -> int:
+    """What ``action`` returns; an error outside of dflow becomes a line on stderr and an exit code."""
     try:
-        plugins.load_installed()
-        for module in modules:
-            plugins.load(module)
-        code = function(read_flags(cls, values))
+        code = action()
         sys.stdout.flush()  # a closed pipe or a full disk shows here, not when nobody can say so any more
-        return int(code)
+        return code
     except InputError as error:
         complain(str(error))
         return 2

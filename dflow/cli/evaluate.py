@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from dflow.cli.flags import Verbs, flag, provided, refuse
-from dflow.cli.shared import Machine, Results, complain, load_model
+from dflow.cli.shared import Machine, Results, complain, load_model, suit_threads
 from dflow.cli.source import Source
 from dflow.config import InputError
 
@@ -83,6 +83,7 @@ def score_text(flags: Evaluate, device: torch.device, options: dict[str, Any]) -
     split = flags.part(corpus, flags.model)
     text = corpus.split(split)
     options |= provided(flags, "batch_size")
+    suit_threads(model, options.get("batch_size", 32))
     result: Evaluation | LawEvaluation
     if isinstance(text, Draws):
         result = evaluate_law(model, text, **options)
@@ -117,6 +118,7 @@ def score_pictures(flags: Evaluate, device: torch.device, options: dict[str, Any
     check_data(model, images)
     split = flags.part(images, flags.model)
     options |= provided(flags, "batch_size", "draws", "seed") | {"unit": images.unit}
+    suit_threads(model, options.get("batch_size", 100))
     if flags.precision is not None:
         options["precision"] = getattr(torch, flags.precision)
     name = f"{images.name}, {split}"

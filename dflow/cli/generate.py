@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dflow.cli.flags import Verbs, flag, refuse
-from dflow.cli.shared import Machine, load_model
+from dflow.cli.shared import Machine, load_model, suit_threads
 from dflow.config import InputError
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def generate(flags: Generate) -> int:
         check_output(output)
     device, accelerator = flags.processes()
     model, tokenizer = load_model(flags.model, device)
+    suit_threads(model, min(flags.n, flags.batch_size), model.num_calls)
     controls = Controls(
         1.0 if flags.temperature is None else flags.temperature, flags.top_k, flags.top_p, flags.min_p
     )

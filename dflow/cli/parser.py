@@ -14,7 +14,7 @@ import dflow
 from dflow.cli.flags import add_flags, options_of
 from dflow.cli.shared import remark
 from dflow.cli.train import Train, as_set, hint_of_setting
-from dflow.cli.verbs import GROUPS, VERBS
+from dflow.cli.verbs import ADDED, GROUPS, VERBS
 from dflow.config import InputError, nearest
 from dflow.terminal import shown
 
@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dflow {dflow.__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     groups: dict[str, Any] = {}
-    for verb, cls, function, example in VERBS:
+    for verb, cls, function, example in (*VERBS, *ADDED):
         group, _, name = verb.rpartition(" ")
         if group and group not in groups:
             inner = verbs.add_parser(group, help=GROUPS[group], epilog=f"example: {example}")

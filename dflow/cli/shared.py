@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dflow.cli.flags import flag
 from dflow.config import InputError
 from dflow.terminal import shown
-from dflow.threads import processors
+from dflow.threads import Suited, processors
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +51,9 @@ class Results:
 class Threads:
     """Flag of every verb that computes."""
 
-    threads: int | None = flag("number of threads of torch on the CPU (default: one a processor)", None)
+    threads: int | None = flag(
+        "number of threads of torch on the CPU (default: one for a small model, else one a processor)", None
+    )
 
     def set_threads(self) -> None:
         """Set the threads of torch: as given, else no more than processors; keep memory between steps."""
@@ -60,11 +62,12 @@ class Threads:
         from dflow.memory import keep_memory
 
         keep_memory()
+        Suited.free = self.threads is None and "OMP_NUM_THREADS" not in os.environ
         if self.threads is not None:
             if self.threads < 1:
                 raise InputError(f"--threads {self.threads} must be at least 1")
             torch.set_num_threads(self.threads)
-        elif "OMP_NUM_THREADS" not in os.environ and processors() < torch.get_num_threads():
+        elif Suited.free and processors() < torch.get_num_threads():
             torch.set_num_threads(processors())
 
 
@@ -109,6 +112,11 @@ class Machine(Threads):
             )
         accelerator = Accelerator(cpu=self.device == "cpu" or not torch.cuda.is_available())
         return accelerator.device, accelerator
+
+
+def suit_threads(model: Any, batch: int, calls: int = 1) -> None:
+    """Threads by the work of a batch of a model of text or of images, drawn in so many network calls."""
+    Suited.to(model.config.record.multiplications(model.config.settings(), batch, calls))
 
 
 def make_folder(folder: Path) -> None:

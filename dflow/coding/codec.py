@@ -65,12 +65,12 @@ def _push_leaf(distribution: Distribution, x: Tensor, stack: Stack, context: Con
         dim, chain = steps(distribution, len(x), context)
         _check_data(x, dim)
         line = x.flatten()
-        found = next(chain, None) if len(x) else None
-        while found is not None:
-            places, code = found
+        step = next(chain, None) if len(x) else None
+        while step is not None:
+            places, code = step
             values = line[places]
             parts.append(code.intervals(values.cpu()))
-            found = _send(chain, values)
+            step = _send(chain, values)
     stack.push(*join(parts))
 
 
@@ -95,12 +95,12 @@ def _pop_leaf(distribution: Distribution, n: int, stack: Stack, context: Context
     with torch.no_grad():
         dim, chain = steps(distribution, n, context)
         line = torch.zeros(n * dim, dtype=torch.int64, device=_device(distribution))
-        found = next(chain, None) if n else None
-        while found is not None:
-            places, code = found
+        step = next(chain, None) if n else None
+        while step is not None:
+            places, code = step
             values = code.pop(stack).to(line.device)
             line[places] = values
-            found = _send(chain, values)
+            step = _send(chain, values)
     return line.view(n, dim)
 
 

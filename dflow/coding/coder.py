@@ -140,7 +140,7 @@ class Coder:
         return _tensor(np.concatenate(symbols)) if symbols else torch.zeros(0, dtype=torch.int64)
 
     def pop_bits(self, widths: Tensor) -> Tensor:
-        """Numbers int64 ``(n,)`` below ``2^widths``, all alike; widths in 1..16."""
+        """Numbers int64 ``(n,)`` below ``2^widths``, all equally likely; widths in 1..16."""
         if not len(widths):
             return torch.zeros(0, dtype=torch.int64)
         return _tensor(self._ans.decode(_UNIFORM, (1 << widths.cpu()).int().numpy()))

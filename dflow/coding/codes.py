@@ -106,7 +106,8 @@ class Edges:
 
     Symbol k lies between edges k and k + 1, and has the counts from ``c_k`` to ``c_{k + 1}``, with
     ``c_k = l k + floor((b_k - b_0) (2^24 - l K) / (b_K - b_0) + 1/2)`` and l = 1, or 2 if K = 2: each step a
-    single operation of IEEE 754, no sum. Where all edges are the same, symbols are alike.
+    single operation of IEEE 754, no sum. Where all edges are the same, symbols are equally
+    likely.
 
     Args:
         below: masses up to a constant, float64 ``(K + 1, n)``, that never fall along the edges.
@@ -115,8 +116,8 @@ class Edges:
     def __init__(self, below: Tensor) -> None:
         self.K, total = len(below) - 1, below[-1] - below[0]
         if below.numel() and not bool((total > 0).all()):
-            alike = torch.arange(self.K + 1, dtype=below.dtype)[:, None].expand_as(below)
-            below = torch.where(total > 0, below, alike)
+            even = torch.arange(self.K + 1, dtype=below.dtype)[:, None].expand_as(below)
+            below = torch.where(total > 0, below, even)
             total = below[-1] - below[0]
         self._below, self._total = below, total
 

@@ -30,13 +30,13 @@ _NONE = 255
 class MixtureTables(Tables):
     """T laws on the integers, each a window cut into cells, and a symbol at each end for what lies beyond.
 
-    Symbol 0 is what lies below ``base``; symbol k a cell of ``2^widths[k - 1]`` integers that are alike,
+    Symbol 0 is what lies below ``base``; symbol k a cell of ``2^widths[k - 1]`` equally likely integers,
     after the one before it; the last what lies above. Distances beyond have Golomb codes of the order given.
 
     Args:
         counts: as `integer_counts` gives them, ``(T, C + 2)``.
         base: the first integer of each window, int64 ``(T,)``.
-        widths: of the cells, uint8 ``(T, C)``; 255 for none, after all others.
+        widths: of the cells, uint8 ``(T, C)``; 255 for no cell, after all others.
         orders: of the Golomb codes, uint8 ``(T,)``.
 
     Raises:
@@ -97,8 +97,8 @@ def mixture_tables(loc: Tensor, log_scale: Tensor, log_weights: Tensor) -> Mixtu
 
     Args:
         loc: means, floating ``(T, M)``.
-        log_scale: logs of the scales, alike; held in -12..30.
-        log_weights: logs of the weights up to a constant, alike.
+        log_scale: logs of the scales, of the same shape; held in -12..30.
+        log_weights: logs of the weights up to a constant, of the same shape.
 
     Raises:
         ValueError: parameters that are not finite, or shapes that do not agree.

@@ -32,12 +32,12 @@ _DIGIT = 4
 class NormalTables(Tables):
     r"""Tables of a normal law on the integers, ``P(x) = Phi((x + 1/2 - m) / s) - Phi((x - 1/2 - m) / s)``.
 
-    Scales from 16 on have 64 tables of scales in [16, 32) and cells of ``2^shift`` integers, alike within;
+    Scales from 16 on have 64 tables of scales in [16, 32) and cells of ``2^shift`` equally likely integers;
     the mean is the half integer above its floor. Scales in [1/2, 16) have 8 tables an octave and 32 to 2
     fractions of the mean; those below 1/2 are taken for 1/2. Each has 320 cells, 5 to 10 standard deviations
     on either side where they are wide, and a symbol at each end for what lies beyond.
 
-    For scales from 64 on this costs 1e-4 to 3e-4 bit a number, mostly that cells are alike within.
+    For scales from 64 on this costs 1e-4 to 3e-4 bit a number, mostly because the law is even within a cell.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class NormalTables(Tables):
 
         Args:
             loc: means ``(n,)``, float64; beyond +-2^40 taken for these.
-            scale: standard deviations, alike; beyond 2^39 taken for this.
+            scale: standard deviations, of the same shape; beyond 2^39 taken for this.
 
         Raises:
             ValueError: parameters that are not finite, or shapes that are not ``(n,)``.

@@ -255,21 +255,18 @@ def _replace(law: Distribution, name: str, module: Distribution | nn.Module) -> 
 
 def _check_exact(law: nn.Module, name: str = "") -> None:
     """ValueError for what has no exact form in integers."""
+    why = ""
     if isinstance(law, ConditionalLogistic) and law.components > 1:
-        raise ValueError(
-            f"mode fixed: {name or 'the law'} is a mixture that a network gives, whose probabilities a "
-            "mathematical library computes; use mode float64"
+        why = "is a mixture that a network gives, whose probabilities a mathematical library computes"
+    elif isinstance(law, Coupling) and not isinstance(law.elementwise, IntegerShift):
+        why = f"moves by {type(law.elementwise).__name__}, not by integers"
+    elif not isinstance(law, _EXACT):
+        why = (
+            f"is a {type(law).__name__}, which has no form in integers (only integer flows with networks of "
+            "ReLU without norm have one)"
         )
-    if isinstance(law, Coupling) and not isinstance(law.elementwise, IntegerShift):
-        raise ValueError(
-            f"mode fixed: {name or 'the law'} moves by {type(law.elementwise).__name__}, not by integers; "
-            "use mode float64"
-        )
-    if not isinstance(law, _EXACT):
-        raise ValueError(
-            f"mode fixed: {name or 'the law'} is a {type(law).__name__}, which has no form in integers (only "
-            "integer flows with networks of ReLU without norm have one); use mode float64"
-        )
+    if why:
+        raise ValueError(f"mode fixed: {name or 'the law'} {why}; use mode float64")
     if isinstance(law, DenseNet):
         FixedDenseNet(law)
         return

@@ -1,6 +1,6 @@
 """Probabilities as integers: the one place where floats become frequencies.
 
-A law is coded under integer counts that sum to ``2^24``, each at least 1. Whatever decodes has to have the
+A law is coded under integer counts that sum to ``2^24``, each at least 1. A decoder has to have the
 very same counts, so those of `LogisticTables` are the same on every machine: they come from correctly
 rounded decimals and from single IEEE operations, never from a mathematical library or a sum of floats.
 """
@@ -31,7 +31,7 @@ _LOG_FRACTIONS = (6, 5, 5, 4, 4, 3, 2, 1, 0)
 _LOWEST = -5  # octave of the first of them
 _HIGHEST = _LOWEST + len(_LOG_FRACTIONS)
 # Below these only the two cells at the edge nearest to the mean have any mass: the law is that of one logit,
-# the distance in scales. Steps of it cost 0.001 bit at the edge, and none where the mean is far from an edge.
+# the distance in scales. Steps of it cost 0.001 bit at the edge, and 0 where the mean is far from an edge.
 _LEAST = -18
 _LOGITS, _STEPS = 140, 8
 # Scales beyond the tables are coded in cells of up to this many bits, evenly within.
@@ -193,7 +193,7 @@ class Tables(nn.Module):
         return len(self.cumulative)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the tables: what decodes needs the same."""
+        """SHA-256 of the tables: a decoder needs the same."""
         text = f"{len(self)} {self.K} {self.cumulative.flatten().tolist()}"
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -204,7 +204,7 @@ class LogisticTables(Tables):
     Scales are ``2^(l / 8)``, from 2^-5 on; means lie at 64 fractions of a unit for the least of these to 1
     for those from 8 on. A table has 256 cells of size 1 about the mean, and a symbol at each end for what
     lies beyond. Scales from 16 on take the tables of scales in [8, 16) with cells of a power of 2 integers,
-    that are alike within. Below 2^-5 there are tables of two cells, by the distance of the mean from their
+    that are equally likely. Below 2^-5 there are tables of two cells, by the distance of the mean from their
     edge.
 
     Over the law itself this costs less than 0.002 bit a number on average over the mean, for scales from
@@ -266,7 +266,7 @@ def logistic_tables() -> LogisticTables:
 
 
 def check_counts(counts: Tensor) -> None:
-    """ValueError for what is not ``(T, K)`` counts of at least 1 that sum to 2^24, none all but one of it."""
+    """ValueError for other than ``(T, K)`` counts of at least 1 that sum to 2^24, each at most 2^24 - 2."""
     if counts.ndim != 2 or counts.is_floating_point() or counts.shape[1] < 2:
         raise ValueError(
             f"counts must be integers (T, K), K >= 2, found {counts.dtype} {tuple(counts.shape)}"

@@ -110,7 +110,7 @@ def compare_codecs(
 
     Args:
         material: pictures or texts.
-        models: that compress such.
+        models: that compress them.
         each: a file for each item.
         together: all in one.
         rounds: of measuring.

@@ -110,7 +110,7 @@ def compare(
 
     A round times each model once at each number of threads (one, and all that torch has), so whatever drifts
     hits all alike; of the medians over the rounds the better counts. The reference of the ratios is the first
-    baseline (an LSTM), or the first model where there is none.
+    baseline (an LSTM), or the first model where there is no baseline.
 
     Args:
         contestants: the models.

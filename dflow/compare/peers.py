@@ -244,7 +244,7 @@ def find(name: str, settings: str) -> Codec[Any]:
     """The codec of that name and settings.
 
     Raises:
-        ValueError: none.
+        ValueError: no such codec.
     """
     for codec in every():
         if (codec.name, codec.settings) == (name, settings):

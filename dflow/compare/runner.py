@@ -70,7 +70,7 @@ class Row:
         bits: a unit of the material.
         ratio: raw bytes to these.
         encode: million raw bytes a second, from the median over rounds.
-        decode: alike.
+        decode: the same of decoding.
         rounds: that were timed.
         seconds: of a model: network and coder, encoding and decoding, in a round.
         size: of a model: bytes of its weights.

@@ -89,5 +89,5 @@ def _timed_steps(network: Any, start: Callable[[], None], stop: Callable[[], Non
 
 
 def progress_bar(total: int, unit: str, what: str, progress: bool) -> tqdm[Any]:
-    """A bar on stderr for what takes longer than a second, or none."""
+    """A bar on stderr for what takes longer than a second; without ``progress`` nothing is shown."""
     return tqdm(total=total, unit=unit, desc=what, delay=1, mininterval=1, disable=not progress)

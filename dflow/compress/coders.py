@@ -63,7 +63,7 @@ class ImageCoder:
 
     @classmethod
     def of(cls, model: DflowImageModel, bits: int, mode: str, folder: str, batch: int) -> ImageCoder:
-        """That of a model as it is stored.
+        """The coder of a model as it is stored.
 
         Raises:
             ValueError: a mode that the model cannot take; a part of it that has no code.
@@ -173,7 +173,7 @@ class BitsBackCoder(ImageCoder):
 
     @classmethod
     def of(cls, model: DflowImageModel, bits: int, mode: str, folder: str, batch: int) -> BitsBackCoder:
-        """That of a model as it is stored.
+        """The coder of a model as it is stored.
 
         Raises:
             ValueError: a mode other than float64; a model that has no local code.

@@ -116,7 +116,7 @@ def compress_images(
     except InputError:
         raise
     except ValueError as error:
-        # Of a model that gives no numbers, or such as nothing can hold.
+        # The model gives values that are not finite, or too large to code.
         raise InputError(f"{coder.where}: {error}") from None
     parsed = container.read(data)
     decode = _verify(parsed, coder, files, pictures, progress) if verify else None
@@ -221,7 +221,7 @@ def decompress_images(
         progress: show a bar on stderr.
 
     Raises:
-        InputError: a file that is damaged, none, or of another model; more values than ``limit``.
+        InputError: a file that is damaged, not a ``.dfl``, or of another model; more values than ``limit``.
     """
     with dfl.named(name, lambda: _hint(data) if levels is None else ""):
         parsed, plan = image_plan.parse(data, prefix=levels is not None)
@@ -245,7 +245,7 @@ def describe_images(data: bytes, name: str = "the file") -> Description:
     """What is in a ``.dfl`` of images, in words: name and value. No model is needed.
 
     Raises:
-        InputError: a file that is damaged or none.
+        InputError: a file that is damaged or not a ``.dfl``.
     """
     with dfl.named(name):
         parsed, plan = image_plan.parse(data, prefix=True)

@@ -46,7 +46,7 @@ _QUIET = " \t\"'()[]{}*_“”‘’«»"
 
 @dataclass(frozen=True)
 class Counts:
-    """The counts that the laws of the planes are made from; none where a plane is empty.
+    """The counts that the laws of the planes are made from; empty where a plane is.
 
     Attributes:
         breaks: of space, line break, tab.
@@ -158,7 +158,7 @@ class Alphabet:
         """A text of code points, uint32 ``(n,)``, as stream and planes.
 
         Returns:
-            The symbols of the stream, int64; where it is cut (ends of lines, in symbols; none without
+            The symbols of the stream, int64; where it is cut (ends of lines, in symbols; nothing without
             ``lines``); the values that `planes` asks for, in its order; the counts.
         """
         characters, inverse = _distinct(text)
@@ -299,13 +299,13 @@ class Words:
         """What is a capital, bool, by the kinds of words; of others nothing.
 
         Raises:
-            Damaged: a capital where the first letter has none.
+            Damaged: a capital where the first letter has no capital.
         """
         capital = np.zeros(self.length, bool)
         capital[self.letters[kinds[self.owner] == _ALL]] = True
         firsts = self.firsts[kinds == _FIRST]
         if not np.isin(firsts, self.letters).all():
-            raise Damaged("has capitals of letters that have none")
+            raise Damaged("has capitals of letters that have no capital")
         capital[firsts] = True
         return capital
 

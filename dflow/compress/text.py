@@ -161,7 +161,7 @@ def decompress_text(
         progress: show a bar on stderr.
 
     Raises:
-        InputError: a file that is damaged, none, or of another model; more bytes than ``limit``.
+        InputError: a file that is damaged, not a ``.dfl``, or of another model; more bytes than ``limit``.
     """
     with dfl.named(name):
         parsed, plan = text_coder.parse(data)
@@ -173,7 +173,7 @@ def describe_text(data: bytes, name: str = "the file") -> Description:
     """What is in a ``.dfl`` of text, in words: name and value. No model is needed.
 
     Raises:
-        InputError: a file that is damaged or none.
+        InputError: a file that is damaged or not a ``.dfl``.
     """
     with dfl.named(name):
         parsed, plan = text_coder.parse(data)

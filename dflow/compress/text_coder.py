@@ -22,7 +22,7 @@ from dflow.data import Characters, Tokenizer
 
 #: Chunks that are coded together, at most.
 MOST_BATCH = 1 << 8
-#: Probability of an empty line: models of sentences know none.
+#: Probability of an empty line, which models of sentences do not know.
 _EMPTY = 2.0**-10
 
 

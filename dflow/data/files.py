@@ -14,6 +14,8 @@ from dflow.config import InputError
 
 #: Endings of packed files, which the names of known files may have.
 SUFFIXES = ("", ".xz", ".gz", ".zip")
+#: What to do about a known file with another content.
+REPLACE = "the file is damaged or another version: replace it, or name its path to use it as data of your own"
 _DAMAGED = (lzma.LZMAError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, NotImplementedError)
 
 
@@ -67,10 +69,7 @@ def read(path: Path, member: str | None = None, limit: int | None = None) -> byt
     except _DAMAGED as error:
         raise InputError(f"{path}: damaged or truncated ({error}); fetch the file again") from error
     if limit is not None and len(data) > limit:
-        raise InputError(
-            f"{path}: expected {limit:,} bytes, found more; the file is damaged or another version: replace "
-            "it, or name its path to use it as data of your own"
-        )
+        raise InputError(f"{path}: expected {limit:,} bytes, found more; {REPLACE}")
     return data
 
 
@@ -93,21 +92,6 @@ def decode(data: bytes, source: str | os.PathLike[str]) -> str:
 def digest(data: bytes, algorithm: str = "sha256") -> str:
     """``algorithm:hexadecimal``: a fingerprint, not a signature."""
     return f"{algorithm}:{hashlib.new(algorithm, data, usedforsecurity=False).hexdigest()}"
-
-
-def verify(data: bytes, size: int, expected: str, source: str) -> bytes:
-    """``data``, unchanged, if it has the size and the digest expected.
-
-    Raises:
-        InputError: It has not; the message names both sides and the way out.
-    """
-    actual = digest(data, expected.partition(":")[0])
-    if len(data) == size and actual == expected:
-        return data
-    raise InputError(
-        f"{source}: expected {size:,} bytes with {expected}, found {len(data):,} bytes with {actual}; "
-        "the file is damaged or another version: replace it, or name its path to use it as data of your own"
-    )
 
 
 class Changed(InputError):
@@ -134,8 +118,8 @@ def check_same(name: str, checksum: str, expected: str | None) -> None:
     if expected not in (None, checksum):
         raise Changed(
             f"{name}: the data have changed, their checksum is {checksum} and not {expected}, and rows that "
-            "the model was trained on may be in another split now; restore the data, or score them as they "
-            "are with --data"
+            "the model was trained on may be in another split now; restore the data, or score what they "
+            "are now with --data"
         )
 
 

@@ -15,7 +15,7 @@ from dflow.data.samples import ImageSet, Samples, image_set, tensor_of
 from dflow.data.settings import ImageConfig, load_either
 from dflow.data.splits import SPLITS
 
-#: Settings that have no use for data of a kind.
+#: Settings that only pictures have a use for, and those that only the user's own data have.
 _PICTURES_ONLY = ("bits", "patch", "crop", "tiles", "grey", "flip")
 _OWN_ONLY = ("crop", "tiles", "valid", "test", "continuous")
 
@@ -37,7 +37,7 @@ def load_images(config: ImageConfig, partial: bool = False) -> ImageSet:
 def _load(config: ImageConfig, partial: bool, before: bool) -> ImageSet:
     """The data; a folder or table as version 0.1.0 read it if ``before``."""
     if config.name == CHECKERBOARD:
-        config.refuse("drawn", "folder", *dict.fromkeys(_PICTURES_ONLY + _OWN_ONLY))
+        config.refuse("drawn", "folder", *_PICTURES_ONLY, *_OWN_ONLY)
         # Rows drawn from two points are draws from the law; an evaluation on both is an exact expectation.
         rows = np.array([[0, 1], [1, 0]], dtype=np.uint8)
         note = image_sets.CHECKERBOARD_NOTE

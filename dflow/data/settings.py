@@ -33,6 +33,7 @@ class _Named:
     name: str
     folder: str | None
     checksum: str | None
+    #: Both are dataclasses, which is what `replace` takes.
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     #: What to say of a name that is neither known nor a path.
     _missing: ClassVar[str]

@@ -100,7 +100,7 @@ class Iwbo(Bound):
 
 @dataclass(frozen=True)
 class Renyi(Bound):
-    """``log mean_k exp((1 - alpha) lw) / (1 - alpha)``, at its limits where that has none.
+    """``log mean_k exp((1 - alpha) lw) / (1 - alpha)``, at its limits where that is not defined.
 
     alpha 0 is `Iwbo`, 1 `Elbo`, -inf the largest log weight (VR-max, equation 4), inf the smallest. For
     given draws it does not rise with alpha. Below 0 it is no bound: with k it rises beyond ``log P(x)``.

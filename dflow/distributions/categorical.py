@@ -326,7 +326,7 @@ def clear_absent(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def smoothed_counts(marginals: Tensor, K: int, weight: float) -> Tensor:
-    """``weight * marginals``, float64 ``(K,)``; ValueError for what is no law over K symbols."""
+    """``weight * marginals``, float64 ``(K,)``; ValueError unless marginals are a law over K symbols."""
     law = marginals.double()
     if law.shape != (K,) or not (law >= 0).all() or abs(float(law.sum()) - 1) > 1e-6:
         raise ValueError(f"marginals must be {K} probabilities that sum to 1, found {marginals.tolist()}")

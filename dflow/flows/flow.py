@@ -12,7 +12,7 @@ from dflow.core import Bijector, Context, Distribution, agreed, lengths_in
 class Flow(Distribution):
     """``log p(x) = log base(z) + log_det`` with ``z, log_det = bijector(x)``.
 
-    On Z/K log_det is 0: a flow moves probabilities and changes none.
+    On Z/K log_det is 0: a flow permutes the probabilities of the base.
     """
 
     def __init__(self, bijector: Bijector, base: Distribution) -> None:

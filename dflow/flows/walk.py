@@ -40,9 +40,7 @@ def scattered(
 
 
 def gathered(
-    law: Distribution,
-    value: Callable[[Distribution, Context | None], Tensor],
-    context: Context | None = None,
+    law: Distribution, value: Callable[[Distribution, Context | None], Tensor], context: Context | None = None
 ) -> Tensor:
     """The inverse of `scattered`: the ``x`` whose values at each leaf are ``value(leaf, context)``.
 

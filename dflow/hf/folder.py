@@ -105,7 +105,7 @@ def load(
         kind: `DflowModel`, `DflowImageModel` or `DflowClassifier`.
 
     Raises:
-        InputError: no such folder, not a model of dflow or one of another kind, truncated or foreign files.
+        InputError: no such folder, no model of dflow, one of another kind, or truncated or foreign files.
     """
     path, calls = split_calls(folder)
     actual = kind_of(folder)

@@ -60,7 +60,7 @@ def units(K: int) -> Tensor:
 
 
 def inverses(K: int) -> Tensor:
-    """Table of multiplicative inverses modulo K, int64 ``(K,)``; 0 for what has none.
+    """Table of multiplicative inverses modulo K, int64 ``(K,)``; 0 for numbers that are no units.
 
     >>> inverses(10)
     tensor([0, 1, 0, 7, 0, 0, 0, 3, 0, 9])
@@ -141,12 +141,7 @@ class _AffineModK(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        loc: Tensor,
-        scale: Tensor | None,
-        factors: Tensor | None,
-        to_latent: bool,
+        ctx: Any, x: Tensor, loc: Tensor, scale: Tensor | None, factors: Tensor | None, to_latent: bool
     ) -> Tensor:
         K = x.shape[-1]
         i, j = x.argmax(-1, keepdim=True), loc.argmax(-1, keepdim=True)

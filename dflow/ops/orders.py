@@ -1,10 +1,10 @@
 """Orders in which the entries of a sequence are drawn.
 
 An order is an int64 matrix ``(G, S)``: row g lists the positions drawn together, one in each of S lanes, by
-one network call (or, with blocks, by a part of one: see `dflow.nn.transformer`). Lane s is a chain: what is
-drawn at ``order[g, s]`` is carried to where ``order[g + 1, s]`` is drawn. Every position in ``range(dim)``
-stands in it exactly once; entries at or beyond ``dim`` are padding, which makes groups of unequal size and
-lengths that G does not divide possible.
+one network call (or, with blocks, by a part of one: see `dflow.nn.transformer`). Lane s is a chain: the
+symbol at ``order[g, s]`` is an input where ``order[g + 1, s]`` is drawn. Every position in ``range(dim)``
+occurs exactly once. Entries at or beyond ``dim`` are padding, which allows groups of unequal size, and
+lengths that are no multiple of G.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ ORDERS: dict[str, Callable[[int, int], Tensor]] = {
 
 
 def check_order(order: Tensor, dim: int) -> None:
-    """Raise ValueError unless every position in ``range(dim)`` stands in ``order`` exactly once."""
+    """Raise ValueError unless every position in ``range(dim)`` occurs in ``order`` exactly once."""
     if not isinstance(order, Tensor):
         raise ValueError(f"an order is an int64 matrix (G, S), found {type(order).__name__}")
     if order.ndim != 2 or order.is_floating_point():

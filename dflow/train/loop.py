@@ -27,6 +27,7 @@ from dflow.config import InputError
 from dflow.memory import keep_memory
 from dflow.nn.batch_norm import StochasticBatchNorm
 from dflow.terminal import shown
+from dflow.threads import Suited
 from dflow.train import identity, machine, schedule, state
 from dflow.train.identity import resume_command
 from dflow.train.material import Batch, mix
@@ -68,7 +69,11 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         raise InputError(f"{output}: a model, but nothing to resume (no {STATE}); choose another output")
     if resume and not states and not identity.begun(output):
         raise InputError(f"{output}: nothing to resume, and not the beginning of a training; choose another")
-    run = Run(identity.resumed_task(recipe) if states else task_of(recipe, False))
+    task = identity.resumed_task(recipe) if states else task_of(recipe, False)
+    config = task.model.config
+    piece = recipe.train.batch_size // recipe.train.accumulation
+    Suited.to(config.record.multiplications(config.settings(), piece))
+    run = Run(task)
     try:
         run.clean(resume)
         if states:

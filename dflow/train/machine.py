@@ -100,15 +100,9 @@ def compile_in_place(objective: nn.Module, device: torch.device) -> None:
 
 
 class Signals:
-    """The first signal that asks to stop; a second one raises `KeyboardInterrupt`.
+    """The first signal that asks to stop: its number, 0 before it, and its time by `time.monotonic`.
 
-    Args:
-        at_first: called at the first signal.
-        at_second: gives the message of the `KeyboardInterrupt`.
-
-    Attributes:
-        number: the number of the first signal, 0 before it.
-        time: the time of the first signal, by `time.monotonic`.
+    It calls ``at_first``. A second one raises `KeyboardInterrupt`, whose message ``at_second`` gives.
     """
 
     def __init__(self, at_first: Callable[[], None], at_second: Callable[[], str]) -> None:
@@ -144,13 +138,7 @@ _FORMATS = {"step": None, "s": "{l_bar}{bar}| {n_fmt}/{total_fmt} s [{elapsed}<{
 class Bar:
     """The progress of a training: of its budget in steps or in seconds, whichever is nearer to its end.
 
-    Args:
-        config: the budget.
-        step: steps made.
-        elapsed: seconds spent.
-        unit: the unit of the loss.
-        things: the name of what is counted a second.
-        disabled: whether to show nothing.
+    Beside it stand the loss in its unit, and the rate at which things (characters, rows) are trained on.
     """
 
     def __init__(

@@ -80,13 +80,7 @@ class Damaged(Exception):
 
 
 class States:
-    """The states of one training.
-
-    Args:
-        task: the model, data and method of the training.
-        weights: the weights of its model.
-        say: prints a message on the main process.
-    """
+    """The states of one training; ``say`` prints a message on the main process."""
 
     def __init__(self, task: Task, weights: Weights, say: Callable[[str], None]) -> None:
         self.recipe, self.config, self.checksum = task.recipe, task.recipe.train, task.data.checksum

@@ -32,12 +32,7 @@ from dflow.zoo.images import DequantizedConfig
 from dflow.zoo.integer import IntegerConfig
 from dflow.zoo.modular import ModularConfig
 from dflow.zoo.settings import setting
-from dflow.zoo.text import (
-    AnyOrderConfig,
-    GroupedConfig,
-    ModelConfig,
-    walk,
-)
+from dflow.zoo.text import AnyOrderConfig, GroupedConfig, ModelConfig, walk
 from dflow.zoo.values import ValuesConfig
 
 #: Settings of some family.

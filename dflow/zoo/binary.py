@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -40,12 +40,8 @@ class PBNetConfig(ValuesConfig):
         "weights: probabilistic (random signs), binary (signs, trained by straight-through gradients), float "
         "(with ReLU)",
     )
-    channels: list[int] = field(
-        default_factory=lambda: [32, 64], metadata={"help": "channels of each convolution"}
-    )
-    hidden: list[int] = field(
-        default_factory=lambda: [512], metadata={"help": "units of each hidden linear layer"}
-    )
+    channels: list[int] = setting([32, 64], "channels of each convolution", least=1)
+    hidden: list[int] = setting([512], "units of each hidden linear layer", least=1)
     kernel: int = setting(3, "height and width of the convolutions")
     head: Literal["ce", "bce"] = setting(
         "ce", "loss: ce (cross-entropy of the last means), bce (binary cross-entropy of each class's sign)"
@@ -69,9 +65,6 @@ class PBNetConfig(ValuesConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("channels", "hidden"):
-            if any(n < 1 for n in getattr(self, name)):
-                raise InputError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise InputError(f"kernel must be odd, found {self.kernel}")
         if self.classes == 1 or self.classes < 0:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -72,6 +73,7 @@ class Family:
             are scored and drawn without padding.
         pieces_matter: whether cutting a batch into pieces (``train.accumulation``) changes the result.
         baseline: ratios of ``dflow compare`` refer to the first model of such a family.
+        recurrent: the network reads the entries of a sequence one after another, also to score them.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Family:
     left_to_right: bool = False
     pieces_matter: bool = False
     baseline: bool = False
+    recurrent: bool = False
 
     def __post_init__(self) -> None:
         """Check the record as far as that is possible before a model is built."""
@@ -111,6 +114,19 @@ class Family:
     def exact(self) -> bool:
         """Whether likelihoods are exact, and not bounds."""
         return not set(self.rules or ()) & set(BOUNDS)
+
+    def multiplications(self, settings: Any, batch: int, calls: int = 1) -> int | None:
+        """Multiplications of one layer for a batch, which tell how many threads are worth their while.
+
+        They are ``batch * entries * hidden_size^2``, for the entries that are computed at once: of a sequence
+        that is drawn in ``calls`` network calls its length over these, of a recurrent network one, of an
+        image its pixels. None where the settings have no ``hidden_size``.
+        """
+        width = getattr(settings, "hidden_size", None)
+        if not isinstance(width, int):
+            return None
+        entries = settings.length if self.kind == "text" else math.prod(settings.shape[1:])
+        return int(batch * (1 if self.recurrent else max(1, entries // max(1, calls))) * width * width)
 
     def model(self, *arguments: Any) -> Any:
         """The model that ``build`` returns for ``arguments``, checked against the record.

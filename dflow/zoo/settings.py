@@ -11,8 +11,11 @@ from dflow.config import InputError, nearest
 
 
 def setting(default: Any, help: str, least: int | None = None) -> Any:
-    """A dataclass field with a default, a line of help and, for numbers, the least value."""
-    return field(default=default, metadata={"help": help, "least": least})
+    """A dataclass field with a default, a line of help, and the least value of its number or numbers."""
+    metadata = {"help": help, "least": least}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def choice(default: str, known: Mapping[str, object], help: str) -> Any:
@@ -25,8 +28,9 @@ def check_settings(settings: Any) -> None:
     """`InputError` for a value below the least one of its field, or not in the registry of its field."""
     for f in fields(settings):
         value, choices = getattr(settings, f.name), f.metadata.get("known")
+        numbers = value if isinstance(value, list) else [value]
         least = f.metadata.get("least")
-        if None not in (least, value) and value < least:
+        if least is not None and any(number is not None and number < least for number in numbers):
             raise InputError(f"{f.name} must be at least {least}, found {value}")
         if choices is not None and value not in choices:
             hint = nearest(str(value), list(choices))

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections import ChainMap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -95,10 +95,7 @@ class GroupedConfig(TransformerConfig):
     """The sequence is drawn in `num_calls` groups, each in one network call given all earlier ones."""
 
     num_calls: int = setting(32, "groups, one network call each, in which a sequence is drawn")
-    calls: list[int] = field(
-        default_factory=list,
-        metadata={"help": "further numbers of calls to train for; MODEL@8 then draws in 8 calls"},
-    )
+    calls: list[int] = setting([], "further numbers of calls to train for; MODEL@8 then draws in 8 calls")
     order: str = choice("lockstep", ORDERS, "order in which positions are drawn")
     block: int = setting(
         1,
@@ -441,4 +438,8 @@ register(Family("bipartite", "text", BipartiteConfig, bipartite))
 register(Family("autoregressive", "text", AutoregressiveConfig, autoregressive))
 register(Family("multiscale", "text", MultiscaleConfig, multiscale))
 register(Family("transformer", "text", TransformerConfig, transformer, prompt="exact", left_to_right=True))
-register(Family("lstm", "text", LstmConfig, lstm, prompt="exact", left_to_right=True, baseline=True))
+register(
+    Family(
+        "lstm", "text", LstmConfig, lstm, prompt="exact", left_to_right=True, baseline=True, recurrent=True
+    )
+)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 
 from dflow.config import InputError
-from dflow.zoo.settings import check_settings
+from dflow.zoo.settings import check_settings, setting
 
 Shape = tuple[int, int, int]
 
@@ -26,37 +26,26 @@ _MOST = 1 << 24
 class ValuesConfig:
     """Shape and range of the data."""
 
-    shape: list[int] = field(
-        default_factory=list, metadata={"help": "channels, height, width (default: those of the data)"}
+    shape: list[int] = setting([], "channels, height, width (default: those of the data)")
+    levels: list[int | None] = setting(
+        [],
+        "number of values of an entry, one for all or one for each column; null for a real "
+        "column (default: those of the data)",
+        least=1,
     )
-    levels: list[int | None] = field(
-        default_factory=list,
-        metadata={
-            "help": "number of values of an entry, one for all or one for each column; null for a real "
-            "column (default: those of the data)"
-        },
+    lowest: list[int | None] = setting(
+        [], "smallest value of an entry, in the same way (default: that of the data)"
     )
-    lowest: list[int | None] = field(
-        default_factory=list,
-        metadata={"help": "smallest value of an entry, in the same way (default: that of the data)"},
+    columns: list[str] = setting([], "names of the columns of a table (default: those of the data)")
+    loc: list[float | None] = setting(
+        [],
+        "number that is subtracted from each real column, null for a discrete one (default: the "
+        "mean over the training rows)",
     )
-    columns: list[str] = field(
-        default_factory=list,
-        metadata={"help": "names of the columns of a table (default: those of the data)"},
-    )
-    loc: list[float | None] = field(
-        default_factory=list,
-        metadata={
-            "help": "number that is subtracted from each real column, null for a discrete one (default: the "
-            "mean over the training rows)"
-        },
-    )
-    scale: list[float | None] = field(
-        default_factory=list,
-        metadata={
-            "help": "number by which each real column is divided, in the same way (default: the standard "
-            "deviation over the training rows)"
-        },
+    scale: list[float | None] = setting(
+        [],
+        "number by which each real column is divided, in the same way (default: the standard "
+        "deviation over the training rows)",
     )
 
     def __post_init__(self) -> None:
@@ -74,8 +63,6 @@ class ValuesConfig:
             raise InputError(
                 f"lowest must be as many as levels, {len(self.levels)}, found {len(self.lowest)}"
             )
-        if any(n is not None and n < 1 for n in self.levels):
-            raise InputError(f"levels must be at least 1, found {self.levels}")
         if self.shape and len(self.columns) not in (0, self.dim):
             raise InputError(f"columns must be {self.dim} names, found {len(self.columns)}")
         self._check_units()

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from dflow.data.arrays import Array
-from dflow.data.formats.layout import SHOWN, Layout, Refused, lost, unpack
+from dflow.data.formats.layout import COLOURS_CHANGE, Layout, Refused, lost, unpack
 
 #: Masks of red, green, blue and alpha that are read.
 _MASKS = (0xFF0000, 0xFF00, 0xFF, 0xFF000000)
@@ -48,7 +48,7 @@ def layout(data: bytes) -> Layout:
     losses = [lost("resolution")] * any(resolution)
     if length >= 108:
         (space,) = struct.unpack_from("<L", data, 70)
-        losses += [lost("colour space or ICC profile", SHOWN)] * (space not in (_SRGB, _WINDOWS))
+        losses += [lost("colour space or ICC profile", COLOURS_CHANGE)] * (space not in (_SRGB, _WINDOWS))
     palette, end = None, 14 + length
     if bits <= 8:
         n = min(colours or 1 << bits, 1 << bits)

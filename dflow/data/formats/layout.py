@@ -9,7 +9,7 @@ import numpy as np
 
 from dflow.data.arrays import Array
 
-SEVERAL = "save each to a file of its own"
+SAVE_EACH = "save each to a file of its own"
 
 
 class Refused(Exception):
@@ -64,6 +64,14 @@ class Layout:
         """The largest value of a sample."""
         return (1 << self.depth) - 1
 
+    @property
+    def losses(self) -> list[str]:
+        """All that does not come back: ``lost``, and the orientation of a picture that viewers turn."""
+        if self.orientation == 1:
+            return list(self.lost)
+        reason = f"viewers show it {_TURNS[self.orientation - 2]}; the pixels come back as stored"
+        return [*self.lost, lost(f"orientation {self.orientation}", reason)]
+
 
 def unpack(rows: Array, depth: int, width: int) -> Array:
     """Rows of bytes as samples ``(h, width)`` of 1, 2, 4 or 8 bits, the highest bits first.
@@ -83,20 +91,12 @@ def lost(content: str, why: str = "") -> str:
 
 
 #: Why the loss of content that viewers use to show colours matters.
-SHOWN = "viewers may show other colours without it"
+COLOURS_CHANGE = "viewers may show other colours without it"
 
 _TURNS = (
     "mirrored", "turned by 180 degrees", "upside down and mirrored", "mirrored and turned",
     "turned by 90 degrees", "mirrored and turned", "turned by 270 degrees",
 )  # fmt: skip
-
-
-def lost_orientation(orientation: int) -> list[str]:
-    """The sentence, if any, on a picture that viewers turn and that comes back as it is stored."""
-    if orientation == 1:
-        return []
-    how = _TURNS[orientation - 2]
-    return [lost(f"orientation {orientation}", f"viewers show it {how}; the pixels come back as stored")]
 
 
 def turned(values: Array, orientation: int) -> Array:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dflow.data.arrays import Array
 from dflow.data.formats import tiff
-from dflow.data.formats.layout import SEVERAL, SHOWN, Layout, Refused, lost, lost_orientation, unpack
+from dflow.data.formats.layout import COLOURS_CHANGE, SAVE_EACH, Layout, Refused, lost, unpack
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 #: Samples of a pixel by colour type; colour types by samples, without the palette.
@@ -92,8 +92,7 @@ def layout(data: bytes) -> Layout:
     W, H, depth, kind, _ = _header(pieces)
     names = dict(pieces)
     if b"acTL" in names or b"fdAT" in names:
-        raise Refused("an animated PNG file (APNG), which holds several pictures", SEVERAL)
-    turn = tiff.orientation(names.get(b"eXIf", b""))
+        raise Refused("an animated PNG file (APNG), which holds several pictures", SAVE_EACH)
     palette, key = _palette(names) if kind == 3 else None, None
     if b"tRNS" in names and kind in (0, 2):
         # Of the two bytes of each sample only the bits of the depth count.
@@ -106,12 +105,12 @@ def layout(data: bytes) -> Layout:
         _SAMPLES[kind],
         palette,
         key,
-        orientation=turn,
-        lost=(*_lost(pieces, data, kind), *lost_orientation(turn)),
+        orientation=tiff.orientation(names.get(b"eXIf", b"")),
+        lost=tuple(_lost(pieces, data, kind)),
         decode=read,
         # Pillow keeps the high bytes of all 16-bit samples but those of grey alone.
         exact=depth < 16 or kind == 0,
-        data=partial(_plain, pieces),
+        data=partial(_samples_only, pieces),
     )
 
 
@@ -144,7 +143,7 @@ def read(data: bytes) -> Array:
     return values
 
 
-def _plain(pieces: list[tuple[bytes, bytes]]) -> bytes:
+def _samples_only(pieces: list[tuple[bytes, bytes]]) -> bytes:
     """A file of the same samples and nothing else, so that other chunks can do no harm."""
     wanted = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
     return SIGNATURE + b"".join(_chunk(name, body) for name, body in pieces if name in wanted)
@@ -195,7 +194,7 @@ def _lost(pieces: list[tuple[bytes, bytes]], data: bytes, kind: int) -> list[str
             sentences.append(lost("suggested palette (PLTE)"))
         elif name in _ANCILLARY:
             content, visible = _ANCILLARY[name]
-            sentences.append(lost(content, SHOWN if visible else ""))
+            sentences.append(lost(content, COLOURS_CHANGE if visible else ""))
         elif name not in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
             if not name[0] & 32:
                 raise Refused(f"a PNG file with a critical chunk {name!r} that no reader may leave out")
@@ -250,7 +249,7 @@ def _unfilter(lines: Array, pixel: int) -> Array:
     planes = []
     for place in range(pixel):
         plane = np.concatenate([lines[:, :1], lines[:, 1 + place :: pixel]], 1)
-        file = _file(plane.shape[1] - 1, len(plane), 8, 0, zlib.compress(plane.tobytes(), 1))
+        file = _file(plane.shape[1] - 1, len(plane), 8, 0, zlib.compress(plane.tobytes(), 0))
         with Image.open(io.BytesIO(file), formats=["PNG"]) as image:
             planes.append(np.asarray(image))
     return np.stack(planes, -1).reshape(len(lines), -1)

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from dflow.data.arrays import Array
-from dflow.data.formats.layout import SEVERAL, Layout, Refused, lost, unpack
+from dflow.data.formats.layout import SAVE_EACH, Layout, Refused, lost, unpack
 
 _SPACE = rb"(?:\s|#[^\r\n]*[\r\n])+"
 _HEADER = re.compile(rb"P([1-6])" + _SPACE + rb"(\d{1,9})" + _SPACE + rb"(\d{1,9})")
@@ -53,7 +53,7 @@ def layout(data: bytes) -> Layout:
         if len(data) - end - 1 < size:
             raise ValueError(f"{len(data) - end - 1} bytes of pixels, expected {size}")
         if data[end + 1 + size :].strip():
-            raise Refused("a PNM file of several pictures, or with other bytes behind the first", SEVERAL)
+            raise Refused("a PNM file of several pictures, or with other bytes behind the first", SAVE_EACH)
     return Layout(
         "PPM",
         (H, W),

@@ -74,7 +74,7 @@ def read(data: bytes, name: str, way: str = WAY) -> Stored:
     Raises:
         InputError: damaged, no picture, too large a one, or one that cannot be read exactly.
     """
-    return _read(data, name, way, _first)
+    return _read(data, name, way, _samples)
 
 
 def read_again(data: bytes, name: str, way: str = WAY) -> Stored:
@@ -87,7 +87,7 @@ def read_again(data: bytes, name: str, way: str = WAY) -> Stored:
     Raises:
         InputError: as of `read`.
     """
-    return _read(data, name, way, _second)
+    return _read(data, name, way, _samples_again)
 
 
 def _read(data: bytes, name: str, way: str, samples: Callable[[bytes, Layout], Array]) -> Stored:
@@ -148,29 +148,29 @@ def _layout(data: bytes) -> Layout:
 # -- samples ---------------------------------------------------------------------------------------------
 
 
-def _first(data: bytes, layout: Layout) -> Array:
+def _samples(data: bytes, layout: Layout) -> Array:
     if layout.decode is not None and (layout.decode_first or not layout.exact):
         return layout.decode(data)
     return _pillow(data, layout)
 
 
-def _second(data: bytes, layout: Layout) -> Array:
+def _samples_again(data: bytes, layout: Layout) -> Array:
     if layout.kind == "GIF" or (layout.kind == "WEBP" and b"VP8L" in data[:64]):
         return _imagecodecs(data, layout)
     if not layout.exact:
         # What is interlaced makes the library write to standard error.
-        return _imagecodecs(data, layout) if layout.kind == "PNG" and not data[28] else _first(data, layout)
+        return _imagecodecs(data, layout) if layout.kind == "PNG" and not data[28] else _samples(data, layout)
     if layout.decode is not None and not layout.decode_first:
         return layout.decode(data)
     return _pillow(data, layout)
 
 
 def _imagecodecs(data: bytes, layout: Layout) -> Array:
-    """The samples by ``imagecodecs``, or as `_first` reads them where it is not installed."""
+    """The samples by ``imagecodecs``, or as `_samples` reads them where it is not installed."""
     try:
         import imagecodecs
     except ImportError:
-        return _first(data, layout)
+        return _samples(data, layout)
     data = layout.data() if layout.data else data
     if layout.kind == "GIF":
         values = imagecodecs.gif_decode(data, index=0, asrgb=False)
@@ -206,7 +206,7 @@ def _pillow(data: bytes, layout: Layout) -> Array:
 
 def _picture(layout: Layout, samples: Array) -> Stored:
     """The picture of samples: palettes, transparent colours and values that count from white are resolved."""
-    notes, values, depth, alpha = [*layout.lost], samples, layout.depth, None
+    notes, values, depth, alpha = layout.losses, samples, layout.depth, None
     if layout.kind != "PNG":
         name = {"WEBP": "WebP", "PPM": "PNM"}.get(layout.kind, layout.kind)
         notes.append(f"a {name} file: its pixels are kept, not its bytes")

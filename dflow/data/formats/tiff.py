@@ -17,7 +17,7 @@ from math import prod
 import numpy as np
 
 from dflow.data.arrays import Array
-from dflow.data.formats.layout import SEVERAL, SHOWN, Layout, Refused, lost, lost_orientation, unpack
+from dflow.data.formats.layout import COLOURS_CHANGE, SAVE_EACH, Layout, Refused, lost, unpack
 
 #: Types of integers by their numbers, and the bytes of the others.
 _INTEGERS = {1: "B", 3: "H", 4: "L", 6: "b", 8: "h", 9: "l", 13: "L", 16: "Q", 17: "q", 18: "Q"}
@@ -147,7 +147,7 @@ def layout(data: bytes) -> Layout:
     """
     tags = directory(data)
     if tags.following or _SUB_FILES in tags.entries:
-        raise Refused("a TIFF file of several pictures", SEVERAL)
+        raise Refused("a TIFF file of several pictures", SAVE_EACH)
     size = tags.number(_LENGTH), tags.number(_WIDTH)
     depth, samples, photometric = _samples(tags)
     _check_coding(tags)
@@ -159,10 +159,10 @@ def layout(data: bytes) -> Layout:
         _palette(tags, depth) if photometric == 3 else None,
         white=photometric == 0,
         orientation=tags.orientation,
-        lost=(*_lost(tags), *lost_orientation(tags.orientation)),
+        lost=tuple(_lost(tags)),
         decode=partial(_decode, size=size, depth=depth, samples=samples),
         decode_first=True,
-        data=partial(_plain, tags),
+        data=partial(_samples_only, tags),
     )
 
 
@@ -223,14 +223,14 @@ def _lost(tags: Directory) -> list[str]:
     sentences: dict[str, str] = {}
     for tag in sorted(tags.entries.keys() - _STRUCTURE):
         name = _NAMES.get(tag, f"tag {tag}")
-        sentences.setdefault(name, lost(name, SHOWN if tag in _VISIBLE else ""))
+        sentences.setdefault(name, lost(name, COLOURS_CHANGE if tag in _VISIBLE else ""))
     return list(sentences.values())
 
 
 # -- samples, read without Pillow ------------------------------------------------------------------------
 
 
-def _plain(tags: Directory) -> bytes:
+def _samples_only(tags: Directory) -> bytes:
     """A file of the same samples and nothing else.
 
     Pillow turns what has an orientation, and the library that it takes writes about tags to standard error.
