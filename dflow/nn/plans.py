@@ -160,11 +160,7 @@ def make_plan(
     slots = reach.reading(drawn, anchor[used], m * group[used], carried[used], slot[used], _cuts(used))
     group_of_slot = group[used]
     if len(known):
-        itself = torch.cat([known[:, None], known.new_full((len(known), m - 1), n)], 1)
-        line = torch.arange(len(known), device=device)
-        before = reach.reading(drawn, known, torch.zeros_like(known), itself, line, [])
-        cuts = [0, *(len(known) + cut for cut in slots.cuts[1:])]
-        slots = replace(_joined([before, slots]), cuts=cuts)
+        slots = _after(reach, drawn, known, slots)
         group_of_slot = torch.cat([torch.full_like(known, -1), group_of_slot])
         keys, slot = torch.cat([known, keys]), slot + len(known)
     entries = [
@@ -190,6 +186,15 @@ def make_plan(
         n,
         known,
     )
+
+
+def _after(reach: Reach, drawn: Tensor, known: Tensor, slots: Reading) -> Reading:
+    """A slot for each known entry, which carries its symbol, and then ``slots``; all known ones are in a group."""
+    nothing = known.new_full((len(known), reach.block - 1), reach.dim)
+    carried = torch.cat([known[:, None], nothing], 1)
+    line = torch.arange(len(known), device=known.device)
+    before = reach.reading(drawn, known, torch.zeros_like(known), carried, line, [])
+    return replace(_joined([before, slots]), cuts=[0, *(len(known) + cut for cut in slots.cuts[1:])])
 
 
 def _cuts(entries: Tensor) -> list[int]:
