@@ -189,7 +189,7 @@ def make_plan(
 
 
 def _after(reach: Reach, drawn: Tensor, known: Tensor, slots: Reading) -> Reading:
-    """A slot for each known entry, which carries its symbol, and then ``slots``; all known ones are in a group."""
+    """A slot for each known entry, which carries its symbol, then ``slots``; the known ones are one group."""
     nothing = known.new_full((len(known), reach.block - 1), reach.dim)
     carried = torch.cat([known[:, None], nothing], 1)
     line = torch.arange(len(known), device=known.device)
