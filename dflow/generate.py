@@ -60,20 +60,24 @@ def generate(
     Raises:
         InputError: an argument outside its range; at once, not at the first draw.
     """
-    longest, K = model.config.length, model.config.vocab_size
+    longest, documents = model.config.length, model.documents
     _check(n, batch_size, seed)
-    if length is not None and not 1 <= length <= longest:
-        raise InputError(f"length {length} is not a length this model can draw; take one of 1 to {longest}")
+    if length is not None and (length < 1 or (length > longest and documents is None)):
+        raise InputError(
+            f"length {length} is not a length this model can draw; take one of 1 to {longest}, or a model "
+            "that was trained with a model.context"
+        )
     if prompt is not None:
-        if not 1 <= len(prompt) < (length or longest):
+        most = length or (longest if documents is None else len(prompt) + longest)
+        if not 1 <= len(prompt) < most:
             raise InputError(
-                f"the prompt has {len(prompt)} symbols; it needs at least 1 and fewer than the length "
-                f"{length or longest}"
+                f"the prompt has {len(prompt)} symbols; it needs at least 1 and fewer than the length {most}"
             )
         low, high = (int(v) for v in prompt.aminmax())
-        if low < 0 or high >= K:
+        if low < 0 or high >= model.config.vocab_size:
             raise InputError(
-                f"prompt: symbol {low if low < 0 else high} is outside the vocabulary, 0 to {K - 1}"
+                f"prompt: symbol {low if low < 0 else high} is outside the vocabulary, 0 to "
+                f"{model.config.vocab_size - 1}"
             )
 
     def draw(numbers: range) -> Tensor:

@@ -42,7 +42,7 @@ from dflow import bijectors
 from dflow.bijectors import Permute, Reverse
 from dflow.bijectors.conditioner import Conditioned
 from dflow.config import InputError
-from dflow.core import Bijector, Context, Distribution, Elementwise, only_given, present
+from dflow.core import Bijector, Context, Distribution, Elementwise, Known, only_given, present
 from dflow.dequantize import Bound, Dequantized, Elbo, Iwbo, Renyi, TruncatedNormal
 from dflow.distributions import Categorical, Gaussian, Spectra, Walk
 from dflow.distributions.logistic import Logistics
@@ -223,7 +223,7 @@ class Objective(nn.Module):
         self.distribution, self.rule = distribution, rule
 
     def forward(
-        self, x: Tensor, lengths: Tensor | None = None, turn: int = 0
+        self, x: Tensor, lengths: Tensor | None = None, turn: int = 0, known: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Loss in nats summed over the batch, and the counts of latents for a base in closed form.
 
@@ -231,11 +231,13 @@ class Objective(nn.Module):
             x: symbols, int64 ``(batch, dim)``.
             lengths: int64 ``(batch,)``, or None.
             turn: index, below `turns`, of the budget whose loss is computed, in ascending order.
+            known: bool ``(dim,)``, entries that are known: the loss is that of the others, given these.
         """
         law = self.distribution
         if turns(law) > 1:
             law = law.at(law.budgets[turn])
-        loss, z, of_base = _loss(law, x, Context(lengths=lengths), self.rule)
+        context = Context(lengths=lengths, known=None if known is None else Known(x, known))
+        loss, z, of_base = _loss(law, x, context, self.rule)
         base = closed_form(law)
         return loss, None if base is None else base.statistics(z, of_base)
 

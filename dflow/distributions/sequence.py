@@ -73,6 +73,8 @@ class SequenceCategorical(Distribution):
         self._among: Memo[SequenceCategorical] = Memo()
         #: Entries that are known, bool (dim,): they are neither scored nor drawn.
         self._mask: Tensor | None = None
+        #: Positions of the known entries that the network reads before the first call.
+        self._slots: Tensor | None = None
 
     @property
     def budgets(self) -> list[int]:
@@ -93,7 +95,7 @@ class SequenceCategorical(Distribution):
 
         def law() -> SequenceCategorical:
             law = SequenceCategorical(self.net, order, self.dim, self.block)
-            law._planned = True
+            law._planned, law.lay = True, self.lay
             return law
 
         other = self._laws[calls](law, order)
@@ -104,11 +106,8 @@ class SequenceCategorical(Distribution):
         """The plan of the order, made once; nothing where it is the order that the network was built with."""
         if not self._planned:
             return ()
-        dtype, known = (
-            next(self.net.parameters()).dtype,
-            None if self._mask is None else self._mask.nonzero()[:, 0],
-        )
-        return (self._plan(lambda: self.net.plan(self.order, known, self.dim), self.order, key=dtype),)
+        dtype = next(self.net.parameters()).dtype
+        return (self._plan(lambda: self.net.plan(self.order, self._slots, self.dim), self.order, key=dtype),)
 
     def _of(self, context: Context | None) -> SequenceCategorical:
         """The law that a context asks for: this one, or that of the entries that are not known."""
@@ -143,12 +142,13 @@ class SequenceCategorical(Distribution):
                     "after; a grouped or any-order model takes both"
                 )
             law = SequenceCategorical(self.net, torch.arange(n, device=known.device)[:, None], n)
+            law._planned = hasattr(self.net, "plan")
         else:
             rows = self.lay(len(hidden), min(len(hidden), self.num_calls * self.block)).to(known.device)
             places = torch.cat([hidden, hidden.new_full((1,), n)])
             order = places[rows.clamp(max=len(hidden))]
             law = SequenceCategorical(self.net, order, n, self.block, known=known)
-            law._planned = True
+            law._planned, law._slots = True, known.nonzero().flatten()
         law._mask = known
         return law
 
@@ -205,7 +205,10 @@ class SequenceCategorical(Distribution):
         if known is not None:
             x = torch.where(known.mask, known.symbols, x)
         ahead: list[Tensor] = []
-        for g, positions in enumerate(calls):
+        begin = self._read(known, state)
+        if begin and known is not None:
+            drawn = known.symbols[:, begin - 1 : begin]
+        for g, positions in enumerate(calls[begin:], start=begin):
             logits = self.net.step(drawn, state)
             if not ahead:
                 # As many calls' as fit, and at least this one's.
@@ -221,6 +224,15 @@ class SequenceCategorical(Distribution):
             x[:, positions] = drawn
         mask = present(context, n, self.dim)
         return x if mask is None else torch.where(mask, x, 0)
+
+    def _read(self, known: Known | None, state: Any) -> int:
+        """Let the network read entries at the beginning in one call; returns how many rows that spares."""
+        if known is None or self._slots is not None or not hasattr(self.net, "read"):
+            return 0
+        before = int(known.mask.sum())
+        if before:
+            self.net.read(known.symbols[:, :before], state)
+        return before
 
     def start(
         self, n: int, context: Context | None = None, length: int | None = None

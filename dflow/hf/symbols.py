@@ -14,8 +14,9 @@ from transformers.utils.generic import ModelOutput
 
 from dflow import zoo
 from dflow.config import InputError
-from dflow.core import Context, Distribution, check_lengths
+from dflow.core import Context, Distribution, Known, check_lengths
 from dflow.distributions import SequenceCategorical, Walk
+from dflow.distributions.documents import Documents
 from dflow.hf import training
 from dflow.hf.arguments import IGNORED, answer, labels_optional, present_lengths, refuse_unknown, scaled
 from dflow.hf.config import DflowConfig
@@ -66,6 +67,12 @@ class DflowModel(Pretrained):
     def law(self) -> Distribution:
         """The law that is scored and drawn from: `distribution`, or one that shares its network, see `at`."""
         return self.distribution if self._calls is None else self.distribution.at(self._calls)
+
+    @property
+    def documents(self) -> Documents | None:
+        """The law of texts of any length, chunk after chunk; None where the model has no context."""
+        context = getattr(self.config, "context", 0)
+        return Documents(self.law, self.config.length, context) if context else None
 
     @property
     def num_calls(self) -> int:
@@ -165,7 +172,8 @@ class DflowModel(Pretrained):
             InputError: a symbol outside the alphabet, or lengths that this model cannot score.
         """
         x, lengths = self._whole(input_ids, lengths)
-        log_prob = self.law.log_prob(x, Context(lengths=lengths))
+        law = self.law if self.documents is None or lengths is not None else self.documents
+        log_prob = law.log_prob(x, Context(lengths=lengths))
         if self.config.explicit_length:
             log_prob = log_prob + self._length_log_prob()[lengths]
         return log_prob
@@ -204,7 +212,7 @@ class DflowModel(Pretrained):
         Raises:
             InputError: a number, length or prompt that the model cannot draw.
         """
-        longest = self.config.length
+        longest, documents = self.config.length, self.documents
         if not isinstance(num_return_sequences, int):
             raise InputError(
                 f"num_return_sequences is a number, found {type(num_return_sequences).__name__}; symbols to "
@@ -212,12 +220,23 @@ class DflowModel(Pretrained):
             )
         if num_return_sequences < 1:
             raise InputError(f"cannot draw {num_return_sequences} samples; ask for 1 or more")
-        if length is not None and not 1 <= length <= longest:
-            raise InputError(f"length {length} is not in 1..{longest}, what this model can draw")
+        if length is not None and (length < 1 or (length > longest and documents is None)):
+            raise InputError(
+                f"length {length} is not in 1..{longest}, what this model can draw; one that was trained "
+                "with a model.context draws any length"
+            )
         if prompt is not None:
-            prompt = self._prompt(prompt, length or longest)
+            most = longest if documents is None else len(prompt) + longest
+            prompt = self._prompt(prompt, length or most)
         if noise is None:
             noise = Noise.of(generator, num_return_sequences, self.device)
+        if documents is not None:
+            known = None
+            if prompt is not None:
+                symbols = prompt.expand(num_return_sequences, -1)
+                known = Known(symbols, torch.ones_like(prompt, dtype=torch.bool))
+            context = Context(noise=noise, known=known)
+            return documents.sample(num_return_sequences, context, length=length)
         lengths = None
         if self.config.explicit_length:
             if length is None:
@@ -298,7 +317,7 @@ class DflowModel(Pretrained):
                 "one sequence is a batch of one, x[None]"
             )
         n, longest, K = input_ids.shape[1], self.config.length, self.config.vocab_size
-        if n > longest:
+        if n > longest and self.documents is None:
             raise InputError(f"sequence of {n} symbols; this model takes at most {longest}")
         low, high = (int(v) for v in input_ids.aminmax()) if input_ids.numel() else (0, 0)
         if low < 0 or high >= K:
@@ -307,7 +326,7 @@ class DflowModel(Pretrained):
             check_lengths(lengths, len(input_ids))
         if lengths is not None and lengths.numel() and not 0 < int(lengths.min()) <= int(lengths.max()) <= n:
             raise InputError(f"lengths must lie in 1..{n}, found {int(lengths.min())}..{int(lengths.max())}")
-        shorter = self.config.record.left_to_right or self.config.explicit_length
+        shorter = self.config.record.left_to_right or self.config.explicit_length or self.documents
         if complete and n < longest and not shorter:
             raise InputError(
                 f"a {self.config.family} model scores sequences of exactly {longest} symbols, found {n}; "

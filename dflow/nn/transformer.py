@@ -285,6 +285,20 @@ class GroupCausalTransformer(nn.Module):
         h = F.layer_norm(h, (self.size.hidden_size,), self.norm.weight)
         return F.linear(h, self.head.weight, self.head.bias)
 
+    @torch.no_grad()
+    def read(self, x: Tensor, state: State) -> None:
+        """Take the first symbols ``x``, int64 ``(batch, p)``, of an order from left to right, in one call.
+
+        The next `step` is given the last of them. Only before the first step.
+        """
+        n = x.shape[1]
+        state.symbols[:, : n - 1] = x[:, :-1]
+        if state.lengths is not None:
+            line = torch.arange(n - 1, device=x.device)
+            state.symbols[:, : n - 1].masked_fill_(line >= state.lengths, self.K)
+        self._call(state, 0, state.plan.slots.cuts[n])
+        state.row = n
+
     def _call(self, state: State, begin: int, end: int) -> Tensor:
         """Features (batch, slots, hidden) of the slots of the next group.
 
@@ -300,10 +314,10 @@ class GroupCausalTransformer(nn.Module):
             diagonal = torch.zeros(width, end, dtype=torch.bool, device=h.device)
             diagonal[:, begin:].fill_diagonal_(True)
             mask = (plan.least[:end] < state.lengths)[:, None, None] | diagonal
-        if plan.mask is not None and len(plan.known) and begin == 0:
-            # The known entries do not see those of the first group, which are in the same call.
-            first = plan.mask[:end, :end]
-            mask = first if mask is None else mask & (first | diagonal)
+        if begin == 0 and width > 1 and (plan.mask is None or len(plan.known)):
+            # Several groups, or known entries and the first group, in one call.
+            seen = _causal(end, h.device) if plan.mask is None else plan.mask[:end, :end]
+            mask = seen if mask is None else mask & (seen | diagonal)
         rotation = plan.rotation[begin:end]
         for w, keys, values in zip(state.weights, state.keys, state.values, strict=True):
             qkv = _product(F.layer_norm(h, norm, w.norm_attention), w.qkv)

@@ -273,7 +273,10 @@ class Run:
             group["lr"] = schedule.learning_rate(config, step, fraction)
         self.task.method.schedule(step, fraction)
         x, lengths = batch = self.batch(step)
-        entries = self.task.data.entries(batch)
+        known = self.task.data.known(mix(config.seed, step))
+        # Of the entries of the batch, the share that the loss is of.
+        share_hidden = 1.0 if known is None else float((~known).float().mean())
+        entries = self.task.data.entries(batch) * share_hidden
         share = slice(self.rank, None, self.world)
         xs = x[share].chunk(config.accumulation)
         ls = [None] * len(xs) if lengths is None else list(lengths[share].chunk(config.accumulation))
@@ -281,7 +284,9 @@ class Run:
         torch.manual_seed(mix(config.seed + 1 + self.rank, step))
         self.task.model.train()
         nats, counts = torch.zeros((), device=accelerator.device), None
-        turn = self.task.method.turn(step)
+        turn: tuple[Any, ...] = self.task.method.turn(step)
+        if known is not None:
+            turn = (*turn, known.to(accelerator.device))
         for i, piece in enumerate(zip(xs, ls, strict=True)):
             with weights.exchanging(last=i == len(xs) - 1):
                 loss, latents = weights.objective(*self._on_device(piece), *turn)
@@ -292,7 +297,7 @@ class Run:
                 counts = latents if counts is None else counts + latents
         norm = weights.clip()
         total = self._agree(nats, time.monotonic() - started)
-        count = self.task.data.count(batch)
+        count = self.task.data.count(batch) * share_hidden
         value = objectives.bits(total, count)
         # A scaler of fp16 looks after gradients by itself.
         if not math.isfinite(value) or not (accelerator.scaler or math.isfinite(norm)):

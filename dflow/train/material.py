@@ -12,8 +12,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from dflow import hf
+from dflow import hf, zoo
+from dflow.config import InputError
 from dflow.data import Corpus, ImageConfig, ImageSet, dealt, files, pictures
+from dflow.train.patterns import pattern
 from dflow.train.recipe import Recipe
 
 #: Symbols and lengths of sentences, or rows and labels; without lengths or labels None.
@@ -56,6 +58,10 @@ class Material(ABC):
     def batch(self, seed: int) -> Batch:
         """The whole batch that a seed gives: the same on every process."""
 
+    def known(self, seed: int) -> Tensor | None:
+        """Entries that are known in the batch of a seed, bool ``(n,)``; None where none can be."""
+        return None
+
     @abstractmethod
     def entries(self, batch: Batch) -> int:
         """Number of entries (symbols, dimensions, labels) over which the loss of a batch is averaged."""
@@ -86,14 +92,29 @@ class Texts(Material):
     def __init__(self, recipe: Recipe, corpus: Corpus) -> None:
         self.config, self.corpus, self.length = recipe.train, corpus, recipe.model.length
         self.checksum = corpus.checksum
-        for text in (corpus.train, corpus.valid):  # refused where they are too short
-            text.crops(1, self.length, torch.Generator().manual_seed(0))
+        self.context, self.family = recipe.model.context, zoo.find(recipe.family)
+        if self.context and corpus.protocol != "stream":
+            raise InputError(
+                f"model.context {self.context}: only a stream has text before a chunk, and these data are of "
+                f"protocol {corpus.protocol!r}; set model.context=0"
+            )
+        # Refused where they are too short.
+        corpus.train.crops(1, self.length + self.context, torch.Generator().manual_seed(0))
+        corpus.valid.crops(1, self.length, torch.Generator().manual_seed(0))
         head = f"{corpus.name} ({corpus.protocol}): {corpus.train.amount}, {corpus.tokenizer.size} different"
         self.summary = "\n".join([head, *dealt.lines(corpus.about())])
 
+    def known(self, seed: int) -> Tensor | None:
+        if not self.context:
+            return None
+        if self.family.left_to_right:
+            return torch.zeros(self.length + self.context, dtype=torch.bool)
+        return pattern(self.length, self.context, self.config.known, mix(seed, 1))
+
     def batch(self, seed: int) -> Batch:
-        generator = torch.Generator().manual_seed(seed)
-        return self.corpus.train.crops(self.config.batch_size, self.length, generator)
+        generator, known = torch.Generator().manual_seed(seed), self.known(seed)
+        length = self.length if known is None else len(known)
+        return self.corpus.train.crops(self.config.batch_size, length, generator)
 
     def entries(self, batch: Batch) -> int:
         x, lengths = batch

@@ -18,6 +18,7 @@ from dflow import hf, plugins, zoo
 from dflow.config import InputError, convert, nearest, parse
 from dflow.data import DataConfig, ImageConfig, files
 from dflow.ops.straight_through import SCHEDULES, scheduled
+from dflow.train.patterns import KINDS
 from dflow.zoo import setting
 
 STATE = "state.safetensors"
@@ -112,6 +113,12 @@ class TrainConfig:
     base_momentum: float = setting(
         0.98, "memory a step of a base or density in closed form (a factorized base, a Gaussian density)"
     )
+    known: list[float] = setting(
+        [0.3, 0.4, 0.2, 0.1],
+        "of a model with a context, how often a step shows nothing known; symbols before; symbols before and "
+        "after; holes (left to right: all symbols of a longer sequence are learned, and nothing is known)",
+        least=0,
+    )
     seed: int = setting(0, "seed of weights, batches and dropout")
     eval_every: int | None = setting(None, "number of steps between evaluations")
     eval_minutes: float | None = setting(None, "minutes between evaluations (default: a tenth of the budget)")
@@ -158,6 +165,11 @@ class TrainConfig:
             raise InputError(f"final_learning_rate must lie in [0, 1], found {self.final_learning_rate}")
         if not -(1 << 63) <= self.seed < 1 << 63:
             raise InputError(f"seed must be a number of 64 bits, found {self.seed}")
+        if len(self.known) != len(KINDS) or not sum(self.known) > 0:
+            raise InputError(
+                f"known must be {len(KINDS)} shares ({', '.join(KINDS)}), not all of them 0, found "
+                f"{self.known}"
+            )
         if self.shard and self.mixed_precision == "fp16":
             raise InputError("shard goes with mixed_precision bf16 or no, not with fp16; choose bf16")
         if self.shard and self.compile:

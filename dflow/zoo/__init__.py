@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from dflow.config import parse
+from dflow.config import InputError, parse
 from dflow.core import Distribution
 from dflow.dequantize import Dequantized
 from dflow.zoo.binary import UNIFORM, PBNetConfig, Rule, to_deterministic, transfer
@@ -81,7 +81,15 @@ def settings(family: object, values: dict[str, Any], where: str = "model") -> An
     Traceback (most recent call last):
     dflow.config.InputError: model: unknown key 'num_call'; did you mean 'num_calls'?
     """
-    return parse(find(family, where=where).settings, values, where)
+    record = find(family, where=where)
+    parsed = parse(record.settings, values, where)
+    if getattr(parsed, "context", 0) and record.known == "no":
+        able = [name for name in names("text") if find(name).known != "no"]
+        raise InputError(
+            f"{where}.context {parsed.context}: a {family} model takes no known symbols; set it to 0, or use "
+            f"one of family {', '.join(able)}"
+        )
+    return parsed
 
 
 def build(family: str, config: ModelConfig, K: int) -> Distribution:

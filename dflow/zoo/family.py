@@ -69,6 +69,8 @@ class Family:
             conditional law; "forced", the first symbols are set, but symbols that are drawn before them do
             not depend on them. Unless "no", ``sample`` of the law takes ``prompt`` and ``length`` as
             `dflow.distributions.SequenceCategorical.sample` does.
+        known: which entries of a sequence its law takes as known (`dflow.core.Known`), so that a recipe may
+            set ``model.context``: "no", those "before" the others, or "anywhere".
         left_to_right: symbols are drawn one after another, a network call each, so that shorter sequences
             are scored and drawn without padding.
         pieces_matter: whether cutting a batch into pieces (``train.accumulation``) changes the result.
@@ -82,6 +84,7 @@ class Family:
     build: Callable[..., Any]
     rules: tuple[str, ...] | None = None
     prompt: Literal["no", "exact", "forced"] = "no"
+    known: Literal["no", "before", "anywhere"] = "no"
     left_to_right: bool = False
     pieces_matter: bool = False
     baseline: bool = False

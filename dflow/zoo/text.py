@@ -51,6 +51,9 @@ class ModelConfig:
     """Settings of every family of models of text."""
 
     length: int = setting(256, "longest sequence, in symbols", least=1)
+    context: int = setting(
+        0, "number of symbols that may be known around those that are scored or drawn; 0 for none", least=0
+    )
     hidden_size: int = setting(128, "width of the network", least=1)
     num_hidden_layers: int = setting(3, "layers of the network (of each network, in a flow)", least=1)
     dropout: float = setting(0.0, "dropout in the network")
@@ -333,7 +336,8 @@ def grouped(config: GroupedConfig, K: int) -> Distribution:
         return _order(config.order, config.length, min(config.length, calls * config.block))
 
     order, others = rows(config.num_calls), [rows(calls) for calls in config.calls]
-    ahead = config.window if any(o.shape[1] > 1 for o in (order, *others)) else 0
+    both_sides = config.context > 0 or any(o.shape[1] > 1 for o in (order, *others))
+    ahead = config.window if both_sides else 0
     net = GroupCausalTransformer(K, K, order, config.length, config.size(), block=config.block, ahead=ahead)
     law = SequenceCategorical(net, order, config.length, config.block, others)
     law.lay = functools.partial(_order, config.order)
@@ -432,14 +436,32 @@ def _base(config: BipartiteConfig | AutoregressiveConfig, K: int, classes: Tenso
     return Categorical(config.length, K, classes, learned=False)
 
 
-register(Family("grouped", "text", GroupedConfig, grouped, prompt="forced"))
+register(Family("grouped", "text", GroupedConfig, grouped, prompt="forced", known="anywhere"))
 register(Family("any_order", "text", AnyOrderConfig, any_order, prompt="exact"))
 register(Family("bipartite", "text", BipartiteConfig, bipartite))
 register(Family("autoregressive", "text", AutoregressiveConfig, autoregressive))
 register(Family("multiscale", "text", MultiscaleConfig, multiscale))
-register(Family("transformer", "text", TransformerConfig, transformer, prompt="exact", left_to_right=True))
 register(
     Family(
-        "lstm", "text", LstmConfig, lstm, prompt="exact", left_to_right=True, baseline=True, recurrent=True
+        "transformer",
+        "text",
+        TransformerConfig,
+        transformer,
+        prompt="exact",
+        known="before",
+        left_to_right=True,
+    )
+)
+register(
+    Family(
+        "lstm",
+        "text",
+        LstmConfig,
+        lstm,
+        prompt="exact",
+        known="before",
+        left_to_right=True,
+        baseline=True,
+        recurrent=True,
     )
 )
