@@ -1,4 +1,4 @@
-"""Settings: dataclasses in, clear errors out.
+"""Settings: dataclasses that are parsed strictly, with clear errors.
 
 Every setting of dflow is a field of a dataclass. A mapping (a recipe, a checkpoint's settings) is read
 strictly: an unknown key is an error that names the nearest known one, a value of the wrong type an error
@@ -20,11 +20,11 @@ T = TypeVar("T")
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used. The message names the value and the way out."""
+    """An input of the user cannot be used. The message names the value and a way out."""
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """A hint that names the nearest known word, or all of them.
+    """A hint that names the nearest of the known words, or all of them where none is near.
 
     >>> nearest("grouppd", ["grouped", "lstm"])
     "did you mean 'grouped'?"
@@ -76,13 +76,13 @@ def convert(kind: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        rest = [k for k in arguments if k is not type(None)]
-        for option in rest[:-1]:
+        options = [k for k in arguments if k is not type(None)]
+        for option in options[:-1]:
             try:
                 return convert(option, value, where)
             except InputError:
                 continue
-        return convert(rest[-1], value, where)
+        return convert(options[-1], value, where)
     if origin is typing.Literal:
         if any(type(a) is type(value) and a == value for a in arguments):
             return value
@@ -125,7 +125,7 @@ def _scalar(kind: type, value: Any, where: str) -> Any:
 
 
 def _number(value: Any) -> int | float:
-    """The number, or the number that a string spells; an integer never goes through a float."""
+    """A number, or the number that a string spells; integers are not converted by way of floats."""
     if isinstance(value, (int, float)):
         return value
     if not isinstance(value, str):

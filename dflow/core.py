@@ -1,4 +1,4 @@
-"""The three contracts everything in dflow is written against.
+"""The three contracts of dflow, bijectors, elementwise families and distributions; and their context.
 
 The dtype is the mode. On Z/K a floating tensor holds one-hot rows ``(batch, dim, K)`` and is
 differentiable; an int64 tensor holds symbols ``(batch, dim)`` and is exact. Integers in, integers
@@ -8,7 +8,7 @@ out; floats in, floats out. Both modes agree on every hard input.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -22,34 +22,34 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Context:
-    """What a law, a layer or a network is conditioned on; None in its place is an empty one.
+    """The condition of a law, a layer or a network; None is accepted in place of an empty context.
 
     Args:
-        lengths: of sequences, int64 ``(batch,)``; entries at positions at or beyond the length are absent.
+        lengths: lengths of sequences, int64 ``(batch,)``; entries at or beyond the length are absent.
         given: tensors with a row for each sequence, which networks read: features, class labels, and inside
             `Split` the kept entries.
 
     Raises:
-        InputError: lengths of another dtype or shape, or ``given`` that is no tuple of tensors.
+        InputError: lengths of another dtype or shape, or a ``given`` that is not a tuple of tensors.
     """
 
     lengths: Tensor | None = None
     given: tuple[Tensor, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check dtypes and shapes; the number of rows is checked by who knows it."""
+        """Check dtypes and shapes; the number of rows is checked where the batch is known."""
         if self.lengths is not None:
             check_lengths(self.lengths)
         if not isinstance(self.given, tuple) or not all(isinstance(item, Tensor) for item in self.given):
             raise InputError(f"given holds a tuple of tensors, found {_shown(self.given)}; {_WAY}")
 
     def rows(self, start: int, end: int) -> Context:
-        """The context of some of the rows."""
+        """The context of the rows from ``start`` to before ``end``."""
         lengths = None if self.lengths is None else self.lengths[start:end]
         return Context(lengths=lengths, given=tuple(item[start:end] for item in self.given))
 
     def repeat(self, times: int) -> Context:
-        """The context of as many batches, one after another."""
+        """The context of ``times`` copies of the batch, one after another."""
         lengths = None if self.lengths is None else self.lengths.repeat(times)
         given = (item.repeat(times, *[1] * (item.ndim - 1)) for item in self.given)
         return Context(lengths=lengths, given=tuple(given))
@@ -71,14 +71,14 @@ def check_lengths(lengths: object, batch: int | None = None, name: str = "length
     ):
         expected = "batch" if batch is None else batch
         if not isinstance(lengths, Tensor):
-            way = f"torch.as_tensor({name}) is a tensor"
+            advice = f"torch.as_tensor({name}) is a tensor"
         elif lengths.dtype != torch.int64:
-            way = f"{name}.long() has the right dtype"
+            advice = f"{name}.long() has the right dtype"
         else:
-            way = "give a vector with one number for each row"
+            advice = "give a vector with one number for each row"
         raise InputError(
             f"{name} must be int64 ({expected},), one for each row of the batch, found {_shown(lengths)}; "
-            f"{way}"
+            f"{advice}"
         )
 
 
@@ -86,7 +86,7 @@ def lengths_in(context: Context | None, batch: int | None = None) -> Tensor | No
     """The lengths, int64 ``(batch,)``, or None when every entry is present.
 
     Raises:
-        InputError: a context that is no `Context`, or lengths of another number of sequences.
+        InputError: a context that is not a `Context`, or lengths of another number of sequences.
     """
     if context is None:
         return None
@@ -98,7 +98,7 @@ def lengths_in(context: Context | None, batch: int | None = None) -> Tensor | No
 
 
 def only_lengths(context: Context | None, batch: int | None = None) -> Tensor | None:
-    """`lengths_in`, for networks that read nothing else: InputError where there is more."""
+    """`lengths_in`, for networks that read nothing else: InputError for a context with given tensors."""
     lengths = lengths_in(context, batch)
     if context is not None and context.given:
         raise InputError(
@@ -110,7 +110,7 @@ def only_lengths(context: Context | None, batch: int | None = None) -> Tensor | 
 
 
 def only_given(context: Context | None) -> tuple[Tensor, ...]:
-    """The given tensors, for what knows no lengths: InputError where there are some."""
+    """The given tensors, for layers and laws without lengths: InputError for a context with lengths."""
     if lengths_in(context) is not None:
         raise InputError(
             "lengths are for models of sequences of symbols; this one takes all entries as present"
@@ -119,12 +119,12 @@ def only_given(context: Context | None) -> tuple[Tensor, ...]:
 
 
 def conditioned(net: Callable[..., T], context: Context | None) -> T:
-    """What the net of a conditional law says: ``net(x, rest)``, x the first of the given tensors.
+    """The output ``net(x, rest)`` of the net of a conditional law, with x the first of the given tensors.
 
-    The rest of the context is left out where it is empty, so that any network of one tensor will do.
+    ``rest`` is the context without x. It is left out where it is empty, so that the net may take one tensor.
 
     Raises:
-        ValueError: nothing is given.
+        ValueError: a context without given tensors.
     """
     lengths = lengths_in(context)
     if context is None or not context.given:
@@ -166,6 +166,10 @@ class Bijector(nn.Module, ABC):
         """Sequential network evaluations that one `inverse` costs."""
         return 0
 
+    def layers(self) -> Iterator[Bijector]:
+        """The layers of the bijector, in the order in which data pass through them."""
+        yield self
+
 
 class Elementwise(nn.Module, ABC):
     """A family of one-dimensional bijections that holds no weights.
@@ -177,8 +181,8 @@ class Elementwise(nn.Module, ABC):
     #: Numbers that a conditioner has to give for each entry.
     num_params: int
 
-    #: On Z/K: whether the params of an entry are K logits that may learn to predict its symbol. Then rule
-    #: ``layerwise`` of `dflow.objectives` trains it; the other rules tell there what they need.
+    #: On Z/K: whether the params of an entry are K logits that can learn to predict its symbol. Then the rule
+    #: ``layerwise`` of `dflow.objectives` can train it; see there for what the other rules need.
     predicts: bool = False
 
     @abstractmethod
@@ -193,7 +197,7 @@ class Elementwise(nn.Module, ABC):
 class Distribution(nn.Module, ABC):
     """A normalised law with exact likelihood and exact sampling.
 
-    What is only a bound is never called ``log_prob``.
+    A bound is never called ``log_prob``.
     """
 
     @abstractmethod
@@ -210,10 +214,10 @@ class Distribution(nn.Module, ABC):
     one_table: bool = False
 
     def round_trip(self, x: Tensor, context: Context | None = None) -> bool | None:
-        """Whether what is drawn is what is scored, checked on ``x`` in the inference dtype.
+        """Whether drawing and scoring agree, checked on ``x`` in the inference dtype.
 
-        None where nothing was checked, which is what a law says that has no check of its own and is not
-        `one_table`. `dflow.distributions.Stepwise` has one.
+        None where nothing was checked: the law has no check of its own and is not `one_table`. See
+        `dflow.distributions.Stepwise` for a check.
         """
         return True if self.one_table else None
 
@@ -222,9 +226,36 @@ class Distribution(nn.Module, ABC):
         """Sequential network evaluations that one `sample` costs."""
         return 0
 
+    def needed(self, length: int) -> int:
+        """Network evaluations after which the first ``length`` entries of a sequence are drawn."""
+        return self.num_calls
+
+    @property
+    def budgets(self) -> Sequence[int]:
+        """The numbers of network evaluations in which the law can be drawn, the arguments of `at`."""
+        return [self.num_calls]
+
+    def at(self, calls: int) -> Distribution:
+        """The law that is drawn in ``calls`` network evaluations; it shares the network with this one.
+
+        Raises:
+            ValueError: the law cannot be drawn in that number of calls.
+        """
+        if calls != self.num_calls:
+            raise ValueError(f"no law of {calls} calls; there are {list(self.budgets)}")
+        return self
+
+    def rounded_mean(self, context: Context | None = None) -> Tensor:
+        """The mean of each entry of a law of integers, rounded: int64 ``(batch, dim)``.
+
+        Raises:
+            ValueError: the mean has no closed form.
+        """
+        raise ValueError(f"the mean of {type(self).__name__} is not known: ask for all levels")
+
 
 def agreed(*checks: bool | None) -> bool | None:
-    """What the checks of several parts come to: False where one failed, None where one was not made.
+    """The result of several checks together: False where one failed, else None where one was not made.
 
     >>> agreed(True, None), agreed(None, False), agreed(True, True)
     (None, False, True)
@@ -233,11 +264,11 @@ def agreed(*checks: bool | None) -> bool | None:
 
 
 class SequenceNet(Protocol):
-    """What a sequence law or layer needs of its network: one pass for scoring, a step a row for drawing.
+    """The network of a sequence law or layer: one pass for scoring, one step for each row when drawing.
 
-    Networks are built with an order ``(R, S)`` (see `dflow.ops.orders`); an autoregressive layer's has S = 1.
-    It also has to be an ``nn.Module``. One that can walk other orders too takes a plan as third argument of
-    the call and of `start`, made by its ``plan(order)``.
+    It is an ``nn.Module``, built with an order ``(R, S)`` (see `dflow.ops.orders`), S = 1 in autoregressive
+    layers. A network that can walk other orders has a method ``plan(order)``, and takes its result as third
+    argument of the call and of `start`.
     """
 
     def __call__(self, x: Tensor, context: Context | None = None) -> Tensor:
@@ -245,12 +276,12 @@ class SequenceNet(Protocol):
         ...
 
     def start(self, batch: int, context: Context | None = None) -> Any:
-        """State before the first call; opaque to the caller."""
+        """The state before the first step; its type is private to the network."""
         ...
 
     def step(self, x: Tensor | None, state: Any) -> Tensor:
-        """Params ``(batch, m, P)`` of the m entries of the next row; ``x``, the last row's symbols.
+        """Params ``(batch, m, P)`` of the m entries of the next row, given the symbols ``x`` of the last row.
 
-        Entries at or beyond ``dim`` (padding) are in neither; ``x`` is int64, None at first.
+        ``x`` is int64, None at the first step. Padding (entries at or beyond ``dim``) is in neither tensor.
         """
         ...

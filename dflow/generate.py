@@ -1,4 +1,4 @@
-"""Drawing text and images from a model, and writing them whole or not at all."""
+"""Draw text and images from a model, and write them whole or not at all."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def generate(
 
     Args:
         model: the law to draw from; its mode is restored.
-        n: how many.
-        length: symbols of each; default the model's.
+        n: number of draws.
+        length: number of symbols of each draw; default the model's.
         seed: from 0 to 2^63 - 1.
-        batch_size: drawn at a time.
-        prompt: int64 ``(m,)``, the first symbols of each.
+        batch_size: number of draws at a time.
+        prompt: int64 ``(m,)``, the first symbols of each draw.
         progress: show a bar on stderr.
         accelerator: spread the batches over its processes; each of them gets all draws.
 
@@ -60,7 +60,7 @@ def generate(
     longest, K = model.config.length, model.config.vocab_size
     _check(n, batch_size, seed)
     if length is not None and not 1 <= length <= longest:
-        raise InputError(f"length {length} is not one this model can draw; take one of 1 to {longest}")
+        raise InputError(f"length {length} is not a length this model can draw; take one of 1 to {longest}")
     if prompt is not None:
         if not 1 <= len(prompt) < (length or longest):
             raise InputError(
@@ -121,9 +121,9 @@ def _draw(
     with tqdm(
         total=n, unit="sample", desc="draw", delay=1, mininterval=1, disable=not progress or rank > 0
     ) as bar:
-        for first in numbers[::world]:
-            # Who has none of the last round draws one again, so that all send as much.
-            number = min(first + rank, numbers[-1])
+        for start in numbers[::world]:
+            # A process without a batch in the last round draws the last one again: all send as much.
+            number = min(start + rank, numbers[-1])
             count = min(batch_size, n - number * batch_size)
             generator.manual_seed(_seed(seed, number))
             mode = model.training
@@ -136,13 +136,13 @@ def _draw(
             if accelerator and world > 1:
                 filled = x.new_zeros(batch_size, *x.shape[1:])
                 filled[:count] = x
-                x = accelerator.gather(filled)[: n - first * batch_size]
+                x = accelerator.gather(filled)[: n - start * batch_size]
             bar.update(len(x))
             yield from x.cpu()
 
 
 def _seed(seed: int, number: int) -> int:
-    """That of a batch."""
+    """The seed of a batch."""
     return int.from_bytes(hashlib.sha256(f"{seed},{number}".encode()).digest()[:7], "big")
 
 
@@ -156,14 +156,14 @@ def encode_images(
     """Draws ``(n, C, H, W)`` as a PNG of all of them in a grid, an array of numpy, or lines of numbers.
 
     Args:
-        x: draws; a picture shows those outside its levels as the nearest of these.
+        x: draws; a picture shows values outside its levels as the nearest of these.
         kind: format of the file.
         levels: number of values of an entry of a picture.
         columns: names of the entries (default: x1, x2, ...).
-        real: which of them are real numbers (default: none).
+        real: for each entry, whether it is a real number (default: no entry is).
 
     Raises:
-        InputError: a picture of what is none.
+        InputError: a picture of data that are no pictures.
     """
     if kind == "npy":
         buffer = io.BytesIO()
@@ -179,7 +179,7 @@ def encode_images(
 
 
 def _table(x: Tensor, columns: Sequence[str], real: Sequence[bool]) -> str:
-    """Rows ``(n, D)`` as CSV with a header, or dflow itself would not read it; integers as integers."""
+    """Rows ``(n, D)`` as CSV with a header, without which dflow would not read it; integers as integers."""
     dim = x.shape[1]
     each = real or [False] * dim
     values = [(column if r else column.long()).tolist() for column, r in zip(x.T, each, strict=True)]
@@ -191,7 +191,7 @@ def _table(x: Tensor, columns: Sequence[str], real: Sequence[bool]) -> str:
 
 
 def is_picture(shape: Sequence[int]) -> bool:
-    """Whether data of a shape (C, H, W) can be shown: grey or in colours, and more than one pixel."""
+    """Whether data of a shape (C, H, W) are pictures: grey or in colours, and more than one pixel."""
     return shape[0] in (1, 3) and tuple(shape[1:]) != (1, 1)
 
 
@@ -202,10 +202,7 @@ def spell(ids: Tensor, tokenizer: Tokenizer, kind: Format, number: int = 1) -> s
     """
     text = tokenizer.decode(ids)
     if kind == "text":
-        if tokenizer.one_line:
-            return f"{text}\n"
-        # Samples hold line breaks of their own.
-        return f"--- sample {number} ---\n{text}\n"
+        return f"{text}\n" if tokenizer.one_line else f"--- sample {number} ---\n{text}\n"
     return json.dumps({"text": text, "num_symbols": int((ids >= 0).sum())}, ensure_ascii=False) + "\n"
 
 
@@ -219,13 +216,13 @@ def write(samples: Iterator[Tensor], tokenizer: Tokenizer, kind: Format, output:
     if output is None:
         for number, ids in enumerate(samples, 1):
             text = spell(ids, tokenizer, kind, number)
-            # What the terminal cannot show must not end a long draw.
+            # A character that the terminal cannot show must not end a long draw.
             encoding = sys.stdout.encoding or "utf-8"
             sys.stdout.write(shown(text.encode(encoding, "replace").decode(encoding), sys.stdout))
             sys.stdout.flush()
         return
     check_output(output)
-    # An output is whole or absent, so it may as well wait in memory: a million samples of 256 are 256 MB.
+    # An output is whole or absent, so it waits in memory: a million samples of 256 symbols are 256 MB.
     text = "".join(spell(ids, tokenizer, kind, number) for number, ids in enumerate(samples, 1))
     write_whole(output, text.encode("utf-8", "replace"))
 

@@ -1,25 +1,26 @@
-"""What training minimises, and the units in which results are told.
+"""Objectives of training, and the units of results.
 
 Four rules train a discrete flow, or any law with a map on Z/K in it (`dflow.distributions.Spectra`):
 
 - ``straight_through``: the exact likelihood of one-hot rows, with straight-through gradients through the
   arg-max of every layer (Bengio et al. 2013; Tran et al. 2019); with ``noise`` 1 in the estimator it is the
   Gumbel-softmax rule (Jang et al. 2017; Maddison et al. 2017).
-- ``layerwise``: the conditioner of each layer learns to predict the symbols it will move, by cross-entropy
-  (Lindt and Hoogeboom 2021, arXiv 2107.11625). No gradient crosses a layer and none is biased.
-- ``expected``: each layer of shifts or affine maps learns by the mean of the latent's cost over its soft-max,
-  ``E_{s ~ softmax(l / temperature)} -log b(x - s)`` with b the base's law where the entry ends up: the exact
-  gradient of the relaxed layer next to the base, from all K costs at once. Couplings from fine to coarse have
-  one layer an entry, so each is next to the base. Where there are several, each is told the base's cost as
-  if it were the last (greedy), and no gradient crosses a layer.
-- ``likelihood``: the exact likelihood of symbols, for laws whose parameters it can reach (no bijector).
+- ``layerwise``: the conditioner of each layer learns to predict the symbols that the layer maps, by
+  cross-entropy (Lindt and Hoogeboom 2021, arXiv 2107.11625). No gradient crosses a layer and none is biased.
+- ``expected``: each layer of shifts or affine maps minimises the mean cost of its latent under the soft-max,
+  ``E_{s ~ softmax(l / temperature)} -log b(x - s)`` with b the base's law at the place of the latent: the
+  exact gradient of the relaxed layer next to the base, from all K costs at once. Couplings from fine to
+  coarse map each entry once, so each is next to the base. Where several layers map an entry, each minimises
+  the cost as if it were the last (greedy), and no gradient crosses a layer.
+- ``likelihood``: the exact likelihood of symbols, for laws in which it has a gradient for all parameters (no
+  bijector).
 
 One trains an any-order model, for all orders at once:
 
 - ``masked``: the bound of `AnyOrder.elbo` (Hoogeboom et al. 2022, arXiv 2110.02037).
 
-Whatever the rule, parameters that the exact likelihood of symbols reaches (spectra and their weights) are
-trained by it.
+Under every rule, parameters for which the exact likelihood of symbols has a gradient (spectra and their
+weights) are trained by it.
 
 Dequantized images and tables are trained by a bound (``elbo``, ``iwbo``, ``renyi``), integer flows by
 ``likelihood``: the exact one of floats that hold integers, with straight-through gradients through rounding
@@ -29,23 +30,26 @@ Dequantized images and tables are trained by a bound (``elbo``, ``iwbo``, ``reny
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from collections.abc import Iterable
+from functools import singledispatch
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflow import bijectors
-from dflow.bijectors import Autoregressive, Chain, Coupling, Permute, Reverse
+from dflow.bijectors import Permute, Reverse
+from dflow.bijectors.conditioner import Conditioned
 from dflow.config import InputError
-from dflow.core import Context, Distribution, Elementwise, only_given, present
+from dflow.core import Bijector, Context, Distribution, Elementwise, only_given, present
 from dflow.dequantize import Bound, Dequantized, Elbo, Iwbo, Renyi, TruncatedNormal
-from dflow.distributions import Categorical, Gaussian, SequenceCategorical, Spectra, Walk
+from dflow.distributions import Categorical, Gaussian, Spectra, Walk
 from dflow.distributions.logistic import Logistics
 from dflow.distributions.window import ConditionalWindow
 from dflow.flows import Flow, Split
-from dflow.nn.binary import Head
+from dflow.flows.walk import innermost, scattered
+from dflow.nn.classifier import head_of
 from dflow.ops.modular import one_hot
 from dflow.ops.straight_through import StraightThrough
 
@@ -64,7 +68,7 @@ def bits(nats: float, count: float) -> float:
 
 
 def default_rule(distribution: Distribution) -> Rule:
-    """The rule that reaches every parameter of ``distribution`` and learns most in a given time.
+    """The rule that trains every parameter of ``distribution`` and learns most in a given time.
 
     Measured by ``scripts/bench_rules.py``: layerwise before gumbel before straight_through, which at
     temperature 1 does not leave the identity even with ranks.
@@ -76,25 +80,25 @@ def default_rule(distribution: Distribution) -> Rule:
         return "masked"
     if not _maps(distribution):
         return "likelihood"
-    able = _able(distribution)
-    if not able:
+    rules = _able(distribution)
+    if not rules:
         reasons = "; ".join(str(_obstacle(rule, distribution)) for rule in _OF_MAPS)
         raise InputError(f"no rule trains this model: {reasons}")
-    return able[0]
+    return rules[0]
 
 
 def check_rule(rule: Rule, distribution: Distribution) -> None:
     """Raise InputError for a rule under which some parameter of ``distribution`` would not learn."""
-    able = _able(distribution) if _maps(distribution) else [default_rule(distribution)]
-    if rule not in able:
+    rules = _able(distribution) if _maps(distribution) else [default_rule(distribution)]
+    if rule not in rules:
         reason = _obstacle(rule, distribution) if rule in _OF_MAPS and _maps(distribution) else None
-        way = f"use {' or '.join(able)}" if able else default_rule(distribution)
-        raise InputError(f"{reason or f'rule {rule!r} does not train this model'}; {way}")
+        advice = f"use {' or '.join(rules)}" if rules else default_rule(distribution)
+        raise InputError(f"{reason or f'rule {rule!r} does not train this model'}; {advice}")
     innermost = closed_form(distribution)
     for module in distribution.modules():
-        if isinstance(module, Categorical) and not module.learned and module is not innermost:
+        if _counted(module) and module is not innermost:
             raise InputError(
-                "only the innermost base has a closed form; give the part factored out a learned one"
+                "only the innermost base has a closed form; let the conditional of a split learn logits"
             )
 
 
@@ -107,19 +111,19 @@ def _able(distribution: Distribution) -> list[Rule]:
 
 
 def _obstacle(rule: Rule, distribution: Distribution) -> str | None:
-    """Why a rule of `_OF_MAPS` would leave some part of ``distribution`` untrained, in words."""
+    """Why a rule of `_OF_MAPS` cannot train all of ``distribution``; None where it can."""
     for module in {type(m): m for m in _maps(distribution)}.values():
         name = type(module).__name__
         if rule == "layerwise" and not module.predicts:
-            return f"rule 'layerwise' has nothing to teach {name}, whose params do not predict the symbol"
+            return f"rule 'layerwise' cannot train {name}, whose params do not predict the symbol"
         if rule == "expected" and not hasattr(module, "expected"):
-            return f"rule 'expected' needs the mean over maps in closed form, and {name} has no 'expected'"
+            return f"rule 'expected' needs the mean cost over maps, and {name} has no 'expected'"
         if rule == "gumbel" and not hasattr(module, "estimator"):
             return f"rule 'gumbel' adds noise in the estimator of a map, and {name} has no 'estimator'"
         if rule in ("gumbel", "straight_through") and not _takes_rows(module, _alphabet(distribution)):
             return (
-                f"rule {rule!r} needs {name}.forward to take one-hot rows (batch, dim, K), and to give rows "
-                "that have a gradient for params"
+                f"rule {rule!r} needs {name}.forward to take one-hot rows (batch, dim, K), and to return "
+                "rows with a gradient for params"
             )
     flows = [m for m in distribution.modules() if isinstance(m, Flow)]
     if rule in ("gumbel", "straight_through"):
@@ -127,39 +131,37 @@ def _obstacle(rule: Rule, distribution: Distribution) -> str | None:
         blind = [type(base).__name__ for base in bases if not _scores_rows(base, distribution)]
         return f"rule {rule!r} needs {blind[0]}.log_prob to take one-hot rows too" if blind else None
     if _trained_bases(distribution):
-        return (
-            f"rule {rule!r} trains no base; let that be a Categorical with learned=False (base 'factorized')"
-        )
+        return f"rule {rule!r} trains no base; use a Categorical with learned=False (base 'factorized')"
     for flow in flows:
-        for layer in _layers(flow.bijector):
-            if not isinstance(layer, (Coupling, Autoregressive)) and any(True for _ in layer.parameters()):
-                return f"rule {rule!r} trains no {type(layer).__name__}, but Coupling and Autoregressive"
+        for layer in flow.bijector.layers():
+            if not isinstance(layer, Conditioned) and any(True for _ in layer.parameters()):
+                return f"rule {rule!r} trains Coupling and Autoregressive layers, not {type(layer).__name__}"
     return None
 
 
 def _takes_rows(module: Elementwise, K: int) -> bool:
-    """Whether the differentiable mode of a map passes a gradient to its params, by trying it."""
+    """Whether the differentiable mode of a map has a gradient for its params, found by a trial."""
     device = next((t.device for t in module.buffers()), torch.device("cpu"))
     with torch.enable_grad():
         params = torch.zeros(1, 1, module.num_params, device=device, requires_grad=True)
         rows = one_hot(torch.zeros(1, 1, dtype=torch.int64, device=device), K)
         try:
             z, _ = module.forward(rows, params)
-        except Exception:  # whatever code of users makes of rows that it does not know
+        except Exception:  # code of users may fail in any way on one-hot rows
             return False
     return z.shape == rows.shape and z.requires_grad
 
 
 @torch.no_grad()
-def _scores_rows(base: Distribution, whole: Distribution) -> bool:
-    """Whether a base takes the latents of the differentiable mode; all of dflow do, others are tried."""
+def _scores_rows(base: Distribution, law: Distribution) -> bool:
+    """Whether a base scores one-hot rows; all bases of dflow do, others are tried."""
     dim = getattr(base, "dim", None)
     if type(base).__module__.startswith("dflow.") or not isinstance(dim, int):
         return True
-    first = next(iter((*base.parameters(), *base.buffers(), torch.zeros(()))))
-    zeros = torch.zeros(1, dim, dtype=torch.int64, device=first.device)
+    tensor = next(iter((*base.parameters(), *base.buffers(), torch.zeros(()))))
+    zeros = torch.zeros(1, dim, dtype=torch.int64, device=tensor.device)
     try:
-        return base.log_prob(one_hot(zeros, _alphabet(whole))).shape == (1,)
+        return base.log_prob(one_hot(zeros, _alphabet(law))).shape == (1,)
     except Exception:
         return False
 
@@ -169,46 +171,46 @@ def _maps(distribution: nn.Module) -> list[Elementwise]:
 
 
 def _alphabet(distribution: nn.Module) -> int:
-    """K, of whatever part knows it: a map, a base."""
+    """The size K of the alphabet: the attribute of the first part that has it, a map or a base."""
     for module in distribution.modules():
         if isinstance(K := getattr(module, "K", None), int):
             return K
-    raise InputError("no part of the model says how many symbols there are: give the map an attribute K")
+    raise InputError("no part of the model has the size of its alphabet: give the map an attribute K")
 
 
 def _trained_bases(distribution: nn.Module) -> bool:
-    """Whether some flow has a base that only a gradient through its bijector's latents would train."""
+    """Whether some flow has a base with learned parameters, which need the likelihood of its latents."""
     flows = (m for m in distribution.modules() if isinstance(m, Flow))
-    return any(not isinstance(f.base, Categorical) or f.base.learned for f in flows)
-
-
-def base_of(distribution: Distribution) -> Distribution:
-    """The innermost base: what is left when all bijectors and all parts factored out are taken away."""
-    while isinstance(distribution, (Flow, Split)):
-        distribution = distribution.base
-    return distribution
+    return not all(_counted(flow.base) for flow in flows)
 
 
 def closed_form(distribution: Distribution) -> Categorical | None:
-    """The factorized innermost base that is a running average of latents, where there is one."""
-    base = base_of(distribution)
-    return base if isinstance(base, Categorical) and not base.learned else None
+    """The innermost base where it is factorized and a running average of latents, else None."""
+    base = innermost(distribution)
+    return base if _counted(base) else None
+
+
+def _counted(base: nn.Module) -> TypeGuard[Categorical]:
+    """Whether a base is a running average of latents, without learned parameters."""
+    return isinstance(base, Categorical) and not base.learned
 
 
 def estimators(distribution: nn.Module) -> set[StraightThrough]:
-    """The straight-through estimators in use; a schedule moves them all."""
-    found = {getattr(m, "estimator", None) for m in _maps(distribution)}
-    return {e for e in found if isinstance(e, StraightThrough)}
+    """The straight-through estimators in use; a schedule sets the temperature of all of them."""
+    estimators = {getattr(m, "estimator", None) for m in _maps(distribution)}
+    return {e for e in estimators if isinstance(e, StraightThrough)}
 
 
-def elastic(distribution: nn.Module) -> list[SequenceCategorical]:
-    """The laws that can be drawn in several numbers of calls; training takes these by turns."""
-    laws = (m for m in distribution.modules() if isinstance(m, SequenceCategorical))
-    return [law for law in laws if len(law.budgets) > 1]
+def turns(distribution: Distribution) -> int:
+    """Number of budgets of a law that training takes in turn, one a step; 1 for most laws.
+
+    An any-order network is trained for all orders at once (rule ``masked``).
+    """
+    return 1 if isinstance(distribution, Walk) else len(distribution.budgets)
 
 
 class Objective(nn.Module):
-    """Loss of one batch under a rule, as a module so that processes can share its gradients.
+    """The loss of a batch under a rule; a module, so that processes can average its gradients.
 
     Args:
         distribution: the model.
@@ -216,53 +218,69 @@ class Objective(nn.Module):
     """
 
     def __init__(self, distribution: Distribution, rule: Rule) -> None:
-        """See the class."""
         super().__init__()
         check_rule(rule, distribution)
         self.distribution, self.rule = distribution, rule
 
-    def forward(self, x: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Loss in nats summed over the batch, and counts of latents for a base in closed form.
+    def forward(
+        self, x: Tensor, lengths: Tensor | None = None, turn: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
+        """Loss in nats summed over the batch, and the counts of latents for a base in closed form.
 
         Args:
             x: symbols, int64 ``(batch, dim)``.
             lengths: int64 ``(batch,)``, or None.
+            turn: index, below `turns`, of the budget whose loss is computed, in ascending order.
         """
-        loss, z, own = _loss(self.distribution, x, Context(lengths=lengths), self.rule)
-        base = closed_form(self.distribution)
-        return loss, None if base is None else base.statistics(z, own)
+        law = self.distribution
+        if turns(law) > 1:
+            law = law.at(law.budgets[turn])
+        loss, z, of_base = _loss(law, x, Context(lengths=lengths), self.rule)
+        base = closed_form(law)
+        return loss, None if base is None else base.statistics(z, of_base)
 
 
-def _loss(
-    d: Distribution, x: Tensor, context: Context | None, rule: Rule
-) -> tuple[Tensor, Tensor, Context | None]:
-    """Loss of symbols ``x``; and what reaches the innermost base, with its context."""
-    if isinstance(d, Split):
-        kept, rest = d.parts(x, context)
-        loss, z, own = _loss(d.base, *kept, rule)
-        return loss + _loss(d.conditional, *rest, rule)[0], z, own
-    if isinstance(d, Walk):
-        return -d.model.elbo(x, context).sum(), x, context
-    if isinstance(d, Spectra):
-        return _spectra(d, x, context, rule), x, context
-    if not isinstance(d, Flow):
-        rows = rule in ("straight_through", "gumbel") and _maps(d)
-        return -d.log_prob(_rows(d, x) if rows else x, context).sum(), x, context
+#: A loss; and the latents at the innermost base, with their context.
+_Loss = tuple[Tensor, Tensor, Context | None]
+
+
+@singledispatch
+def _loss(law: Distribution, x: Tensor, context: Context | None, rule: Rule) -> _Loss:
+    """Loss of symbols ``x`` under a rule, in nats: for a leaf, minus the exact log-likelihood."""
+    rows = rule in ("straight_through", "gumbel") and _maps(law)
+    return -law.log_prob(_rows(law, x) if rows else x, context).sum(), x, context
+
+
+@_loss.register
+def _(law: Split, x: Tensor, context: Context | None, rule: Rule) -> _Loss:
+    (x_a, of_base), (x_b, of_conditional) = law.parts(x, context)
+    loss, z, of_innermost = _loss(law.base, x_a, of_base, rule)
+    return loss + _loss(law.conditional, x_b, of_conditional, rule)[0], z, of_innermost
+
+
+@_loss.register
+def _(law: Flow, x: Tensor, context: Context | None, rule: Rule) -> _Loss:
     if rule in ("layerwise", "expected"):
-        loss, z = _by_layers(d, x, context, rule)
+        loss, z = _by_layers(law, x, context, rule)
         return loss, z, context
-    z, log_det = d.transform(_rows(d, x), context)
-    return -(d.base.log_prob(z, context) + log_det).sum(), *_latent(d.base, z, context)
+    z, log_det = law.transform(_rows(law, x), context)
+    return -(law.base.log_prob(z, context) + log_det).sum(), *_latent(law.base, z, context)
+
+
+@_loss.register
+def _(law: Walk, x: Tensor, context: Context | None, rule: Rule) -> _Loss:
+    return -law.model.elbo(x, context).sum(), x, context
 
 
 def _rows(d: Distribution, x: Tensor) -> Tensor:
     return one_hot(x, _alphabet(d), next(d.parameters()).dtype)
 
 
-def _spectra(law: Spectra, x: Tensor, context: Context | None, rule: Rule) -> Tensor:
-    """The map by the rule; weights and spectra always by the exact likelihood of the latents."""
+@_loss.register
+def _(law: Spectra, x: Tensor, context: Context | None, rule: Rule) -> _Loss:
+    """The rule trains the map; the exact likelihood of the latents always trains weights and spectra."""
     if rule in ("straight_through", "gumbel"):
-        return -law.log_prob(_rows(law, x), context).sum()
+        return -law.log_prob(_rows(law, x), context).sum(), x, context
     params, log_weights = law.params(context)
     if rule == "expected":
         elementwise: Any = law.elementwise
@@ -271,28 +289,25 @@ def _spectra(law: Spectra, x: Tensor, context: Context | None, rule: Rule) -> Te
         z, _ = law.elementwise.forward(x, params.detach())
         terms = _cross_entropy(params, x) - law.log_latent(z, log_weights)
     mask = present(context, *x.shape)
-    return (terms if mask is None else torch.where(mask, terms, 0.0)).sum()
+    return (terms if mask is None else torch.where(mask, terms, 0.0)).sum(), x, context
 
 
 def _cross_entropy(params: Tensor, x: Tensor) -> Tensor:
-    """Of each entry, ``(batch, dim)``, in nats."""
+    """Cross-entropy of each entry, ``(batch, dim)``, in nats."""
     return F.cross_entropy(params.float().flatten(0, 1), x.flatten(), reduction="none").view(x.shape)
 
 
 def _by_layers(flow: Flow, x: Tensor, context: Context | None, rule: Rule) -> tuple[Tensor, Tensor]:
-    """Sum over layers of what each minimises by itself; and the latent of symbols ``x``."""
+    """The sum of the losses of the layers, which each minimise their own; and the latent of ``x``."""
     loss = torch.zeros((), device=x.device)
-    layers = list(_layers(flow.bijector))
+    layers = list(flow.bijector.layers())
     places = _places(layers, x, context) if rule == "expected" else [x] * len(layers)
     base = closed_form(flow)
     for layer, place in zip(layers, places, strict=True):
-        if not isinstance(layer, (Coupling, Autoregressive)):
+        if not isinstance(layer, Conditioned):
             x, _ = layer(x, context)
             continue
-        params = layer.params(x, context)
-        moved = (
-            layer.hidden_index if isinstance(layer, Coupling) else torch.arange(x.shape[1], device=x.device)
-        )
+        params, moved = layer.params(x, context), layer.moved
         old = x.index_select(1, moved)
         elementwise: Any = layer.elementwise
         if rule == "expected" and base is not None:
@@ -310,8 +325,8 @@ def _by_layers(flow: Flow, x: Tensor, context: Context | None, rule: Rule) -> tu
     return loss, x
 
 
-def _places(layers: list[nn.Module], x: Tensor, context: Context | None) -> list[Tensor]:
-    """For each layer, the place ``(batch, dim)`` of the latent at which each of its entries ends up."""
+def _places(layers: list[Bijector], x: Tensor, context: Context | None) -> list[Tensor]:
+    """For each layer, the place of each of its entries in the latent, ``(batch, dim)``."""
     place = torch.arange(x.shape[1], device=x.device).expand(x.shape)
     places = []
     for layer in reversed(layers):
@@ -321,20 +336,12 @@ def _places(layers: list[nn.Module], x: Tensor, context: Context | None) -> list
     return places[::-1]
 
 
-def _layers(bijector: nn.Module) -> Iterator[nn.Module]:
-    if isinstance(bijector, Chain):
-        for child in bijector.bijectors:
-            yield from _layers(child)
-    else:
-        yield bijector
-
-
 @torch.no_grad()
 def refit(distribution: Distribution, batches: Iterable[tuple[Tensor, Tensor | None]]) -> None:
     """Set a base in closed form to the latents of ``batches`` of (symbols, lengths), exactly.
 
-    The optimum of a factorized base for a fixed bijector is the marginals of its latents. Nothing happens
-    where there is no such base.
+    For a fixed bijector the optimal factorized base has the marginals of the latents. Nothing happens where
+    there is no such base.
     """
     base = closed_form(distribution)
     if base is None:
@@ -348,21 +355,16 @@ def refit(distribution: Distribution, batches: Iterable[tuple[Tensor, Tensor | N
 
 
 def _latent(d: Distribution, x: Tensor, context: Context | None) -> tuple[Tensor, Context | None]:
-    """What reaches the innermost base of ``x``, in either mode, with its context."""
-    while isinstance(d, (Flow, Split)):
-        if isinstance(d, Split):
-            x, context = d.parts(x, context)[0]
-        else:
-            x, _ = d.transform(x, context)
-        d = d.base
-    return x, context
+    """The latent of ``x`` at the innermost base, in either mode, with its context."""
+    *_, (_, z, of_base) = scattered(d, x, context)
+    return z, of_base
 
 
 # -- models of images and tables -----------------------------------------------------------------------------
 
 
 def bound_of(rule: str, draws: int, alpha: float) -> Bound:
-    """The bound that a training rule names: elbo (also for auto), iwbo or renyi.
+    """The bound of a training rule: elbo (also for auto), iwbo or renyi.
 
     Raises:
         InputError: an importance-weighted or Renyi bound of one draw, which is the elbo.
@@ -375,20 +377,19 @@ def bound_of(rule: str, draws: int, alpha: float) -> Bound:
 
 
 def guaranteed(bound: Bound, draws: int) -> Bound:
-    """The bound by which a model trained under ``bound`` is judged: the elbo of a draw, or the iwbo."""
+    """The bound that evaluates a model trained under ``bound``: the elbo of one draw, or the iwbo."""
     return Elbo() if isinstance(bound, Elbo) else Iwbo(max(bound.k, draws))
 
 
 def gaussian(law: Dequantized) -> Gaussian | None:
-    """A density in closed form: its moments are those of the dequantized data."""
+    """The density where it has a closed form, the moments of the dequantized data; else None."""
     return law.density if isinstance(law.density, Gaussian) and not law.density.learned else None
 
 
 class BoundObjective(nn.Module):
-    """Minus a bound, as a module so that processes can share its gradients."""
+    """Minus a bound; a module, so that processes can average its gradients."""
 
     def __init__(self, law: Dequantized, bound: Bound) -> None:
-        """See the class."""
         super().__init__()
         law.check_bound(bound)
         self.law, self.bound = law, bound
@@ -407,7 +408,7 @@ class BoundObjective(nn.Module):
 
 @torch.no_grad()
 def initialize(law: Dequantized, x: Tensor, generator: torch.Generator) -> None:
-    """Start from data: scales of a flow, or moments of a Gaussian, from logistic noise in the cells of ``x``.
+    """Set the scales of a flow, or the moments of a Gaussian, from data with logistic noise in their cells.
 
     On hypercubes that is uniform noise.
     """
@@ -415,43 +416,38 @@ def initialize(law: Dequantized, x: Tensor, generator: torch.Generator) -> None:
     v, _ = law.partition.place(z, law.standardize(x))
     if isinstance(law.density, Gaussian):
         law.density.initialize(law.density.statistics(v))
-        # Truncated normals follow the density: a few rounds of moments come near their fixed point.
+        # Truncated normals depend on the density: a few rounds of moments come near their fixed point.
         for _ in range(_ROUNDS * isinstance(law.dequantizer, TruncatedNormal)):
             law.density.initialize(law.density.statistics(law.dequantize(x, generator)))
     else:
         bijectors.initialize(law.density, v)
 
 
-#: Rounds of moments from which a density with truncated normals starts.
+#: Rounds of moments at the start of a density with truncated normals.
 _ROUNDS = 10
 
 
 class LabelObjective(nn.Module):
-    """The loss of a classifier's head, as a module so that processes can share its gradients."""
+    """The loss of a classifier's head; a module, so that processes can average its gradients."""
 
     def __init__(self, net: nn.Sequential) -> None:
-        """See the class."""
         super().__init__()
         self.net = net
 
     def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, None]:
         """Loss in nats summed over the batch, of integers ``(batch, dim)`` and labels ``(batch,)``."""
-        head = self.net[-1]
-        if not isinstance(head, Head):
-            raise ValueError(f"a classifier ends with a head, found {type(head).__name__}")
-        return head.loss(self.net(x), labels), None
+        return head_of(self.net).loss(self.net(x), labels), None
 
 
 class ExactObjective(nn.Module):
-    """Minus the exact log-likelihood of integers, as a module so that processes can share its gradients."""
+    """Minus the exact log-likelihood of integers; a module, so that processes can average its gradients."""
 
     def __init__(self, law: Distribution) -> None:
-        """See the class."""
         super().__init__()
         self.law = law
 
     def forward(self, x: Tensor, lengths: None = None) -> tuple[Tensor, Tensor | None]:
-        """Loss in nats summed over the batch, and None: nothing has a closed form.
+        """Loss in nats summed over the batch, and None, since no part has a closed form.
 
         Args:
             x: integers ``(batch, dim)``.
@@ -463,12 +459,7 @@ class ExactObjective(nn.Module):
 
 @torch.no_grad()
 def initialize_integers(law: Distribution, x: Tensor, context: Context | None = None) -> None:
-    """Start the laws of an integer flow from data: where they lie, and how wide, entry by entry."""
-    if isinstance(law, Split):
-        (kept, own), (rest, given) = law.parts(x, context)
-        initialize_integers(law.conditional, rest, given)
-        initialize_integers(law.base, kept, own)
-    elif isinstance(law, Flow):
-        initialize_integers(law.base, law.transform(x, context)[0], context)
-    elif isinstance(law, (Logistics, ConditionalWindow)):
-        law.initialize(x, context)
+    """Set locations and scales of the laws of an integer flow from data, entry by entry."""
+    for leaf, values, of_leaf in scattered(law, x, context):
+        if isinstance(leaf, (Logistics, ConditionalWindow)):
+            leaf.initialize(values, of_leaf)

@@ -102,10 +102,10 @@ def short_names(folders: Sequence[str]) -> dict[str, str]:
     >>> short_names(["runs/ptb/lstm", "runs/text8/lstm", "demo/grouped@8"])
     {'runs/ptb/lstm': 'ptb/lstm', 'runs/text8/lstm': 'text8/lstm', 'demo/grouped@8': 'grouped@8'}
     """
-    parts = {folder: PurePath(folder).parts for folder in folders}
+    paths = {folder: PurePath(folder).parts for folder in folders}
     ends = {}
-    for folder, names in parts.items():
-        others = [other for other in parts.values() if other != names]
+    for folder, names in paths.items():
+        others = [other for other in paths.values() if other != names]
         size = 1
         while size < len(names) and any(other[-size:] == names[-size:] for other in others):
             size += 1
@@ -129,12 +129,12 @@ def density(model: DflowImageModel, data: Samples, cells: int = 400, draws: int 
     law, device = model.dequantized, model.device
     generator = torch.Generator(device).manual_seed(0)
     x, _ = data.crops(draws, 2, torch.Generator().manual_seed(0))
-    v = torch.cat([law.dequantize(part.to(device), generator) for part in x.split(10_000)]).cpu()
+    v = torch.cat([law.dequantize(rows.to(device), generator) for rows in x.split(10_000)]).cpu()
     margin = 0.05 * float((v.quantile(0.999, 0) - v.quantile(0.001, 0)).max())
     low, high = v.quantile(0.001, 0).min().item() - margin, v.quantile(0.999, 0).max().item() + margin
     grid = torch.linspace(low, high, cells, device=device, dtype=model.dtype)
     points = torch.cartesian_prod(grid, grid)
-    p = torch.cat([law.density.log_prob(part) for part in points.split(1 << 16)]).exp()
+    p = torch.cat([law.density.log_prob(rows) for rows in points.split(1 << 16)]).exp()
     edges = np.linspace(low, high, cells // 2 + 1)
     q, _, _ = np.histogram2d(v[:, 0].numpy(), v[:, 1].numpy(), bins=(edges, edges), density=True)
     panels = (("density p(v) of the model", _square(p, cells)), ("dequantized data q(v)", q))
@@ -173,10 +173,10 @@ def progressive(
     As on slide 11 of Hoogeboom et al. 2019 (arXiv 1905.07376).
 
     Args:
-        names: of the pictures, a row each.
-        images: of each picture what is seen after each level, ``(H, W)`` or ``(H, W, 3)`` in 0..1.
-        shares: of the file, up to each level.
-        psnr: of each picture after each level, in decibels; infinite where nothing is missing.
+        names: the names of the pictures, a row each.
+        images: each picture as it is seen after each level, ``(H, W)`` or ``(H, W, 3)`` in 0..1.
+        shares: the share of the file up to each level.
+        psnr: peak signal-to-noise ratios of each picture after each level, in decibels; infinite where exact.
     """
     rows, columns = len(names), len(shares)
     heights = [0.4 + 2.4 * min(3, max(0.2, seen[0].shape[0] / seen[0].shape[1])) for seen in images]
@@ -191,7 +191,7 @@ def progressive(
             if not row:
                 place.set_title(f"{100 * shares[column]:.0f} % of the file", fontsize=10)
             if not column:
-                # Of a name no dollar is mathematics.
+                # No dollar in a name is mathematics.
                 place.set_ylabel(names[row].replace("$", r"\$"), fontsize=9)
     return _png(figure)
 
@@ -199,16 +199,16 @@ def progressive(
 def coverage(curve: Sequence[tuple[float, float]], levels: Mapping[str, float]) -> bytes:
     """Error on the data that an ensemble is surest of, against their share.
 
-    The plot begins shortly before the first error, and says up to which share there is none.
+    The plot begins shortly before the first error, and says up to which share there is no error.
 
     Args:
         curve: shares and errors, both in 0..1.
-        levels: by name, errors on all of the data.
+        levels: errors on all of the data, by name.
     """
     shares, errors = (100 * np.array(side) for side in zip(*sorted(curve), strict=True))
     wrong = np.flatnonzero(errors > 0)
-    first = int(wrong[0]) if len(wrong) else len(shares) - 1
-    low = max(0.0, shares[first] - 0.15 * (100 - shares[first]) - 1)
+    first_wrong = int(wrong[0]) if len(wrong) else len(shares) - 1
+    low = max(0.0, shares[first_wrong] - 0.15 * (100 - shares[first_wrong]) - 1)
     figure = _figure(7, 4.2)
     axes = figure.subplots()
     axes.plot(shares, errors, marker=".", color=_colour(0))
@@ -227,18 +227,19 @@ def coverage(curve: Sequence[tuple[float, float]], levels: Mapping[str, float]) 
     for i, (error, sharing) in enumerate(names.items(), 1):
         axes.axhline(error, color=_colour(i), linestyle="--", linewidth=1)
         ends.append((100.0, error, f"{' and '.join(sharing)}, all data: {error:.2f} %"))
-    if first:
-        axes.set_title(f"No error on the surest {shares[first - 1]:g} % of the data", fontsize=10, loc="left")
+    if first_wrong:
+        title = f"No error on the surest {shares[first_wrong - 1]:g} % of the data"
+        axes.set_title(title, fontsize=10, loc="left")
     _name_curves(axes, ends)
     return _png(figure)
 
 
 def training(runs: Mapping[str, Sequence[Mapping[str, float]]], unit: str = "bits") -> bytes:
-    """What the validation data cost at each evaluation, by steps and by minutes.
+    """The cost of the validation data at each evaluation, by steps and by minutes.
 
     Args:
-        runs: by name, evaluations as `dflow.train.history` reads them.
-        unit: of what is plotted, "bits a character".
+        runs: evaluations by the names of the runs, as `dflow.train.history` reads them.
+        unit: the unit of the cost, "bits a character".
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -271,10 +272,10 @@ class Curve:
     """One model in the plot of bits against network calls; a point for each number of calls.
 
     Attributes:
-        name: what stands at its end.
+        name: the text at its end.
         calls: network calls to draw one sample, ascending.
         bits: exact bits a character.
-        errors: standard errors of these, 0 where there is none.
+        errors: standard errors of these, 0 where one is missing.
         milliseconds: latency of one sample.
         partial: for each point, whether only a part of the text was scored.
     """
@@ -292,7 +293,7 @@ def frontier(curves: Sequence[Curve], text: str, length: int) -> bytes:
 
     Args:
         curves: the models.
-        text: what was scored.
+        text: the name of the text that was scored.
         length: symbols of a sample.
     """
     figure = _figure(11, max(4.6, 1 + 0.2 * len(curves)))
@@ -328,8 +329,8 @@ def _square(values: Tensor, cells: int) -> np.ndarray:
 
 
 def _edges(partition: Partition, x: Tensor, column: int) -> list[float]:
-    """Finite edges of the cells of the data in a column, each once; none where it is continuous."""
+    """Finite edges of the cells of the data in a column, each once; no edges where it is continuous."""
     if not partition.discrete(x.shape[1])[column]:
         return []
-    both = torch.cat([end[:, column] for end in partition.bounds(x[:1000], torch.float64)])
-    return sorted({float(e) for e in both[both.isfinite()]})
+    edges = torch.cat([end[:, column] for end in partition.bounds(x[:1000], torch.float64)])
+    return sorted({float(edge) for edge in edges[edges.isfinite()]})

@@ -1,8 +1,8 @@
-"""Modules of users that add to dflow: families, maps on Z/K, orders, data sets.
+"""Modules of users that add to dflow: families, maps on Z/K, orders, data sets, commands.
 
-A module adds to a registry when it is imported. It is imported by the flag ``--import`` of every verb, or
-because an installed package names it in the entry point group ``dflow.plugins``. What a model folder or a
-recipe says is never imported: such files may come from strangers.
+A module adds to a registry when it is imported. It is imported by the flag ``--import`` of every command, or
+because an installed package names it in the entry point group ``dflow.plugins``. Modules that a model folder
+or a recipe names are never imported: such files may come from strangers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dflow.config import InputError
 #: Entry point group of the modules of installed packages.
 GROUP = "dflow.plugins"
 
-#: What an error says to whoever names something that no imported module has added.
+#: Advice in errors about a name that is in no registry.
 WAY = "if it comes from a module of yours, give --import MODULE"
 
 _loaded: list[str] = []
@@ -32,7 +32,7 @@ _loaded: list[str] = []
 def load(module: str) -> None:
     """Import ``module``, a name or the path of a ``.py`` file, unless it is imported already.
 
-    A name is looked for in the working folder too, and modules beside a file can be imported by it.
+    A name is also searched for in the working folder, and a file can import the modules beside it.
 
     Raises:
         InputError: no such module or file, or an error while it was imported.
@@ -55,13 +55,13 @@ def load(module: str) -> None:
 
 
 def loaded() -> list[str]:
-    """What `load` has imported in this process: names of modules, and absolute paths."""
+    """The modules that `load` has imported in this process: names, or absolute paths of files."""
     return list(_loaded)
 
 
 @functools.cache
 def load_installed() -> None:
-    """Import what installed packages name in the entry point group `GROUP`, once.
+    """Import the modules that installed packages name in the entry point group `GROUP`, once.
 
     Raises:
         InputError: an error while one was imported.
@@ -77,7 +77,7 @@ def _within_reach(folder: Path) -> None:
 
 
 def _run(path: Path) -> None:
-    # A name of its own, so that a file called like a module of Python's hides nothing.
+    # A unique name, so that a file that is called like a module of Python does not replace it.
     name = f"dflow_import_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
@@ -96,7 +96,7 @@ def _import(what: str, action: Callable[[], object]) -> None:
         with contextlib.redirect_stdout(sys.stderr):
             action()
     except (Exception, SystemExit) as error:
-        # The last line that is neither Python's nor dflow's own.
+        # The last line that is neither in Python's import system nor in dflow.
         ours = str(Path(__file__).parent)
         frames = [
             f
@@ -105,5 +105,5 @@ def _import(what: str, action: Callable[[], object]) -> None:
         ]
         at = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
         raise InputError(
-            f"{what} cannot be imported: {type(error).__name__}: {error}{at}; mend it or leave it out"
+            f"{what} cannot be imported: {type(error).__name__}: {error}{at}; correct it or leave it out"
         ) from error

@@ -1,4 +1,4 @@
-"""What a terminal is shown: characters that it would obey are spelled out."""
+"""Text for a terminal: control characters, which it would obey, are spelled out."""
 
 from __future__ import annotations
 

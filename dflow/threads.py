@@ -1,4 +1,4 @@
-"""Threads of torch: how they wait for each other, and how many there is work for."""
+"""Threads of torch: how they wait for each other, and how many of them a piece of work is worth."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-#: Variables by which the user may have chosen how the threads of OpenMP wait.
+#: Environment variables by which users choose how the threads of OpenMP wait.
 _CHOSEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
@@ -15,10 +15,10 @@ def wait_passively() -> bool:
     """Let the threads of OpenMP sleep while they wait; returns whether this call arranged it.
 
     By default they spin. Where other programs use the same processors a spinning thread takes the time that
-    the thread it waits for needs, and training becomes several times slower (docs/guide.md, "Threads").
+    the thread it waits for needs, and training becomes several times slower (docs/guide/training.md).
     OpenMP reads the environment once, when torch is loaded, so this has to come before that. It changes the
-    environment of the process and is therefore for commands, not for libraries. Nothing happens where the
-    environment has a setting of its own.
+    environment of the process and is therefore for commands, not for libraries. Nothing happens where one of
+    the variables is set already.
     """
     if "torch" in sys.modules or any(name in os.environ for name in _CHOSEN):
         return False
@@ -27,14 +27,38 @@ def wait_passively() -> bool:
 
 
 def processors(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Processors whose time this process may have at once, at least 1.
+    """Number of processors that this process can use at the same time, at least 1.
 
-    torch counts those that it may run on, but not the share to which a container limits it (``limit``, the
-    file of Linux that has microseconds of processor time and the period): more threads than that take turns.
+    torch counts the processors that it may run on, but not the share of their time to which a container is
+    limited: more threads than that would take turns. ``limit`` is the file of Linux that holds this limit:
+    the microseconds of processor time in each period, and the length of the period.
     """
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = limit.read_text(encoding="ascii").split()
-        return max(1, min(there, math.ceil(int(quota) / int(period))))
+        return max(1, min(available, math.ceil(int(quota) / int(period))))
     except (OSError, ValueError, ZeroDivisionError):
-        return there  # no such file, or "max": no limit
+        return available  # no such file, or "max": no limit
+
+
+#: Multiplications of one layer, for a batch, from which several threads are faster than one (docs/LOG.md).
+PAYS = 12_000_000
+
+
+class Suited:
+    """The number of threads by the size of the work, where a command may choose it.
+
+    Attributes:
+        free: whether it may: a command sets this where its user has chosen no number. A program that uses
+            dflow as a library keeps its own number.
+    """
+
+    free = False
+
+    @classmethod
+    def to(cls, multiplications: int | None) -> None:
+        """One thread for fewer multiplications than `PAYS`, else one a processor; None changes nothing."""
+        if cls.free and multiplications is not None:
+            import torch
+
+            torch.set_num_threads(1 if multiplications < PAYS else processors())

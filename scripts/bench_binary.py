@@ -1,10 +1,11 @@
-"""A network of signs as bits beside the network of floats of the same shape: bytes, and time to label images.
+"""Compare a network of signs, stored as bits, with a network of floats of the same shape: bytes and time.
 
-python scripts/bench_binary.py --threads 1
-python scripts/bench_binary.py --file mnist.safetensors     # an exported network, of one image channel
+    python scripts/bench_binary.py --threads 1
+    python scripts/bench_binary.py --file mnist.safetensors     # an exported network of grey images
 
-Weights do not change the time, so that both networks are fresh where no file is given. The time is the
-smallest of several rounds, the two in turn. The last line is one JSON object.
+The time is that of labelling a batch of images: the smallest of several rounds, in which the networks take
+turns. Without --file both networks have random weights, which do not change the time. The last line is one
+JSON object.
 """
 
 import argparse

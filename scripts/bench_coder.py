@@ -1,13 +1,14 @@
-"""How fast numbers are coded: symbols a second, beside the reference in plain Python.
+"""Measure the entropy coder in symbols a second, against the reference coder in plain Python.
 
     python scripts/bench_coder.py
 
-- logistic: integers under discretized logistic laws of random means and scales, tables looked up and all.
-- categorical: symbols under a row of probabilities each, rounded to counts beforehand.
+- logistic: integers under discretized logistic distributions with random means and scales, including the
+  look-up of the tables.
+- categorical: symbols under a row of probabilities each, which are rounded to counts beforehand.
 
-One thread, by processor time, best of --rounds; every round trip is checked, and the streams of both coders
-are the same. The reference codes fewer symbols. The last line is one JSON object: millions of symbols a
-second, and bits a symbol over the ideal.
+One thread, processor time, best of --rounds. Every round trip is checked, and both coders must write the
+same bytes; the reference codes fewer symbols. The last line is one JSON object with millions of symbols a
+second and bits a symbol above the ideal.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""What dequantizers and densities of images cost: ratios, on one machine in one go, after warm-up.
+"""Measure the cost of dequantizers and densities of images, as ratios on one machine in one run.
 
     python scripts/bench_images.py
 
-- The price of each dequantizer: one training step (elbo, forward and backward) over that with uniform noise,
-  the same density.
-- The density: scoring against drawing, and the step of a spline flow against that of an affine one.
-- Evaluation with many draws in fixed memory: the peak of memory with 1000 draws over that with 10.
+- Dequantizers: one training step (ELBO, forward and backward) relative to that with uniform noise and the
+  same density.
+- Density: drawing relative to scoring, and a training step of a spline flow relative to an affine one.
+- Evaluation with many draws: the peak memory with 1000 draws relative to that with 10.
 
-Each is timed by turns with its baseline, the median of --rounds. The last line is one JSON object.
+After a warm-up each measurement takes turns with its baseline; the result is the median of --rounds. The
+last line is one JSON object.
 """
 
 from __future__ import annotations

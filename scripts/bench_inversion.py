@@ -1,14 +1,14 @@
-"""Drawing from left to right, or all at once until nothing changes: network calls and milliseconds.
+"""Compare two ways to draw: from left to right, and by parallel (Jacobi) iterations to a fixed point.
 
     python scripts/bench_inversion.py --model runs/ptb/autoregressive
     python scripts/bench_inversion.py --model runs/ptb/transformer
 
-For an autoregressive flow: `Autoregressive.inverse` of the same latents by ``loop`` (a cached step a symbol)
-and by ``jacobi`` (parallel calls). For a law that draws symbols itself: `sample` and `sample_by_fixed_point`
-from the same noise. Both are timed by turns, after one draw each to warm up; medians, on the clock and of the
-processor's time, which on one thread is what a machine that is left alone would take. Ratios are of the
-latter on a CPU, else of the former. Said too is whether both gave the same symbols. The last line is one JSON
-object.
+For an autoregressive flow this compares `Autoregressive.inverse` of the same latents by ``loop`` (one cached
+step a symbol) and by ``jacobi`` (parallel calls). For a model that draws symbols itself it compares `sample`
+and `sample_by_fixed_point` with the same noise. Both take turns after one draw each as a warm-up. The results
+are the number of network calls, medians of the wall time and of the processor time, and whether both gave the
+same symbols. Ratios are of the processor time on a CPU, which other load changes little, else of the wall
+time. The last line is one JSON object.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""Which rule trains a discrete flow best in equal time, and what richer laws on Z/K gain.
+"""Compare the training rules of a discrete flow at equal time, and what richer distributions on Z/K gain.
 
     python scripts/bench_rules.py --data ptb --output runs/bench_rules           # every rule that is defined
     python scripts/bench_rules.py ladder --data ptb --output runs/bench_ladder   # shift ... categorical
 
-``rules`` trains the family ``bipartite`` (8 couplings, fine to coarse) with each elementwise family and each
-rule that reaches all its parameters; ``ladder`` the family ``multiscale`` with one and the same conditioner
-and richer and richer laws of its entries. Every model has the same networks, seed, batches and time, and the
-steps that it gets done are printed. The time is ``--minutes`` on the clock, or, on a machine that is not left
-alone, ``--seconds`` of the processor: as many steps as fit, by the quickest of some. Bits are exact, on the
-first chunks of the validation text. A run whose result is in the output folder already is not repeated. The
-last line is one JSON object.
+``rules`` trains the family ``bipartite`` (8 couplings, fine to coarse) with each map of one symbol and each
+rule that reaches all its parameters. ``ladder`` trains the family ``multiscale`` with one conditioner and
+increasingly rich distributions of a symbol. All models have the same networks, seed, batches and time; the
+number of completed steps is printed. The time is ``--minutes`` of wall time or, on a machine with other load,
+``--seconds`` of the processor: as many steps as fit, by the fastest of a few. Bits are exact, on the first
+chunks of the validation text. A run whose result is in the output folder is not repeated. The last line is
+one JSON object.
 """
 
 from __future__ import annotations

@@ -1,21 +1,22 @@
-"""What the training loop costs over the simplest one, what a second process brings, and what batches cost.
+"""Compare the training loop with the simplest one, and measure a second process and the making of batches.
 
     python scripts/bench_train.py
     python scripts/bench_train.py recipes/grouped.yaml --steps 60
 
 - `plain`: the same network, batch, clipping and optimizer (fused AdamW) in a loop of ten lines, without
-  schedules, averages, checks, bars or saves; `dflow`: `dflow.train.train`. Each is run for a few steps and
-  for more, in a process of its own, by turns; the difference is what the steps cost, starting and the
-  evaluation at the end are not in it. Peak memory is that of the whole process.
-- `compiled`: the plain loop with `torch.compile`, from its second step on; `dflow compiled`: dflow with
+  schedules, averages, checks, progress bars or saves. `dflow`: `dflow.train.train`.
+- `compiled`: the plain loop with `torch.compile`, from its second step on. `dflow compiled`: dflow with
   `train.compile`.
-- `returned`: dflow without `keep_memory`, as the C library has it; the plain loop keeps memory as dflow does.
-- `two`: dflow on two processes of one thread (gloo), each with half of the batch, against one process of one
-  thread with all of it: the efficiency is half the ratio of their times. `pieces`: the same, each with half
-  of the model as well (`train.shard`).
+- `returned`: dflow without `keep_memory`, with the settings of the C library. The plain loop keeps memory as
+  dflow does.
+- `two`: dflow on two processes of one thread each (gloo), with half of the batch each, relative to one
+  process of one thread with the whole batch. The efficiency is half the ratio of the times. `pieces`: the
+  same, each process with half of the model as well (`train.shard`).
 - `batch`: making a batch, as a share of a step.
 
-Medians of --rounds; --only some of these. The last line is one JSON object.
+Each kind runs in a process of its own, in turn, once with few steps and once with more; the difference is the
+time of the steps, without the start and the evaluation at the end. The peak memory is that of the whole
+process. Results are medians of --rounds; --only selects kinds. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def settings(given: argparse.Namespace, steps: int, output: str) -> list[str]:
 def plain(given: argparse.Namespace, steps: int, output: str, compiled: bool) -> float:
     """The simplest loop that trains the same: seconds of the steps."""
     task = task_of(load_recipe(given.recipe, settings(given, steps, output)), False)
-    config, objective = task.recipe.train, task.objective
+    config, objective = task.recipe.train, task.method.objective
     parameters = list(objective.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
     forward = torch.compile(objective) if compiled else objective
@@ -57,9 +58,9 @@ def plain(given: argparse.Namespace, steps: int, output: str, compiled: bool) ->
     for step in range(steps):
         if step == 1:
             began = time.perf_counter()
-        x, lengths = batch = task.batch(step)
+        x, lengths = batch = task.data.batch(step)
         loss, _ = forward(x, lengths)
-        (loss / task.entries(batch)).backward()
+        (loss / task.data.entries(batch)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -74,10 +75,10 @@ def work(given: argparse.Namespace) -> None:
         output = given.output or str(Path(folder) / "out")
         if given.worker == "batch":
             task = task_of(load_recipe(given.recipe, settings(given, given.steps, output)), False)
-            task.batch(0)
+            task.data.batch(0)
             began = time.perf_counter()
             for step in range(given.steps):
-                task.batch(step)
+                task.data.batch(step)
             seconds = time.perf_counter() - began
         elif given.worker.startswith("dflow"):
             began = time.perf_counter()

@@ -1,10 +1,10 @@
-"""What changes the last bits of a network's answers: batch, threads, oneDNN, other rows.
+"""Measure what changes the last bits of the outputs of a network: batch size, threads, oneDNN, other rows.
 
     python scripts/check_determinism.py
 
-Networks of usual size with random weights, evaluated bare (not as `dflow.coding.prepare` wraps them). "=" is
-equal bits; else the share of numbers that differ, and the largest difference. The last line is one JSON
-object.
+The networks have the usual sizes and random weights, and are evaluated without the wrapping of
+`dflow.coding.prepare`. "=" stands for equal bits; otherwise the table has the share of numbers that differ
+and the largest difference. The last line is one JSON object.
 """
 
 from __future__ import annotations

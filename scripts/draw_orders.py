@@ -1,4 +1,4 @@
-"""Draw the picture of the guide: which symbols of a sequence each network call draws."""
+"""Draw the picture in docs/guide/concepts.md: which symbols of a sequence each network call draws."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""What a recipe would take on 1, 8 and 64 GPUs: an estimate on paper, nothing of it measured on one.
+"""Estimate on paper what a recipe would take on 1, 8 and 64 GPUs; nothing is measured on a GPU.
 
     python scripts/estimate_cost.py recipes/text8/*.yaml recipes/images/idf_imagenet*.yaml
 
-Counted on this machine, on a few sequences or images: floating-point operations of one step (forward and
-backward, by torch's counter: products of matrices and convolutions, nothing else) and the bytes that autograd
-keeps of them. Weights, gradients, both moments and the average are 4 bytes each. Assumed: what a GPU does of
-its peak (--peak and --share), and that gradients (4 bytes a weight) go round a ring at --link GB/s inside a
-machine of eight and --network GB/s a machine between them, after the step and not beside it. So the times are
-on the slow side for communication, and as good as the share is for the rest.
+Counted on this machine, on a few sequences or images: the floating-point operations of one step (forward and
+backward, by torch's counter, which sees products of matrices and convolutions only) and the bytes that
+autograd keeps of it. Weights, gradients, both moments and the average take 4 bytes each. Assumed: the share
+of its peak that a GPU reaches (--peak and --share), and a ring that carries the gradients (4 bytes a weight)
+at --link GB/s inside a machine of eight and --network GB/s a machine between machines, after the step instead
+of during it. The estimate of the communication is therefore pessimistic; the rest is as good as the share.
 """
 
 from __future__ import annotations

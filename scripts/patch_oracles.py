@@ -1,12 +1,16 @@
-"""What is known about centre patches of binarized MNIST: floors and references for dequantized models.
+"""Compute floors and references for models of centre patches of binarized MNIST.
 
     python scripts/patch_oracles.py --folder DATA             # patches of 2 x 2 and 4 x 4 pixels
 
-For each patch, in bits a dimension: the plug-in entropy of each split (no model goes below that of the split
-that it is scored on; of 4 x 4 pixels it is far below the law's own entropy, since few rows repeat), and what
-the test costs under independent pixels, under the histogram of the training rows with a pseudo-count that the
-validation rows choose, and under a MADE (two layers of 256 units, Adam, the epoch that is best on the
-validation rows). All figures are exact sums over all rows. The last line is one JSON object.
+For each patch, in bits a dimension:
+
+- The plug-in entropy of each split. No model can be below that of the split on which it is scored. For 4 x 4
+  pixels it is far below the entropy of the distribution, since few rows repeat.
+- The cost of the test part under independent pixels, under the histogram of the training rows with a
+  pseudo-count chosen on the validation rows, and under a MADE (two layers of 256 units, Adam, the epoch that
+  is best on the validation rows).
+
+All figures are exact sums over all rows. The last line is one JSON object.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Train and evaluate every setup that a recipe's ``paper:`` block names; print the table beside the paper.
+"""Train and evaluate every setup in the ``paper:`` block of a recipe; print the results beside the paper's.
 
     python scripts/reproduce.py recipes/images/checkerboard_flow.yaml --seeds 3 --jobs 2
 
-Each setup is the recipe with the settings that its entry of ``paper:`` sets; it is trained by ``dflow
-train`` and scored by ``dflow evaluate``, one process each. What is there already is not trained again. The
-last line of the output is one JSON object.
+A setup is the recipe with the settings of one entry of ``paper:``. It is trained by ``dflow train`` and
+scored by ``dflow evaluate``, each in a process of its own. A setup whose model exists is not trained again.
+The last line of the output is one JSON object.
 """
 
 from __future__ import annotations

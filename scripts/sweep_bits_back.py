@@ -1,10 +1,10 @@
-"""Local bits-back on grids: what it costs over the bound, what it has to borrow, how fast it is.
+"""Measure local bits-back coding on several grids: cost above the bound, borrowed bits, speed.
 
     python scripts/sweep_bits_back.py runs/images/bits_back_mnist --data mnist --limit 256
 
-Net bits are those of one batch of all images on a stack of random bits, beside the variational bound: of the
-same noise where the dequantizer is uniform, else the mean of eight draws. Auxiliary bits are those that a
-single image borrows. Seconds are of this process alone, so that others on the machine do not count.
+Net bits are those of one batch of all images on a stack of random bits. They stand beside the variational
+bound: of the same noise where the dequantizer is uniform, else the mean of eight draws. Auxiliary bits are
+those that a single image borrows. Seconds are processor time of this process.
 """
 
 from __future__ import annotations

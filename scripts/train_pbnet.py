@@ -1,6 +1,6 @@
-"""Train a probabilistic binary network: `dflow train` with the recipe of PBNet-S, for launchers.
+"""Train a probabilistic binary network: `dflow train` with the recipe of PBNet-S, as a script for launchers.
 
-python scripts/train_pbnet.py          # first the network of floats that it starts from, unless it is there
+python scripts/train_pbnet.py          # trains the network of floats first, if missing
 python scripts/train_pbnet.py recipes/binary/mnist_pbnet.yaml --set train.minutes=10
 """
 

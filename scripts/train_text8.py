@@ -1,4 +1,4 @@
-"""Train on text8: `dflow train` with a text8 recipe, for launchers that want a script.
+"""Train on text8: `dflow train` with a text8 recipe, as a script for launchers.
 
 accelerate launch scripts/train_text8.py                      # the grouped model on all GPUs
 accelerate launch scripts/train_text8.py recipes/text8/bipartite.yaml --set train.steps=1000

@@ -1,9 +1,9 @@
-"""A bipartite flow cut after its first couplings: fewer network calls, no further training.
+"""Cut a bipartite flow after its first couplings: fewer network calls without further training.
 
     python scripts/truncate_flow.py runs/ptb/bipartite --calls 1 2 4
 
-Couplings run from fine to coarse and each is trained by itself (rule layerwise), so that the first N of them
-are what training N alone would have given. Only the factorized base has to be set anew, to the latents of
+Couplings run from fine to coarse, and each is trained by itself (rule layerwise), so the first N couplings
+are those that training N alone would have given. Only the factorized base is set anew, to the latents of
 training text. The models are written beside the old one, as FOLDER@N.
 """
 

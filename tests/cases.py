@@ -31,13 +31,15 @@ from dflow.distributions import (
 )
 from dflow.elementwise import Affine, IntegerShift, MixtureLogistic, ModAffine, ModRank, ModShift, Spline
 from dflow.flows import Flow, Split
+from dflow.nn.attention import TransformerSize
 from dflow.nn.densenet import DenseNet
+from dflow.nn.infill import InfillTransformer, MaskedTransformer
 from dflow.nn.lstm import LSTM
 from dflow.nn.made import MADE
 from dflow.nn.masked_conv import MaskedConv
 from dflow.nn.perceptron import InfillPerceptron, Perceptron
 from dflow.nn.table import InfillTable, PrefixTable
-from dflow.nn.transformer import GroupCausalTransformer, InfillTransformer, MaskedTransformer
+from dflow.nn.transformer import GroupCausalTransformer
 from dflow.ops.modular import one_hot
 from dflow.ops.orders import ORDERS, lockstep, shuffled
 
@@ -104,11 +106,21 @@ def autoregressive(elementwise: Elementwise, K: int, dim: int, inversion: str = 
     return Autoregressive(elementwise, net, dim, inversion)  # type: ignore[arg-type]
 
 
+#: A small Transformer.
+SMALL = {
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "window": 2,
+}
+
+
 def transformer(
-    K: int, num_params: int, order: Tensor, dim: int, window: int = 2, **settings: int
+    K: int, num_params: int, order: Tensor, dim: int, block: int = 1, ahead: int | None = None, **sizes: int
 ) -> GroupCausalTransformer:
-    sizes = {"hidden_size": 8, "num_layers": 2, "num_heads": 2, "intermediate_size": 8}
-    return GroupCausalTransformer(K, num_params, order, dim, window=window, **sizes, **settings)
+    size = TransformerSize(**SMALL | sizes)
+    return GroupCausalTransformer(K, num_params, order, dim, size, block=block, ahead=ahead)
 
 
 def infill_coupling(elementwise: Elementwise, K: int, dim: int) -> Coupling:
@@ -118,10 +130,7 @@ def infill_coupling(elementwise: Elementwise, K: int, dim: int) -> Coupling:
         elementwise.num_params,
         mask.nonzero().flatten(),
         (~mask).nonzero().flatten(),
-        hidden_size=8,
-        num_heads=2,
-        intermediate_size=8,
-        window=2,
+        TransformerSize(**SMALL | {"num_hidden_layers": 1}),
     )
     return Coupling(elementwise, net, mask)
 
@@ -159,8 +168,8 @@ def grouped(K: int, dim: int, calls: int, order: str = "lockstep") -> SequenceCa
 
 
 def any_order(K: int, dim: int, ngram_rows: int = 0) -> AnyOrder:
-    sizes = {"hidden_size": 8, "num_layers": 2, "num_heads": 2, "intermediate_size": 8}
-    return AnyOrder(MaskedTransformer(K, K, dim, window=2, ngram_rows=ngram_rows, **sizes), dim, K)
+    size = TransformerSize(**SMALL, ngram_rows=ngram_rows)
+    return AnyOrder(MaskedTransformer(K, K, dim, size), dim, K)
 
 
 def permutation(K: int, dim: int) -> Permute:
@@ -255,11 +264,11 @@ BASES: dict[str, Callable[[int, int], Distribution]] = {
     "grouped": lambda K, dim: grouped(K, dim, 2),
     "grouped bit-reversed": lambda K, dim: grouped(K, dim, min(4, dim), "bit_reversed"),
     "grouped n-grams": lambda K, dim: SequenceCategorical(
-        transformer(K, K, lockstep(dim, 2), dim, 3, ngram_rows=7), lockstep(dim, 2), dim
+        transformer(K, K, lockstep(dim, 2), dim, window=3, ngram_rows=7), lockstep(dim, 2), dim
     ),
     "grouped islands": lambda K, dim: grouped(K, dim, 3, "islands"),
     "grouped blocks": lambda K, dim: SequenceCategorical(
-        transformer(K, K, lockstep(dim, 3), dim, 3, ngram_rows=7, block=2), lockstep(dim, 3), dim, 2
+        transformer(K, K, lockstep(dim, 3), dim, 2, window=3, ngram_rows=7), lockstep(dim, 3), dim, 2
     ),
     "autoregressive blocks": lambda K, dim: SequenceCategorical(
         transformer(K, K, lockstep(dim, dim), dim, block=2), lockstep(dim, dim), dim, 2

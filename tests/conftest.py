@@ -34,18 +34,20 @@ def _same_start(monkeypatch: pytest.MonkeyPatch) -> None:
 def registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Whatever a test adds to a registry is gone after it."""
     from dflow import plugins, zoo
+    from dflow.cli import verbs
     from dflow.data import IMAGES, TEXTS
     from dflow.elementwise import DISCRETE
     from dflow.ops.orders import ORDERS
 
     known: tuple[dict[str, Any], ...] = (zoo.FAMILIES, DISCRETE, ORDERS, TEXTS, IMAGES)
-    before = [dict(registry) for registry in known]
+    before, commands = [dict(registry) for registry in known], list(verbs.ADDED)
     monkeypatch.setattr(plugins, "_loaded", [])
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
     for registry, kept in zip(known, before, strict=True):
         registry.clear()
         registry.update(kept)
+    verbs.ADDED[:] = commands
     for name in [name for name in sys.modules if name.startswith("dflow_import_")]:
         del sys.modules[name]
 

@@ -13,7 +13,8 @@ from dflow.core import Context
 from dflow.distributions import AnyOrder, Confident, Ordered
 from dflow.distributions import any_order as module
 from dflow.distributions.any_order import schedule
-from dflow.nn.transformer import MaskedTransformer
+from dflow.nn.attention import TransformerSize
+from dflow.nn.infill import MaskedTransformer
 from dflow.ops.modular import one_hot
 from dflow.ops.orders import ORDERS, lockstep, shuffled
 
@@ -66,7 +67,7 @@ def test_draws_follow_the_law(name):
 @torch.no_grad()
 def test_entries_that_are_not_known_are_never_read_and_known_ones_all_are():
     K, dim = 3, 6
-    net = randomize(MaskedTransformer(K, 2, dim, hidden_size=8, num_heads=2, window=1, ngram_rows=5))
+    net = randomize(MaskedTransformer(K, 2, dim, TransformerSize(8, 3, 2, window=1, ngram_rows=5)))
     x = torch.randint(0, K, (1, dim))
     known = torch.tensor([[True, False, True, True, False, False]])
     before = net(x, known)
@@ -85,7 +86,7 @@ def test_entries_that_are_not_known_are_never_read_and_known_ones_all_are():
 
 @torch.no_grad()
 def test_gaps_are_told_on_both_sides():
-    net = MaskedTransformer(3, 3, 8, hidden_size=8, num_heads=2)
+    net = MaskedTransformer(3, 3, 8, TransformerSize(8, 3, 2, window=4))
     known = torch.tensor([[False, True, False, False, False, True, False, False]])
     rows = net._gaps(known)[0] - net.embed.extra_row
     far = 17
@@ -283,7 +284,7 @@ def test_what_is_surest_is_drawn_in_every_segment():
 def test_learns_dependence():
     """Sequences that count on from a random symbol: one symbol tells all others, whatever the order."""
     K, dim = 4, 8
-    net = MaskedTransformer(K, K, dim, hidden_size=16, num_layers=1, num_heads=2, window=2)
+    net = MaskedTransformer(K, K, dim, TransformerSize(16, 1, 2, window=2))
     law = Ordered(AnyOrder(net, dim, K), lockstep(dim, dim))
     objective = objectives.Objective(law, "masked").train()
     optimizer = torch.optim.Adam(law.parameters(), 2e-2)
@@ -324,5 +325,5 @@ def test_wrong_arguments_name_the_value():
         net.measure(torch.zeros(2, 4, dtype=torch.int64), 9)
     with pytest.raises(ValueError, match=r"\[1, 2\] do not draw all of 4"):
         net.elbo(x[:, :4], sizes=torch.tensor([1, 2]))
-    with pytest.raises(ValueError, match="window 0"):
-        MaskedTransformer(3, 3, 4, hidden_size=8, num_heads=2, window=0)
+    with pytest.raises(ValueError, match="dim must be at least 1, found 0"):
+        MaskedTransformer(3, 3, 0, TransformerSize(8))

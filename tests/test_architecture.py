@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
 from pathlib import Path
@@ -25,3 +26,19 @@ def test_the_files_that_it_names_exist() -> None:
     assert len(names) >= 5
     for name in names:
         assert any((root / name).exists() for root in (ROOT, ROOT / "dflow")), name
+
+
+#: Names that say nothing about what they hold.
+VAGUE = {"found", "told", "own", "asked", "mine"}
+
+
+def test_files_and_functions_are_short_and_local_names_say_something() -> None:
+    for path in sorted((ROOT / "dflow").rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 500, f"{path} has {text.count(chr(10))} lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                assert length <= 60, f"{path}: {node.name} has {length} lines"
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                assert node.id not in VAGUE, f"{path}:{node.lineno}: a variable called {node.id!r}"

@@ -10,20 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dflow.nn.binary import (
-    BinaryConv2d,
-    BinaryLinear,
-    Head,
-    Moments,
-    Pixels,
-    Signs,
-    StochasticBatchNorm,
-    StochasticMaxPool2d,
-    StochasticSign,
-    SymbolPerceptron,
-    larger,
-    reestimate,
-)
+from dflow.nn.batch_norm import StochasticBatchNorm, reestimate
+from dflow.nn.binary import BinaryConv2d, BinaryLinear, SymbolPerceptron
+from dflow.nn.classifier import Head, Pixels
+from dflow.nn.moments import Moments, Signs, StochasticMaxPool2d, StochasticSign, larger
 from dflow.ops.normal import ndtr_logit
 from dflow.ops.straight_through import binary_concrete, sign_
 

@@ -213,7 +213,7 @@ def test_folders_of_other_kinds(trained: Path, tmp_path: Path) -> None:
         DflowClassifier(DflowClassifierConfig(family="other"))
     with pytest.raises(InputError, match="missing"):
         DflowClassifier(DflowClassifierConfig())
-    with pytest.raises(InputError, match=r"none of 0\.\.255"):
+    with pytest.raises(InputError, match=r"no integer in 0\.\.255"):
         load(trained)(torch.full((1, 784), 256))
 
 

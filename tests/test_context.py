@@ -42,7 +42,7 @@ from dflow.distributions import (
 from dflow.elementwise import Affine, ModAffine, ModRank, ModShift
 from dflow.evaluate.labels import coverage, score
 from dflow.flows import Flow, Split
-from dflow.nn.binary import Head
+from dflow.nn.classifier import Head
 from dflow.nn.made import MADE
 from dflow.nn.perceptron import InfillPerceptron, Perceptron
 from dflow.ops.orders import lockstep

@@ -24,8 +24,9 @@ from dflow.config import InputError, parse
 from dflow.data import ImageConfig, Samples, check, image_sets, list_sets, load_images, prepare
 from dflow.data.files import digest
 from dflow.data.formats import png
-from dflow.data.images import SPLITS, grey
 from dflow.data.known import KnownFile
+from dflow.data.own_images import grey
+from dflow.data.splits import SPLITS
 
 RANDOM = np.random.default_rng(0)
 #: MNIST made small: 5 images to train on and 3 to test.
@@ -50,19 +51,22 @@ def known(file: KnownFile, data: bytes) -> KnownFile:
 def small_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     """The known sets, made small."""
     idx = [image_sets.idx(a) for pair in zip(DIGITS, LABELS, strict=True) for a in pair]
-    put = {
-        "MNIST": tuple(map(known, image_sets.MNIST, idx)),
-        "LAST": 2,
-        "BINARIZED_TEXT": tuple(map(known, image_sets.BINARIZED_TEXT, [a.tobytes() for a in BITS])),
-        "BINARIZED_BITS": known(image_sets.BINARIZED_BITS, b"".join(a.tobytes() for a in BITS)),
-        "CIFAR10": known(image_sets.CIFAR10, archive()),
-        "CIFAR10_BATCHES": tuple(map(known, image_sets.CIFAR10_BATCHES, BATCHES)),
-        "CIFAR10_SUMS": tuple(COLOURS[:10].sum((0, 2, 3), dtype=int).tolist()),
-        "SUBSET": known(image_sets.SUBSET, subset()),
-        "SUBSET_LAST": 2,
-    }
-    for name, value in put.items():
-        monkeypatch.setattr(image_sets, name, value)
+    small = (
+        image_sets.mnist(tuple(map(known, image_sets.MNIST, idx)), 2),
+        image_sets.binarized_mnist(
+            known(image_sets.BINARIZED_BITS, b"".join(a.tobytes() for a in BITS)),
+            tuple(map(known, image_sets.BINARIZED_TEXT, [a.tobytes() for a in BITS])),
+        ),
+        image_sets.cifar10(
+            known(image_sets.CIFAR10, archive()),
+            tuple(map(known, image_sets.CIFAR10_BATCHES, BATCHES)),
+            tuple(COLOURS[:10].sum((0, 2, 3), dtype=int).tolist()),
+            2,
+        ),
+        image_sets.cifar10_subset(known(image_sets.SUBSET, subset()), 2),
+    )
+    for known_set in small:
+        monkeypatch.setitem(image_sets.KNOWN, known_set.name, known_set)
 
 
 @pytest.fixture(autouse=True)
@@ -423,7 +427,7 @@ def test_the_hub_is_checked_too(hub: dict[str, Any], name: str) -> None:
     repository = {"mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10"}[name]
     train = hub[repository]["train"]
     hub[repository]["train"] = train.select([1, *range(1, len(train))])
-    with pytest.raises(InputError, match=r"the hub's .*: (expected|not the images)"):
+    with pytest.raises(InputError, match=r"the hub('s .*)?: (expected|not the images)"):
         load_images(ImageConfig(name))
 
 

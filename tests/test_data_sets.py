@@ -42,14 +42,17 @@ def known(name: str, data: bytes, algorithm: str = "sha256") -> sets.KnownFile:
 @pytest.fixture(autouse=True)
 def small_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     """The known sets, made small."""
-    for constant, stem in (("PTB_WORDS", "ptb"), ("PTB_CHARACTERS", "ptb.char")):
-        make = characters if "char" in stem else bytes
-        files = tuple(known(f"{stem}.{split}.txt", make(data)) for split, data in WORDS.items())
-        monkeypatch.setattr(sets, constant, files)
-    monkeypatch.setattr(sets, "TEXT8", known("text8", PROSE, "md5"))
-    monkeypatch.setattr(sets, "TEXT8_SPLIT", (1000, 1300))
-    monkeypatch.setattr(sets, "TEXT8_PREFIX", known("text8-prefix", PROSE[:500]))
-    monkeypatch.setattr(sets, "TEXT8_PREFIX_SPLIT", (400, 450))
+    whole = sets.text8(known("text8", PROSE, "md5"), (1000, 1300))
+    prefix = sets.text8_prefix(known("text8-prefix", PROSE[:500]), (400, 450), whole)
+    for small in (small_ptb(), whole, prefix):
+        monkeypatch.setitem(sets.KNOWN, small.name, small)
+
+
+def small_ptb() -> sets.KnownSet[sets.Splits]:
+    return sets.ptb(
+        [known(f"ptb.char.{split}.txt", characters(data)) for split, data in WORDS.items()],
+        [known(f"ptb.{split}.txt", data) for split, data in WORDS.items()],
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -174,7 +177,7 @@ def test_another_content_is_refused(tmp_path: Path, data: bytes) -> None:
     for part in (
         str(tmp_path / "text8"),
         f"{len(PROSE):,} bytes",
-        sets.TEXT8.digest,
+        digest(PROSE, "md5"),
         digest(data, "md5"),
         "replace it",
     ):
@@ -222,9 +225,7 @@ def hub_words(monkeypatch: pytest.MonkeyPatch) -> None:
     """Word files without an empty line, like the real ones: the hub's rows do not keep how it was spelled."""
     for split, data in WORDS.items():
         monkeypatch.setitem(WORDS, split, data.replace(b"\n \n", b"\n"))
-    monkeypatch.setattr(
-        sets, "PTB_WORDS", tuple(known(f"ptb.{split}.txt", data) for split, data in WORDS.items())
-    )
+    monkeypatch.setitem(sets.KNOWN, "ptb", small_ptb())
 
 
 @pytest.mark.usefixtures("hub_words")
@@ -240,7 +241,7 @@ def test_the_hub_gives_the_same_text(hub: dict[str, Any], tmp_path: Path) -> Non
 def test_the_hub_is_checked_too(hub: dict[str, Any]) -> None:
     fill(hub)
     hub["afmck/text8", None]["test"]["text"][0] += "x"
-    with pytest.raises(InputError, match="the hub's afmck/text8: expected"):
+    with pytest.raises(InputError, match="the hub's text8: expected"):
         load(DataConfig("text8"))
     hub["ptb-text-only/ptb_text_only", "refs/convert/parquet"]["test"]["sentence"].pop()
     with pytest.raises(InputError, match=r"the hub's ptb\.test\.txt: expected"):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dflow.config import InputError
 from dflow.data import Bytes, Corpus, DataConfig, load
-from dflow.evaluate import evaluate
+from dflow.evaluate import driver, evaluate
 from dflow.hf import DflowModel
 
 
@@ -167,7 +167,7 @@ def test_two_processes_score_each_chunk_once(limit: int, corpus: Corpus) -> None
     model = make_model("grouped", corpus.tokenizer.size)
     second: Any = Half(1, [])
     if limit == 1:  # nothing is left for the second process
-        second.other = [torch.tensor([1, 1, 8, 1, 8, 64, 0, 0], dtype=torch.float64)]
+        second.other = [torch.tensor([1, 8, 64, 1, 1, 8, 0, 0], dtype=torch.float64)]
     evaluate(model, corpus.test, limit=limit, accelerator=second)
     first: Any = Half(0, second.sent)
     both, alone = (
@@ -181,6 +181,46 @@ def test_two_processes_score_each_chunk_once(limit: int, corpus: Corpus) -> None
     assert {k: v for k, v in dataclasses.asdict(both).items() if k in exact} == {
         k: v for k, v in dataclasses.asdict(alone).items() if k in exact
     }
+
+
+class Figures(driver.Scorer):
+    """Rows with figures, sizes and weights of any kind."""
+
+    names, optional, what = ("nats", "extra"), ("extra",), "likelihood of the figures"
+
+    def __init__(self, values: Tensor, sizes: Tensor | None = None, weights: Tensor | None = None) -> None:
+        self.model, self.values, self.sizes, self.weights = torch.nn.Identity(), values, sizes, weights
+        self.num_rows = self.num_checks = len(values)
+
+    def score(self, rows: slice) -> driver.Rows:
+        sizes, weights = (None if x is None else x[rows] for x in (self.sizes, self.weights))
+        extra = torch.full_like(self.values[rows], math.nan)
+        return driver.Rows({"nats": self.values[rows], "extra": extra}, sizes, weights)
+
+    def check(self, rows: slice) -> bool | None:
+        return None if rows.start == 0 else not bool((self.values[rows] > 2).any())
+
+
+def test_the_driver_gives_ratios_with_their_errors() -> None:
+    values, sizes = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1.0, 1.0, 2.0])
+    plain = driver.total(Figures(values), 2)
+    assert plain.mean("nats") == pytest.approx(7 / 3)
+    assert plain.error("nats") == pytest.approx(float(values.std()) / 3**0.5)
+    assert math.isnan(plain.mean("extra"))
+    ratio = driver.total(Figures(values, sizes), 2)
+    assert ratio.mean("nats") == pytest.approx(7 / 4)
+    residuals = (values - 7 / 4 * sizes).square().sum()
+    assert ratio.error("nats") == pytest.approx(float(residuals * 3 / 2) ** 0.5 / 4)
+    # A row that counts twice is two rows.
+    twice = driver.total(Figures(values, weights=torch.tensor([2.0, 1.0, 1.0])), 1)
+    alike = driver.total(Figures(torch.tensor([1.0, 1.0, 2.0, 4.0])), 4)
+    assert (twice.mean("nats"), twice.error("nats")) == pytest.approx(
+        (alike.mean("nats"), alike.error("nats"))
+    )
+    # The first batch is not checked, and the second one fails.
+    assert (plain.num_checked, plain.round_trip, alike.round_trip) == (1, False, None)
+    with pytest.raises(InputError, match="likelihood of the figures is not finite"):
+        driver.total(Figures(torch.tensor([math.inf])), 1)
 
 
 def test_the_command_runs_on_two_real_processes(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dflow import hf, objectives, plugins, zoo
 from dflow.bijectors import Coupling
-from dflow.cli import main
+from dflow.cli import Results, main, verbs
 from dflow.config import InputError
 from dflow.core import Distribution, Elementwise
 from dflow.data import DataConfig, load
@@ -36,7 +36,8 @@ from dflow.train import load_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("registries")]
 
-MODULES = {code.split("\n", 1)[0].removeprefix("# "): code for code in blocks("docs/guide.md", "python")}
+GUIDE = "docs/guide/extending.md"
+MODULES = {code.split("\n", 1)[0].removeprefix("# "): code for code in blocks(GUIDE, "python")}
 TRAIN = {"steps": 3, "batch_size": 4, "eval_chunks": 4, "eval_every": 2, "trackers": [], "samples": 0}
 
 # A law that has a likelihood and draws, and nothing else.
@@ -176,6 +177,31 @@ def test_a_law_without_steps_is_told_apart(tmp_path: Path, capsys: pytest.Captur
     sentences = ["--set", "data.protocol=sentence", "model.length=40", f"output={tmp_path / 'lines'}"]
     assert main(["train", str(tmp_path / "unigram.yaml"), *flag, *sentences]) == 2
     assert "'unigram' scores symbols beyond the end of a sentence" in capsys.readouterr().err
+
+
+def test_a_command_runs_and_is_listed_beside_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = module(tmp_path, "count.py")
+    text = tmp_path / "notes.txt"
+    text.write_text("abca", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main(["count", str(text)])
+    assert "invalid choice: 'count'" in capsys.readouterr().err
+    words = ["count", "--import", path, str(text), "--least", "2"]
+    assert main([*words, "--json"]) == 0
+    assert told(capsys) == {"symbols": 4, "different": 3}
+    assert main(words) == 0
+    assert "symbols" in capsys.readouterr().out
+    assert main([*words[:-1], "4"]) == 2
+    assert "3 different symbols; --least asks for 4" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "count       Count the symbols of a text file" in " ".join(capsys.readouterr().out.split("\n"))
+    with pytest.raises(InputError, match="there is a verb 'train' already"):
+        verbs.register_verb("train", Results, lambda flags: 0, "")
+    with pytest.raises(InputError, match="one word of letters"):
+        verbs.register_verb("two words", Results, lambda flags: 0, "")
 
 
 def test_a_family_of_images_goes_through_every_verb(
@@ -322,7 +348,7 @@ def test_a_choice_that_no_module_has_added_tells_of_the_flag(family: str, name: 
 
 
 def test_a_flow_learns_in_a_loop_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
-    [code] = [code for code in blocks("docs/guide.md", "python") if "optimizer.step()" in code]
+    [code] = [code for code in blocks(GUIDE, "python") if "optimizer.step()" in code]
     scope: dict[str, Any] = {}
     exec(compile(code, "loop", "exec", dont_inherit=True), scope)
     x, K = scope["x"], scope["K"]
@@ -422,7 +448,7 @@ def test_records_are_checked_when_they_are_made_and_when_they_build() -> None:
         temperature: float = 1.0
 
     zoo.register(family(settings=Warm))
-    with pytest.raises(InputError, match="transformers takes the setting 'temperature'"):
+    with pytest.raises(InputError, match="'temperature' is a setting of transformers"):
         hf.DflowConfig("mine")
     with pytest.raises(InputError, match="'lstm' exists already"):
         zoo.register(family(name="lstm"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import signal
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from dflow import cli, hf
 from dflow.config import InputError
 from dflow.objectives import Objective
 from dflow.train import Preempted, load_recipe, train
-from dflow.train.loop import _Run
+from dflow.train.loop import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forks")]
 
@@ -56,6 +58,21 @@ def work(words: list[str], size: int | None = None) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     os._exit(cli.main(words))
+
+
+def killed_at_a_change(words: list[str], count: int) -> None:
+    """`dflow` in a process of its own that is killed before change ``count`` of its files."""
+    changes = itertools.count()
+    for name in ("replace", "unlink"):
+        once = getattr(Path, name)
+
+        def change(self: Path, *args: Any, once: Any = once, **options: Any) -> Any:
+            if next(changes) == count:
+                os._exit(9)
+            return once(self, *args, **options)
+
+        setattr(Path, name, change)
+    work(words)
 
 
 def start(path: Path, out: Path, *words: str, size: int | None = None) -> BaseProcess:
@@ -108,6 +125,25 @@ def test_killed_at_fifty_random_moments_it_ends_with_the_same_bits(text: Path, t
         assert not list(out.glob(".*"))
 
 
+def test_killed_before_each_change_of_a_file_it_ends_with_the_same_bits(text: Path, tmp_path: Path) -> None:
+    """Every window between two changes of the folder, those of its beginning included."""
+    path = recipe_file(tmp_path, text, steps=2, eval_every=1, ema=0.9, keep=2)
+    assert ended(start(path, tmp_path / "whole")) == 0
+    whole = weights(tmp_path / "whole")
+    for count in itertools.count():
+        out = tmp_path / f"run{count}"
+        words = ["train", str(path), "--output", str(out), "--resume"]
+        process = FORKS.Process(target=killed_at_a_change, args=(words, count))
+        process.start()
+        if ended(process) == 0:
+            break
+        assert process.exitcode == 9
+        assert ended(start(path, out, "--resume")) == 0, f"refused after {count} changes"
+        assert same(weights(out), whole)
+        assert not list(out.glob(".*"))
+    assert count > 20
+
+
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 0), ("SIGUSR1", 0)])
 def test_a_signal_stops_the_training_and_is_told_by_the_exit_code(
     name: str, code: int, text: Path, tmp_path: Path
@@ -139,14 +175,14 @@ def test_an_evaluation_that_is_broken_off_is_done_again(
 ) -> None:
     path = recipe_file(tmp_path, text, steps=9, eval_every=3)
     whole = train(load_recipe(path, [f"output={tmp_path / 'whole'}"]))
-    recipe, bits = load_recipe(path), _Run._bits
+    recipe, bits = load_recipe(path), Run._bits
 
-    def interrupted(self: _Run, model: object) -> float:
-        if self.step == 6:
+    def interrupted(self: Run, model: object) -> float:
+        if self.progress.step == 6:
             os.kill(os.getpid(), signal.SIGTERM)
         return bits(self, model)
 
-    monkeypatch.setattr(_Run, "_bits", interrupted)
+    monkeypatch.setattr(Run, "_bits", interrupted)
     with pytest.raises(Preempted, match="stopped at step 6"):
         train(recipe)
     monkeypatch.undo()
@@ -191,19 +227,19 @@ def test_a_full_disk_is_told(
 
 
 def _stopped(recipe: object, step: int) -> None:
-    once = _Run._one_step
+    once = Run._one_step
 
-    def stopping(self: _Run, started: float) -> tuple[float, float]:
+    def stopping(self: Run, started: float) -> tuple[float, float]:
         result = once(self, started)
-        if self.step + 1 == step:
+        if self.progress.step + 1 == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return result
 
-    _Run._one_step = stopping  # type: ignore[method-assign]
+    Run._one_step = stopping  # type: ignore[method-assign]
     try:
         train(recipe)  # type: ignore[arg-type]
     finally:
-        _Run._one_step = once  # type: ignore[method-assign]
+        Run._one_step = once  # type: ignore[method-assign]
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, calls: set[int], factor: float) -> None:

@@ -245,10 +245,9 @@ def test_an_any_order_model_of_another_budget_is_saved_as_such(tmp_path):
 
 def test_another_number_of_calls_goes_where_the_model_is():
     model = make_model("any_order", 3, length=8)
-    model.choose(4)
-    assert not any(part.training for part in model.modules())
-    model.to("meta").choose(2)
-    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
+    assert not any(part.training for part in model.at(4).modules())
+    other = model.to("meta").at(2)
+    assert {tensor.device.type for tensor in (*other.parameters(), *other.buffers())} == {"meta"}
 
 
 def test_what_are_no_symbols_is_told():
@@ -300,7 +299,7 @@ def test_weights_in_several_files_load_as_by_transformers(tmp_path, capsys):
 
     index = tmp_path / "model.safetensors.index.json"
     for file, damage, message in [
-        (shards[1], lambda data: None, f"no {shards[1]}, in which"),
+        (shards[1], lambda data: None, f"no {shards[1]}, a file of weights"),
         (shards[1], lambda data: data[:-8], f"{shards[1]}: damaged or changed"),
         (index.name, lambda data: data[:50], "index.json: damaged or changed"),
         (index.name, lambda data: data.replace(b"model-", b"../odel-"), "no index of weights"),

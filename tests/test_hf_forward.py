@@ -217,7 +217,7 @@ def test_unknown_arguments_of_other_models_are_refused() -> None:
     x = torch.randint(256, (4, 64))
     with pytest.raises(InputError, match="did you mean 'labels'"):
         labeller(x, label=torch.zeros(4, dtype=torch.int64))
-    with pytest.raises(InputError, match=r"label -100 is none of the classes 0\.\.2"):
+    with pytest.raises(InputError, match=r"label -100 is not one of the classes 0\.\.2"):
         labeller(x, labels=torch.tensor([0, 1, 2, -100]))
     with pytest.raises(InputError, match=r"labels are int64 \(4,\)"):
         labeller(x, labels=torch.zeros(4))

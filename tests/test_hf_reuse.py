@@ -37,9 +37,8 @@ def use(model: hf.DflowModel, x: Tensor) -> None:
 def test_what_was_drawn_or_scored_from_can_be_trained(family: str, changes: dict[str, Any]) -> None:
     model = text(family, changes)
     use(model, symbols(4))
-    for budget in getattr(model.distribution, "budgets", []):
-        model.choose(budget)
-        use(model, symbols(4))
+    for budget in budgets(model):
+        use(model.at(budget), symbols(4))
     for mode in (True, False):
         loss = model.train(mode)(symbols()).loss
         if mode:
@@ -59,6 +58,12 @@ def test_an_image_model_that_was_used_can_be_trained(family: str, settings: dict
         model(values(model))
     model.train()(values(model)).loss.backward()
     assert idle(model) == []
+
+
+def budgets(model: hf.DflowModel) -> list[int]:
+    """Numbers of calls that belong to the weights; an any-order model makes the others from its settings."""
+    numbers = model.distribution.budgets
+    return [model.num_calls] if isinstance(numbers, range) else list(numbers)
 
 
 #: Pairs of settings whose weights have the same shapes, but other orders, masks or positions.
@@ -94,19 +99,16 @@ def test_other_weights_bring_their_order(
     state = fresh.state_dict()
     x = torch.randint(0, K, (6, LENGTH))
     with mode():
-        for budget in getattr(used.distribution, "budgets", [used.num_calls]):
-            used.choose(budget) if budget != used.num_calls else None
-            used.log_prob(x)
-            used.generate(2)
+        for budget in budgets(used):
+            used.at(budget).log_prob(x)
+            used.at(budget).generate(2)
     used.load_state_dict(copy.deepcopy(state), assign=assign)
-    for budget in getattr(used.distribution, "budgets", [used.num_calls]):
-        if budget != used.num_calls or budget != fresh.num_calls:
-            used.choose(budget)
-            fresh.choose(budget)
+    for budget in budgets(used):
+        models = used.at(budget), fresh.at(budget)
         with mode():
-            torch.testing.assert_close(used.log_prob(x), fresh.log_prob(x))
-            assert used.round_trip(x)
-            draws = [m.generate(3, generator=torch.Generator().manual_seed(0)) for m in (used, fresh)]
+            torch.testing.assert_close(models[0].log_prob(x), models[1].log_prob(x))
+            assert models[0].round_trip(x)
+            draws = [m.generate(3, generator=torch.Generator().manual_seed(0)) for m in models]
         assert torch.equal(*draws)
 
 

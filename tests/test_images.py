@@ -441,9 +441,9 @@ def test_unfit_data_are_refused(pictures: Path, table: Path) -> None:
     for x, message in [
         (torch.zeros(2, 15), r"\(15,\); this model takes \(1, 4, 4\)"),
         (torch.zeros(2, 4, 4), r"\(4, 4\); this model takes"),
-        (torch.full((2, 16), 2), r"value 2 of entry 0 is none of 0\.\.1"),
-        (torch.full((2, 1, 4, 4), -1), r"value -1 of entry 0 is none of 0\.\.1"),
-        (torch.full((2, 16), 0.5), r"value 0.5 of entry 0 is none of 0\.\.1"),
+        (torch.full((2, 16), 2), r"value 2 of entry 0 is no integer in 0\.\.1"),
+        (torch.full((2, 1, 4, 4), -1), r"value -1 of entry 0 is no integer in 0\.\.1"),
+        (torch.full((2, 16), 0.5), r"value 0.5 of entry 0 is no integer in 0\.\.1"),
         (torch.full((2, 16), math.nan), "value nan"),
     ]:
         with pytest.raises(InputError, match=message):
@@ -456,9 +456,9 @@ def test_unfit_data_are_refused(pictures: Path, table: Path) -> None:
     good[0, 0], good[0, 2] = low[0] - 3, low[2] + levels[2]
     assert mixed.elbo(good).values.isfinite().all()
     for column, value, message in [
-        (0, -(1 << 22) - 1, r"entry 0 is none of -4194304\.\.4194304"),
-        (2, (1 << 22) + 1, "entry 2 is none of"),
-        (2, 0.5, "entry 2 is none of"),
+        (0, -(1 << 22) - 1, r"entry 0 is no integer in -4194304\.\.4194304"),
+        (2, (1 << 22) + 1, "entry 2 is no integer in"),
+        (2, 0.5, "entry 2 is no integer in"),
         (1, math.inf, "value inf of entry 1 is not finite"),
     ]:
         bad = good.clone()
@@ -476,7 +476,7 @@ def test_families_are_those_of_the_kind() -> None:
         InputError, match="'dequantized' is one of models of images or tables, and this takes one of text"
     ):
         hf.DflowModel(hf.DflowConfig(family="dequantized"))
-    with pytest.raises(InputError, match="shape and levels are missing"):
+    with pytest.raises(InputError, match="missing: shape, levels"):
         hf.DflowImageModel(hf.DflowImageConfig())
 
 
@@ -678,7 +678,7 @@ def test_evaluate_on_other_data(
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["num_rows"] == 30
     for name, said in [
         ("checkerboard", "(2,); this model takes (1, 4, 4)"),
-        (str(write_pictures(tmp_path / "deep", 30, size=4)), "is none of 0..1"),
+        (str(write_pictures(tmp_path / "deep", 30, size=4)), "is not one of 0..1"),
         ("mnist", "mnist: not in a local folder"),
         ("text8", "text8: a text"),
         ("nowhere", "nowhere: neither"),

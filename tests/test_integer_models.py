@@ -70,7 +70,7 @@ def test_flip_mirrors_about_half_of_a_batch_and_nothing_else(tmp_path: Path) -> 
     data = {"name": str(write_pictures(tmp_path / "png", 30, size=8)), "valid": 0.2, "test": 0.2}
     path = recipe(tmp_path, data, batch_size=64)
     plain, flipped = (
-        task_of(load_recipe(path, [f"data.flip={on}"]), False).batch(7)[0].view(64, 8, 8)
+        task_of(load_recipe(path, [f"data.flip={on}"]), False).data.batch(7)[0].view(64, 8, 8)
         for on in ("false", "true")
     )
     same_rows = (flipped == plain).flatten(1).all(1)
@@ -218,7 +218,7 @@ def test_commands(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert cli.main(["evaluate", "--model", name, "--precision", "float32", "--limit", "2"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["precision"] == "float32"
     for flags in (["--draws", "8"], ["--seed", "1"]):
-        assert "are for bounds" in fails(capsys, "evaluate", "--model", name, *flags)
+        assert "is for bounds" in fails(capsys, "evaluate", "--model", name, *flags)
     assert "exact likelihood and no bounds" in fails(
         capsys, "plot", "density", "--model", str(_two(tmp_path)), "--output", str(tmp_path / "p.png")
     )

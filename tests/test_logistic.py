@@ -220,7 +220,7 @@ def test_wrong_arguments_are_named():
         ),
         (
             lambda: build("conditional").sample(3, Context(given=(torch.zeros(2, 2),))),
-            "3 draws asked of a context of 2",
+            "3 draws from a context of 2",
         ),
         (
             lambda: ConditionalLogistic(Net(3, 2), 2).params(Context(given=(torch.zeros(1, 2),))),

@@ -26,7 +26,7 @@ print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def faults(how: str, monkeypatch: pytest.MonkeyPatch, **environment: str) -> tuple[str, int]:
-    for name in memory._OWN:
+    for name in memory._VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -45,14 +45,14 @@ def test_blocks_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @_LINUX
-@pytest.mark.parametrize("name", memory._OWN)
+@pytest.mark.parametrize("name", memory._VARIABLES)
 def test_settings_of_the_environment_are_left(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     value = "" if name == "GLIBC_TUNABLES" else "131072"
     assert faults("keep", monkeypatch, **{name: value})[0] == "False"
 
 
 def test_older_versions_are_asked_for_less_and_never_for_half(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in memory._OWN:
+    for name in memory._VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "platform", "linux")
     for most, asked in ((1 << 25, 3), (1 << 20, 2)):
@@ -70,7 +70,7 @@ def test_older_versions_are_asked_for_less_and_never_for_half(monkeypatch: pytes
 
 
 def test_other_libraries_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in memory._OWN:
+    for name in memory._VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
     assert not memory.keep_memory()

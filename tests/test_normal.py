@@ -359,7 +359,7 @@ def ones(*shape: int) -> Context:
         (lambda: ConditionalNormal(nn.Identity()).log_prob(torch.zeros(1, 2), ones(1, 2)), "params"),
         (
             lambda: ConditionalNormal(nn.Identity()).log_prob(torch.zeros(1, 3), ones(1, 2, 2)),
-            "answers for",
+            "the params of the net",
         ),
         (lambda: ConditionalNormal(nn.Identity()).sample(2, ones(1, 2, 2)), "2 draws"),
     ],

@@ -12,6 +12,7 @@ from dflow.bijectors import Autoregressive, Chain, Coupling, Reverse
 from dflow.config import InputError
 from dflow.core import Context
 from dflow.flows import Flow, Split
+from dflow.flows.walk import innermost
 
 K, LENGTH = 4, 8
 
@@ -150,7 +151,7 @@ def test_default_rules():
         ("bipartite", {}, "masked", "use layerwise or gumbel or straight_through"),
         ("bipartite", {}, "likelihood", "use layerwise or gumbel or straight_through"),
         ("bipartite", {"base": "mixture"}, "layerwise", "trains no base"),
-        ("bipartite", {"elementwise": "affine"}, "layerwise", "nothing to teach ModAffine"),
+        ("bipartite", {"elementwise": "affine"}, "layerwise", "cannot train ModAffine"),
         ("bipartite", {"base": "mixture", "elementwise": "shift"}, "expected", "trains no base"),
         ("bipartite", {}, "expected", "ModRank has no 'expected'"),
         ("multiscale", {}, "likelihood", "use layerwise or gumbel or straight_through"),
@@ -200,9 +201,9 @@ def test_a_law_around_a_split_counts_what_reaches_the_innermost_base():
     x = torch.randint(0, K, (16, LENGTH))
     loss, counts = objectives.Objective(flow, "straight_through")(x)
     assert loss.item() == pytest.approx(-flow.log_prob(x).sum().item(), rel=1e-5)
-    assert torch.equal(counts, objectives.base_of(flow).statistics(coupling(x)[0][:, :1]))
+    assert torch.equal(counts, innermost(flow).statistics(coupling(x)[0][:, :1]))
     half = build("bipartite", length=4)
-    with pytest.raises(InputError, match="part factored out"):
+    with pytest.raises(InputError, match="conditional of a split"):
         objectives.Objective(Split(torch.arange(LENGTH) < 4, half, build("bipartite", length=4)), "gumbel")
 
 

@@ -15,7 +15,8 @@ from dflow import zoo
 from dflow.config import InputError
 from dflow.hf import packed
 from dflow.hf.packed import PackedNetwork, pack
-from dflow.nn.binary import Moments, Signs, StochasticBatchNorm, StochasticSign
+from dflow.nn.batch_norm import StochasticBatchNorm
+from dflow.nn.moments import Moments, Signs, StochasticSign
 
 
 def trained(**changes):

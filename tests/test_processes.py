@@ -18,7 +18,8 @@ from forks import FORKS
 from safetensors.torch import load_file, save_file
 
 from dflow import cli
-from dflow.nn.binary import Moments, StochasticBatchNorm
+from dflow.nn.batch_norm import StochasticBatchNorm
+from dflow.nn.moments import Moments
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forks")]
 

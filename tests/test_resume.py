@@ -23,8 +23,8 @@ from test_faults import recipe_file, same, weights
 from dflow import cli
 from dflow.config import InputError
 from dflow.data import DataConfig, load
-from dflow.train import load_recipe, loop, recipe_of, resume_command, train
-from dflow.train.loop import _Run
+from dflow.train import identity, load_recipe, machine, recipe_of, resume_command, train
+from dflow.train.loop import Run
 
 pytestmark = pytest.mark.slow
 
@@ -40,18 +40,18 @@ def stopped(
     monkeypatch: pytest.MonkeyPatch, step: int, words: list[str], times: int = 1, apart: float = 60.0
 ) -> int:
     """The exit code of `dflow` with these words, stopped by Ctrl-C in a step, ``times`` times."""
-    once = _Run._one_step
+    once = Run._one_step
 
-    def interrupting(self: _Run, started: float) -> tuple[float, float]:
+    def interrupting(self: Run, started: float) -> tuple[float, float]:
         result = once(self, started)
-        if self.step + 1 == step:
+        if self.progress.step + 1 == step:
             for _ in range(times):
                 os.kill(os.getpid(), signal.SIGINT)
-                self.interrupted_at -= apart
+                self.signals.time -= apart
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Run, "_one_step", interrupting)
+        patch.setattr(Run, "_one_step", interrupting)
         return cli.main(words)
 
 
@@ -101,7 +101,7 @@ def test_the_echo_of_a_signal_is_no_second_one(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of Ctrl-C under a launcher each process hears twice."""
-    monkeypatch.setattr(loop, "_ECHO", 60.0)  # however slow the machine
+    monkeypatch.setattr(machine, "ECHO", 60.0)  # however slow the machine
     path = recipe_file(tmp_path, text)
     assert stopped(monkeypatch, 4, ["train", str(path)], times=2, apart=0.0) == 130
     assert "stopped at step 4 and saved" in told(capsys)
@@ -188,7 +188,7 @@ def test_a_state_of_the_first_version_goes_on(
     """Its fingerprint had the name of the file, and its recipe a path from the directory of the training."""
     monkeypatch.chdir(tmp_path)
     path, out = recipe_file(tmp_path, Path("text.txt")), tmp_path / "out"
-    monkeypatch.setattr(loop, "_fingerprint", lambda recipe: f"of {recipe.data.name}")
+    monkeypatch.setattr(identity, "fingerprint", lambda recipe: f"of {recipe.data.name}")
     monkeypatch.setattr(DataConfig, "located", lambda self: self)
     assert stopped(monkeypatch, 3, ["train", str(path), "--output", "out"]) == 130
     monkeypatch.undo()
@@ -197,7 +197,7 @@ def test_a_state_of_the_first_version_goes_on(
     assert cli.main(["train", "--resume", str(out)]) == 0
     assert yaml.safe_load((out / "recipe.yaml").read_text())["data"]["name"] == str(text)
     # A recipe changed by hand is another run.
-    monkeypatch.setattr(loop, "_fingerprint", lambda recipe: "another")
+    monkeypatch.setattr(identity, "fingerprint", lambda recipe: "another")
     kept = (out / "recipe.yaml").read_text()
     (out / "recipe.yaml").write_text(kept.replace("seed: 0", "seed: 1"))
     assert cli.main(["train", "--resume", str(out)]) == 2
@@ -345,7 +345,7 @@ def test_a_model_of_a_store_is_scored_after_its_text_was_touched(
 def test_a_tracker_that_is_not_installed_is_an_error_before_anything_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr(machine, "get_available_trackers", lambda: ["tensorboard"])
     path = recipe_file(tmp_path, tmp_path / "text that is not there")
     with pytest.raises(
         InputError, match=r"wandb, comet_ml not installed; pip install wandb comet-ml"
@@ -354,7 +354,7 @@ def test_a_tracker_that_is_not_installed_is_an_error_before_anything_else(
     assert "--set 'train.trackers=[tensorboard]'" in str(error.value)
     with pytest.raises(InputError, match="no tracker 'wndb'; did you mean 'wandb'"):
         train(load_recipe(path, ["train.trackers=[wndb]"]))
-    loop.check_trackers(["tensorboard", "all", ""])
+    machine.check_trackers(["tensorboard", "all", ""])
     assert not (tmp_path / "out").exists()
 
 

@@ -93,21 +93,22 @@ def test_a_law_of_several_budgets_is_a_law_at_each():
     assert law.budgets == [2, 3, 4, 6]
     x, found = enumerate_all(K, dim), []
     for calls in law.budgets:
-        law.choose(calls)
-        assert law.num_calls == calls
-        log_prob = law.log_prob(x)
+        other = law.at(calls)
+        assert other.num_calls == calls
+        assert other.net is law.net
+        assert law.at(calls) is other
+        log_prob = other.log_prob(x)
         assert abs(float(log_prob.exp().sum()) - 1) < 1e-12
-        torch.testing.assert_close(law.log_prob_by_steps(x), log_prob)
+        torch.testing.assert_close(other.log_prob_by_steps(x), log_prob)
         found.append(log_prob)
-        net = law.net
-        alone = transformer(K, K, law.chosen, dim, ahead=2).double()
-        alone.load_state_dict(net.state_dict() | {"order": law.chosen})
-        torch.testing.assert_close(SequenceCategorical(alone, law.chosen, dim).log_prob(x), log_prob)
+        alone = transformer(K, K, other.order, dim, ahead=2).double()
+        alone.load_state_dict(law.net.state_dict() | {"order": other.order})
+        torch.testing.assert_close(SequenceCategorical(alone, other.order, dim).log_prob(x), log_prob)
     assert not torch.allclose(found[0], found[1])
-    law.choose(None)
     assert law.num_calls == 2
+    torch.testing.assert_close(law.log_prob(x), found[0])
     with pytest.raises(ValueError, match="no order of 5 calls"):
-        law.choose(5)
+        law.at(5)
 
 
 def test_blocks_cost_one_call_each():

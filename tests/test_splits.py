@@ -18,8 +18,19 @@ from PIL import Image
 
 from dflow import cli
 from dflow.config import InputError
-from dflow.data import Corpus, DataConfig, ImageConfig, Text, Tokenizer, files, load, load_images, splits
-from dflow.data.tokenizers import Bytes, SentencePiece
+from dflow.data import (
+    Bytes,
+    Corpus,
+    DataConfig,
+    ImageConfig,
+    SentencePiece,
+    Text,
+    Tokenizer,
+    files,
+    load,
+    load_images,
+    splits,
+)
 from dflow.evaluate import evaluate
 from dflow.train import load_recipe, train
 from dflow.train.tasks import task_of
@@ -349,18 +360,18 @@ def test_the_validation_counts_the_characters_of_its_chunks(kind: str, tmp_path:
     }
     recipe.write_text(yaml.safe_dump(values))
     task = task_of(load_recipe(recipe), False)
-    batches, count = task.valid(torch.device("cpu"), 0, 1)
+    batches, count = task.data.valid(torch.device("cpu"), 0, 1)
     ids = torch.cat([ids for ids, _ in batches])
-    _, characters = by_hand(task.model, text, task.corpus.tokenizer, 9)  # type: ignore[attr-defined]
+    _, characters = by_hand(task.model, text, task.data.corpus.tokenizer, 9)  # type: ignore[attr-defined]
     assert len(ids) == 9
     assert count == characters
-    batch = task.batch(3)
+    batch = task.data.batch(3)
     if kind == "bytes":
-        assert task.count(batch) == sum(b < 0x80 or b >= 0xC0 for b in batch[0].flatten().tolist())
+        assert task.data.count(batch) == sum(b < 0x80 or b >= 0xC0 for b in batch[0].flatten().tolist())
 
 
 def test_characters_of_what_is_drawn() -> None:
-    text = Text("train", torch.zeros(9, dtype=torch.uint8), None, 9, starts=torch.from_numpy(Bytes().starts))
+    text = Text("train", torch.zeros(9, dtype=torch.uint8), None, 9, starts=Bytes().starts)
     drawn = torch.tensor([[0x61, 0xC3, 0xA4, -1], [0xA4, -1, -1, -1]])
     assert text.characters(drawn).tolist() == [2, 0]
     assert text.characters(drawn.clamp(min=0), torch.tensor([2, 1])).tolist() == [2, 0]

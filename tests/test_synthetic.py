@@ -15,7 +15,8 @@ from folders import make_model, write_model, write_text
 
 from dflow import cli, hf
 from dflow.config import InputError
-from dflow.data import DataConfig, Draws, Law, Numbers, Tokenizer, check, list_sets, load, synthetic
+from dflow.data import DataConfig, Draws, Law, Numbers, Tokenizer, check, list_sets, load, potts
+from dflow.data.laws import sequences
 from dflow.data.synthetic import LAWS, Addition, EightGaussians, FullRank, Potts, SetShuffling, SetSummation
 from dflow.evaluate import evaluate, evaluate_law
 from dflow.generate import generate, spell
@@ -43,7 +44,7 @@ each = pytest.mark.parametrize("law", SMALL, ids=repr)
 @each
 def test_probabilities_entropy_and_marginals_agree(law: Law) -> None:
     x = torch.cartesian_prod(*[torch.arange(law.K)] * law.dim).view(-1, law.dim)
-    assert torch.equal(synthetic.sequences(law.K, law.dim), x)
+    assert torch.equal(sequences(law.K, law.dim), x)
     log_p = law.log_prob(x)
     assert log_p is not None
     p = log_p.exp()
@@ -116,7 +117,7 @@ def test_potts_weights_are_those_of_equal_neighbours(side: int, states: int, per
         for r2, c2 in ((r + 1, c), (r, c + 1)):
             if periodic or (r2 < side and c2 < side):
                 pairs.append((side * r + c, side * (r2 % side) + c2 % side))
-    x = synthetic.sequences(states, side**2)
+    x = sequences(states, side**2)
     energy = sum((x[:, a] == x[:, b]).double() for a, b in pairs)
     assert isinstance(energy, torch.Tensor)
     assert law.log_normalizer == pytest.approx(float((0.6 * energy).logsumexp(0)), abs=1e-10)
@@ -142,7 +143,7 @@ def test_gibbs_sampling_takes_over_where_rows_have_too_many_states(
 ) -> None:
     exact = Potts(5, 3, 0.6, periodic)
     expected = exact.sample(1500, torch.Generator().manual_seed(0))
-    monkeypatch.setattr(synthetic, "_ROWS", 8)
+    monkeypatch.setattr(potts, "_EXACT_ROWS", 8)
     law = Potts(5, 3, 0.6, periodic, sweeps=40)
     assert (law.entropy, law.log_prob(expected), law.support) == (None, None, None)
     assert law.factorized == exact.factorized
@@ -244,7 +245,7 @@ def test_a_law_is_a_text_whose_crops_are_fresh() -> None:
 
 
 def synthetic_draws() -> int:
-    from dflow.data.text import NUM_DRAWS
+    from dflow.data.corpus import NUM_DRAWS
 
     return NUM_DRAWS
 
@@ -306,7 +307,7 @@ def test_exact_evaluation_is_the_expectation_over_all_outcomes(trained: Path) ->
     corpus = load(DataConfig("synthetic/full_rank", parameters={"dim": 3, "K": 3, "seed": 2}))
     assert isinstance(corpus.test, Draws)
     result = evaluate_law(model, corpus.test, batch_size=5)
-    x = synthetic.sequences(3, 3)
+    x = sequences(3, 3)
     with torch.no_grad():
         nats = -model.log_prob(x).double()
     by_hand = float((law.probabilities.flatten() * nats).sum())
@@ -341,7 +342,7 @@ def test_estimates_come_with_their_error(trained: Path, monkeypatch: pytest.Monk
     assert abs(result.nats - exact.nats) < 4 * result.standard_error
     assert evaluate_law(model, corpus.test, limit=1).standard_error is None
     # Where the law is not known the estimate is the plain mean, and there is no gap.
-    monkeypatch.setattr(synthetic, "_ROWS", 1)
+    monkeypatch.setattr(potts, "_EXACT_ROWS", 1)
     model, unknown = make_model("bipartite", 3, 9), Draws.of(Potts(3, 3, 0.5, sweeps=5), "test")
     plain = evaluate_law(model, unknown)
     assert (plain.gap, plain.entropy, plain.kind) == (None, None, "estimate")

@@ -20,8 +20,7 @@ from dflow import cli, hf, zoo
 from dflow.config import InputError
 from dflow.data import DataConfig, load
 from dflow.evaluate import evaluate
-from dflow.train import Schedule, history, load_recipe, loop, recipe_of, train
-from dflow.train.tasks import task_of
+from dflow.train import Schedule, TrainConfig, history, load_recipe, loop, machine, recipe_of, train
 
 ROOT = Path(__file__).parent.parent
 # Recipes of synthetic laws are trained on these, in test_synthetic.py.
@@ -220,18 +219,18 @@ def test_a_resumed_run_ends_with_the_same_bits(family, settings, text, tmp_path)
 
 def stop_after(recipe, step):
     """Train from the beginning; Ctrl-C comes in a step, also of models without an optimizer to hook."""
-    from dflow.train.loop import _Run
+    from dflow.train.loop import Run
 
-    once = _Run._one_step
+    once = Run._one_step
 
     def interrupting(self, started):
         result = once(self, started)
-        if self.step + 1 == step:
+        if self.progress.step + 1 == step:
             os.kill(os.getpid(), signal.SIGINT)
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Run, "_one_step", interrupting)
+        patch.setattr(Run, "_one_step", interrupting)
         with pytest.raises(KeyboardInterrupt, match=f"step {step} and saved; go on with: dflow train"):
             train(recipe)
 
@@ -474,7 +473,7 @@ def test_what_a_run_has_not_made_is_not_removed(text, tmp_path, monkeypatch):
     def full(self):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(loop._Run, "save_state", full)
+    monkeypatch.setattr(loop.Run, "save_state", full)
     with pytest.raises(OSError, match="No space left"):
         run(path, f"output={own}", resume=True)
     assert (own / "notes.txt").read_text() == "mine"
@@ -573,20 +572,19 @@ def test_files_are_as_readable_as_the_others(text, tmp_path):
     assert {p.stat().st_mode for p in out.iterdir() if p.is_file()} == {usual}
 
 
-def test_the_bar_is_that_of_the_budget_that_ends_first(text, tmp_path):
-    path = recipe_file(tmp_path, text, steps=40, minutes=60)
-    one = loop._Run(task_of(load_recipe(path), False))
-    assert one._budget() == ("s", 0.0, 3600)
-    one.step, one.elapsed = 10, 4.0
-    assert one._budget() == ("step", 10, 40)
-    one.elapsed = 1000.0
-    assert one._budget() == ("s", 1000.0, 3600)
-    bar = one._bar()
-    one.step = 20
-    one._show(bar)
-    assert (bar.unit, bar.n, bar.total) == ("step", 20, 40)
-    bar.close()
-    one.close()
+def test_the_bar_is_that_of_the_budget_that_ends_first():
+    config = TrainConfig(steps=40, minutes=60)
+
+    def shown(step, elapsed):
+        bar.show(step, elapsed, 1.0, 8, False)
+        return bar.bar.unit, bar.bar.n, bar.bar.total
+
+    bar = machine.Bar(config, 0, 0.0, "bits/char", "chars", False)
+    assert (bar.bar.unit, bar.bar.n, bar.bar.total) == ("s", 0, 3600)
+    assert shown(10, 4.0) == ("step", 10, 40)
+    assert shown(10, 1000.0) == ("s", 1000, 3600)
+    assert shown(20, 1000.0) == ("step", 20, 40)
+    bar.bar.close()
 
 
 def test_samples_that_a_log_cannot_show_end_nothing(tmp_path):

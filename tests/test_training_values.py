@@ -25,7 +25,8 @@ from dflow import hf, objectives
 from dflow.data import Corpus, DataConfig, load
 from dflow.distributions import Categorical
 from dflow.train import Schedule, TrainConfig, load_recipe, loop, schedule, train
-from dflow.train.tasks import mix, task_of
+from dflow.train.material import mix
+from dflow.train.tasks import task_of
 
 LENGTH = 16
 
@@ -243,11 +244,9 @@ def test_vectors_do_not_decay_and_matrices_do_even_without_a_gradient(grouped: W
 def gradient(run: Watched, step: int, batch: list[tuple[Tensor, Tensor | None]]) -> dict[str, Tensor]:
     """Of the mean nats an entry of a whole batch, by a single pass."""
     objective = run.objective(step)
-    for law, calls in zip(objectives.elastic(objective.distribution), run.calls[step].budgets, strict=True):
-        law.choose(calls)
     x = torch.cat([part for part, _ in batch])
     lengths = None if batch[0][1] is None else torch.cat([n for _, n in batch if n is not None])
-    loss, _ = objective(x, lengths)
+    loss, _ = objective(x, lengths, run.calls[step].turn)
     (loss / (x.numel() if lengths is None else lengths.sum())).backward()
     return {n: p.grad for n, p in objective.distribution.named_parameters() if p.grad is not None}
 
@@ -304,17 +303,14 @@ def test_batches_are_those_of_the_seed_and_the_step(grouped: Watched, sentences:
 
 
 def test_every_budget_of_a_model_has_its_turns_and_is_evaluated_by_its_own(grouped: Watched) -> None:
-    turns = [call.budgets for call in grouped.calls]
-    assert turns == [[BUDGETS[mix(3 + 2, step) % 3]] for step in range(40)]
-    assert min(turns.count([calls]) for calls in BUDGETS) >= 8
+    turns = [call.turn for call in grouped.calls]
+    assert turns == [mix(3 + 2, step) % 3 for step in range(40)]
+    assert min(turns.count(turn) for turn in range(3)) >= 8
     # And the loss of a step is that of its turn.
     for number in (0, 7, 20):
         call, law = grouped.calls[number], grouped.objective(number).distribution
-        costs, [elastic] = {}, objectives.elastic(law)
-        for calls in BUDGETS:
-            elastic.choose(calls)
-            costs[calls] = -float(law.log_prob(call.x).detach().sum())
-        assert float(call.loss) == pytest.approx(costs[call.budgets[0]], rel=1e-5)
+        costs = {calls: -float(law.at(calls).log_prob(call.x).detach().sum()) for calls in BUDGETS}
+        assert float(call.loss) == pytest.approx(costs[BUDGETS[call.turn]], rel=1e-5)
         assert len({round(cost, 2) for cost in costs.values()}) == 3
     assert hf.load(grouped.out).num_calls == 2
 
@@ -323,13 +319,10 @@ def test_an_evaluation_after_another_budget_is_by_the_models_own(tmp_path: Path)
     run = watched(
         tmp_path, "grouped", {"calls": [1, 4], "block": 2}, steps=6, eval_every=6, seed=3, learning_rate=0.05
     )
-    assert run.calls[-1].budgets == [1]
+    assert BUDGETS[run.calls[-1].turn] == 1
     [row] = metrics(run.out)
     model = hf.load(run.out)
-    costs = {}
-    for calls in BUDGETS:
-        model.choose(calls)
-        costs[calls] = run.valid_bits(model)
+    costs = {calls: run.valid_bits(model.at(calls)) for calls in BUDGETS}
     assert row["valid_bits"] == pytest.approx(costs[2], abs=2e-5)
     assert len({round(cost, 3) for cost in costs.values()}) == 3
 
@@ -355,8 +348,8 @@ def test_pictures_are_turned_round_half_of_the_time_where_asked_for(tmp_path: Pa
         task_of(load_recipe(image_recipe(tmp_path, data | {"flip": flip}, batch_size=400)), False)
         for flip in (False, True)
     )
-    rows, turned = plain.batch(7)[0], turning.batch(7)[0]
-    assert torch.equal(rows, plain.images.train.crops(400, 192, torch.Generator().manual_seed(7))[0])  # type: ignore[attr-defined]
+    rows, turned = plain.data.batch(7)[0], turning.data.batch(7)[0]
+    assert torch.equal(rows, plain.data.images.train.crops(400, 192, torch.Generator().manual_seed(7))[0])  # type: ignore[attr-defined]
     mirrored = rows.view(-1, 3, 8, 8).flip(3).flatten(1)
     one, other = (turned == rows).all(1), (turned == mirrored).all(1)
     assert (one ^ other).all()
@@ -502,9 +495,9 @@ def test_memory_of_a_density_grows_with_the_training_where_the_dequantizer_moves
     for dequantizer, start, later in (("uniform", 0.98, 0.98), ("normal", 31 / 32, 1 - 1 / 41)):
         path = image_recipe(tmp_path, data, {"density": "diagonal", "dequantizer": dequantizer})
         task = task_of(load_recipe(path), False)
-        assert task.momentum(0, 0.0) == start
-        assert task.momentum(18, 0.5) == pytest.approx(later)
-        assert task.momentum(10**6, 1.0) == 0.98
+        assert task.method.momentum(0, 0.0) == start
+        assert task.method.momentum(18, 0.5) == pytest.approx(later)
+        assert task.method.momentum(10**6, 1.0) == 0.98
 
 
 # -- several processes ---------------------------------------------------------------------------------------
@@ -552,7 +545,7 @@ def test_two_processes_have_the_gradient_and_the_counts_of_the_whole_batch(
     pair: tuple[Path, list[dict[str, Any]]],
 ) -> None:
     recipe, reports = pair
-    objective: Any = task_of(load_recipe(recipe), False).objective.train()
+    objective: Any = task_of(load_recipe(recipe), False).method.objective.train()
     base, [estimator] = objectives.closed_form(objective.distribution), objectives.estimators(objective)
     assert base is not None
     text = load(DataConfig(str(recipe.parent / "text.txt"))).train

@@ -8,7 +8,9 @@ from cases import alternate, enumerate_all, randomize, transformer
 from torch.nn import functional as F
 
 from dflow.core import Context
-from dflow.nn.transformer import Attention, Block, GroupCausalTransformer, InfillTransformer
+from dflow.nn.attention import Attention, Block, TransformerSize
+from dflow.nn.infill import InfillTransformer
+from dflow.nn.transformer import GroupCausalTransformer
 from dflow.ops.lookup import lookup
 from dflow.ops.modular import one_hot
 from dflow.ops.orders import ORDERS, check_order, lockstep
@@ -76,10 +78,12 @@ def test_both_modes_agree_to_the_last_bit_in_single_precision():
     x = torch.randint(0, K, (3, dim))
     rows = one_hot(x, K, torch.float32)
     for calls in (4, dim):
-        net = GroupCausalTransformer(K, K, lockstep(dim, calls), dim, hidden_size=16, num_heads=2)
+        net = GroupCausalTransformer(K, K, lockstep(dim, calls), dim, TransformerSize(16, 3, 2, window=4))
         assert torch.equal(net(x), net(rows))
     mask = alternate(dim)
-    infill = InfillTransformer(K, K, mask.nonzero().flatten(), (~mask).nonzero().flatten(), hidden_size=16)
+    infill = InfillTransformer(
+        K, K, mask.nonzero().flatten(), (~mask).nonzero().flatten(), TransformerSize(16, 1)
+    )
     assert torch.equal(infill(x[:, mask]), infill(rows[:, mask]))
 
 
@@ -111,7 +115,7 @@ def test_infilling_ignores_absent_entries_and_reads_all_known_ones():
     K, dim = 3, 8
     mask = alternate(dim)
     known, hidden = mask.nonzero().flatten(), (~mask).nonzero().flatten()
-    net = randomize(InfillTransformer(K, 2, known, hidden, hidden_size=8, num_heads=2, window=1))
+    net = randomize(InfillTransformer(K, 2, known, hidden, TransformerSize(8, 1, 2, window=1)))
     x = torch.randint(0, K, (1, len(known)))
     for j in range(len(known)):
         changed = x.clone()
@@ -140,11 +144,13 @@ def test_lookup_is_an_index_forward_and_a_product_backward():
 
 def test_wrong_arguments_name_the_value():
     with pytest.raises(ValueError, match="hidden_size 10 must be a multiple"):
-        Attention(10, 4)
+        TransformerSize(10, num_attention_heads=4)
     with pytest.raises(ValueError, match="at most 4"):
-        GroupCausalTransformer(3, 3, lockstep(4, 2), 4, hidden_size=8)(torch.zeros(1, 5, dtype=torch.int64))
+        GroupCausalTransformer(3, 3, lockstep(4, 2), 4, TransformerSize(8))(
+            torch.zeros(1, 5, dtype=torch.int64)
+        )
     with pytest.raises(ValueError, match="window"):
-        GroupCausalTransformer(3, 3, lockstep(4, 2), 4, hidden_size=8, window=0)
+        TransformerSize(8, window=0)
     with pytest.raises(ValueError, match="found 0 and 2"):
         InfillTransformer(3, 3, torch.arange(0), torch.arange(2))
     with pytest.raises(ValueError, match=r"1\.\.4"):
@@ -159,7 +165,7 @@ def test_wrong_arguments_name_the_value():
 @torch.no_grad()
 def test_a_block_drops_what_either_path_adds_in_training_alone(path):
     torch.manual_seed(1)
-    block, rate, n = Block(32, 2, 48, dropout=0.3).double(), 0.3, 9
+    block, rate, n = Block(TransformerSize(32, 1, 2, 48, dropout=0.3)).double(), 0.3, 9
     # The other path adds nothing.
     (block.down if path == "attention" else block.attention.out).weight.zero_()
     h = torch.randn(40, n, 32, dtype=torch.float64)

@@ -106,7 +106,7 @@ def test_draws_are_those_of_the_law() -> None:
         # Total variation of an empirical law: about sqrt(2 / (pi n)) sum sqrt(p) / 2.
         limit = 2 * (2 / (math.pi * n)) ** 0.5 * float(expected.sqrt().sum()) / 2
         assert float((found - expected).abs().sum()) / 2 < limit + 0.005
-    with pytest.raises(ValueError, match="3 draws asked of a context of 2"):
+    with pytest.raises(ValueError, match="3 draws from a context of 2"):
         law.sample(3, context(2))
 
 
@@ -185,7 +185,7 @@ def test_wrong_arguments_are_named() -> None:
         (lambda: law.log_prob(torch.zeros(3, 2)), "needs a context"),
         (lambda: law.log_prob(torch.zeros(3, 3), context(3)), "expected int64 or floating"),
         (lambda: law.log_prob(torch.zeros(3, 2), context(2)), "3 rows, the context 2"),
-        (lambda: ConditionalWindow(Net(9), LOW, K).logits(context(1)), "the net gave logits"),
+        (lambda: ConditionalWindow(Net(9), LOW, K).logits(context(1)), "the net gave params"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()

@@ -14,6 +14,7 @@ from dflow.elementwise import ModAffine
 from dflow.flows import Flow, Split
 from dflow.nn.embed import Neighbours
 from dflow.nn.lstm import LSTM
+from dflow.ops import masks
 
 VARIANTS = [(family, {}) for family in zoo.names("text")] + [
     ("grouped", {"order": "bit_reversed"}),
@@ -82,20 +83,20 @@ def test_couplings_run_from_fine_to_coarse_and_condition_on_raw_symbols():
     for dim in (2, 5, 8, 13):
         levels = (dim - 1).bit_length()
         touched = torch.zeros(dim, dtype=torch.bool)
-        for known, hidden in zoo.strides(dim, levels):
+        for known, hidden in masks.strides(dim, levels):
             assert not (known & touched).any()
             touched |= hidden
         assert touched.tolist() == [False] + [True] * (dim - 1)
-        assert len(zoo.strides(dim, 2 * levels + 1)) == 2 * levels + 1
+        assert len(masks.strides(dim, 2 * levels + 1)) == 2 * levels + 1
 
 
-@pytest.mark.parametrize("name", zoo.MASKS)
+@pytest.mark.parametrize("name", masks.MASKS)
 @pytest.mark.parametrize("dim", [2, 3, 8])
 def test_masks_are_disjoint_and_neither_is_empty(name, dim):
     for flows in (1, dim - 1, dim, 2 * dim + 1):
-        masks = zoo.MASKS[name](dim, flows)
-        assert len(masks) == flows
-        for known, hidden in masks:
+        pairs = masks.MASKS[name](dim, flows)
+        assert len(pairs) == flows
+        for known, hidden in pairs:
             assert known.any()
             assert hidden.any()
             assert not (known & hidden).any()
@@ -103,12 +104,12 @@ def test_masks_are_disjoint_and_neither_is_empty(name, dim):
 
 
 def test_single_masks_hide_every_position_in_turn_and_blocks_know_raw_symbols_only():
-    hidden = torch.stack([h for _, h in zoo.single(5, 5)])
+    hidden = torch.stack([h for _, h in masks.single(5, 5)])
     assert torch.equal(hidden, torch.eye(5, dtype=torch.bool).flip(0))
-    assert torch.equal(torch.stack([h for _, h in zoo.single(5, 7)])[5:], hidden[:2])
+    assert torch.equal(torch.stack([h for _, h in masks.single(5, 7)])[5:], hidden[:2])
     touched = torch.zeros(16, dtype=torch.bool)
     sizes = []
-    for known, hides in zoo.blocks(16, 4):
+    for known, hides in masks.blocks(16, 4):
         assert not (known & touched).any()
         touched |= hides
         sizes.append(int(hides.sum()))
@@ -198,7 +199,7 @@ def test_wrong_settings_are_named(family, values, message):
 def test_levels_of_a_multiscale_law_are_the_couplings_of_a_bipartite_flow(length):
     config = zoo.settings("multiscale", SETTINGS["multiscale"] | {"length": length, "window": 3})
     law, levels = zoo.build("multiscale", config, 3), (length - 1).bit_length()
-    for known, hidden in zoo.strides(length, levels):
+    for known, hidden in masks.strides(length, levels):
         assert isinstance(law, Split)
         assert torch.equal(law.conditional.net.net.known, known.nonzero().flatten())
         assert torch.equal(law.conditional.net.net.hidden, hidden.nonzero().flatten())

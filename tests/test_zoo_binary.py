@@ -7,7 +7,9 @@ import torch
 
 from dflow import zoo
 from dflow.config import InputError
-from dflow.nn.binary import BinaryLayer, Moments, StochasticBatchNorm
+from dflow.nn.batch_norm import StochasticBatchNorm
+from dflow.nn.binary import BinaryLayer
+from dflow.nn.moments import Moments
 from dflow.zoo.binary import layers
 
 SETTINGS = {

@@ -324,7 +324,7 @@ def test_permutations_and_channels() -> None:
         ({"shape": [2, 1, 1], "num_levels": 1, "norm": "group", "hidden_size": 2}, "use norm 'none'"),
         ({"split": "third"}, "half"),
         (VALUES | {"num_flows": 2}, "num_flows=2 needs prior logistic"),
-        (VALUES | {"prior_components": 2}, "prior_components=2 is of prior logistic"),
+        (VALUES | {"prior_components": 2}, "prior_components=2 needs prior logistic"),
         (VALUES | {"levels": [1025]}, "up to 1024 values"),
         ({"dequantizer": "uniform"}, "unknown key 'dequantizer'"),
         ({"levels": []}, "shape and levels are missing"),
@@ -355,7 +355,7 @@ def test_the_model_of_transformers() -> None:
     # All integers have a probability, in the range of the data or not, as far as float32 tells them apart.
     far = torch.full((1, 16), 5).index_fill(1, torch.tensor([3]), 6)
     assert model.log_prob(far).isfinite()
-    with pytest.raises(InputError, match=r"value 4194305 of entry 3 is none of -4194304\.\.4194304"):
+    with pytest.raises(InputError, match=r"value 4194305 of entry 3 is no integer in -4194304\.\.4194304"):
         model.log_prob(far.index_fill(1, torch.tensor([3]), (1 << 22) + 1))
     settings = {"partition": "orthant", "dequantizer": "normal", "hidden_size": 8, "num_hidden_layers": 1}
     bounded = DflowImageModel(DflowImageConfig("dequantized", shape=[1, 4, 4], levels=[2], **settings))

@@ -23,7 +23,7 @@ class Call:
     training: bool
     noise: list[float]
     temperature: list[float]
-    budgets: list[int]
+    turn: int
     peak: float | None
     counts: Tensor | None
     loss: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -85,7 +85,7 @@ class Watch:
                 law.training,
                 [e.noise for e in estimators],
                 [e.temperature for e in estimators],
-                [elastic.num_calls for elastic in objectives.elastic(law)],
+                args[2],
                 None if base is None else base.peak,
                 None if base is None else base.counts.clone(),
             )

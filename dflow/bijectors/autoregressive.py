@@ -7,12 +7,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dflow.bijectors.conditioner import check_params, full_precision
-from dflow.core import Bijector, Context, Elementwise, lengths_in, present
+from dflow.bijectors.conditioner import Conditioned, check_params, full_precision
+from dflow.core import Context, Elementwise, lengths_in, present
 from dflow.ops.lengths import keep_absent
 
 
-class Autoregressive(Bijector):
+class Autoregressive(Conditioned):
     """``z_i = elementwise(x_i; net(x_<i))``.
 
     `forward` costs one parallel call. `inverse` on symbols repeats ``x <- elementwise.inverse(z, net(x))``,
@@ -20,10 +20,10 @@ class Autoregressive(Bijector):
     inverse, and it is reached within dim + 1 calls from anywhere, since each adds at least one entry to the
     prefix that is right. ``inversion`` says where it starts:
 
-    - "loop": from the result of one cached step an entry, which differs from the fixed point at most where
-      cached and parallel results differ in their last bits. Normally dim steps and one call.
-    - "jacobi": from z, without any step. The fewer entries hang on their neighbours, the fewer calls; two
-      where the net ignores x. A call is parallel, so it costs more than a step but not dim times as much.
+    - "loop": from the result of one cached step an entry, which differs from the fixed point only where
+      cached and parallel results differ by rounding. Normally dim steps and one call.
+    - "jacobi": from z, without any step. It needs the fewer calls, the less entries depend on each other; two
+      where the net ignores x. A call is parallel: it costs more than a step but much less than dim steps.
 
     `inverse` on floats (one-hot rows, reals) takes dim parallel calls and is differentiable. The attribute
     ``calls`` counts steps and calls of all inversions of symbols so far.
@@ -37,7 +37,7 @@ class Autoregressive(Bijector):
         elementwise: family of the transformation.
         net: the conditioner, a `SequenceNet`.
         dim: number of entries.
-        inversion: "loop" or "jacobi"; an attribute too, and no part of the state.
+        inversion: "loop" or "jacobi"; an attribute that may be changed later and is not saved.
 
     Raises:
         ValueError: dim < 1, another inversion, or an ``x`` or params of another shape than announced.
@@ -61,11 +61,16 @@ class Autoregressive(Bijector):
         self.inversion = inversion
         self.calls = 0
 
+    @property
+    def moved(self) -> Tensor:
+        """All entries."""
+        return torch.arange(self.dim, device=next(self.net.parameters()).device)
+
     def params(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Parameters of all entries in one parallel call, ``(batch, dim, num_params)``."""
         if x.shape[1] != self.dim:
             raise ValueError(f"expected {self.dim} entries, found x of shape {tuple(x.shape)}")
-        lengths_in(context, len(x))  # or the net would be shown what is no context
+        lengths_in(context, len(x))  # checks the context before the net sees it
         with full_precision(x):
             params = self.net(x, context)
         return check_params(params, x.shape[0], self.dim, self.elementwise.num_params)
@@ -80,7 +85,7 @@ class Autoregressive(Bijector):
         """Latent to data: x like ``z``, log_det ``(batch,)``.
 
         Raises:
-            RuntimeError: the net answers differently when asked twice (dropout in training mode).
+            RuntimeError: the net gives another result for the same input (dropout in training mode).
         """
         with full_precision(z):
             if z.is_floating_point():
@@ -107,14 +112,14 @@ class Autoregressive(Bijector):
                 return new, log_det
             x = new
         raise RuntimeError(
-            f"no inverse after {self.dim + 1} calls: the net answers differently each time it is asked "
+            f"no inverse after {self.dim + 1} calls: the net gives another result at each call "
             "(dropout? call eval() on the model first) or looks ahead"
         )
 
     def _by_steps(self, z: Tensor, context: Context | None) -> Tensor:
-        found = lengths_in(context, len(z))
+        lengths = lengths_in(context, len(z))
         # Entries beyond the longest sequence are absent in every row.
-        steps = self.dim if found is None else min(self.dim, max(found.tolist(), default=0))
+        steps = self.dim if lengths is None else min(self.dim, max(lengths.tolist(), default=0))
         net: Any = self.net
         mask = present(context, len(z), self.dim)
         state, previous, x = net.start(z.shape[0], context), None, z.clone()
@@ -137,7 +142,7 @@ class Autoregressive(Bijector):
 
     @property
     def num_calls(self) -> int:
-        """One step an entry, and the parallel call that verifies; the most that "jacobi" takes."""
+        """One step an entry and the parallel call that verifies the result; an upper bound for "jacobi"."""
         return self.dim + 1
 
     @property

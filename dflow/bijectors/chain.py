@@ -1,4 +1,4 @@
-"""Compose and turn round."""
+"""Composition and inverse of bijectors."""
 
 from __future__ import annotations
 
@@ -39,6 +39,11 @@ class Chain(Bijector):
     def __iter__(self) -> Iterator[Bijector]:
         yield from self.bijectors  # type: ignore[misc]
 
+    def layers(self) -> Iterator[Bijector]:
+        """The layers of each bijector in turn."""
+        for bijector in self:
+            yield from bijector.layers()
+
     def __len__(self) -> int:
         return len(self.bijectors)
 
@@ -57,7 +62,7 @@ class Chain(Bijector):
 
 
 class Inverse(Bijector):
-    """The bijector turned round: its `forward` is the other's `inverse`."""
+    """The inverse of a bijector: its `forward` is the other's `inverse`."""
 
     def __init__(self, bijector: Bijector) -> None:
         super().__init__()
@@ -73,12 +78,12 @@ class Inverse(Bijector):
 
     @property
     def num_calls(self) -> int:
-        """What the other's `forward` costs."""
+        """Network calls of the other's `forward`."""
         return forward_calls(self.bijector)
 
     @property
     def forward_calls(self) -> int:
-        """What the other's `inverse` costs."""
+        """Network calls of the other's `inverse`."""
         return self.bijector.num_calls
 
 

@@ -1,16 +1,35 @@
-"""How a layer calls its net."""
+"""Layers with a conditioner: their base class, and the checks of the parameters that a net returns."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
+
+from dflow.core import Bijector, Context, Elementwise
+
+
+class Conditioned(Bijector):
+    """A layer that maps some entries by a family of one dimension, whose parameters a net gives."""
+
+    elementwise: Elementwise
+
+    @abstractmethod
+    def params(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """Parameters of the entries that are `moved`, ``(batch, moved, num_params)``."""
+
+    @property
+    @abstractmethod
+    def moved(self) -> Tensor:
+        """The entries that are mapped, int64 ``(moved,)``."""
 
 
 def full_precision(x: Tensor) -> torch.autocast:
     """Context in which parameters are computed: autocast off.
 
-    Parameters on Z/K are decided by arg-max. In half precision the differentiable mode would decide
-    otherwise than the exact mode wherever two logits are close.
+    On Z/K an arg-max of the parameters selects the map. In half precision the differentiable mode and the
+    exact mode would select different maps wherever two logits are close.
     """
     return torch.autocast(device_type=x.device.type, enabled=False)
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dflow.bijectors.conditioner import check_params, full_precision
-from dflow.core import Bijector, Context, Elementwise, lengths_in, present
+from dflow.bijectors.conditioner import Conditioned, check_params, full_precision
+from dflow.core import Context, Elementwise, lengths_in, present
 from dflow.ops.lengths import keep_absent
 from dflow.ops.memo import Memo
 
 
 @dataclass(frozen=True)
 class _Halves:
-    """Known and hidden entries that lie one after the other and are all there is."""
+    """Sizes of known and hidden entries that are the two halves of a row."""
 
     sizes: tuple[int, int]
     known_first: bool
@@ -29,13 +29,13 @@ def _halves(known: Tensor, hidden: Tensor, dim: int) -> _Halves | None:
     return _Halves((len(hidden), len(known)), False) if hidden_first == line else None
 
 
-class Coupling(Bijector):
+class Coupling(Conditioned):
     """``z_hidden = elementwise(x_hidden; net(x_known))``, every other entry as it was.
 
     The net is called as ``net(x_known, context)`` with ``x_known`` ``(batch, n_known)`` or
     ``(batch, n_known, K)`` and returns ``(batch, n_hidden, num_params)``: it sees only what is known
-    and answers only for what is hidden. Both directions cost one call. With lengths as context absent
-    entries stay as they are; the net has to ignore those it is shown.
+    and returns parameters of the hidden entries only. Both directions cost one call. With lengths as context
+    absent entries stay as they are, and the net has to ignore the absent ones among its input.
 
     Source: Dinh et al. 2017, arXiv 1605.08803; Tran et al. 2019, arXiv 1905.10347 (bipartite flow).
 
@@ -77,7 +77,7 @@ class Coupling(Bijector):
         self._halves()
 
     def _halves(self) -> _Halves | None:
-        """Two halves, as in images, are cut and joined: several times faster than by index."""
+        """The two halves, as in images; None where entries are mixed. Slices are much faster than indices."""
         return self._two(
             lambda: _halves(self.known_index, self.hidden_index, self.dim),
             self.known_index,
@@ -91,8 +91,8 @@ class Coupling(Bijector):
         halves = self._halves()
         if halves is None:
             return x.index_select(1, self.known_index), x.index_select(1, self.hidden_index)
-        first, second = x.split(halves.sizes, 1)
-        return (first, second) if halves.known_first else (second, first)
+        head, tail = x.split(halves.sizes, 1)
+        return (head, tail) if halves.known_first else (tail, head)
 
     def _join(self, x: Tensor, known: Tensor, hidden: Tensor) -> Tensor:
         """``x`` with other hidden entries."""
@@ -109,7 +109,7 @@ class Coupling(Bijector):
         return self._params(self._cut(x)[0], context)
 
     def _params(self, known: Tensor, context: Context | None) -> Tensor:
-        lengths_in(context, len(known))  # or the net would be shown what is no context
+        lengths_in(context, len(known))  # checks the context before the net sees it
         with full_precision(known):
             params = self.net(known, context)
         return check_params(params, known.shape[0], len(self.hidden_index), self.elementwise.num_params)
@@ -133,6 +133,11 @@ class Coupling(Bijector):
             new = keep_absent(new, old, mask)
             log_det = torch.where(mask, log_det, 0)
         return self._join(x, known, new), log_det.sum(1)
+
+    @property
+    def moved(self) -> Tensor:
+        """The hidden entries."""
+        return self.hidden_index
 
     @property
     def num_calls(self) -> int:

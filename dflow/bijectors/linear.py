@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from dflow.bijectors.conditioner import full_precision
 from dflow.core import Bijector, Context, Distribution, only_given
 
-#: Smallest standard deviation that `fitting` divides by: a constant channel is shifted, not blown up.
+#: Smallest standard deviation that `fitting` divides by, so that a constant channel is not scaled up.
 _FLOOR = 1e-2
 
 
 class _Channels(Bijector):
-    """A map that acts alike at every place of an image ``(C, H, W)``."""
+    """A map of the channels that is the same at every place of an image ``(C, H, W)``."""
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class ActNorm(_Channels):
         shape: (C, H, W).
 
     Raises:
-        ValueError: a shape that is none, or an ``x`` that is not ``(batch, C * H * W)`` and floating.
+        ValueError: an invalid shape, or an ``x`` that is not ``(batch, C * H * W)`` and floating.
     """
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
@@ -94,7 +94,7 @@ class Conv1x1(_Channels):
         generator: of the rotation; on the CPU.
 
     Raises:
-        ValueError: a shape that is none, or an ``x`` that is not ``(batch, C * H * W)`` and floating.
+        ValueError: an invalid shape, or an ``x`` that is not ``(batch, C * H * W)`` and floating.
     """
 
     permutation: Tensor
@@ -131,13 +131,13 @@ class Conv1x1(_Channels):
         """Latent to data: x like ``z``, log_det ``(batch,)``."""
         only_given(context)
         with full_precision(z):
-            # Of the very matrix that `forward` multiplies by, roundings and all.
+            # The inverse of the rounded matrix that `forward` multiplies by.
             weight = torch.linalg.inv(self.weight.double())
             return self._product(weight.to(self.lu.dtype), z), self._log_det(-1, z)
 
     def _product(self, weight: Tensor, x: Tensor) -> Tensor:
         image = self._image(x)
-        # A vector in one product, without a batch of tiny ones.
+        # One matrix product for vectors, in place of a batch of tiny ones.
         return image.flatten(1) @ weight.T if self.places == 1 else (weight @ image).flatten(1)
 
     def _log_det(self, sign: int, x: Tensor) -> Tensor:
@@ -146,11 +146,11 @@ class Conv1x1(_Channels):
 
 @contextmanager
 def fitting(module: nn.Module) -> Iterator[set[ActNorm]]:
-    """While it lasts, each `ActNorm` in ``module`` sets itself from the data that reach it.
+    """Inside this context, each `ActNorm` in ``module`` sets its parameters from the data that reach it.
 
-    What comes out of it then has mean 0 and variance 1 a channel over the batch, in whichever direction it
-    is used; a standard deviation below 0.01 counts as 0.01. What is reached several times keeps the last.
-    Afterwards nothing remembers it.
+    Its output then has mean 0 and variance 1 a channel over the batch, in whichever direction it is used; a
+    standard deviation below 0.01 counts as 0.01. A layer that data reach several times keeps the last
+    parameters.
 
     Yields:
         The layers reached so far.
@@ -169,7 +169,7 @@ def fitting(module: nn.Module) -> Iterator[set[ActNorm]]:
 
         return move
 
-    # Layers call each other's `forward` and `inverse` by name, which passes by the hooks of modules.
+    # Layers call each other's `forward` and `inverse` by name, which bypasses the hooks of modules.
     try:
         for layer in layers:
             vars(layer).update(forward=fit(layer, True), inverse=fit(layer, False))

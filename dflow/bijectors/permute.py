@@ -1,4 +1,4 @@
-"""Reorder the entries."""
+"""Bijectors that reorder the entries."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ class Permute(Bijector):
     def _map(self, x: Tensor, context: Context | None, index: Tensor) -> tuple[Tensor, Tensor]:
         if x.shape[1] != self.dim:
             raise ValueError(f"expected {self.dim} entries, found x of shape {tuple(x.shape)}")
-        found = lengths_in(context, len(x))
-        if found is not None:
+        lengths = lengths_in(context, len(x))
+        if lengths is not None:
             # Entry i lands among the first T exactly when it comes from there.
             line = torch.arange(self.dim, device=x.device)
-            moved = ((index < found[:, None]) != (line < found[:, None])).any(1)
+            moved = ((index < lengths[:, None]) != (line < lengths[:, None])).any(1)
             if moved.any():
-                bad = sorted(set(found[moved].tolist()))
+                bad = sorted(set(lengths[moved].tolist()))
                 raise ValueError(f"the permutation moves absent entries among present ones for lengths {bad}")
         return x.index_select(1, index), no_log_det(x)
 
@@ -63,11 +63,11 @@ class Reverse(Bijector):
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """Data to latent: z like ``x``, log_det zeros ``(batch,)``."""
-        found = lengths_in(context, len(x))
-        if found is None:
+        lengths = lengths_in(context, len(x))
+        if lengths is None:
             return x.flip(1), no_log_det(x)
         line = torch.arange(x.shape[1], device=x.device)
-        last = found.clamp(max=x.shape[1])[:, None] - 1
+        last = lengths.clamp(max=x.shape[1])[:, None] - 1
         index = torch.where(line <= last, last - line, line)
         if x.ndim == 3:
             index = index[..., None].expand_as(x)

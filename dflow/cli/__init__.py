@@ -12,7 +12,7 @@ from dflow.cli.generate import Generate
 from dflow.cli.parser import build_parser
 from dflow.cli.shared import Machine, Results
 from dflow.cli.source import Source
-from dflow.cli.verbs import VERBS
+from dflow.cli.verbs import VERBS, register_verb
 
 __all__ = [
     "VERBS",
@@ -27,4 +27,5 @@ __all__ = [
     "main",
     "options_of",
     "read_flags",
+    "register_verb",
 ]

@@ -12,9 +12,9 @@ from dflow.config import InputError
 
 @dataclass(kw_only=True)
 class Check(Results):
-    """Say whether a model folder is whole.
+    """Check whether a model folder is whole.
 
-    That is: every file as it was saved, and a model that loads.
+    In a whole one every file is as it was saved, and the model loads.
     """
 
     model: str = argument("folder of the model")
@@ -27,26 +27,26 @@ def check(flags: Check) -> int:
 
     kind = kind_of(flags.model)
     folder, _ = hf.split_calls(flags.model)
-    found = hf.check(folder)
+    findings = hf.check(folder)
     if not flags.json:
-        print_table(table_of(found))
-    wrong = [f"{f.name} {f.status}" for f in found if f.status in ("damaged", "missing")]
+        print_table(table_of(findings))
+    wrong = [f"{f.name} {f.status}" for f in findings if f.status in ("damaged", "missing")]
     try:
         needed = {"config.json", *(file.name for file in hf.weight_files(folder))}
         hf.load(flags.model, kind=kind)  # type: ignore[type-var]
     except InputError as error:
         wrong.append(str(error))
-    files = [dataclasses.asdict(f) for f in found]
+    files = [dataclasses.asdict(f) for f in findings]
     flags.end({"model": flags.model, "whole": not wrong, "wrong": wrong, "files": files})
     if wrong:
         complain(f"{flags.model}: not whole: " + "; ".join(wrong))
         return 1
-    unlisted = sorted(needed & {f.name for f in found if f.status == "unlisted"})
+    unlisted = sorted(needed & {f.name for f in findings if f.status == "unlisted"})
     if flags.json:
         return 0
     if unlisted:
         print(
-            f"{flags.model}: the model loads; that {', '.join(unlisted)} are as they were saved cannot be "
+            f"{flags.model}: the model loads; whether {', '.join(unlisted)} are as they were saved cannot be "
             f"checked, since no {hf.MANIFEST} lists them"
         )
     else:

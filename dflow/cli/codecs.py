@@ -2,45 +2,41 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dflow.cli.flags import Verbs, flag
-from dflow.cli.shared import Machine, Results, complain, print_paths
+from dflow.cli.flags import Verbs, argument, flag
+from dflow.cli.shared import Machine, Results, complain, show_comparison
 from dflow.config import InputError
 
 
 @dataclass(kw_only=True)
 class Codecs(Machine, Results):
-    """What classical codecs, and models, make of pictures or texts.
+    """Compare classical codecs and models on pictures or texts.
 
-    A table of bytes, bits and time, each file decoded and compared.
+    The table has bytes, bits and times; each file is decoded and compared.
     """
 
-    files: list[str] = field(
-        default_factory=list,
-        metadata={"help": "pictures, .npy arrays or texts (or a set by --data)", "positional": True},
-    )
+    files: list[str] = argument("pictures, .npy arrays or texts (or a set by --data)", many=True)
     data: str | None = flag("data set by name (`dflow data list` shows them), or a path", None)
     split: Literal["train", "valid", "test", "all"] | None = flag(
-        "with --data: which part of it: train, valid, test, or all of them (default: test)", None
+        "part of --data: train, valid, test, or all of them (default: test)", None
     )
-    folder: str | None = flag("with --data: folder of the data (default: DFLOW_DATA)", None)
+    folder: str | None = flag("folder of --data (default: DFLOW_DATA)", None)
     limit: int | None = flag(
-        "of files the first LIMIT pictures, or LIMIT bytes of each text; of --data LIMIT random pictures, or "
-        "LIMIT characters",
+        "number of pictures, the first ones of files or random ones of --data; of texts, number of bytes of "
+        "each file or of characters of --data (default: all)",
         None,
     )
-    model: list[str] = field(default_factory=list, metadata={"help": "folders of models to compress with"})
+    model: list[str] = flag("folders of models to compress with", many=True)
     mode: Literal["float64", "fixed", "float32"] | None = flag(
-        "numbers that models of images compute in (default: float64)", None
+        "kind of numbers that models of images compute in (default: float64)", None
     )
-    each: bool = flag("a file for each item (default: this and --together)", False)
-    together: bool = flag("all in one file", False)
-    memory: bool = flag("peak memory too, each direction in a process of its own", False)
-    rounds: int | None = flag("rounds of measuring (default: 3)", None)
+    each: bool = flag("compress each item into a file of its own (default: this and --together)", False)
+    together: bool = flag("compress all items into one file", False)
+    memory: bool = flag("measure peak memory too, each direction in a process of its own", False)
+    rounds: int = flag("number of rounds of measuring", 3)
     output: str | None = flag("folder for codecs.md and codecs.json", None, short="-o")
 
 
@@ -57,10 +53,10 @@ def codecs(flags: Codecs) -> int:
     if flags.files and flags.data is not None:
         raise InputError(f"files and --data {flags.data}: compress the ones or the other")
     if flags.data is not None:
-        found = material.of_data(flags.data, flags.split or "test", flags.folder, flags.limit)
+        stock = material.of_data(flags.data, flags.split or "test", flags.folder, flags.limit)
     else:
-        found = material.of_files([Path(name) for name in flags.files], flags.limit)
-    is_text = isinstance(found.items[0], bytes)
+        stock = material.of_files([Path(name) for name in flags.files], flags.limit)
+    is_text = isinstance(stock.items[0], bytes)
     if is_text and flags.mode not in (None, "float64"):
         raise InputError(f"--mode {flags.mode}: texts are compressed in float64; leave it out")
     models: list[Any] = []
@@ -71,21 +67,17 @@ def codecs(flags: Codecs) -> int:
         models.append(
             material.text_model(name) if is_text else material.image_model(name, flags.mode or "float64")
         )
-    both = flags.each == flags.together
+    unspecified = flags.each == flags.together
     result = comparing.compare_codecs(
-        found,
+        stock,
         models,
-        each=flags.each or both,
-        together=flags.together or both,
-        rounds=3 if flags.rounds is None else flags.rounds,
+        each=flags.each or unspecified,
+        together=flags.together or unspecified,
+        rounds=flags.rounds,
         memory=flags.memory,
         progress=True,
     )
-    paths = [] if folder is None else comparing.write(result, folder)
-    if not flags.json:
-        print(comparing.markdown(result))
-        print_paths(paths)
-    flags.end(json.loads(comparing.record(result)), last_line=True)
+    show_comparison(flags, comparing, result, folder)
     failed = [row.name for row in result.rows if row.error and "FAILED" in row.error]
     if failed:
         complain(f"round trip failed: {', '.join(failed)}")

@@ -10,19 +10,21 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TextIO
+from itertools import pairwise
+from typing import TextIO
 
 from dflow import plugins
 from dflow.cli.flags import read_flags
 from dflow.cli.parser import build_parser, hint
 from dflow.cli.shared import complain, say_once
+from dflow.cli.verbs import VERBS
 from dflow.config import InputError
 from dflow.terminal import visible
 from dflow.threads import wait_passively
 
 
 class _Terminal(io.TextIOBase):
-    """A terminal to which nothing is written that it would obey."""
+    """A terminal that gets control characters spelled out."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -48,41 +50,57 @@ class _Terminal(io.TextIOBase):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns its exit code.
 
-    0, 1 (a check failed), 2 (what was given cannot be used), 130 (stopped by Ctrl-C).
+    0, 1 (a check failed), 2 (the input cannot be used), 130 (stopped by Ctrl-C).
     """
-    # What a terminal or a log cannot show must not end a training of hours.
+    # A character that a terminal or a log cannot show must not end a training of hours.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     wait_passively()
-    values = vars(parse_words(argv))
-    cls, function, modules = (values.pop(name) for name in ("_cls", "_function", "_modules"))
     screen = _Terminal(sys.stdout) if sys.stdout.isatty() else sys.stdout
     with contextlib.redirect_stdout(screen):
-        return run(function, cls, values, modules)
+        return guarded(lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the verb that some words name; modules of users are imported first where they may add the verb."""
+    if argv and argv[0] not in {verb.split()[0] for verb, *_ in VERBS} | {"--version"}:
+        import_modules(imported(argv))
+    values = vars(parse_words(argv))
+    cls, function, modules = (values.pop(name) for name in ("_cls", "_function", "_modules"))
+    import_modules(modules)
+    return int(function(read_flags(cls, values)))
+
+
+def imported(argv: Sequence[str]) -> list[str]:
+    """The modules that ``--import`` names among words that are not parsed yet."""
+    names = [word.partition("=")[2] for word in argv if word.startswith("--import=")]
+    return names + [name for word, name in pairwise(argv) if word == "--import"]
+
+
+def import_modules(modules: Sequence[str]) -> None:
+    """Import the modules of installed plug-ins, and ``modules``."""
+    plugins.load_installed()
+    for module in modules:
+        plugins.load(module)
 
 
 def parse_words(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The verb and its flags; ends with exit code 2 where they are none."""
-    found, unknown = build_parser().parse_known_args(argv)
-    parser = found._parser
-    del found._parser
+    """The verb and its flags; ends with exit code 2 where a word is unknown."""
+    words, unknown = build_parser().parse_known_args(argv)
+    parser = words._parser
+    del words._parser
     if unknown:
-        parser.error(f"unknown: {' '.join(unknown)}{hint(unknown[0], found._cls)}")
-    return found
+        parser.error(f"unknown: {' '.join(unknown)}{hint(unknown[0], words._cls)}")
+    return words
 
 
-def run(
-    function: Callable[[Any], int], cls: type[Any], values: dict[str, Any], modules: Sequence[str] = ()
-) -> int:
-    """Run a verb; what goes wrong outside of dflow becomes a line on stderr and an exit code."""
+def guarded(action: Callable[[], int]) -> int:
+    """What ``action`` returns; an error outside of dflow becomes a line on stderr and an exit code."""
     try:
-        plugins.load_installed()
-        for module in modules:
-            plugins.load(module)
-        code = function(read_flags(cls, values))
+        code = action()
         sys.stdout.flush()  # a closed pipe or a full disk shows here, not when nobody can say so any more
-        return int(code)
+        return code
     except InputError as error:
         complain(str(error))
         return 2

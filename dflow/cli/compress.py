@@ -4,59 +4,65 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dflow.cli.flags import Verbs, flag
-from dflow.cli.shared import Results, make_folder, set_threads
+from dflow.cli.flags import Verbs, argument, flag, provided, refuse
+from dflow.cli.shared import Results, Threads, make_folder, print_lines
 from dflow.config import InputError
 
 if TYPE_CHECKING:
-    from dflow.compress import ImageCoder, Report
+    from dflow.compress import ImageCoder, Report, TextReport
+
+#: Files to write, each with the files that it is made of.
+Jobs = Sequence[tuple[Path, Sequence[Path]]]
+
+#: Flags of dequantized flows.
+BITS_BACK = ("auxiliary", "allow_larger", "grid", "sigma", "noise")
 
 
 @dataclass(kw_only=True)
-class Compress(Results):
+class Compress(Threads, Results):
     """Compress pictures, or files of any kind, without loss.
 
-    Pictures by a flow, integer or dequantized; files of any kind by a model of text.
+    A flow, integer or dequantized, compresses pictures; a model of text compresses files of any kind.
 
     Every value of a picture or an array (.npy of uint8 or uint16) comes back; ICC profiles, EXIF data and the
-    bytes of the original file do not. A picture comes back as PNG. By a model of text every byte comes back.
+    bytes of the original file do not. A picture comes back as PNG. A model of text gives every byte back.
 
-    By a dequantized flow (local bits-back) the first pictures need auxiliary bits: those of a file that comes
-    back with the pictures, or else random ones, which make a file of few pictures larger than they are.
+    With a dequantized flow (local bits-back) the first pictures need auxiliary bits: those of a file that
+    comes back with the pictures, or else random ones, which make a file of few pictures larger than they are.
     """
 
-    files: list[str] = field(
-        metadata={
-            "help": "pictures or .npy arrays; for a model of text files of any kind",
-            "positional": True,
-        }
-    )
+    files: list[str] = argument("pictures or .npy arrays; for a model of text, files of any kind")
     output: str = flag("file to write, whole or not at all; with --separate a folder", short="-o")
     model: str = flag("folder of the model")
     mode: Literal["float64", "fixed", "float32"] = flag(
-        "numbers that the networks compute in: float64; fixed, integers, the same on every machine; float32, "
-        "fastest, decodes on this machine only",
+        "kind of numbers that the networks compute in: float64; fixed, integers, the same on every machine; "
+        "float32, fastest, decodes on this machine only",
         "float64",
     )
-    separate: bool = flag("a file for each", False)
+    separate: bool = flag("compress each file into one of its own", False)
     tiles: int | None = flag(
-        "tiles of a segment, which is coded by itself (default: those of 2^19 values)", None
+        "number of tiles of a segment, which is coded by itself (default: those of 2^19 values)", None
     )
-    no_verify: bool = flag("do not decode and compare before writing", False)
+    no_verify: bool = flag("write the file without decoding and comparing it first", False)
     auxiliary: str | None = flag(
-        "of a dequantized flow: file whose bits to lend; it is stored too and comes back (default: random)",
+        "file that lends bits to a dequantized flow; it is stored too and comes back (default: random bits)",
         None,
     )
-    allow_larger: bool = flag("of a dequantized flow: also where the result is larger than the values", False)
-    grid: int | None = flag("of a dequantized flow: latents on multiples of 2^-GRID (default: 18)", None)
-    sigma: int | None = flag("of a dequantized flow: local deviations of 2^-SIGMA (default: 14)", None)
-    noise: int | None = flag("of a dequantized flow: bits of noise a dimension (default: 12)", None)
-    batch_size: int = flag("tiles, or chunks of a text, that the networks see at a time", 64)
-    threads: int | None = flag("threads of torch on the CPU (default: one a processor)", None)
+    allow_larger: bool = flag(
+        "write a file of a dequantized flow even where it is larger than the values", False
+    )
+    grid: int | None = flag(
+        "exponent of the grid of latents, multiples of 2^-GRID, of a dequantized flow (default: 18)", None
+    )
+    sigma: int | None = flag(
+        "exponent of the local deviations, 2^-SIGMA, of a dequantized flow (default: 14)", None
+    )
+    noise: int | None = flag("bits of noise a dimension of a dequantized flow (default: 12)", None)
+    batch_size: int = flag("number of tiles, or chunks of a text, that the networks see at a time", 64)
 
 
 def compress(flags: Compress) -> int:
@@ -64,7 +70,7 @@ def compress(flags: Compress) -> int:
     from dflow.generate import check_output
     from dflow.hf import DflowClassifier, DflowImageModel, kind_of
 
-    set_threads(flags.threads)
+    flags.set_threads()
     files, output = [Path(name) for name in flags.files], Path(flags.output)
     if folder := next((file for file in files if file.is_dir()), None):
         raise InputError(f"{folder}: a folder; name the files in it, for example {folder / '*'}")
@@ -83,7 +89,7 @@ def compress(flags: Compress) -> int:
     return compress_files(flags, jobs) if is_text else compress_pictures(flags, jobs)
 
 
-def compress_pictures(flags: Compress, jobs: list[tuple[Path, list[Path]]]) -> int:
+def compress_pictures(flags: Compress, jobs: Jobs) -> int:
     """`dflow compress` by a model of images."""
     from dflow.compress import LIMIT, compress_images, load_image_coder
     from dflow.generate import write_whole
@@ -99,111 +105,29 @@ def compress_pictures(flags: Compress, jobs: list[tuple[Path, list[Path]]]) -> i
         notes += report.lines
         if report.declared > LIMIT:
             notes.append(f"{target}: to decompress it takes --limit {report.declared}")
-    show_notes(flags, notes)
-    return show_pictures(flags, jobs, reports, notes, coder.borrows)
-
-
-def show_pictures(
-    flags: Compress,
-    jobs: list[tuple[Path, list[Path]]],
-    reports: list[Report],
-    notes: list[str],
-    bits_back: bool,
-) -> int:
-    """Print what compressing pictures gave."""
-    total, values = sum(r.bytes for r in reports), sum(r.values for r in reports)
-    encode, network = sum(r.encode.total for r in reports), sum(r.encode.network for r in reports)
-    given, random = sum(r.given for r in reports), sum(r.random for r in reports)
-    net = total - given - random
-    about: dict[str, Any] = {
-        "outputs": [str(target) for target, _ in jobs],
-        "files": sum(len(group) for _, group in jobs),
-        "bytes": total,
-        "header_bytes": sum(r.header for r in reports),
+    num_bytes, values = sum(r.bytes for r in reports), sum(r.values for r in reports)
+    lent, random = sum(r.given for r in reports), sum(r.random for r in reports)
+    segments, raw = sum(r.segments for r in reports), sum(r.raw for r in reports)
+    net = num_bytes - lent - random
+    figures = {
         "values": values,
-        "bits_a_dimension": 8 * total / values,
+        "bits_a_dimension": 8 * num_bytes / values,
         "random_bytes": random,
-        "given_bytes": given,
-        "segments": sum(r.segments for r in reports),
-        "raw_segments": sum(r.raw for r in reports),
-        "seconds": encode,
-        "network_seconds": network,
-        "verified": not flags.no_verify,
-        "notes": notes,
+        "given_bytes": lent,
+        "segments": segments,
+        "raw_segments": raw,
     }
-    flags.show(
-        about,
-        [
-            ("files", f"{about['files']:,} in {len(jobs):,}"),
-            ("bytes", f"{total:,}, of these {sum(r.header for r in reports):,} of headers"),
-            ("bits a dimension", f"{8 * total / values:.4f} of {values:,}"),
-            *[
-                ("auxiliary", f"{random:,} random bytes, {given:,} that come back"),
-                ("net", f"{net:,} bytes, {8 * net / values:.4f} bits a dimension"),
-            ]
-            * bits_back,
-            (
-                "segments",
-                f"{sum(r.segments for r in reports):,}, {sum(r.raw for r in reports):,} of them raw",
-            ),
-            ("encoded in", f"{encode:.2f} s, networks {network:.2f}, coder {encode - network:.2f}"),
-            ("verified", "no (--no-verify)" if flags.no_verify else "decoded and compared"),
-        ],
-    )
-    return 0
+    rows = [("bits a dimension", f"{8 * num_bytes / values:.4f} of {values:,}")]
+    if coder.borrows:
+        rows += [
+            ("auxiliary", f"{random:,} random bytes, {lent:,} that come back"),
+            ("net", f"{net:,} bytes, {8 * net / values:.4f} bits a dimension"),
+        ]
+    rows.append(("segments", f"{segments:,}, {raw:,} of them raw"))
+    return show_reports(flags, jobs, reports, notes, figures, rows)
 
 
-def check_distinct(files: Sequence[Path], names: Sequence[object], would: str) -> None:
-    """`InputError` for two of the files that ``would`` (be written to, come back as) one of the names."""
-    first: dict[object, Path] = {}
-    for file, name in zip(files, names, strict=True):
-        if name in first:
-            raise InputError(
-                f"{first[name]} and {file} would both {would} {name}; rename one, or compress them by two "
-                "commands, each with an --output of its own"
-            )
-        first[name] = file
-
-
-def show_notes(flags: Results, notes: Sequence[str]) -> None:
-    """A line each, where they are not part of a JSON document."""
-    if not flags.json:
-        for note in notes:
-            print(note)
-
-
-def tuned(coder: ImageCoder, flags: Compress) -> ImageCoder:
-    """``coder`` as the flags of bits-back ask for it."""
-    from dflow.compress.pixels import check_name
-
-    asked = {name: getattr(flags, name) for name in ("grid", "sigma", "noise")}
-    asked = {name: value for name, value in asked.items() if value is not None}
-    if not coder.borrows:
-        check_no_bits_back(flags, "an integer flow")
-        return coder
-    try:
-        settings = dataclasses.replace(coder.settings, **asked)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    lend = None
-    if flags.auxiliary is not None:
-        path = Path(flags.auxiliary)
-        if wrong := check_name(path.name):
-            raise InputError(f"{str(path)!r}: its name {wrong}; rename the file")
-        lend = (path.name, path.read_bytes())
-        if flags.separate:
-            raise InputError("--auxiliary lends to one file; leave out --separate")
-    return dataclasses.replace(coder, settings=settings, lend=lend, larger=flags.allow_larger)
-
-
-def check_no_bits_back(flags: Compress, what: str) -> None:
-    """`InputError` for a flag of dequantized flows."""
-    for name in ("auxiliary", "allow_larger", "grid", "sigma", "noise"):
-        if getattr(flags, name) not in (None, False):
-            raise InputError(f"--{name.replace('_', '-')} is for dequantized flows; {flags.model} is {what}")
-
-
-def compress_files(flags: Compress, jobs: list[tuple[Path, list[Path]]]) -> int:
+def compress_files(flags: Compress, jobs: Jobs) -> int:
     """`dflow compress` by a model of text."""
     from dflow.compress import TextCoder, compress_text
     from dflow.generate import write_whole
@@ -211,7 +135,7 @@ def compress_files(flags: Compress, jobs: list[tuple[Path, list[Path]]]) -> int:
     if flags.mode != "float64" or flags.tiles is not None:
         what = "--tiles" if flags.tiles is not None else f"--mode {flags.mode}"
         raise InputError(f"{what} is for models of images; {flags.model} is one of text")
-    check_no_bits_back(flags, "one of text")
+    refuse(flags, BITS_BACK, f"is for dequantized flows; {flags.model} is one of text")
     for _, group in jobs:
         check_distinct(group, [file.name for file in group], "come back as")
     coder, reports, notes = TextCoder.load(flags.model), [], list[str]()
@@ -226,34 +150,84 @@ def compress_files(flags: Compress, jobs: list[tuple[Path, list[Path]]]) -> int:
         write_whole(target, data)
         reports.append(report)
         notes += [f"{target}: {note}" for note in report.notes]
-    total, raw = sum(r.bytes for r in reports), sum(r.raw for r in reports)
-    encode, network = sum(r.encode.total for r in reports), sum(r.encode.network for r in reports)
-    show_notes(flags, notes)
-    about = {
+    raw, symbols = sum(r.raw for r in reports), sum(r.symbols for r in reports)
+    bits = 8 * sum(r.bytes for r in reports) / raw if raw else None
+    figures = {"raw_bytes": raw, "bits_a_byte": bits, "symbols": symbols}
+    rows = [
+        ("bits a byte", "none: the files are empty" if bits is None else f"{bits:.4f} of {raw:,}"),
+        ("symbols", f"{symbols:,}"),
+    ]
+    return show_reports(flags, jobs, reports, notes, figures, rows)
+
+
+def show_reports(
+    flags: Compress,
+    jobs: Jobs,
+    reports: Sequence[Report | TextReport],
+    notes: list[str],
+    figures: dict[str, Any],
+    rows: list[tuple[str, str]],
+) -> int:
+    """Print sums over all files, with the ``figures`` and ``rows`` of one kind of model among them."""
+    if not flags.json:
+        print_lines(notes)
+    files, num_bytes = sum(len(group) for _, group in jobs), sum(r.bytes for r in reports)
+    headers, network = sum(r.header for r in reports), sum(r.encode.network for r in reports)
+    encode = sum(r.encode.total for r in reports)
+    record = {
         "outputs": [str(target) for target, _ in jobs],
-        "files": sum(r.files for r in reports),
-        "bytes": total,
-        "header_bytes": sum(r.header for r in reports),
-        "raw_bytes": raw,
-        "bits_a_byte": 8 * total / raw if raw else None,
-        "symbols": sum(r.symbols for r in reports),
+        "files": files,
+        "bytes": num_bytes,
+        "header_bytes": headers,
+        **figures,
         "seconds": encode,
         "network_seconds": network,
         "verified": not flags.no_verify,
         "notes": notes,
     }
-    flags.show(
-        about,
-        [
-            ("files", f"{sum(r.files for r in reports):,} in {len(jobs):,}"),
-            ("bytes", f"{total:,}, of these {sum(r.header for r in reports):,} of headers"),
-            ("bits a byte", f"{8 * total / raw:.4f} of {raw:,}" if raw else "none: nothing in them"),
-            ("symbols", f"{sum(r.symbols for r in reports):,}"),
-            ("encoded in", f"{encode:.2f} s, networks {network:.2f}, coder {encode - network:.2f}"),
-            ("verified", "no (--no-verify)" if flags.no_verify else "decoded and compared"),
-        ],
-    )
+    table = [
+        ("files", f"{files:,} in {len(jobs):,}"),
+        ("bytes", f"{num_bytes:,}, of these {headers:,} of headers"),
+        *rows,
+        ("encoded in", f"{encode:.2f} s, networks {network:.2f}, coder {encode - network:.2f}"),
+        ("verified", "no (--no-verify)" if flags.no_verify else "decoded and compared"),
+    ]
+    flags.show(record, table)
     return 0
+
+
+def check_distinct(files: Sequence[Path], names: Sequence[object], would: str) -> None:
+    """`InputError` for two of the files that ``would`` (be written to, come back as) one of the names."""
+    file_of: dict[object, Path] = {}
+    for file, name in zip(files, names, strict=True):
+        if name in file_of:
+            raise InputError(
+                f"{file_of[name]} and {file} would both {would} {name}; rename one, or compress them by two "
+                "commands, each with an --output of its own"
+            )
+        file_of[name] = file
+
+
+def tuned(coder: ImageCoder, flags: Compress) -> ImageCoder:
+    """``coder`` with the settings of bits-back that the flags give."""
+    from dflow.compress.pixels import check_name
+
+    if not coder.borrows:
+        refuse(flags, BITS_BACK, f"is for dequantized flows; {flags.model} is an integer flow")
+        return coder
+    try:
+        settings = dataclasses.replace(coder.settings, **provided(flags, "grid", "sigma", "noise"))
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    lend = None
+    if flags.auxiliary is not None:
+        path = Path(flags.auxiliary)
+        if wrong := check_name(path.name):
+            raise InputError(f"{str(path)!r}: its name {wrong}; rename the file")
+        lend = (path.name, path.read_bytes())
+        if flags.separate:
+            raise InputError("--auxiliary lends to one file; leave out --separate")
+    return dataclasses.replace(coder, settings=settings, lend=lend, larger=flags.allow_larger)
 
 
 VERBS: Verbs = (

@@ -10,31 +10,21 @@ from dflow.cli.shared import Results, show_records
 
 @dataclass(kw_only=True)
 class DataList(Results):
-    """The texts and images known by name, and which are there."""
+    """List texts and images known by name, and which are there."""
 
     folder: str | None = flag("folder of the data (default: DFLOW_DATA)", None)
 
 
 @dataclass(kw_only=True)
-class DataPrepare(Results):
-    """Fetch a text or a set of images, and check it.
-
-    Into the folder, unless it is there.
-    """
+class DataPrepare(DataList):
+    """Fetch a text or set of images unless it is there; check it."""
 
     name: str = argument("name of the set")
-    folder: str | None = flag("folder of the data (default: DFLOW_DATA)", None)
 
 
 @dataclass(kw_only=True)
-class DataCheck(Results):
-    """Check the files of a text or a set of images.
-
-    Against their known sizes and checksums.
-    """
-
-    name: str = argument("name of the set")
-    folder: str | None = flag("folder of the data (default: DFLOW_DATA)", None)
+class DataCheck(DataPrepare):
+    """Check files of a text or set of images by their checksums."""
 
 
 def data_list(flags: DataList) -> int:

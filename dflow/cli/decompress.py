@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from dflow.cli.flags import Verbs, flag
-from dflow.cli.shared import Results, make_folder, set_threads
+from dflow.cli.flags import Verbs, argument, flag
+from dflow.cli.shared import Results, Threads, make_folder
 from dflow.config import InputError
 
 
 @dataclass(kw_only=True)
-class Decompress(Results):
-    """Give back what was compressed.
+class Decompress(Threads, Results):
+    """Decompress .dfl files.
 
-    With --levels coarse pictures from a beginning of the file.
+    With --levels the beginning of a file gives coarse pictures.
     """
 
-    files: list[str] = field(metadata={"help": ".dfl files", "positional": True})
+    files: list[str] = argument(".dfl files")
     output: str = flag("folder to write into; nothing in it is replaced", short="-o")
     model: str = flag("folder of the model that compressed them")
-    levels: int | None = flag("levels to use, the coarsest first; the file may be cut off behind them", None)
-    limit: int = flag("values, or bytes of text, that a file may declare", 1 << 28)
-    batch_size: int = flag("tiles that the networks see at a time", 64)
-    threads: int | None = flag("threads of torch on the CPU (default: one a processor)", None)
+    levels: int | None = flag(
+        "number of levels to use, the coarsest first; the file may be cut off behind them", None
+    )
+    limit: int = flag("largest number of values, or of bytes of text, that a file may declare", 1 << 28)
+    batch_size: int = flag("number of tiles that the networks see at a time", 64)
 
 
 def decompress(flags: Decompress) -> int:
@@ -33,7 +34,7 @@ def decompress(flags: Decompress) -> int:
     from dflow.compress.pixels import write
     from dflow.generate import check_output, write_whole
 
-    set_threads(flags.threads)
+    flags.set_threads()
     folder = Path(flags.output)
     make_folder(folder)
     written: list[str] = []

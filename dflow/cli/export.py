@@ -14,19 +14,19 @@ from dflow.config import InputError
 
 @dataclass(kw_only=True)
 class Export(Machine, Results):
-    """Write a network of signs as bits: one file, small and fast.
+    """Write a network of signs as bits, a small and fast file.
 
-    Of a model that `dflow train` made. Its normalisations are estimated anew on training images, and it is
-    compared with the network it was made of before it is written.
+    The model is one that `dflow train` wrote. Its normalisations are estimated anew on training images, and
+    the bits are compared with the network before they are written.
     """
 
     model: str = flag("folder of the model, a network of random or given signs")
     output: str = flag("file to write, whole or not at all", short="-o")
     rule: Literal["map", "ternary", "sample"] = flag(
-        "weights: the most probable, 0 where they are undecided, or a draw", "map"
+        "rule for the weights: the most probable ones, 0 where they are undecided, or a draw", "map"
     )
     seed: int = flag("seed of the draw", 0)
-    images: int = flag("training images to estimate on", 2560)
+    images: int = flag("number of training images to estimate on", 2560)
     data: str | None = flag("images to estimate on (default: what the model was trained on)", None)
     folder: str | None = flag("folder of the data (default: as in training, or DFLOW_DATA)", None)
 

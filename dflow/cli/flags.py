@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import field
 from typing import Any, Literal, Union
 
@@ -17,24 +17,60 @@ Verbs = tuple[tuple[str, type[Any], Callable[[Any], int], str], ...]
 
 
 def flag(
-    help: str, default: Any = dataclasses.MISSING, short: str | None = None, long: str | None = None
+    help: str,
+    default: Any = dataclasses.MISSING,
+    short: str | None = None,
+    long: str | None = None,
+    *,
+    many: bool = False,
 ) -> Any:
     """A field that is the flag ``--name``, required where it has no default.
 
-    ``short`` is another name like ``-o``, ``long`` another one like ``--samples``, which is shown first.
+    ``short`` is another name like ``-o``, ``long`` another one like ``--samples``, which is shown first;
+    ``many`` is for a list, empty by default.
     """
-    return field(default=default, metadata={"help": help, "short": short, "long": long})
+    metadata = {"help": help, "short": short, "long": long}
+    return (
+        field(default_factory=list, metadata=metadata) if many else field(default=default, metadata=metadata)
+    )
 
 
 def options_of(f: dataclasses.Field[Any]) -> list[str]:
     """The flags by which a field is set, those that are shown first in front."""
-    names = [f.metadata.get("short"), f.metadata.get("long"), "--" + f.name.replace("_", "-")]
+    names = [f.metadata.get("short"), f.metadata.get("long"), label(f.name)]
     return [name for name in names if name]
 
 
-def argument(help: str, default: Any = dataclasses.MISSING) -> Any:
-    """A field that is a positional argument, required where it has no default; a list takes one or more."""
-    return field(default=default, metadata={"help": help, "positional": True})
+def argument(help: str, default: Any = dataclasses.MISSING, *, many: bool = False) -> Any:
+    """A field that is a positional argument, required where it has no default.
+
+    A list takes one word or more, with ``many`` none as well.
+    """
+    metadata = {"help": help, "positional": True}
+    return (
+        field(default_factory=list, metadata=metadata) if many else field(default=default, metadata=metadata)
+    )
+
+
+def label(name: str) -> str:
+    """The flag that sets a field.
+
+    >>> label("batch_size")
+    '--batch-size'
+    """
+    return "--" + name.replace("_", "-")
+
+
+def provided(flags: Any, *names: str) -> dict[str, Any]:
+    """The values of those of the flags that are given, whose default is None."""
+    return {name: value for name in names if (value := getattr(flags, name)) is not None}
+
+
+def refuse(flags: Any, names: Sequence[str], reason: str) -> None:
+    """Raise `InputError` where one of the flags is given, for a ``reason``: "is for models of text"."""
+    for name in names:
+        if getattr(flags, name) not in (None, False):
+            raise InputError(f"{label(name)} {reason}")
 
 
 def add_flags(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
@@ -46,39 +82,28 @@ def add_flags(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
         if typing.get_origin(kind) in (Union, types.UnionType):
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
         if f.metadata.get("positional"):
-            nargs: dict[str, Any] = {}
             if f.default_factory is not dataclasses.MISSING:
-                nargs = {"nargs": "*", "default": argparse.SUPPRESS}
+                options |= {"nargs": "*", "default": argparse.SUPPRESS}
             elif f.default is not dataclasses.MISSING:
-                nargs = {"nargs": "?", "default": argparse.SUPPRESS}
+                options |= {"nargs": "?", "default": argparse.SUPPRESS}
             elif typing.get_origin(kind) is list:
-                nargs = {"nargs": "+"}
-            parser.add_argument(f.name, metavar=f.name.upper(), **options, **nargs)
+                options["nargs"] = "+"
+            parser.add_argument(f.name, metavar=f.name.upper(), **options)
             continue
-        name = options_of(f)
-        if len(name) > 1:
+        names = options_of(f)
+        if len(names) > 1:
             options["dest"] = f.name
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if f.default not in (None, dataclasses.MISSING) and kind is not bool:
             options["help"] += f" (default: {f.default})"
         if kind is bool:
-            parser.add_argument(*name, action="store_const", const=True, default=argparse.SUPPRESS, **options)
+            options |= {"action": "store_const", "const": True}
         elif typing.get_origin(kind) is list:
-            parser.add_argument(
-                *name, nargs="+", action="extend", default=argparse.SUPPRESS, metavar="WORD", **options
-            )
-        elif typing.get_origin(kind) is Literal:
-            parser.add_argument(
-                *name,
-                metavar="|".join(typing.get_args(kind)),
-                default=argparse.SUPPRESS,
-                required=required,
-                **options,
-            )
+            options |= {"nargs": "+", "action": "extend", "metavar": "WORD"}
         else:
-            parser.add_argument(
-                *name, metavar=f.name.upper(), default=argparse.SUPPRESS, required=required, **options
-            )
+            choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else None
+            options["metavar"] = "|".join(choices) if choices else f.name.upper()
+            options["required"] = f.default is dataclasses.MISSING
+        parser.add_argument(*names, default=argparse.SUPPRESS, **options)
 
 
 #: Fields that name files.
@@ -92,11 +117,11 @@ def read_flags(cls: type[Any], values: dict[str, Any]) -> Any:
     converted = {}
     for name, value in values.items():
         options = [option for option in options_of(fields[name]) if option.startswith("--")]
-        label = name if fields[name].metadata.get("positional") else " or ".join(options)
-        converted[name] = convert(hints[name], value, label)
+        spelled = name if fields[name].metadata.get("positional") else " or ".join(options)
+        converted[name] = convert(hints[name], value, spelled)
         if name in _FILES and "-" in (value if isinstance(value, list) else [value]):
             raise InputError(
-                f"{label} -: neither standard input nor standard output can be named here; for a file that "
+                f"{spelled} -: neither standard input nor standard output can be named here; for a file that "
                 "is called - write ./-"
             )
         if name == "seed" and converted[name] is not None and not 0 <= converted[name] < 1 << 63:

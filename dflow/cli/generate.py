@@ -6,11 +6,14 @@ import collections
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from dflow.cli.flags import Verbs, flag
-from dflow.cli.shared import Machine, load_model
+from dflow.cli.flags import Verbs, flag, refuse
+from dflow.cli.shared import Machine, load_model, suit_threads
 from dflow.config import InputError
+
+if TYPE_CHECKING:
+    from dflow.generate import ImageFormat
 
 
 @dataclass(kw_only=True)
@@ -19,21 +22,21 @@ class Generate(Machine):
 
     model: str = flag("folder of the model")
     n: int = flag(
-        "how many samples (--n is its older name, which torchrun takes for one of its own)",
+        "number of samples (--n is its older name, which torchrun takes for one of its own)",
         1,
         long="--samples",
     )
-    length: int | None = flag("symbols of each (default: the model's length)", None)
+    length: int | None = flag("number of symbols of each sample (default: the model's length)", None)
     seed: int = flag("seed of the draws", 0)
-    batch_size: int = flag("samples drawn at a time", 100)
+    batch_size: int = flag("number of samples drawn at a time", 100)
     prompt: str | None = flag("text that each sample begins with, for models that can continue one", None)
     format: Literal["text", "jsonl", "png", "npy", "csv"] | None = flag(
-        "text (default), or jsonl: a JSON object a line; of images png (default), a grid, or npy, csv; of "
-        "tables csv (default) or npy",
+        "format of text: text (default), or jsonl, a JSON object a line; of images: png (default), a grid, "
+        "or npy, csv; of tables: csv (default) or npy",
         None,
     )
     output: str | None = flag(
-        "file to write, whole or not at all (default: standard output; of images samples.FORMAT)",
+        "file to write, whole or not at all (default: standard output; for images samples.FORMAT)",
         None,
         short="-o",
     )
@@ -56,6 +59,7 @@ def generate(flags: Generate) -> int:
         check_output(output)
     device, accelerator = flags.processes()
     model, tokenizer = load_model(flags.model, device)
+    suit_threads(model, min(flags.n, flags.batch_size), model.num_calls)
     prompt = None
     if flags.prompt is not None:
         try:
@@ -81,20 +85,18 @@ def generate(flags: Generate) -> int:
     return 0
 
 
-def _format_of(
-    output: str | None, asked: Literal["png", "npy", "csv"] | None
-) -> Literal["png", "npy", "csv"] | None:
-    """The format that is asked for, or that the name of a file tells of."""
+def _format_of(output: str | None, format: ImageFormat | None) -> ImageFormat | None:
+    """The format of the flag --format, else the one that the name of a file ends with."""
     if output is None:
-        return asked
-    known: dict[str, Literal["png", "npy", "csv"]] = {".png": "png", ".npy": "npy", ".csv": "csv"}
-    told = known.get(Path(output).suffix.lower())
-    if (told is None and asked is None) or (told and asked and told != asked):
+        return format
+    formats: dict[str, ImageFormat] = {".png": "png", ".npy": "npy", ".csv": "csv"}
+    by_name = formats.get(Path(output).suffix.lower())
+    if (by_name is None and format is None) or (by_name and format and by_name != format):
         raise InputError(
-            f"--output {output}: no name of a file of format {asked or 'png, npy or csv'}; let it end with "
-            f".{asked or 'png, .npy or .csv, or give --format'}"
+            f"--output {output}: no name of a file of format {format or 'png, npy or csv'}; let it end with "
+            f".{format or 'png, .npy or .csv, or give --format'}"
         )
-    return asked or told
+    return format or by_name
 
 
 def generate_pictures(flags: Generate) -> int:
@@ -102,9 +104,7 @@ def generate_pictures(flags: Generate) -> int:
     from dflow import generate as drawing
     from dflow.hf import DflowImageModel, load
 
-    for name in ("length", "prompt"):
-        if getattr(flags, name) is not None:
-            raise InputError(f"--{name} is for models of text; {flags.model} is one of images or tables")
+    refuse(flags, ("length", "prompt"), f"is for models of text; {flags.model} is one of images or tables")
     if flags.format == "text" or flags.format == "jsonl":
         raise InputError(f"--format {flags.format}: this is a model of images or tables; use png, npy or csv")
     device, accelerator = flags.processes()

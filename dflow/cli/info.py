@@ -11,9 +11,9 @@ from dflow.cli.shared import Results
 
 @dataclass(kw_only=True)
 class Info(Results):
-    """What is in a .dfl file: model, mode, files, size.
+    """Describe a .dfl file: model, mode, files, sizes of levels.
 
-    Bytes and bits of each level. Needs no model.
+    No model is needed.
     """
 
     file: str = argument(".dfl file")

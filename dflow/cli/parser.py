@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import re
 import sys
 from collections.abc import Sequence
@@ -11,8 +12,9 @@ from typing import Any, NoReturn
 
 import dflow
 from dflow.cli.flags import add_flags, options_of
+from dflow.cli.shared import remark
 from dflow.cli.train import Train, as_set, hint_of_setting
-from dflow.cli.verbs import GROUPS, VERBS
+from dflow.cli.verbs import ADDED, GROUPS, VERBS
 from dflow.config import InputError, nearest
 from dflow.terminal import shown
 
@@ -42,8 +44,14 @@ class _Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """Take ``--train.steps 100`` for ``--set train.steps=100`` where there is ``--set``."""
+        """Take ``--train.steps 100`` for ``--set train.steps=100`` where there is ``--set``.
+
+        And ``compare --codec``, the older name, for ``codecs``.
+        """
         words = list(sys.argv[1:] if args is None else args)
+        if self.prog == "dflow" and words[:1] == ["compare"] and "--codec" in words:
+            remark("note: `dflow codecs` is the new name of `dflow compare --codec`")
+            words = ["codecs", *(word for word in words[1:] if word != "--codec")]
         if "--set" in self._option_string_actions:
             try:
                 words = as_set(words)
@@ -71,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dflow {dflow.__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     groups: dict[str, Any] = {}
-    for verb, cls, function, example in VERBS:
+    for verb, cls, function, example in (*VERBS, *ADDED):
         group, _, name = verb.rpartition(" ")
         if group and group not in groups:
             inner = verbs.add_parser(group, help=GROUPS[group], epilog=f"example: {example}")
@@ -102,4 +110,10 @@ def hint(word: str, cls: type[Any]) -> str:
     flags = [
         option for f in dataclasses.fields(cls) if "positional" not in f.metadata for option in options_of(f)
     ]
-    return f"; {nearest(word.partition('=')[0], flags)}"
+    option = word.partition("=")[0]
+    others = [
+        verb for verb, other, _, _ in VERBS for f in dataclasses.fields(other) if option in options_of(f)
+    ]
+    if 0 < len(others) < 3 and not difflib.get_close_matches(option, flags):
+        return f"; {option} is a flag of {' and '.join(f'`dflow {verb}`' for verb in others)}"
+    return f"; {nearest(option, flags)}"

@@ -2,85 +2,88 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dflow.cli.flags import Verbs, argument, flag
-from dflow.cli.shared import Machine, Results, set_threads, show_file
+from dflow.cli.shared import Machine, Results, Threads, show_file
 from dflow.cli.source import Source
 from dflow.config import InputError
+
+_OUTPUT = "PNG file to write, whole or not at all"
 
 
 @dataclass(kw_only=True)
 class PlotDensity(Machine, Results):
-    """Density p(v) and dequantized data q(v), side by side.
+    """Plot the density p(v) beside the dequantized data q(v).
 
-    Pictures of a model of two dimensions.
+    The model has two dimensions.
     """
 
     model: str = flag("folder of the model")
-    output: str = flag("PNG file to write, whole or not at all", "density.png", short="-o")
-    cells: int = flag("points of the plot a side", 400)
+    output: str = flag(_OUTPUT, "density.png", short="-o")
+    cells: int = flag("number of points of the plot a side", 400)
 
 
 @dataclass(kw_only=True)
 class PlotCoverage(Source, Machine, Results):
-    """Error of an ensemble where its members agree most.
+    """Plot the error of an ensemble where its members agree most.
 
-    An ensemble of drawn networks, on the share of the data where they agree most.
+    The members are networks that are drawn from a network of random signs.
     """
 
     model: str = flag("folder of the model, a network of random signs")
-    output: str = flag("PNG file to write, whole or not at all", "coverage.png", short="-o")
-    members: int = flag("networks of the ensemble", 16)
-    seed: int = flag("seed of their draws", 0)
+    output: str = flag(_OUTPUT, "coverage.png", short="-o")
+    members: int = flag("number of networks of the ensemble", 16)
+    seed: int = flag("seed of the draws of the networks", 0)
 
 
 @dataclass(kw_only=True)
-class PlotProgressive(Results):
-    """Pictures of a .dfl file as they are seen after each level.
+class PlotProgressive(Threads, Results):
+    """Plot pictures of a .dfl file as seen after each level.
 
-    With their share of the file and PSNR.
+    The plot names the share of the file, and the PSNR.
     """
 
     file: str = argument(".dfl file")
     model: str = flag("folder of the model that compressed it")
-    output: str = flag("PNG file to write, whole or not at all", "progressive.png", short="-o")
-    rows: int = flag("pictures to show, the first ones", 6)
-    threads: int | None = flag("threads of torch on the CPU (default: one a processor)", None)
+    output: str = flag(_OUTPUT, "progressive.png", short="-o")
+    rows: int = flag("number of pictures to show, the first ones", 6)
 
 
 @dataclass(kw_only=True)
 class PlotTraining(Results):
-    """What the validation data cost while models were trained.
+    """Plot the cost of validation data by steps and by minutes."""
 
-    By steps and by minutes.
-    """
-
-    runs: list[str] = field(metadata={"help": "folders of the models", "positional": True})
-    output: str = flag("PNG file to write, whole or not at all", "training.png", short="-o")
+    runs: list[str] = argument("folders of the models")
+    output: str = flag(_OUTPUT, "training.png", short="-o")
 
 
-def plot_output(name: str) -> Path:
-    """Where a plot goes, if nothing is there."""
-    from dflow.generate import check_output
+def verb(draw: Callable[[Any], bytes]) -> Callable[[Any], int]:
+    """The function of a verb that writes what ``draw`` makes of the flags, unless the output exists."""
 
-    output = Path(name)
-    if output.suffix.lower() != ".png":
-        raise InputError(f"--output {name}: plots are PNG files; let the name end with .png")
-    check_output(output)
-    return output
+    def run(flags: Any) -> int:
+        from dflow.generate import check_output, write_whole
+
+        output = Path(flags.output)
+        if output.suffix.lower() != ".png":
+            raise InputError(f"--output {output}: plots are PNG files; let the name end with .png")
+        check_output(output)
+        write_whole(output, draw(flags))
+        return show_file(flags, output)
+
+    return run
 
 
-def plot_coverage(flags: PlotCoverage) -> int:
+def draw_coverage(flags: PlotCoverage) -> bytes:
     """`dflow plot coverage`."""
     from dflow import plot
     from dflow.data import load_images
     from dflow.evaluate import evaluate_labels
-    from dflow.generate import write_whole
     from dflow.hf import DflowClassifier, load
 
-    output = plot_output(flags.output)
     if flags.members < 2:
         raise InputError(f"--members {flags.members} must be at least 2")
     model = load(flags.model, flags.settle(), DflowClassifier)
@@ -96,67 +99,48 @@ def plot_coverage(flags: PlotCoverage) -> int:
     )
     if result.coverage is None:
         raise InputError(f"{flags.model}: no weight is random, and so no ensemble; train kind probabilistic")
-    propagated, binarized, ensemble = result.scores
-    write_whole(
-        output,
-        plot.coverage(result.coverage, {s.name: 1 - s.accuracy for s in (propagated, binarized, ensemble)}),
-    )
-    return show_file(flags, output)
+    return plot.coverage(result.coverage, {s.name: 1 - s.accuracy for s in result.scores})
 
 
-def plot_density(flags: PlotDensity) -> int:
+def draw_density(flags: PlotDensity) -> bytes:
     """`dflow plot density`."""
     from dflow import plot
     from dflow.data import load_images
-    from dflow.generate import write_whole
     from dflow.hf import DflowImageModel, load
 
-    output = plot_output(flags.output)
     model = load(flags.model, flags.settle(), DflowImageModel)
-    data = load_images(Source().images(flags.model)).train
-    write_whole(output, plot.density(model, data, flags.cells))
-    return show_file(flags, output)
+    return plot.density(model, load_images(Source().images(flags.model)).train, flags.cells)
 
 
-def plot_training(flags: PlotTraining) -> int:
+def draw_training(flags: PlotTraining) -> bytes:
     """`dflow plot training`."""
     from dflow import plot
-    from dflow.generate import write_whole
     from dflow.train import history
 
-    output = plot_output(flags.output)
     runs = {folder: history(folder) for folder in flags.runs}
     # Trainings of version 0.1.0 did not note their unit: plain "bits".
     units = {run.unit: folder for folder, run in runs.items() if run.unit != "bits"}
     if len(units) > 1:
         raise InputError("; ".join(f"{f} is measured in {u}" for u, f in units.items()) + ": plot them apart")
-    data = plot.training({folder: run.rows for folder, run in runs.items()}, next(iter(units), "bits"))
-    write_whole(output, data)
-    return show_file(flags, output)
+    return plot.training({folder: run.rows for folder, run in runs.items()}, next(iter(units), "bits"))
 
 
-def plot_progressive(flags: PlotProgressive) -> int:
+def draw_progressive(flags: PlotProgressive) -> bytes:
     """`dflow plot progressive`."""
     from dflow import plot
     from dflow.compress import stages
-    from dflow.generate import write_whole
 
-    set_threads(flags.threads)
-    output = plot_output(flags.output)
+    flags.set_threads()
     if flags.rows < 1:
         raise InputError(f"--rows {flags.rows} must be at least 1")
-    found = stages(Path(flags.file).read_bytes(), flags.model, name=flags.file, progress=True)
-    names = [picture.form.file for picture in found[0].pictures][: flags.rows]
-    write_whole(
-        output,
-        plot.progressive(
-            names,
-            [[stage.pictures[i].preview() for stage in found] for i in range(len(names))],
-            [stage.share for stage in found],
-            [[stage.psnr[i] for stage in found] for i in range(len(names))],
-        ),
+    seen = stages(Path(flags.file).read_bytes(), flags.model, name=flags.file, progress=True)
+    names = [picture.form.file for picture in seen[0].pictures][: flags.rows]
+    return plot.progressive(
+        names,
+        [[stage.pictures[i].preview() for stage in seen] for i in range(len(names))],
+        [stage.share for stage in seen],
+        [[stage.psnr[i] for stage in seen] for i in range(len(names))],
     )
-    return show_file(flags, output)
 
 
 #: What these verbs are about.
@@ -164,18 +148,28 @@ GROUP = "pictures of a model: density, coverage, progressive, training"
 
 
 VERBS: Verbs = (
-    ("plot density", PlotDensity, plot_density, "dflow plot density --model runs/images/checkerboard"),
-    ("plot coverage", PlotCoverage, plot_coverage, "dflow plot coverage --model runs/binary/mnist_pbnet_s"),
+    (
+        "plot density",
+        PlotDensity,
+        verb(draw_density),
+        "dflow plot density --model runs/images/checkerboard",
+    ),
+    (
+        "plot coverage",
+        PlotCoverage,
+        verb(draw_coverage),
+        "dflow plot coverage --model runs/binary/mnist_pbnet_s",
+    ),
     (
         "plot progressive",
         PlotProgressive,
-        plot_progressive,
+        verb(draw_progressive),
         "dflow plot progressive pictures.dfl --model runs/images/idf -o levels.png",
     ),
     (
         "plot training",
         PlotTraining,
-        plot_training,
+        verb(draw_training),
         "dflow plot training runs/ptb/grouped16 runs/ptb/transformer -o curves.png",
     ),
 )

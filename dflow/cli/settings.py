@@ -25,9 +25,9 @@ _NARROW, _LEAST = (8, 16), 20
 
 @dataclass(kw_only=True)
 class Settings(Results):
-    """The settings of a recipe: names, types, defaults, meanings.
+    """List settings of recipes: names, types, defaults, meanings.
 
-    Of a family of models, or the names of all families.
+    They are those of one family of models; without a family the names of all are listed.
     """
 
     family: str | None = argument("family of models (default: none, and the names of all are shown)", None)
@@ -54,28 +54,28 @@ def settings(flags: Settings) -> int:
     families = {kind: [name for name in zoo.names() if zoo.find(name).kind == kind] for kind in zoo.KINDS}
     data: dict[str, type[Any]] = {f"data of {zoo.KINDS['text']}": DataConfig}
     data[f"data of {zoo.KINDS['images']}"] = ImageConfig
-    parts: list[tuple[str, list[Setting]]] = []
+    sections: list[tuple[str, list[Setting]]] = []
     if flags.family is None:
-        parts += [(title, settings_of(cls, "data")) for title, cls in data.items()]
+        sections += [(title, settings_of(cls, "data")) for title, cls in data.items()]
         lines = [f"{zoo.KINDS[kind]}: {', '.join(names)}" for kind, names in families.items()]
         about = "; ".join(lines) + ". `dflow settings FAMILY` shows the settings of one"
-        parts.append(("model", [Setting("model", "family", "str", True, None, about)]))
+        sections.append(("model", [Setting("model", "family", "str", True, None, about)]))
     else:
         family = zoo.find(flags.family, where="dflow settings")
         title = list(data)[family.kind != "text"]
-        parts.append((title, settings_of(data[title], "data")))
+        sections.append((title, settings_of(data[title], "data")))
         name = Setting("model", "family", "str", True, None, f"{family.name}: the family, by its name")
-        parts.append((f"model {family.name}", [name, *settings_of(family.settings, "model")]))
-    parts.append(("train", settings_of(TrainConfig, "train")))
+        sections.append((f"model {family.name}", [name, *settings_of(family.settings, "model")]))
+    sections.append(("train", settings_of(TrainConfig, "train")))
     flags.end(
         {
             "family": flags.family,
             "families": families,
-            "settings": [{"part": title} | record(s) for title, rows in parts for s in rows],
+            "settings": [{"part": title} | record(s) for title, rows in sections for s in rows],
         }
     )
     if not flags.json:
-        print_parts(parts)
+        print_sections(sections)
     return 0
 
 
@@ -161,9 +161,9 @@ def spelled(setting: Setting) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def print_parts(parts: Sequence[tuple[str, Sequence[Setting]]]) -> None:
-    """The tables of all parts, with one width a column, wrapped to the width of the terminal."""
-    cells = {title: [(s.name, s.type, spelled(s), s.help) for s in rows] for title, rows in parts}
+def print_sections(sections: Sequence[tuple[str, Sequence[Setting]]]) -> None:
+    """The tables of all sections, with one width a column, wrapped to the width of the terminal."""
+    cells = {title: [(s.name, s.type, spelled(s), s.help) for s in rows] for title, rows in sections}
     every = [_HEAD, *(row for rows in cells.values() for row in rows)]
     widths = [max(len(row[i]) for row in every) for i in range(3)]
     width = shutil.get_terminal_size().columns

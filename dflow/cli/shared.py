@@ -1,4 +1,4 @@
-"""What verbs share: flags of many of them, models, and what reaches the terminal."""
+"""What verbs share: flags, models, tables and messages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dflow.cli.flags import flag
 from dflow.config import InputError
 from dflow.terminal import shown
-from dflow.threads import processors
+from dflow.threads import Suited, processors
 
 if TYPE_CHECKING:
     import torch
@@ -48,17 +48,40 @@ class Results:
 
 
 @dataclass(kw_only=True)
-class Machine:
-    """Flags of every verb that computes."""
+class Threads:
+    """Flag of every verb that computes."""
 
-    threads: int | None = flag("threads of torch on the CPU (default: one a processor)", None)
+    threads: int | None = flag(
+        "number of threads of torch on the CPU (default: one for a small model, else one a processor)", None
+    )
+
+    def set_threads(self) -> None:
+        """Set the threads of torch: as given, else no more than processors; keep memory between steps."""
+        import torch
+
+        from dflow.memory import keep_memory
+
+        keep_memory()
+        Suited.free = self.threads is None and "OMP_NUM_THREADS" not in os.environ
+        if self.threads is not None:
+            if self.threads < 1:
+                raise InputError(f"--threads {self.threads} must be at least 1")
+            torch.set_num_threads(self.threads)
+        elif Suited.free and processors() < torch.get_num_threads():
+            torch.set_num_threads(processors())
+
+
+@dataclass(kw_only=True)
+class Machine(Threads):
+    """Flags of every verb that computes on any device."""
+
     device: str = flag("device to compute on; auto: the first GPU, else the CPU", "auto")
 
     def settle(self) -> torch.device:
         """Set the threads, and find the device."""
         import torch
 
-        set_threads(self.threads)
+        self.set_threads()
         name = self.device
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,7 +91,7 @@ class Machine:
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(
-                f"--device {self.device}: not to be had here ({reason}); try --device cpu"
+                f"--device {self.device}: not available here ({reason}); try --device cpu"
             ) from None
         return device
 
@@ -79,7 +102,7 @@ class Machine:
         import torch
         from accelerate import Accelerator
 
-        set_threads(self.threads)
+        self.set_threads()
         if self.device not in ("auto", "cpu", "cuda") or (
             self.device == "cuda" and not torch.cuda.is_available()
         ):
@@ -91,6 +114,11 @@ class Machine:
         return accelerator.device, accelerator
 
 
+def suit_threads(model: Any, batch: int, calls: int = 1) -> None:
+    """Threads by the work of a batch of a model of text or of images, drawn in so many network calls."""
+    Suited.to(model.config.record.multiplications(model.config.settings(), batch, calls))
+
+
 def make_folder(folder: Path) -> None:
     """A folder to write into, made if its own folder is there."""
     if folder.exists() and not folder.is_dir():
@@ -99,21 +127,6 @@ def make_folder(folder: Path) -> None:
         if not folder.parent.is_dir():
             raise InputError(f"{folder}: the folder {folder.parent} does not exist; create it")
         folder.mkdir()
-
-
-def set_threads(threads: int | None) -> None:
-    """Set the threads of torch: as given, else no more than processors; and keep memory between steps."""
-    import torch
-
-    from dflow.memory import keep_memory
-
-    keep_memory()
-    if threads is not None:
-        if threads < 1:
-            raise InputError(f"--threads {threads} must be at least 1")
-        torch.set_num_threads(threads)
-    elif "OMP_NUM_THREADS" not in os.environ and processors() < torch.get_num_threads():
-        torch.set_num_threads(processors())
 
 
 def load_model(folder: str, device: torch.device) -> tuple[DflowModel, Tokenizer]:
@@ -157,14 +170,22 @@ def show_file(flags: Results, output: Path) -> int:
     return 0
 
 
-def print_paths(paths: Sequence[Path]) -> None:
-    """A line each."""
-    for path in paths:
-        print(path)
+def show_comparison(flags: Results, comparing: Any, result: object, folder: Path | None) -> None:
+    """Print a comparison, and write it to ``folder``, by `markdown`, `record` and `write` of its module."""
+    paths = [] if folder is None else comparing.write(result, folder)
+    if not flags.json:
+        print_lines([comparing.markdown(result), *paths])
+    flags.end(json.loads(comparing.record(result)), last_line=True)
+
+
+def print_lines(items: Sequence[object]) -> None:
+    """Print a line each."""
+    for item in items:
+        print(item)
 
 
 def finite(record: object) -> object:
-    """``record`` with null for numbers that JSON lacks: infinite ones, and those that are none.
+    """``record`` with null for numbers that JSON lacks: infinite ones and NaN.
 
     >>> finite({"bits": [1.5, float("inf")]})
     {'bits': [1.5, None]}

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from dflow.cli.flags import flag
 from dflow.config import InputError
@@ -14,6 +13,8 @@ from dflow.config import InputError
 if TYPE_CHECKING:
     from dflow.data import Corpus, DataConfig, ImageConfig, ImageSet
     from dflow.hf import DflowModel
+
+    C = TypeVar("C", DataConfig, ImageConfig)
 
 
 @dataclass(kw_only=True)
@@ -26,12 +27,12 @@ class Source:
     )
     folder: str | None = flag("folder of the data (default: as in training, or DFLOW_DATA)", None)
     split: Literal["train", "valid", "test", "all"] | None = flag(
-        "which part of the data: train, valid, test, or all of them (default: test; of a text, folder or "
+        "part of the data to score: train, valid, test, or all of them (default: test; of a text, folder or "
         "table of your own that the model was not trained on and that has no test split, all)",
         None,
     )
     limit: int | None = flag(
-        "score the first LIMIT chunks only; of images and tables LIMIT random rows", None
+        "number of chunks to score, the first ones; of images and tables, of random rows (default: all)", None
     )
 
     def config(self, folder: str, model: DflowModel) -> DataConfig:
@@ -40,25 +41,42 @@ class Source:
         How a text is cut is no choice: a model is one of sentences or of a stream.
         """
         from dflow.data import DataConfig, load
+
+        trained = self.recorded(folder, DataConfig, "images")
+        fresh = DataConfig(name=str(self.data), folder=self.folder or (trained.folder if trained else None))
+        config = self.changed(load, trained, fresh)
+        return dataclasses.replace(config, protocol="sentence" if model.config.explicit_length else "stream")
+
+    def images(self, folder: str) -> ImageConfig:
+        """Images or the table on which the model in ``folder`` was trained, changed by the flags."""
+        from dflow.data import ImageConfig, load_images
+
+        trained = self.recorded(folder, ImageConfig, "text") or ImageConfig()
+        return self.changed(load_images, trained, trained.of(str(self.data)))
+
+    def recorded(self, folder: str, kind: type[C], other: str) -> C | None:
+        """The data that the recipe beside a model names; None without a recipe, where --data names some."""
         from dflow.hf import split_calls
         from dflow.train import recipe_of
 
         path = split_calls(folder)[0]
-        trained: DataConfig | None = None
-        if self.data is None or (path / "recipe.yaml").is_file():
-            found = recipe_of(path).data
-            if not isinstance(found, DataConfig):
-                raise InputError(f"{path}: its recipe.yaml tells of images; restore both files from one run")
-            trained = found
-        if trained is None or not self.names(trained):
-            kept = None if trained is None else trained.folder
-            fresh = DataConfig(name=str(self.data), folder=self.folder or kept)
-            same = trained is not None and is_same(load, trained, fresh)
-            trained = dataclasses.replace(trained, name=fresh.name) if trained and same else fresh
-        protocol: Literal["stream", "sentence"] = "sentence" if model.config.explicit_length else "stream"
-        if self.data is not None:  # whatever it is by now
-            trained = dataclasses.replace(trained, checksum=None)
-        return dataclasses.replace(trained, protocol=protocol, folder=self.folder or trained.folder)
+        if self.data is not None and not (path / "recipe.yaml").is_file():
+            return None
+        data = recipe_of(path).data
+        if not isinstance(data, kind):
+            raise InputError(f"{path}: its recipe.yaml is one of {other}; restore both files from one run")
+        return data
+
+    def changed(self, load: Callable[[Any], Any], trained: C | None, fresh: C) -> C:
+        """``trained`` where the flags name the same data, in this or another place; else ``fresh`` data."""
+        config = fresh if trained is None else trained
+        if trained is not None and not self.names(trained):
+            fresh = dataclasses.replace(fresh, folder=self.folder or fresh.folder)
+            same = is_same(load, trained, fresh)
+            config = dataclasses.replace(trained, name=fresh.name) if same else fresh
+        if self.data is not None:  # whatever the data are by now
+            config = dataclasses.replace(config, checksum=None)
+        return dataclasses.replace(config, folder=self.folder or config.folder)
 
     def part(self, data: Corpus | ImageSet, *folders: str) -> str:
         """The split to score: what --split says, or what is safe for the models in ``folders``.
@@ -93,26 +111,6 @@ class Source:
             for place, base in zip(places, bases, strict=True)
         ]
         return bool(resolved[0] & resolved[1])
-
-    def images(self, folder: str) -> ImageConfig:
-        """Images or the table on which the model in ``folder`` was trained, changed by the flags."""
-        from dflow.data import ImageConfig, load_images
-        from dflow.train import recipe_of
-
-        trained = ImageConfig()
-        if self.data is None or (Path(folder) / "recipe.yaml").is_file():
-            found = recipe_of(folder).data
-            if not isinstance(found, ImageConfig):
-                raise InputError(f"{folder}: its recipe.yaml tells of text; restore both files from one run")
-            trained = found
-        if not self.names(trained):
-            fresh = trained.of(str(self.data))
-            fresh = dataclasses.replace(fresh, folder=self.folder or fresh.folder)
-            same = is_same(load_images, trained, fresh)
-            trained = dataclasses.replace(trained, name=fresh.name) if same else fresh
-        if self.data is not None:
-            trained = dataclasses.replace(trained, checksum=None)
-        return dataclasses.replace(trained, folder=self.folder or trained.folder)
 
     def names(self, trained: DataConfig | ImageConfig) -> bool:
         """Whether the data are those that a model was trained on, by their name or path."""

@@ -6,12 +6,12 @@ import collections
 import contextlib
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dflow.cli.flags import Verbs, argument, flag
-from dflow.cli.shared import say_once, set_threads
+from dflow.cli.shared import Threads, say_once
 from dflow.config import InputError, nearest
 
 if TYPE_CHECKING:
@@ -19,35 +19,32 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class Train:
+class Train(Threads):
     """Train a model by a recipe, or go on with a training.
 
     To go on: dflow train --resume FOLDER.
     """
 
     recipe: str = argument("recipe, a YAML file; with --resume also the folder of a training")
-    set: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "settings that replace those of the recipe: train.minutes=3 model.num_calls=16 ...; or "
-            "one by one: --train.minutes 3 --model.num_calls=16 (`dflow settings` lists them)"
-        },
+    set: list[str] = flag(
+        "settings that replace those of the recipe: train.minutes=3 model.num_calls=16 ...; or "
+        "one by one: --train.minutes 3 --model.num_calls=16 (`dflow settings` lists them)",
+        many=True,
     )
     output: str | None = flag("folder of the model (default: that of the recipe)", None, short="-o")
     resume: bool = flag(
-        "go on: with the training in FOLDER by the recipe that it keeps (--resume FOLDER), or with that of a "
-        "recipe in its output (RECIPE --resume)",
+        "go on with the training in FOLDER by the recipe in it (--resume FOLDER), or with the training by "
+        "RECIPE in its output (RECIPE --resume)",
         False,
     )
-    threads: int | None = flag("threads of torch on the CPU (default: one a processor)", None)
 
 
 def train(flags: Train) -> int:
-    """`dflow train`; asked by a scheduler to make room it ends with 0, so that it may be queued again."""
+    """`dflow train`; where a scheduler asks for room it ends with 0, so that it may be queued again."""
     from dflow.train import Preempted
     from dflow.train import train as run
 
-    set_threads(flags.threads)
+    flags.set_threads()
     recipe = recipe_to_train(flags)
     try:
         run(recipe, resume=flags.resume)
@@ -57,7 +54,7 @@ def train(flags: Train) -> int:
 
 
 def recipe_to_train(flags: Train) -> Recipe:
-    """The recipe that the flags of `dflow train` name; --resume never begins what was not asked for."""
+    """The recipe that the flags of `dflow train` name; --resume alone never begins a new training."""
     from dflow.train import STATE, load_recipe, resume_command, resumed_recipe
 
     path = Path(flags.recipe)
@@ -78,7 +75,7 @@ def recipe_to_train(flags: Train) -> Recipe:
     if not (flags.resume and empty):
         return recipe
     if flags.output is None and not any(word.startswith("output=") for word in flags.set):
-        # Whoever trained into another folder would train from the beginning, into this one.
+        # A user who trained into another folder would train from the beginning, into this one.
         named = path.parent if (path.parent / STATE).is_file() else Path("FOLDER")
         raise InputError(
             f"{recipe.output}: nothing to resume; go on with a training by its folder: "
@@ -101,18 +98,18 @@ def as_set(words: Sequence[str]) -> list[str]:
     Raises:
         InputError: a flag without a value.
     """
-    rewritten, rest = list[str](), collections.deque(words)
-    while rest:
-        word = rest.popleft()
+    rewritten, unread = list[str](), collections.deque(words)
+    while unread:
+        word = unread.popleft()
         if word == "--":
-            return [*rewritten, word, *rest]
+            return [*rewritten, word, *unread]
         key, equals, value = word.removeprefix("--").partition("=")
         section, dot, _ = key.partition(".")
         if word.startswith("--") and dot and section in SECTIONS:
             if not equals:
-                if not rest or _is_flag(rest[0]):
+                if not unread or _is_flag(unread[0]):
                     raise InputError(f"{word}: a value is missing; write {word} VALUE, or {word}=VALUE")
-                value = rest.popleft()
+                value = unread.popleft()
             # In one word: --set takes all words after it, and the recipe may be one of these.
             word = f"--set={key}={value}"
         rewritten.append(word)
@@ -128,12 +125,12 @@ def _is_flag(word: str) -> bool:
 
 
 def hint_of_setting(option: str) -> str:
-    """How the setting of a recipe is given that a flag may stand for; "" where it may be none."""
+    """How to give the setting of a recipe that a flag may stand for; "" where there is no such setting."""
     from dflow.train import TrainConfig
 
     section, dot, name = option.lstrip("-").partition(".")
     if dot:
-        return nearest(option, [f"--{known}.{name}" for known in SECTIONS])
+        return nearest(option, [f"--{other}.{name}" for other in SECTIONS])
     name = section.replace("-", "_")
     if name in {f.name for f in dataclasses.fields(TrainConfig)}:
         return f"settings of the recipe are given by --set train.{name}=VALUE"

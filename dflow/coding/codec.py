@@ -29,7 +29,7 @@ from dflow.distributions.sequence import SequenceCategorical
 from dflow.distributions.spectra import Spectra
 from dflow.distributions.stepwise import Stepwise
 from dflow.distributions.window import ConditionalWindow
-from dflow.flows import Flow, Split
+from dflow.flows.walk import gathered, leaves, scattered
 
 #: Places in the flat ``(n, dim)`` and the code of what stands there; the numbers are sent back.
 Steps = Generator[tuple[Tensor, Code], Tensor, None]
@@ -41,7 +41,6 @@ _MIXTURES = 1 << 16
 _LOGITS = 1 << 20
 
 
-@singledispatch
 def push(distribution: Distribution, x: Tensor, stack: Stack, context: Context | None = None) -> None:
     """Push ``x``, int64 ``(n, dim)``, so that `pop` gives it back.
 
@@ -52,21 +51,29 @@ def push(distribution: Distribution, x: Tensor, stack: Stack, context: Context |
         ValueError: a law without an exact code; a mode, ``x`` or context that does not fit.
     """
     _check(distribution)
+    _check_data(x, getattr(distribution, "dim", None))
+    with torch.no_grad():
+        for leaf, values, of_leaf in scattered(distribution, x, context):
+            _check(leaf)
+            _push_leaf(leaf, values, stack, of_leaf)
+
+
+@singledispatch
+def _push_leaf(distribution: Distribution, x: Tensor, stack: Stack, context: Context | None) -> None:
     parts: list[Intervals] = []
     with torch.no_grad():
         dim, chain = steps(distribution, len(x), context)
         _check_data(x, dim)
         line = x.flatten()
-        found = next(chain, None) if len(x) else None
-        while found is not None:
-            places, code = found
+        step = next(chain, None) if len(x) else None
+        while step is not None:
+            places, code = step
             values = line[places]
             parts.append(code.intervals(values.cpu()))
-            found = _send(chain, values)
+            step = _send(chain, values)
     stack.push(*join(parts))
 
 
-@singledispatch
 def pop(distribution: Distribution, n: int, stack: Stack, context: Context | None = None) -> Tensor:
     """Pop the ``x`` pushed last, int64 ``(n, dim)``; absent entries are 0.
 
@@ -74,54 +81,31 @@ def pop(distribution: Distribution, n: int, stack: Stack, context: Context | Non
         ValueError: as of `push`. What a stream holds that `push` has not made is popped to some ``x``.
     """
     _check(distribution)
+
+    def value(leaf: Distribution, of_leaf: Context | None) -> Tensor:
+        _check(leaf)
+        return _pop_leaf(leaf, n, stack, of_leaf)
+
+    with torch.no_grad():
+        return gathered(distribution, value, context)
+
+
+@singledispatch
+def _pop_leaf(distribution: Distribution, n: int, stack: Stack, context: Context | None) -> Tensor:
     with torch.no_grad():
         dim, chain = steps(distribution, n, context)
         line = torch.zeros(n * dim, dtype=torch.int64, device=_device(distribution))
-        found = next(chain, None) if n else None
-        while found is not None:
-            places, code = found
+        step = next(chain, None) if n else None
+        while step is not None:
+            places, code = step
             values = code.pop(stack).to(line.device)
             line[places] = values
-            found = _send(chain, values)
+            step = _send(chain, values)
     return line.view(n, dim)
 
 
-@push.register
-def _(distribution: Flow, x: Tensor, stack: Stack, context: Context | None = None) -> None:
-    _check(distribution)
-    _check_data(x, None)
-    with torch.no_grad():
-        z = distribution.transform(x, context)[0]
-    push(distribution.base, z, stack, context)
-
-
-@pop.register
-def _(distribution: Flow, n: int, stack: Stack, context: Context | None = None) -> Tensor:
-    _check(distribution)
-    z = pop(distribution.base, n, stack, context)
-    with torch.no_grad():
-        return distribution.bijector.inverse(z, context)[0]
-
-
-@push.register
-def _(distribution: Split, x: Tensor, stack: Stack, context: Context | None = None) -> None:
-    _check(distribution)
-    (x_a, own), (x_b, given) = distribution.parts(x, context)
-    push(distribution.conditional, x_b, stack, given)
-    push(distribution.base, x_a, stack, own)
-
-
-@pop.register
-def _(distribution: Split, n: int, stack: Stack, context: Context | None = None) -> Tensor:
-    _check(distribution)
-    x_a = pop(distribution.base, n, stack, distribution.contexts(None, context)[0])
-    x_b = pop(distribution.conditional, n, stack, distribution.contexts(x_a, context)[1])
-    return distribution.join(x_a, x_b)
-
-
-@push.register
-def _(distribution: Spectra, x: Tensor, stack: Stack, context: Context | None = None) -> None:
-    _check(distribution)
+@_push_leaf.register
+def _(distribution: Spectra, x: Tensor, stack: Stack, context: Context | None) -> None:
     with torch.no_grad():
         params, log_weights = distribution.params(context)
         _check_data(x, params.shape[1])
@@ -130,9 +114,8 @@ def _(distribution: Spectra, x: Tensor, stack: Stack, context: Context | None = 
     stack.push(*code.intervals(z.flatten()[places].cpu()))
 
 
-@pop.register
-def _(distribution: Spectra, n: int, stack: Stack, context: Context | None = None) -> Tensor:
-    _check(distribution)
+@_pop_leaf.register
+def _(distribution: Spectra, n: int, stack: Stack, context: Context | None) -> Tensor:
     with torch.no_grad():
         params, log_weights = distribution.params(context)
         code, places = _spectra(distribution, n, log_weights, context)
@@ -162,14 +145,10 @@ def steps(distribution: Distribution, n: int, context: Context | None) -> tuple[
 
 
 def check_code(distribution: Distribution) -> None:
-    """ValueError, as of `push`, where some part of ``distribution`` has no exact code."""
-    if isinstance(distribution, Flow):
-        check_code(distribution.base)
-    elif isinstance(distribution, Split):
-        check_code(distribution.base)
-        check_code(distribution.conditional)
-    elif all(f.dispatch(type(distribution)) is f.dispatch(object) for f in (push, steps)):
-        steps(distribution, 0, None)
+    """ValueError, as of `push`, where some leaf of ``distribution`` has no exact code."""
+    for leaf in leaves(distribution):
+        if all(f.dispatch(type(leaf)) is f.dispatch(object) for f in (_push_leaf, steps)):
+            steps(leaf, 0, None)
 
 
 @steps.register

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from dflow.coding import codec
 from dflow.coding.coder import Coder
-from dflow.core import Context, Distribution
-from dflow.distributions.logistic import Logistics
-from dflow.distributions.window import ConditionalWindow
+from dflow.core import Bijector, Distribution
 from dflow.flows import Flow, Split
 
 _WORD = 4
@@ -26,43 +23,62 @@ _WORD = 4
 
 def num_levels(law: Distribution) -> int:
     """Levels of a law: one more than parts that are factored out before another flow."""
-    if isinstance(law, Flow):
-        return num_levels(law.base)
-    return 1 + num_levels(law.base) if _factors_out(law) else 1
+    return 1 + len(_levels(law)[0])
 
 
-def _factors_out(law: Distribution) -> TypeGuard[Split]:
-    """A `Split` of anything else than a flow is a law whose entries come in groups, all of one level."""
-    return isinstance(law, Split) and isinstance(law.base, Flow)
+def _levels(law: Distribution) -> tuple[list[tuple[list[Bijector], Split]], list[Bijector], Distribution]:
+    """The bijectors of each level but the coarsest and the `Split` in which it ends, the finest level first.
+
+    Then the bijectors of the coarsest level, and its law. A `Split` of anything else than a flow is a law
+    whose entries come in groups, all of one level.
+    """
+    finer: list[tuple[list[Bijector], Split]] = []
+    while True:
+        bijectors = []
+        while isinstance(law, Flow):
+            bijectors.append(law.bijector)
+            law = law.base
+        if not (isinstance(law, Split) and isinstance(law.base, Flow)):
+            return finer, bijectors, law
+        finer.append((bijectors, law))
+        law = law.base
 
 
+@torch.no_grad()
 def push(law: Distribution, x: Tensor) -> list[bytes]:
     """Code ``x``, int64 ``(n, dim)``: the bytes of each level, the coarsest first: a stream in parts.
 
     Raises:
         ValueError: as of `codec.push`.
     """
-    coder, left = Coder(), []
-
-    def walk(law: Distribution, x: Tensor) -> None:
-        if isinstance(law, Flow):
-            with torch.no_grad():
-                x = law.transform(x)[0]
-            return walk(law.base, x)
+    coder, below = Coder(), []
+    finer, last_bijectors, coarsest = _levels(law)
+    for bijectors, split in finer:
+        x = _to_latent(bijectors, x)
         # Popped down to what is on the stack now, a level is complete.
-        left.append(coder.num_below)
-        if _factors_out(law):
-            (x_a, _), (x_b, given) = law.parts(x)
-            codec.push(law.conditional, x_b, coder, given)
-            return walk(law.base, x_a)
-        return codec.push(law, x, coder)
-
-    walk(law, x)
+        below.append(coder.num_below)
+        (x, _), (x_b, of_conditional) = split.parts(x)
+        codec.push(split.conditional, x_b, coder, of_conditional)
+    below.append(coder.num_below)
+    codec.push(coarsest, _to_latent(last_bijectors, x), coder)
     data = coder.to_bytes()
-    ends = [0, *(len(data) - _WORD * below for below in reversed(left))]
+    ends = [0, *(len(data) - _WORD * words for words in reversed(below))]
     return [data[start:end] for start, end in pairwise(ends)]
 
 
+def _to_latent(bijectors: Sequence[Bijector], x: Tensor) -> Tensor:
+    for bijector in bijectors:
+        x = bijector.forward(x)[0]
+    return x
+
+
+def _to_data(bijectors: Sequence[Bijector], z: Tensor) -> Tensor:
+    for bijector in reversed(bijectors):
+        z = bijector.inverse(z)[0]
+    return z
+
+
+@torch.no_grad()
 def pop(
     law: Distribution, n: int, levels: Sequence[bytes], generator: torch.Generator | None = None
 ) -> Tensor:
@@ -89,39 +105,18 @@ def pop(
         if level == total:
             coder.finish()
 
-    def walk(law: Distribution, level: int) -> Tensor:
-        if isinstance(law, Flow):
-            z = walk(law.base, level)
-            with torch.no_grad():
-                return law.bijector.inverse(z)[0]
-        if not _factors_out(law):
-            x = codec.pop(law, n, coder)
-            check(level)
-            return x
-        x_a = walk(law.base, level - 1)
-        given = law.contexts(x_a, None)[1]
+    finer, last_bijectors, coarsest = _levels(law)
+    x = codec.pop(coarsest, n, coder)
+    check(1)
+    x = _to_data(last_bijectors, x)
+    for level, (bijectors, split) in enumerate(reversed(finer), start=2):
+        of_conditional = split.contexts(x, None)[1]
         if level <= len(levels):
-            x_b = codec.pop(law.conditional, n, coder, given)
+            x_b = codec.pop(split.conditional, n, coder, of_conditional)
             check(level)
         elif generator is not None:
-            x_b = law.conditional.sample(n, given, generator)
+            x_b = split.conditional.sample(n, of_conditional, generator)
         else:
-            x_b = _mean(law.conditional, given)
-        return law.join(x_a, x_b)
-
-    return walk(law, total)
-
-
-@torch.no_grad()
-def _mean(law: Distribution, context: Context | None) -> Tensor:
-    if isinstance(law, Split):
-        x_a = _mean(law.base, law.contexts(None, context)[0])
-        return law.join(x_a, _mean(law.conditional, law.contexts(x_a, context)[1]))
-    if isinstance(law, ConditionalWindow):
-        return law.mean(context)
-    if not isinstance(law, Logistics):
-        raise ValueError(f"the mean of {type(law).__name__} is not known: ask for all levels")
-    loc, _, *log_weights = law.params(context)
-    if log_weights:
-        loc = (loc * log_weights[0].exp()).sum(-1)
-    return loc.double().round().long()
+            x_b = split.conditional.rounded_mean(of_conditional)
+        x = _to_data(bijectors, split.join(x, x_b))
+    return x

@@ -25,8 +25,9 @@ from dflow.compress import (
 from dflow.compress import clock as clocks
 from dflow.compress.pixels import read
 from dflow.config import InputError
-from dflow.data import Bytes, DataConfig, ImageConfig, image_sets, images, load, load_images, splits
+from dflow.data import Bytes, DataConfig, ImageConfig, image_sets, load, load_images, splits
 from dflow.data.formats import SUFFIXES, png
+from dflow.data.known import HUB
 
 #: Files that hold pictures; all others are texts.
 _PICTURES = SUFFIXES | {".npy"}
@@ -92,7 +93,7 @@ def holds_images(name: str) -> bool:
     return (
         name in image_sets.KNOWN
         or name == image_sets.CHECKERBOARD
-        or name.startswith(images.HUB)
+        or name.startswith(HUB)
         or (path.is_dir() and not splits.holds_text(path))
     )
 

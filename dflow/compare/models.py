@@ -207,7 +207,7 @@ def num_calls(model: DflowModel, length: int, rounds: int = 1, seed: int = 0) ->
         for r in range(rounds):
             model.generate(1, length=length, generator=torch.Generator(model.device).manual_seed(seed + r))
         counted = (sum(layer.calls for layer in layers) - before) / rounds
-    base = model.distribution
+    base = model.law
     if isinstance(base, _Symbols):
         return base.needed(length)
     if model.config.record.left_to_right and not isinstance(base, (Flow, Split)):

@@ -84,10 +84,9 @@ class TextCoder:
             # Halves and integers add up exactly, in any order.
             counts = model.length_counts.double().cpu()[1:] + 0.5
             lengths = torch.cat([torch.tensor([_EMPTY]).double(), (1 - _EMPTY) * counts / counts.sum()])
-        law = model.distribution
         try:
-            tables = frozen_tables(law)
-            prepared = prepare(law, cls.mode, tables)
+            tables = frozen_tables(model.distribution)
+            prepared = prepare(model.law, cls.mode, tables)
             codec.check_code(prepared)
         except ValueError as error:
             raise InputError(f"{where}: {error}") from None
@@ -95,7 +94,8 @@ class TextCoder:
         extra = json.dumps(
             [tokenizer.describe(), model.config.length, None if lengths is None else lengths.tolist()]
         )
-        digest = fingerprint(law, tables, cls.mode, extra.encode())[: container.FINGERPRINT]
+        # Of all budgets: which of them is in use is told by the number of calls.
+        digest = fingerprint(model.distribution, tables, cls.mode, extra.encode())[: container.FINGERPRINT]
         return cls(prepared, tokenizer, model.config.length, lengths, calls, digest, where)
 
     @property

@@ -1,14 +1,18 @@
 """Text, images and tables for flows: known sets, the user's own, synthetic laws; tokenizers, pictures."""
 
+from dflow.data.corpus import Corpus, Draws, Text
 from dflow.data.image_sets import KNOWN as IMAGES
-from dflow.data.images import ImageConfig, ImageSet, Samples, load_images
+from dflow.data.images import load_images
 from dflow.data.known import KnownFile, KnownSet
+from dflow.data.laws import Law
 from dflow.data.pictures import grid
+from dflow.data.pieces import SentencePiece
+from dflow.data.samples import ImageSet, Samples
 from dflow.data.sets import KNOWN as TEXTS
 from dflow.data.sets import FileRow, SetRow, check, list_sets, prepare
-from dflow.data.synthetic import Law
-from dflow.data.text import MAX_SENTENCE, Corpus, DataConfig, Draws, Text, load
-from dflow.data.tokenizers import Bytes, Characters, Numbers, SentencePiece, Tokenizer
+from dflow.data.settings import DataConfig, ImageConfig
+from dflow.data.text import MAX_SENTENCE, load
+from dflow.data.tokenizers import Bytes, Characters, Numbers, Tokenizer
 
 __all__ = [
     "IMAGES",

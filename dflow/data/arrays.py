@@ -21,24 +21,24 @@ from dflow.config import InputError
 
 Array = NDArray[Any]
 
-#: What numpy and the parsers under it raise on a header that is none.
+#: Errors of numpy and the parsers under it for bytes that are no header.
 _NO_HEADER = (
     ValueError, SyntaxError, TypeError, KeyError, IndexError, EOFError, OverflowError, RecursionError,
     MemoryError, struct.error, tokenize.TokenError,
 )  # fmt: skip
-#: What a damaged archive raises.
+#: Errors for a damaged archive.
 _NO_ARCHIVE = (
     zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError, OSError, RuntimeError, struct.error,
     NotImplementedError,
 )  # fmt: skip
 
 
-def from_npy(data: bytes, where: str | Path) -> Array:
+def from_npy(data: bytes, name: str | Path) -> Array:
     """The array of a ``.npy`` file, in C order and the byte order of this machine.
 
     Args:
         data: content of the file.
-        where: what errors name.
+        name: of the file, for errors.
 
     Raises:
         InputError: No such file, a damaged one, one whose size is not what its header says, or one that holds
@@ -46,19 +46,19 @@ def from_npy(data: bytes, where: str | Path) -> Array:
     """
     if data.startswith(b"PK"):
         raise InputError(
-            f"{where}: an archive of arrays (.npz), not one array (.npy); save the array with numpy.save"
+            f"{name}: an archive of arrays (.npz), not one array (.npy); save the array with numpy.save"
         )
-    shape, fortran, dtype, start = _header(data, where)
+    shape, fortran, dtype, start = _header(data, name)
     if dtype.hasobject or dtype.kind not in "biuf":
         raise InputError(
-            f"{where}: no array of numbers but one of {dtype}, which is not read; save integers or floats"
+            f"{name}: no array of numbers but one of {dtype}, which is not read; save integers or floats"
         )
     if any(type(n) is not int or n < 0 for n in shape):
-        raise InputError(f"{where}: damaged, its header says that it is of shape {shape}; save it again")
+        raise InputError(f"{name}: damaged, its header says that it is of shape {shape}; save it again")
     size, expected = len(data) - start, math.prod(shape) * dtype.itemsize
     if size != expected:
         raise InputError(
-            f"{where}: {size:,} bytes follow its header, which says {expected:,} (shape {shape} of {dtype}); "
+            f"{name}: {size:,} bytes follow its header, which says {expected:,} (shape {shape} of {dtype}); "
             + ("the file is truncated or damaged" if size < expected else "save each array to its own file")
         )
     flat = np.frombuffer(data, dtype, offset=start)
@@ -91,7 +91,7 @@ def from_npz(path: Path, names: Sequence[str], limit: int) -> list[Array]:
     return arrays
 
 
-def _header(data: bytes, where: str | Path) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+def _header(data: bytes, name: str | Path) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
     """Shape, whether in Fortran's order, dtype, and where the values begin."""
     file = io.BytesIO(data)
     try:
@@ -104,5 +104,5 @@ def _header(data: bytes, where: str | Path) -> tuple[tuple[int, ...], bool, np.d
             shape, fortran, dtype = readers[version](file)
     except _NO_HEADER as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"{where}: damaged, truncated or no array ({reason}); save it again") from None
+        raise InputError(f"{name}: damaged, truncated or no array ({reason}); save it again") from None
     return shape, fortran, dtype, file.tell()

@@ -1,4 +1,4 @@
-"""What was dealt to training, validation and test: told in lines, and kept beside the model."""
+"""Which data were for training, validation and test: as lines to print, and as a file beside the model."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 from dflow.config import InputError
 from dflow.data import files, splits
 
-#: In the folder of a model. What `Corpus.about` and `ImageSet.about` give.
+#: The file in the folder of a model that holds what `Corpus.about` and `ImageSet.about` give.
 DEALT = "data.json"
-#: Bytes that are read of it.
-_LONGEST = 1 << 26
+#: The largest size of this file that is read, in bytes.
+_LARGEST = 1 << 26
 
 
 def lines(about: Mapping[str, Any]) -> list[str]:
@@ -22,21 +22,21 @@ def lines(about: Mapping[str, Any]) -> list[str]:
     >>> lines({"splits": {"valid": {"symbols": 800, "files": ["b.txt"]}}, "notes": ["So."]})
     ['  valid: 800 symbols, of b.txt', '  note: So.']
     """
-    told = []
-    for split, part in about["splits"].items():
-        amounts = ", ".join(f"{n:,} {what}" for what, n in part.items() if what != "files")
-        of = f", of {splits.shown(part['files'])}" if part["files"] else ""
-        told.append(f"  {split}: {amounts}{of}")
-    return told + [f"  note: {note}" for note in about["notes"]]
+    split_lines = []
+    for split, counts in about["splits"].items():
+        amounts = ", ".join(f"{n:,} {unit}" for unit, n in counts.items() if unit != "files")
+        names = f", of {splits.first_few(counts['files'])}" if counts["files"] else ""
+        split_lines.append(f"  {split}: {amounts}{names}")
+    return split_lines + [f"  note: {note}" for note in about["notes"]]
 
 
 def write(about: Mapping[str, Any], folder: Path) -> None:
-    """Keep it in the folder of a model."""
+    """Write it into the folder of a model."""
     files.write(folder / DEALT, (json.dumps(about, indent=1) + "\n").encode())
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """What `write` kept; None where there is none, as in a folder of version 0.1.0.
+    """What `write` wrote; None where the folder has no such file, as one of version 0.1.0.
 
     Raises:
         InputError: the file is damaged.
@@ -45,8 +45,8 @@ def read(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        if path.stat().st_size > _LONGEST:
-            raise ValueError(f"more than {_LONGEST:,} bytes")
+        if path.stat().st_size > _LARGEST:
+            raise ValueError(f"more than {_LARGEST:,} bytes")
         about = json.loads(path.read_bytes())
         lines(about)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -12,7 +12,10 @@ from pathlib import Path
 
 from dflow.config import InputError
 
-SUFFIXES = ("", ".xz", ".gz")
+#: Endings of packed files, which the names of known files may have.
+SUFFIXES = ("", ".xz", ".gz", ".zip")
+#: What to do about a known file with another content.
+REPLACE = "the file is damaged or another version: replace it, or name its path to use it as data of your own"
 _DAMAGED = (lzma.LZMAError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, NotImplementedError)
 
 
@@ -33,7 +36,7 @@ def data_folder(folder: str | os.PathLike[str] | None = None) -> Path | None:
 
 
 def find(folder: Path | None, name: str, under: str) -> Path | None:
-    """File ``name`` (or ``name.xz``, ``name.gz``) in ``folder`` or ``folder/under``, or None."""
+    """File ``name``, plain or packed (``name.xz``), in ``folder`` or ``folder/under``, or None."""
     if folder is None:
         return None
     candidates = (place / (name + suffix) for place in (folder, folder / under) for suffix in SUFFIXES)
@@ -47,8 +50,8 @@ def read(path: Path, member: str | None = None, limit: int | None = None) -> byt
         InputError: The packed file is damaged or lacks ``member``, or there are more than ``limit`` bytes in
             it, of which no more are unpacked.
     """
-    # A byte more than the limit, so that it is seen to be exceeded.
-    most = -1 if limit is None else limit + 1
+    # One byte more than the limit shows that it is exceeded.
+    size = -1 if limit is None else limit + 1
     try:
         suffix = path.suffix.lower()
         if suffix == ".zip" and member is not None:
@@ -56,20 +59,17 @@ def read(path: Path, member: str | None = None, limit: int | None = None) -> byt
                 if member not in archive.namelist():
                     raise InputError(f"{path}: holds no file {member!r}; fetch the archive again")
                 with archive.open(member) as inside:
-                    data = inside.read(most)
+                    data = inside.read(size)
         elif suffix in (".xz", ".gz"):
             with (lzma.open if suffix == ".xz" else gzip.open)(path) as packed:
-                data = packed.read(most)
+                data = packed.read(size)
         else:
             with path.open("rb") as file:
-                data = file.read(most)
+                data = file.read(size)
     except _DAMAGED as error:
         raise InputError(f"{path}: damaged or truncated ({error}); fetch the file again") from error
     if limit is not None and len(data) > limit:
-        raise InputError(
-            f"{path}: expected {limit:,} bytes, found more; the file is damaged or another version: replace "
-            "it, or name its path to use it as data of your own"
-        )
+        raise InputError(f"{path}: expected {limit:,} bytes, found more; {REPLACE}")
     return data
 
 
@@ -94,21 +94,6 @@ def digest(data: bytes, algorithm: str = "sha256") -> str:
     return f"{algorithm}:{hashlib.new(algorithm, data, usedforsecurity=False).hexdigest()}"
 
 
-def verify(data: bytes, size: int, expected: str, source: str) -> bytes:
-    """``data``, unchanged, if it has the size and the digest expected.
-
-    Raises:
-        InputError: It has not; the message names both sides and the way out.
-    """
-    found = digest(data, expected.partition(":")[0])
-    if len(data) == size and found == expected:
-        return data
-    raise InputError(
-        f"{source}: expected {size:,} bytes with {expected}, found {len(data):,} bytes with {found}; "
-        "the file is damaged or another version: replace it, or name its path to use it as data of your own"
-    )
-
-
 class Changed(InputError):
     """Data have another checksum than those that were expected."""
 
@@ -119,7 +104,7 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
-    """Whether there is such a file or folder; there is none whose name no file can have."""
+    """Whether there is such a file or folder; false for a name that no file can have."""
     return os.path.exists(path)
 
 
@@ -128,21 +113,13 @@ def absolute(path: str | os.PathLike[str]) -> str:
     return os.path.abspath(expanded(path))
 
 
-def gone(name: str, checksum: str) -> InputError:
-    """What to say of data by their path that are no longer there."""
-    return InputError(
-        f"{name}: no such file or folder; the model was trained on the data that were there, whose checksum "
-        f"is {checksum}. If they were moved, name their place: --data PATH (in dflow train --set "
-        "data.name=PATH)"
-    )
-
-
-def check_same(name: str, found: str, expected: str | None) -> None:
-    """Raise `Changed` unless the checksum of data is the one expected, if one is."""
-    if expected not in (None, found):
+def check_same(name: str, checksum: str, expected: str | None) -> None:
+    """Raise `Changed` unless the checksum of data is the expected one; None expects any."""
+    if expected not in (None, checksum):
         raise Changed(
-            f"{name}: the data have changed, their checksum is {found} and not {expected}, and what was "
-            "trained on may be in another split now; restore them, or score what they are now with --data"
+            f"{name}: the data have changed, their checksum is {checksum} and not {expected}, and rows that "
+            "the model was trained on may be in another split now; restore the data, or score what they "
+            "are now with --data"
         )
 
 

@@ -8,36 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Literal
 
 from dflow.config import InputError
 from dflow.data import files, splits
+from dflow.data.settings import DataConfig
 from dflow.data.splits import SPLITS, Arranged
 
-By = Literal["tail", "files", "blocks"]
+#: The places of each split in a text: starts and ends.
 Spans = dict[str, list[tuple[int, int]]]
 #: Stretches of a text of which each gives its end to validation and test, where blocks are dealt.
 STRETCHES = 20
-
-
-@dataclass(frozen=True)
-class Deal:
-    """How what is no split of its own is taken from the training text.
-
-    Attributes:
-        name: of the data, for messages.
-        shares: of validation and test.
-        by: ``tail``: the end of the joined text; ``files``: whole files; ``blocks``: the end of each of
-            `STRETCHES` stretches of the joined text.
-        lines: cut between lines.
-        partial: whether a share may come to nothing: whoever scores a text as a whole needs none.
-    """
-
-    name: str
-    shares: Mapping[str, float]
-    by: By = "tail"
-    lines: bool = False
-    partial: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,78 +25,89 @@ class Reading:
     """A text by split.
 
     Attributes:
-        parts: the text of each split; in the order in which they were read, of a pool that is the text.
+        texts: the text of each split, in the order in which they were read; those of a pool join to the pool.
         sources: names of the files that each split is taken from.
         pooled: whether the test split is a share that was cut off, and no text of its own.
         checksum: of the text, and of the borders where names tell the splits.
         notes: sentences for the user.
     """
 
-    parts: dict[str, str]
+    texts: dict[str, str]
     sources: dict[str, tuple[str, ...]]
     pooled: bool
     checksum: str
     notes: tuple[str, ...] = ()
 
 
-def of_files(found: Arranged, deal: Deal, lowercase: bool) -> Reading:
-    """Read, join and deal the files of a text.
+def of_files(arranged: Arranged, config: DataConfig, partial: bool) -> Reading:
+    """Read and join the files of a text; a split that has no files is taken from the training text.
 
     Files of a split are joined by line breaks, in the order of their names.
 
+    Args:
+        arranged: the files.
+        config: how they are read and dealt.
+        partial: whether a split may be empty, as when a text is scored as a whole.
+
     Raises:
-        InputError: damaged or undecodable files, no text, too little text.
+        InputError: damaged or undecodable files, no text, too little text, a share of a split with files.
     """
-    if deal.by == "files":
-        found = splits.by_files(found, deal.shares)
-    texts, crlf = _read(found, lowercase)
-    missing = {split: share for split, share in deal.shares.items() if split not in texts}
-    train = "\n".join(texts["train"])
-    dealt = cut(train, missing, deal)
-    others = {split: "\n".join(pieces) for split, pieces in texts.items() if split != "train"}
-    parts = dealt.parts | others
-    paths = _sources(found, texts["train"], dealt.spans)
-    sources = {split: tuple(map(found.name, paths[split])) for split in SPLITS}
-    notes = [*found.notes, *_told(missing, deal, sources, found)]
-    if crlf:
-        notes.append(crlf_note(crlf))
-    notes += splits.repeated({split: [(found.name(p), p) for p in paths[split]] for split in SPLITS})
-    borders = seal({split: len(parts[split]) for split in order(missing)}) if found.named else ""
+    for split in arranged.paths.keys() & config.shares.keys():
+        if config.shares[split] != DataConfig().shares[split]:
+            raise InputError(f"{config.name} has a split of its own for {split}: leave {split} out")
+    if config.split_by == "files":
+        arranged = splits.by_files(arranged, config.shares)
+    contents, num_crlf = _read(arranged, config.lowercase)
+    joined = {split: "\n".join(texts) for split, texts in contents.items()}
+    missing = {split: share for split, share in config.shares.items() if split not in joined}
+    spans, dealt = cut(joined["train"], missing, config, partial)
+    texts = {split: (joined | dealt)[split] for split in order(missing)}
+    paths = _sources(arranged, contents["train"], spans)
+    named = {split: [(arranged.name(path), path) for path in paths[split]] for split in SPLITS}
+    sources = {split: tuple(name for name, _ in pairs) for split, pairs in named.items()}
+    notes = [*arranged.notes, *_notes_on_deal(missing, config.split_by, sources, arranged)]
+    if num_crlf:
+        notes.append(crlf_note(num_crlf))
+    notes += splits.repeated(named)
+    borders = seal({split: len(text) for split, text in texts.items()}) if arranged.named else ""
     return Reading(
-        parts={split: parts[split] for split in order(missing)},
-        sources=sources,
+        texts,
+        sources,
         pooled="test" in missing,
-        checksum=files.digest("".join([train, *others.values(), borders]).encode("utf-8")),
+        checksum=files.digest("".join([*joined.values(), borders]).encode("utf-8")),
         notes=tuple(notes),
     )
 
 
-def _read(found: Arranged, lowercase: bool) -> tuple[dict[str, list[str]], int]:
+def _read(arranged: Arranged, lowercase: bool) -> tuple[dict[str, list[str]], int]:
     """The text of each file, by split; and the number of line ends that were changed."""
-    texts: dict[str, list[str]] = {}
-    crlf = 0
-    for split, paths in found.parts.items():
-        texts[split] = []
+    contents: dict[str, list[str]] = {}
+    num_crlf = 0
+    for split, paths in arranged.paths.items():
+        contents[split] = []
         for path in paths:
             data = files.read(path)
-            crlf += data.count(b"\r\n")
+            num_crlf += data.count(b"\r\n")
             text = files.decode(data, path)
-            texts[split].append(text.lower() if lowercase else text)
-    for split, pieces in texts.items():
-        if not any(piece.strip() for piece in pieces):
-            which = f" ({split})" if found.named else ""
-            [where] = found.parts[split] if len(pieces) == 1 else [found.root]
-            raise InputError(f"{where}: no text in it{which}; put text there, or leave it out")
-    return texts, crlf
+            contents[split].append(text.lower() if lowercase else text)
+        if not any(text.strip() for text in contents[split]):
+            path = paths[0] if len(paths) == 1 else arranged.root
+            suffix = f" ({split})" if arranged.named else ""
+            raise InputError(f"{path}: no text in it{suffix}; put text there, or leave it out")
+    return contents, num_crlf
 
 
-def _sources(found: Arranged, texts: Sequence[str], spans: Spans) -> dict[str, list[Path]]:
+def _sources(arranged: Arranged, texts: Sequence[str], spans: Spans) -> dict[str, list[Path]]:
     """The files of each split: its own, or those of the training text in which its places lie."""
     ends = list(accumulate(len(text) + 1 for text in texts))
-    paths = {split: list(listed) for split, listed in found.parts.items()}
+    paths = {split: list(listed) for split, listed in arranged.paths.items()}
     for split, places in spans.items():
-        inside = _inside(ends, places)
-        paths[split] = [p for p, used in zip(found.parts["train"], inside, strict=True) if used]
+        # The line break behind a file does not count as one of its characters.
+        paths[split] = [
+            path
+            for path, start, end in zip(arranged.paths["train"], [0, *ends], ends, strict=False)
+            if any(a < end - 1 and start < b for a, b in places)
+        ]
     return paths
 
 
@@ -126,69 +117,60 @@ def order(missing: Mapping[str, float]) -> list[str]:
 
 
 def seal(characters: Mapping[str, int]) -> str:
-    """What is put behind a text for its checksum, where names tell the splits."""
+    """What follows a text in its checksum, where names tell the splits."""
     return "\0" + json.dumps(dict(characters))
 
 
 def crlf_note(count: int) -> str:
-    """What is said of line ends that are not kept."""
+    """The note on line ends that are not kept."""
     return f"Line ends CRLF that were read as LF: {count:,}. Bits a character are those of the text with LF."
 
 
-def _told(
-    missing: Mapping[str, float], deal: Deal, sources: Mapping[str, Sequence[str]], found: Arranged
+def _notes_on_deal(
+    missing: Mapping[str, float], split_by: str, sources: Mapping[str, Sequence[str]], arranged: Arranged
 ) -> list[str]:
     notes = []
-    which = " and ".join({"valid": "validation", "test": "test"}[split] for split in missing)
-    if missing and found.named:
-        notes.append(f"No name tells the {which} data: they are cut off the training data.")
-    if missing and deal.by == "tail" and len(found.parts["train"]) > 1:
+    names = " and ".join({"valid": "validation", "test": "test"}[split] for split in missing)
+    if missing and arranged.named:
+        notes.append(f"No name tells the {names} data: they are cut off the training data.")
+    if missing and split_by == "tail" and len(arranged.paths["train"]) > 1:
         ends = dict.fromkeys(name for split in missing for name in sources[split])
         notes.append(
-            f"The {which} data are the end of the joined text, from {splits.shown(ends)}, and may be unlike "
-            "the rest; data.split_by: files deals whole files instead, blocks takes them from "
+            f"The {names} data are the end of the joined text, from {splits.first_few(ends)}, and may be "
+            "unlike the rest; data.split_by: files deals whole files instead, blocks takes them from "
             f"{STRETCHES} places."
         )
     return notes
 
 
-def _inside(ends: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[bool]:
-    """Which of the files that end at ``ends`` have a character in one of the spans."""
-    starts = [0, *ends[:-1]]
-    # The line break behind a file is none of its characters.
-    return [
-        any(first < end - 1 and start < last for first, last in spans)
-        for start, end in zip(starts, ends, strict=True)
-    ]
+def cut(
+    text: str, missing: Mapping[str, float], config: DataConfig, partial: bool
+) -> tuple[Spans, dict[str, str]]:
+    """Deal a text to training and the splits that are missing: the places of each split, and its text.
 
-
-@dataclass(frozen=True)
-class Cut:
-    """A text that was dealt: the places of each split in it, and its text."""
-
-    spans: Spans
-    parts: dict[str, str]
-
-
-def cut(text: str, missing: Mapping[str, float], deal: Deal) -> Cut:
-    """Deal a text: what is left of it, and the shares of the splits that are missing.
+    A sentence is not cut in two. By blocks, each of `STRETCHES` stretches of the text gives its end to the
+    missing splits; else the whole text does.
 
     Raises:
-        InputError: so little text that one of them comes to nothing.
+        InputError: the text is so short that a split is empty.
     """
-    ends = [0, *accumulate(map(len, re.findall(r"[^\n]*\n|[^\n]+", text)))] if deal.lines else None
+    ends = (
+        [0, *accumulate(map(len, re.findall(r"[^\n]*\n|[^\n]+", text)))]
+        if config.protocol == "sentence"
+        else None
+    )
     n = len(text) if ends is None else len(ends) - 1
     spans: Spans = {split: [] for split in ("train", *missing)}
-    stretches = STRETCHES if deal.by == "blocks" and missing else 1
-    for first, last in pairwise(n * k // stretches for k in range(stretches + 1)):
-        sizes = {split: int((last - first) * share) for split, share in missing.items()}
-        stop = first
-        for split, size in ({"train": last - first - sum(sizes.values())} | sizes).items():
+    stretches = STRETCHES if config.split_by == "blocks" and missing else 1
+    for low, high in pairwise(n * k // stretches for k in range(stretches + 1)):
+        sizes = {split: int((high - low) * share) for split, share in missing.items()}
+        stop = low
+        for split, size in ({"train": high - low - sum(sizes.values())} | sizes).items():
             start, stop = stop, stop + size
             spans[split].append((start, stop) if ends is None else (ends[start], ends[stop]))
-    parts = {split: "".join(text[a:b] for a, b in places) for split, places in spans.items()}
-    if not all(parts.values()) and not deal.partial:
-        unit = "lines" if deal.lines else "characters"
+    texts = {split: "".join(text[a:b] for a, b in places) for split, places in spans.items()}
+    if not all(texts.values()) and not partial:
+        unit = "characters" if ends is None else "lines"
         shares = " and ".join(f"{split}={share}" for split, share in missing.items())
-        raise InputError(f"{deal.name}: {n} {unit} are too few for {shares}; give more text")
-    return Cut(spans, parts)
+        raise InputError(f"{config.name}: {n} {unit} are too few for {shares}; give more text")
+    return spans, texts

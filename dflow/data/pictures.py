@@ -52,8 +52,8 @@ def grid(x: Tensor, shape: Sequence[int], levels: int, columns: int | None = Non
     images = images.repeat(size, 1).repeat(size, 2)
     picture = np.full((rows * (H * size + 1) - 1, columns * (W * size + 1) - 1, C), _GAP, dtype=np.uint8)
     for i, image in enumerate(images):
-        top, left = i // columns * (H * size + 1), i % columns * (W * size + 1)
-        picture[top : top + H * size, left : left + W * size] = image
+        top, start = i // columns * (H * size + 1), i % columns * (W * size + 1)
+        picture[top : top + H * size, start : start + W * size] = image
     file = io.BytesIO()
     Image.fromarray(picture[..., 0] if C == 1 else picture).save(file, "PNG")
     return file.getvalue()

@@ -1,72 +1,42 @@
 r"""What dflow knows by name: how each text is found, fetched, checked and split; what `dflow data` does.
 
-- ``pydoc``: the English of Python's own help (`pydoc_data.topics`), always there; varies with the version of
-  Python.
-- ``ptb``: Penn Treebank in Mikolov's preprocessing, from the character files or from the word files.
-- ``text8``: the first 10^8 bytes of a cleaned Wikipedia, 90M/5M/5M characters, ``a-z`` and space.
-- ``synthetic/...``: laws to draw from, see `dflow.data.synthetic`.
-- ``text8-prefix``: the first 6,538,912 bytes of text8, for quick trials; *not* comparable with published
-  figures of text8.
-
-Known files are checked for size and checksum, wherever they come from. Images: `dflow.data.image_sets`.
+Known files are checked for size and checksum, wherever they come from. Images by name are in
+`dflow.data.image_sets`, laws to draw from in `dflow.data.synthetic`.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+import string
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dflow.config import InputError, nearest
 from dflow.data import files, image_sets
-from dflow.data.known import KnownFile, KnownSet, find_all, from_hub
+from dflow.data.known import KnownFile, KnownSet, from_hub, known_files, set_of_files
 from dflow.data.synthetic import LAWS, PREFIX
 
 #: Train, valid and test text.
-Splits = tuple[str, str, str]
+Splits = tuple[str, ...]
 
-
-PTB_CHARACTERS = (
-    KnownFile(
-        "ptb.char.train.txt",
-        10_034_964,
-        "sha256:e313d91425e06c4f0a8fb6e881dcce0c291f2a0e9f4dda54833069b122f91da9",
-    ),
-    KnownFile(
-        "ptb.char.valid.txt",
-        786_084,
-        "sha256:21661f63ec355085879458b6524644d4add5573541b4be14fb52ab2e2e995eb8",
-    ),
-    KnownFile(
-        "ptb.char.test.txt",
-        884_846,
-        "sha256:1ef5607ac3c463b16e38bfe7900dd3bfc91de5a96e0f21e7eab5188b465b8ebe",
-    ),
-)
-PTB_WORDS = (
-    KnownFile(
-        "ptb.train.txt",
-        5_101_618,
-        "sha256:fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
-    ),
-    KnownFile(
-        "ptb.valid.txt",
-        399_782,
-        "sha256:c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
-    ),
-    KnownFile(
-        "ptb.test.txt",
-        449_945,
-        "sha256:dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
-    ),
-)
-TEXT8 = KnownFile("text8", 100_000_000, "md5:3bea1919949baf155f99411df5fada7e")
-TEXT8_PREFIX = KnownFile(
-    "text8-prefix", 6_538_912, "sha256:c7542ba3b2287833f7e77f8579234a01faa53838453a9ef34768eb24f1db1cb8"
-)
+PTB_CHARACTERS = known_files("""
+    ptb.char.train.txt 10_034_964 sha256:e313d91425e06c4f0a8fb6e881dcce0c291f2a0e9f4dda54833069b122f91da9
+    ptb.char.valid.txt 786_084 sha256:21661f63ec355085879458b6524644d4add5573541b4be14fb52ab2e2e995eb8
+    ptb.char.test.txt 884_846 sha256:1ef5607ac3c463b16e38bfe7900dd3bfc91de5a96e0f21e7eab5188b465b8ebe
+""")
+PTB_WORDS = known_files("""
+    ptb.train.txt 5_101_618 sha256:fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf
+    ptb.valid.txt 399_782 sha256:c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2
+    ptb.test.txt 449_945 sha256:dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0
+""")
+[TEXT8] = known_files("text8 100_000_000 md5:3bea1919949baf155f99411df5fada7e")
+[TEXT8_PREFIX] = known_files("""
+    text8-prefix 6_538_912 sha256:c7542ba3b2287833f7e77f8579234a01faa53838453a9ef34768eb24f1db1cb8
+""")
+#: Where the validation and the test text begin.
 TEXT8_SPLIT = (90_000_000, 95_000_000)
 TEXT8_PREFIX_SPLIT = (6_200_000, 6_369_456)
 
@@ -75,7 +45,7 @@ TEXT8_PREFIX_SPLIT = (6_200_000, 6_369_456)
 
 
 def ptb_from_characters(data: bytes) -> str:
-    r"""The text of a character file: one space between symbols is no data, ``_`` is the space.
+    r"""The text of a character file, in which one space between symbols is no data and ``_`` is the space.
 
     >>> ptb_from_characters(b"a _ < u n k >\n N _ b\n")
     'a <unk>\nN b\n'
@@ -92,71 +62,87 @@ def ptb_from_words(data: bytes) -> str:
     return "".join(f"{line.strip()}\n" for line in data.decode("ascii").split("\n")[:-1])
 
 
-def _ptb_local(folder: Path | None) -> dict[Path, KnownFile] | None:
-    return find_all(PTB_CHARACTERS, folder, "ptb") or find_all(PTB_WORDS, folder, "ptb")
+def ptb(characters: Sequence[KnownFile], words: Sequence[KnownFile]) -> KnownSet[Splits]:
+    """Penn Treebank in Mikolov's preprocessing, from its character or word files, or from the hub's words."""
+    wanted = "ptb.char.{train,valid,test}.txt or ptb.{train,valid,test}.txt (or .xz, .gz)"
 
+    def decode(contents: Mapping[KnownFile, bytes]) -> Splits:
+        return tuple(
+            ptb_from_characters(data) if file in characters else ptb_from_words(data)
+            for file, data in contents.items()
+        )
 
-def _ptb_fetch(folder: Path | None) -> dict[str, bytes]:
-    # The repository's own branch is a script, which `datasets` no longer runs; the hub's conversion is data.
-    # The conversion names its one configuration "default".
-    rows = _from_hub("ptb", "ptb-text-only/ptb_text_only", "sentence", revision="refs/convert/parquet")
-    texts = ("".join(f" {row.strip()} \n" for row in split).encode() for split in rows)
-    return {
-        f"ptb/{file.name}": file.verify(data, f"the hub's {file.name}")
-        for file, data in zip(PTB_WORDS, texts, strict=True)
-    }
+    def source(folder: Path | None) -> Iterator[tuple[KnownFile, bytes]]:
+        # The repository's own branch is a script, which `datasets` no longer runs; the hub's conversion of
+        # it is data, and names its one configuration "default".
+        repository, revision = "ptb-text-only/ptb_text_only", "refs/convert/parquet"
+        splits = from_hub("ptb", wanted, repository, _column("sentence"), revision=revision)
+        texts = ("".join(f" {row.strip()} \n" for row in rows).encode() for rows in splits)
+        return zip(words, texts, strict=True)
 
-
-def _ptb_read(folder: Path | None) -> Splits:
-    local = _ptb_local(folder)
-    if local is None:
-        return _three(ptb_from_words(data) for data in _ptb_fetch(folder).values())
-    return _three(
-        (ptb_from_characters if file in PTB_CHARACTERS else ptb_from_words)(file.read(path))
-        for path, file in local.items()
+    return set_of_files(
+        "ptb",
+        (characters, words),
+        decode,
+        source,
+        files=wanted,
+        license="LDC; not to be passed on",
+        note="Penn Treebank, Mikolov's preprocessing; <unk> is spelled as five characters",
     )
+
+
+def _column(name: str) -> Callable[[Any], list[list[str]]]:
+    """Reads a column of train, validation and test of a data set on the hub."""
+    return lambda splits: [list(splits[split][name]) for split in ("train", "validation", "test")]
 
 
 # -- text8 -----------------------------------------------------------------------------------------------
 
 
-def _text8_local(folder: Path | None) -> dict[Path, KnownFile] | None:
-    if found := find_all([TEXT8], folder, "text8"):
-        return found
-    archives = [] if folder is None else [folder / "text8.zip", folder / "text8" / "text8.zip"]
-    return next(({path: TEXT8} for path in archives if path.is_file()), None)
+def text8(file: KnownFile, borders: tuple[int, int]) -> KnownSet[Splits]:
+    """The first 10^8 bytes of a cleaned Wikipedia, ``a-z`` and space, cut at ``borders``."""
+    wanted = "text8 (or .xz, .gz) or text8.zip"
+
+    def source(folder: Path | None) -> list[tuple[KnownFile, bytes]]:
+        splits = from_hub("text8", wanted, "afmck/text8", _column("text"))
+        return [(file, "".join(row for rows in splits for row in rows).encode())]
+
+    note = "90M/5M/5M characters, a-z and space"
+    return _wikipedia(file, borders, source, wanted, note)
 
 
-def _text8_bytes(folder: Path | None) -> bytes:
-    if local := _text8_local(folder):
-        [(path, file)] = local.items()
-        return file.read(path)
-    text = "".join(row for split in _from_hub("text8", "afmck/text8", "text") for row in split)
-    return TEXT8.verify(text.encode(), "the hub's afmck/text8")
+def text8_prefix(file: KnownFile, borders: tuple[int, int], whole: KnownSet[Splits]) -> KnownSet[Splits]:
+    """The beginning of text8 for quick trials, from a file of its own or from ``whole``."""
+
+    def source(folder: Path | None) -> list[tuple[KnownFile, bytes]]:
+        return [(file, "".join(whole.read(folder)).encode()[: file.size])]
+
+    note = "the first 6,538,912 bytes of text8; not comparable with published text8 figures"
+    return _wikipedia(file, borders, source, "text8-prefix (or .xz, .gz), or the whole text8,", note)
 
 
-def _text8_read(folder: Path | None) -> Splits:
-    return _cut(_text8_bytes(folder), TEXT8_SPLIT)
+def _wikipedia(
+    file: KnownFile,
+    borders: tuple[int, int],
+    source: Callable[[Path | None], list[tuple[KnownFile, bytes]]],
+    wanted: str,
+    note: str,
+) -> KnownSet[Splits]:
+    def decode(contents: Mapping[KnownFile, bytes]) -> Splits:
+        text, (valid, test) = contents[file].decode("ascii"), borders
+        return text[:valid], text[valid:test], text[test:]
 
-
-def _prefix_local(folder: Path | None) -> dict[Path, KnownFile] | None:
-    return find_all([TEXT8_PREFIX], folder, "text8")
-
-
-def _prefix_bytes(folder: Path | None) -> bytes:
-    if local := _prefix_local(folder):
-        [(path, file)] = local.items()
-        return file.read(path)
-    return TEXT8_PREFIX.verify(_text8_bytes(folder)[: TEXT8_PREFIX.size], "the prefix of text8")
-
-
-def _prefix_read(folder: Path | None) -> Splits:
-    return _cut(_prefix_bytes(folder), TEXT8_PREFIX_SPLIT)
-
-
-def _cut(data: bytes, places: tuple[int, int]) -> Splits:
-    first, second = places
-    return _three(part.decode("ascii") for part in (data[:first], data[first:second], data[second:]))
+    return set_of_files(
+        file.name,
+        [[file]],
+        decode,
+        source,
+        ["text8"],
+        files=wanted,
+        license="CC BY-SA (Wikipedia)",
+        note=note,
+        alphabet=" " + string.ascii_lowercase,
+    )
 
 
 # -- the embedded text -----------------------------------------------------------------------------------
@@ -171,8 +157,8 @@ def pydoc_text(topics: dict[str, str]) -> str:
     r"""The topics in the order of their names, as plain ASCII.
 
     Typographic quotes, dashes and dots become ASCII (what has no such spelling is dropped); lines that only
-    draw (rules, frames) go; the bars of tables become spaces, runs of them one; of empty lines in a row one
-    remains.
+    draw rules or frames are dropped; the bars of tables become single spaces, and several empty lines in a
+    row become one.
 
     >>> pydoc_text({"b": "Two\n***\n\n\n| a  | b |", "a": "“One”"})
     '"One"\n\nTwo\n\na b\n'
@@ -191,7 +177,7 @@ def pydoc_text(topics: dict[str, str]) -> str:
 
 
 def read_pydoc() -> str:
-    """The text of `pydoc_text` for this Python's help."""
+    """The text of `pydoc_text` for the help of this Python, which varies with its version."""
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
@@ -204,58 +190,17 @@ def read_pydoc() -> str:
 
 # -- the table -------------------------------------------------------------------------------------------
 
-
-def _three(parts: Iterable[str]) -> Splits:
-    train, valid, test = parts
-    return train, valid, test
-
-
-def _from_hub(name: str, repository: str, column: str, **options: str) -> list[list[str]]:
-    """The rows of train, validation and test, from the Hugging Face hub."""
-
-    def read(splits: Any) -> list[list[str]]:
-        return [list(splits[split][column]) for split in ("train", "validation", "test")]
-
-    return from_hub(name, KNOWN[name].files, repository, read, **options)
-
-
+_TEXT8 = text8(TEXT8, TEXT8_SPLIT)
 #: Texts by name.
 KNOWN: dict[str, KnownSet[Splits]] = {
-    known.name: known
-    for known in (
-        KnownSet(
-            name="ptb",
-            read=_ptb_read,
-            local=_ptb_local,
-            fetch=_ptb_fetch,
-            files="ptb.char.{train,valid,test}.txt or ptb.{train,valid,test}.txt (or .xz, .gz)",
-            license="LDC; not to be passed on",
-            note="Penn Treebank, Mikolov's preprocessing; <unk> is spelled as five characters",
-        ),
-        KnownSet(
-            name="text8",
-            read=_text8_read,
-            local=_text8_local,
-            fetch=lambda folder: {"text8/text8": _text8_bytes(folder)},
-            files="text8 (or .xz, .gz) or text8.zip",
-            license="CC BY-SA (Wikipedia)",
-            note="90M/5M/5M characters, a-z and space",
-            alphabet=" abcdefghijklmnopqrstuvwxyz",
-        ),
-        KnownSet(
-            name="text8-prefix",
-            read=_prefix_read,
-            local=_prefix_local,
-            fetch=lambda folder: {"text8/text8-prefix": _prefix_bytes(folder)},
-            files="text8-prefix (or .xz, .gz), or the whole text8,",
-            license="CC BY-SA (Wikipedia)",
-            note="the first 6,538,912 bytes of text8; not comparable with published text8 figures",
-            alphabet=" abcdefghijklmnopqrstuvwxyz",
-        ),
+    data_set.name: data_set
+    for data_set in (
+        ptb(PTB_CHARACTERS, PTB_WORDS),
+        _TEXT8,
+        text8_prefix(TEXT8_PREFIX, TEXT8_PREFIX_SPLIT, _TEXT8),
     )
 }
 PYDOC = "pydoc"
-PYDOC_LICENSE = "PSF"
 PYDOC_NOTE = "the English of Python's help; varies with the version of Python"
 
 
@@ -285,12 +230,12 @@ class FileRow:
 def list_sets(folder: str | os.PathLike[str] | None = None) -> list[SetRow]:
     """The known sets and whether their files are in ``folder`` (default: ``DFLOW_DATA``); nothing is read."""
     place = files.data_folder(folder)
-    rows = [SetRow(PYDOC, "built in", "", PYDOC_LICENSE, PYDOC_NOTE)]
-    for known in _all().values():
-        local = known.local(place)
-        where = str(next(iter(local)).parent) if local else ""
-        status = "missing" if local is None else "found" if local else "built in"
-        rows.append(SetRow(known.name, status, where, known.license, known.note))
+    rows = [SetRow(PYDOC, "built in", "", "PSF", PYDOC_NOTE)]
+    for data_set in _known_sets().values():
+        local = data_set.local(place)
+        folder_of_files = str(next(iter(local)).parent) if local else ""
+        state = "missing" if local is None else "found" if local else "built in"
+        rows.append(SetRow(data_set.name, state, folder_of_files, data_set.license, data_set.note))
     rows.append(SetRow(image_sets.CHECKERBOARD, "drawn", "", "", image_sets.CHECKERBOARD_NOTE))
     rows += [SetRow(PREFIX + name, "drawn", "", "", law.note) for name, law in LAWS.items()]
     return rows
@@ -306,12 +251,12 @@ def check(name: str, folder: str | os.PathLike[str] | None = None) -> list[FileR
     if name == PYDOC:
         data = read_pydoc().encode()
         return [FileRow("pydoc_data.topics", len(data), files.digest(data))]
-    known = _known(name)
-    local = known.local(place)
+    data_set = _known_set(name)
+    local = data_set.local(place)
     if local is None:
-        fetched = f"with a network run `dflow data prepare {name}`, or " if known.published else ""
+        way = f"with a network run `dflow data prepare {name}`, or " if data_set.published else ""
         raise InputError(
-            f"{name}: no files in {place or 'any folder (none is named)'}; {fetched}put {known.files} there"
+            f"{name}: no files in {place or 'any folder (none is named)'}; {way}put {data_set.files} there"
         )
     if not local:
         raise InputError(f"{name} is made when it is read: there is no file to check; name it in a recipe")
@@ -319,8 +264,8 @@ def check(name: str, folder: str | os.PathLike[str] | None = None) -> list[FileR
     for path, file in local.items():
         data = file.read(path)
         rows.append(FileRow(str(path), len(data), file.digest or files.digest(data)))
-    if name in image_sets.KNOWN:
-        known.read(place)  # what the files must be together
+    if not all(file.digest for file in local.values()):
+        data_set.read(place)  # checks the files together
     return rows
 
 
@@ -331,7 +276,7 @@ def prepare(name: str, folder: str | os.PathLike[str] | None = None) -> list[Fil
         InputError: Unknown set, no folder named, no network, or damaged files.
     """
     if name != PYDOC:
-        known = _known(name)
+        data_set = _known_set(name)
         if folder is not None:
             Path(folder).expanduser().mkdir(parents=True, exist_ok=True)
         place = files.data_folder(folder)
@@ -340,23 +285,23 @@ def prepare(name: str, folder: str | os.PathLike[str] | None = None) -> list[Fil
                 f"{name}: no folder to put it in; name one with --folder or the environment variable "
                 "DFLOW_DATA"
             )
-        if known.local(place) is None:
-            for path, data in known.fetch(place).items():
+        if data_set.local(place) is None:
+            for path, data in data_set.fetch(place).items():
                 (place / path).parent.mkdir(parents=True, exist_ok=True)
                 files.write(place / path, data)
     return check(name, folder)
 
 
-def _known(name: str) -> KnownSet[Any]:
+def _known_set(name: str) -> KnownSet[Any]:
     if name == image_sets.CHECKERBOARD or (name.removeprefix(PREFIX) in LAWS and name.startswith(PREFIX)):
         raise InputError(
             f"{name} is drawn, not read: there is no file to fetch or to check; name it in a recipe"
         )
-    known = _all()
-    if name not in known:
-        raise InputError(f"no data set {name!r}; {nearest(name, [PYDOC, *known])}")
-    return known[name]
+    known_sets = _known_sets()
+    if name not in known_sets:
+        raise InputError(f"no data set {name!r}; {nearest(name, [PYDOC, *known_sets])}")
+    return known_sets[name]
 
 
-def _all() -> dict[str, KnownSet[Any]]:
+def _known_sets() -> dict[str, KnownSet[Any]]:
     return {**KNOWN, **image_sets.KNOWN}

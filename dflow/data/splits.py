@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from dflow.config import InputError
+from dflow.data.arrays import Array
 
 SPLITS = ("train", "valid", "test")
 #: All splits, one after another.
@@ -23,7 +24,7 @@ _WORDS = {
     "train": ("train", "training", "trn"),
     "valid": ("valid", "val", "validation", "validate", "dev", "devel", "development", "eval", "evaluation"),
     "test": ("test", "tests", "testing", "tst"),
-    # Data that are held out either to choose by or to tell results on: the name does not say which.
+    # Data that are held out either to choose models by or to report results on: the name does not say which.
     UNCLEAR: ("holdout", "heldout"),
 }
 _ROLES = {
@@ -36,7 +37,7 @@ _TEXTS = (".txt", ".text", ".tokens")
 _PACKED = (".xz", ".gz")
 #: Names that programs leave behind; those that begin with a dot are hidden too.
 _LEFT_BEHIND = {"__macosx", "thumbs.db", "desktop.ini", "__pycache__"}
-_SHOWN = 3
+_NUM_LISTED = 3
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,14 @@ class Arranged:
 
     Attributes:
         root: the folder, or the one file.
-        parts: the files of each split that there is, each list in the order of the names.
+        paths: the files of each split that there is, each list in the order of the names.
         named: whether names (or a deal of whole files) say which split a file belongs to; else all of the
             files are one pool, under ``train``.
         notes: sentences for the user on what was left out, and on how the files were understood.
     """
 
     root: Path
-    parts: Mapping[str, Sequence[Path]]
+    paths: Mapping[str, Sequence[Path]]
     named: bool = False
     notes: tuple[str, ...] = ()
 
@@ -62,7 +63,7 @@ class Arranged:
 
 
 def role(name: str) -> str | None:
-    """The split that the name of one file or folder tells, `UNCLEAR`, or None where it tells none.
+    """The split that the name of one file or folder tells, `UNCLEAR`, or None for a name without such a word.
 
     Words count in any letter case, wherever they stand in the name.
 
@@ -94,19 +95,17 @@ def place(inside: Path) -> str | None:
     >>> place(Path("train/valid.txt"))
     'unclear'
     """
-    decided, several = None, False
+    split, several = None, False
     for name in inside.parts:
-        found = role(name)
-        if decided is None or several:
-            decided = found or decided
-            several = several if found is None else len(_roles(name)) > 1
-        elif found not in (None, decided) and re.fullmatch(r"[\W_\d]*[a-z]+[\W_\d]*", _stem(name)):
+        of_name = role(name)
+        if split is None or several:
+            split = of_name or split
+            several = several if of_name is None else len(_roles(name)) > 1
+        elif of_name not in (None, split) and re.fullmatch(
+            r"[\W_\d]*[a-z]+[\W_\d]*", name.lower().split(".")[0]
+        ):
             return UNCLEAR
-    return decided
-
-
-def _stem(name: str) -> str:
-    return name.lower().split(".")[0]
+    return split
 
 
 def hidden(inside: Path) -> bool:
@@ -125,10 +124,10 @@ def is_text(path: Path, split: str | None = None) -> bool:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _PACKED:
         suffixes.pop()
-    last = suffixes[-1] if suffixes else ""
-    if split is None or last in _TEXTS:
-        return last in _TEXTS
-    return last in ("", ".raw") or last[1:].isdigit() or role(last) is not None
+    suffix = suffixes[-1] if suffixes else ""
+    if split is None or suffix in _TEXTS:
+        return suffix in _TEXTS
+    return suffix in ("", ".raw") or suffix[1:].isdigit() or role(suffix) is not None
 
 
 def holds_text(root: Path) -> bool:
@@ -159,17 +158,11 @@ def texts(root: Path) -> Arranged:
     """The text files of a folder, or one file, by split.
 
     Raises:
-        InputError: as of `arrange`, or no text file.
+        InputError: as of `arrange`.
     """
     if not root.is_dir():
         return Arranged(root, {"train": [root]})
-    found = arrange(root, is_text)
-    if not found.parts:
-        raise InputError(
-            f"{root}: the folder holds no *.txt file; put the text there or name a file. "
-            + " ".join(found.notes)
-        )
-    return found
+    return arrange(root, is_text, "*.txt file", "put the text there or name a file")
 
 
 def texts_before(root: Path) -> Arranged:
@@ -178,7 +171,7 @@ def texts_before(root: Path) -> Arranged:
     return Arranged(root, {"train": paths}, notes=(BEFORE,))
 
 
-#: What is said of data that are read as version 0.1.0 read them.
+#: The note on data that are read as version 0.1.0 read them.
 BEFORE = (
     "The checksum that the model keeps is that of these data as version 0.1.0 read them: all files of the "
     "folder were one pool, also those that are named as validation or test data. They are read in the same "
@@ -186,7 +179,7 @@ BEFORE = (
 )
 
 
-def arrange(root: Path, is_read: Callable[[Path, str | None], bool]) -> Arranged:
+def arrange(root: Path, is_read: Callable[[Path, str | None], bool], kind: str, way: str) -> Arranged:
     """The files of a folder that are read, by the split that their names tell.
 
     Without a name that tells a split all are one pool. Hidden files are left out, files of other kinds are
@@ -195,62 +188,66 @@ def arrange(root: Path, is_read: Callable[[Path, str | None], bool]) -> Arranged
     Args:
         root: the folder.
         is_read: whether a file of this name, in this split, is of a kind that is read.
+        kind: what such a file is called, for errors.
+        way: what to do about a folder without one, for errors.
 
     Raises:
-        InputError: a file of which it is not clear what it is, beside others whose names tell it;
+        InputError: no file that is read; a file whose split is not clear, beside others whose names tell it;
             validation or test data without training data; or a link to such data that leads nowhere.
     """
-    parts: dict[str | None, list[Path]] = {}
-    unread, passed = list[Path](), 0
+    paths: dict[str | None, list[Path]] = {}
+    unread, num_hidden = list[Path](), 0
     for path in below(root):
         inside = path.relative_to(root)
         split = place(inside)
         if hidden(inside):
-            passed += is_read(path, split)
+            num_hidden += is_read(path, split)
         elif not path.exists() and (split is not None or is_read(path, split)):
             raise InputError(f"{path}: a link to what is not there; correct the link or remove it")
         elif is_read(path, split):
-            parts.setdefault(split, []).append(path)
+            paths.setdefault(split, []).append(path)
         else:
             unread.append(inside)
-    notes = _left_out(unread, passed)
-    if set(parts) <= {None}:
-        pool = parts.get(None, [])
+    notes = _left_out(unread, num_hidden)
+    if set(paths) <= {None}:
+        pool = paths.get(None, [])
+        if not pool:
+            raise InputError(f"{root}: the folder holds no {kind}; {way}. " + " ".join(notes))
         if len(pool) > 1:
             notes.append(f"No name in {root} tells a split: its {len(pool):,} files are one pool.")
-        return Arranged(root, {"train": pool} if pool else {}, notes=tuple(notes))
-    _refuse_unclear(root, parts)
-    return Arranged(root, {s: parts[s] for s in SPLITS if s in parts}, named=True, notes=tuple(notes))
+        return Arranged(root, {"train": pool}, notes=tuple(notes))
+    _refuse_unclear(root, paths)
+    return Arranged(root, {s: paths[s] for s in SPLITS if s in paths}, named=True, notes=tuple(notes))
 
 
-def _left_out(unread: Sequence[Path], passed: int) -> list[str]:
+def _left_out(unread: Sequence[Path], num_hidden: int) -> list[str]:
+    """Notes on the files that were not read."""
     notes = []
     if unread:
         kinds = Counter(path.suffix.lower() or "no suffix" for path in unread)
         counts = ", ".join(f"{n:,} with {kind}" for kind, n in kinds.most_common(6))
         notes.append(
             f"Files that were not read, since they are of other kinds: {len(unread):,} ({counts}; "
-            f"{shown(map(str, unread))})."
+            f"{first_few(map(str, unread))})."
         )
-    if passed:
-        notes.append(f"Files that were left out, since they or their folders are hidden: {passed:,}.")
+    if num_hidden:
+        notes.append(f"Files that were left out, since they or their folders are hidden: {num_hidden:,}.")
     return notes
 
 
-def _refuse_unclear(root: Path, parts: Mapping[str | None, Sequence[Path]]) -> None:
-    known = [split for split in SPLITS if split in parts]
-    doubtful = [*parts.get(UNCLEAR, ()), *parts.get(None, ())]
-    if doubtful:
-        first = doubtful[0].relative_to(root)
-        top = first if place(first) == UNCLEAR else Path(first.parts[0])
-        beside = [_top(root, parts[split][0]) for split in known]
-        told = f", beside {', '.join(beside)}," if beside else ""
+def _refuse_unclear(root: Path, paths: Mapping[str | None, Sequence[Path]]) -> None:
+    tops = {split: _top(root, paths[split][0]) for split in SPLITS if split in paths}
+    unclear = [*paths.get(UNCLEAR, ()), *paths.get(None, ())]
+    if unclear:
+        inside = unclear[0].relative_to(root)
+        top = inside if place(inside) == UNCLEAR else Path(inside.parts[0])
+        beside = f", beside {', '.join(tops.values())}," if tops else ""
         raise InputError(
-            f"{root / top}{told} may be training, validation or test data: rename it so that its name has "
+            f"{root / top}{beside} may be training, validation or test data: rename it so that its name has "
             "one of the words train, valid and test, or move it away"
         )
-    if "train" not in known:
-        others = " and ".join(f"{_top(root, parts[s][0])} ({s})" for s in known)
+    if "train" not in tops:
+        others = " and ".join(f"{top} ({split})" for split, top in tops.items())
         raise InputError(
             f"{root}: holds {others}, and nothing that is named as training data; rename the training data "
             "so that the name has the word train, or name one of these files or folders itself to score it"
@@ -264,7 +261,7 @@ def _top(root: Path, path: Path) -> str:
     return "/".join(inside.parts[: depth + 1])
 
 
-def by_files(found: Arranged, shares: Mapping[str, float]) -> Arranged:
+def by_files(arranged: Arranged, shares: Mapping[str, float]) -> Arranged:
     """Whole files of a pool dealt to validation and test, until these have their shares of the bytes.
 
     The order in which files are taken is that of a hash of their names, which no version of a library
@@ -273,70 +270,108 @@ def by_files(found: Arranged, shares: Mapping[str, float]) -> Arranged:
     Raises:
         InputError: names tell the splits already, or there are fewer than three files.
     """
-    pool = list(found.parts["train"])
-    if found.named:
+    pool = list(arranged.paths["train"])
+    if arranged.named:
         raise InputError(
-            f"{found.root}: the names of its files tell the splits; leave out data.split_by: files"
+            f"{arranged.root}: the names of its files tell the splits; leave out data.split_by: files"
         )
     if len(pool) < 3:
         raise InputError(
-            f"{found.root}: data.split_by: files needs three files at least, found {len(pool)}; "
+            f"{arranged.root}: data.split_by: files needs three files at least, found {len(pool)}; "
             "choose blocks or tail"
         )
-    pool.sort(key=lambda path: hashlib.sha256(found.name(path).encode("utf-8", "surrogateescape")).digest())
+    pool.sort(key=lambda p: hashlib.sha256(arranged.name(p).encode("utf-8", "surrogateescape")).digest())
     sizes = {path: path.stat().st_size for path in pool}
     total = sum(sizes.values())
-    parts: dict[str, list[Path]] = {}
+    paths: dict[str, list[Path]] = {}
     for split, share in shares.items():
-        wanted = share * total
-        taken = list[Path]()
+        taken, size = list[Path](), 0
         for path in pool:
-            if sum(sizes[p] for p in taken) + sizes[path] <= wanted:
+            if size + sizes[path] <= share * total:
                 taken.append(path)
+                size += sizes[path]
         taken = taken or [min(pool, key=lambda p: sizes[p])]
         pool = [path for path in pool if path not in taken]
-        parts[split] = sorted(taken)
-    parts = {"train": sorted(pool)} | parts
-    note = f"Whole files were dealt: {', '.join(f'{len(p):,} {s}' for s, p in parts.items())}."
-    return replace(found, parts=parts, named=True, notes=(*found.notes, note))
+        paths[split] = sorted(taken)
+    paths = {"train": sorted(pool)} | paths
+    note = f"Whole files were dealt: {', '.join(f'{len(p):,} {s}' for s, p in paths.items())}."
+    return replace(arranged, paths=paths, named=True, notes=(*arranged.notes, note))
 
 
-def repeated(parts: Mapping[str, Iterable[tuple[str, Path | bytes]]]) -> list[str]:
+def by_rows(
+    rows: Mapping[str, Array], shares: Mapping[str, float], name: str, partial: bool
+) -> tuple[dict[str, Array], str]:
+    """The three splits of rows: those missing are taken from the rows to train on, by a fixed shuffle.
+
+    A file is often sorted, so that its last rows are unlike the others. The shuffle is that of a hash, which
+    no version of a library changes; rows keep their order within a split.
+
+    Args:
+        rows: of each split that there is, ``train`` among them.
+        shares: for validation and test.
+        name: of the data, for messages.
+        partial: whether a split may be empty.
+
+    Returns:
+        The rows of each split, and a note, empty where no split is missing.
+
+    Raises:
+        InputError: there are so few rows that a split has no row.
+    """
+    missing = {split: share for split, share in shares.items() if split not in rows}
+    if not missing:
+        return dict(rows), ""
+    pool = rows["train"]
+    order = sorted(range(len(pool)), key=lambda i: hashlib.sha256(b"%d" % i).digest())
+    dealt, start = dict(rows), 0
+    for split, share in (missing | {"train": 1.0}).items():
+        stop = len(pool) if split == "train" else start + int(len(pool) * share)
+        dealt[split] = pool[sorted(order[start:stop])]
+        start = stop
+    if not partial and not all(map(len, dealt.values())):
+        wanted = " and ".join(f"{split}={share}" for split, share in missing.items())
+        raise InputError(
+            f"{name}: {len(pool)} rows are too few for {wanted}; give more data, or larger shares"
+        )
+    return dealt, f"{' and '.join(missing)} dealt from the rows to train on by a fixed shuffle"
+
+
+def repeated(sources: Mapping[str, Iterable[tuple[str, Path | bytes]]]) -> list[str]:
     """Sentences on files of one split that are in another one too, byte for byte.
 
     Args:
-        parts: of each split the files: their names, and a path or the content.
+        sources: of each split the files: their names, and a path or the content.
     """
-    sizes: dict[int, list[tuple[str, str, Path | bytes]]] = {}
-    for split, pairs in parts.items():
-        for name, source in pairs:
+    by_size: dict[int, list[tuple[str, str, Path | bytes]]] = {}
+    for split in SPLITS:
+        for name, source in sources.get(split, ()):
             size = len(source) if isinstance(source, bytes) else source.stat().st_size
-            sizes.setdefault(size, []).append((split, name, source))
+            by_size.setdefault(size, []).append((split, name, source))
     alike: dict[tuple[str, str], list[str]] = {}
-    for group in sizes.values():
-        if len({split for split, _, _ in group}) < 2:
+    for size, group in by_size.items():
+        if not size or len({split for split, _, _ in group}) < 2:
             continue
-        first: dict[str, dict[bytes, str]] = {split: {} for split in SPLITS}
-        for split, name, source in sorted(group, key=lambda item: SPLITS.index(item[0])):
+        names: dict[tuple[str, bytes], str] = {}
+        for split, name, source in group:
             data = source if isinstance(source, bytes) else source.read_bytes()
-            key = hashlib.sha256(data).digest()
+            digest = hashlib.sha256(data).digest()
             for other in SPLITS[: SPLITS.index(split)]:
-                if data and first[other].get(key, name) != name:
-                    alike.setdefault((split, other), []).append(f"{name} = {first[other][key]}")
-            first[split].setdefault(key, name)
+                if names.get((other, digest), name) != name:
+                    alike.setdefault((split, other), []).append(f"{name} = {names[other, digest]}")
+            names.setdefault((split, digest), name)
     return [
         f"Files of the {split} data that are byte for byte files of the {other} data too: {len(pairs):,} "
-        f"({shown(pairs)})."
+        f"({first_few(pairs)})."
         for (split, other), pairs in alike.items()
     ]
 
 
-def shown(names: Iterable[str]) -> str:
+def first_few(names: Iterable[str]) -> str:
     """The first few of many names, and how many more there are.
 
-    >>> shown("abcde")
+    >>> first_few("abcde")
     'a, b, c and 2 more'
     """
     listed = list(names)
-    more = len(listed) - _SHOWN
-    return ", ".join(listed[:_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
+    more = len(listed) - _NUM_LISTED
+    return ", ".join(listed[:_NUM_LISTED]) + (f" and {more:,} more" if more > 0 else "")

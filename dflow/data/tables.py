@@ -61,11 +61,11 @@ def read(path: Path, continuous: Sequence[str] | None = None, whole: bool = Fals
     integer. All other columns hold integers.
 
     Raises:
-        InputError: No header or no rows, rows of unequal length, missing values, what is no finite number, a
-            value of a discrete column that is no integer or too large.
+        InputError: no header or no rows, rows of unequal length, missing values, values that are no finite
+            numbers, a value of a discrete column that is no integer or too large.
     """
-    header, numbered, comma = _cells(path)
-    values = np.array([_row(path, number, header, row, comma) for number, row in numbered])
+    header, lines, comma = _cells(path)
+    values = np.array([_row(path, number, header, row, comma) for number, row in lines])
     note = ""
     while _unnamed(header[0]) and not (whole and header[0]):
         if len(header) == 1 or (values[:, 0] != np.arange(len(values))).any():
@@ -74,25 +74,22 @@ def read(path: Path, continuous: Sequence[str] | None = None, whole: bool = Fals
                 "to_csv(..., index=False))"
             )
         header, values = header[1:], values[:, 1:]
-        numbered = [(number, row[1:]) for number, row in numbered]
+        lines = [(number, row[1:]) for number, row in lines]
         note = "the first column has no name and counts the rows: it is left out"
     for name in continuous or ():
         if name not in header:
             raise InputError(f"continuous: {path} has no column {name!r}; {nearest(name, header)}")
     integer = values == np.floor(values)
     real = (~integer).any(0) if continuous is None else np.isin(header, continuous)
-    out = ~integer | (np.abs(values) > LARGEST)
-    for i, j in np.argwhere(out & ~real)[:1]:
+    unfit = ~integer | (np.abs(values) > LARGEST)
+    for i, j in np.argwhere(unfit & ~real)[:1]:
         reason = f"above {LARGEST:,} in size" if integer[i, j] else "no integer"
-        number, row = numbered[i]
-        # All at once: who names this column alone makes the others discrete.
-        names = [
-            name for name, is_real, wrong in zip(header, real, out.any(0), strict=True) if is_real or wrong
-        ]
+        number, row = lines[i]
+        # All real columns: those that the setting leaves out are discrete.
+        names = ",".join(header[k] for k in np.flatnonzero(real | unfit.any(0)))
         raise InputError(
             f"{path}, line {number}: {row[j].strip()} in the discrete column {header[j]!r} is "
-            f"{reason}; name the column in data.continuous, data.continuous=[{','.join(names)}], or correct "
-            "the value"
+            f"{reason}; name the column in data.continuous, data.continuous=[{names}], or correct the value"
         )
     return Table(tuple(header), tuple(real.tolist()), values, note)
 
@@ -105,7 +102,7 @@ class Units:
         loc: the means.
         scale: the deviations.
         unfit: why no density can be learned on a column, and what to do; empty where all is well.
-        note: what columns make of the figures.
+        note: on columns on which a density can grow without limit.
     """
 
     loc: tuple[float | None, ...]
@@ -130,10 +127,10 @@ def units(path: Path, table: Table, values: NDArray[np.float64]) -> Units:
             continue
         if reason := _unfit(column, deviation):
             return Units(loc, scale, unfit=f"{path}: the real column {name!r} {reason}")
-        seen, counts = np.unique(column, return_counts=True)
+        distinct, counts = np.unique(column, return_counts=True)
         if 2 * counts.max() > len(column):
-            share = 100 * counts.max() / len(column)
-            notes.append(f"the real column {name!r} is {seen[counts.argmax()]} in {share:.0f} % of the rows")
+            share, value = 100 * counts.max() / len(column), distinct[counts.argmax()]
+            notes.append(f"the real column {name!r} is {value} in {share:.0f} % of the rows")
     notes += _dependent(table, values, loc, scale)
     warning = ": a density can grow there without limit, so that its bits mean little"
     return Units(loc, scale, note="; ".join(note + warning for note in notes))
@@ -142,9 +139,9 @@ def units(path: Path, table: Table, values: NDArray[np.float64]) -> Units:
 def _moments(column: NDArray[np.float64]) -> tuple[float, float]:
     """Mean and deviation, without overflow or cancellation."""
     size = float(np.abs(column).max()) or 1.0
-    small = column / size
-    middle = float(small.mean())
-    return middle * size, float(np.sqrt(np.square(small - middle).mean())) * size
+    scaled = column / size
+    mean = float(scaled.mean())
+    return mean * size, float(np.sqrt(np.square(scaled - mean).mean())) * size
 
 
 def _unfit(column: NDArray[np.float64], scale: float) -> str | None:
@@ -170,10 +167,7 @@ def _unfit(column: NDArray[np.float64], scale: float) -> str | None:
 
 
 def _dependent(
-    table: Table,
-    values: NDArray[np.float64],
-    loc: tuple[float | None, ...],
-    scale: tuple[float | None, ...],
+    table: Table, values: NDArray[np.float64], loc: tuple[float | None, ...], scale: tuple[float | None, ...]
 ) -> list[str]:
     """Real columns that are linear functions of each other, in words."""
     names = [name for name, real in zip(table.columns, table.real, strict=True) if real]
@@ -198,12 +192,12 @@ def _cells(path: Path) -> tuple[list[str], list[tuple[int, list[str]]], bool]:
         # Line ends of old Macintosh programs, which spreadsheets still offer.
         text = text.replace("\r", "\n")
     delimiter = _delimiter(path, text)
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
-        header = [name.strip() for name in next(lines, [])]
-        numbered = [(lines.line_num, row) for row in lines if row]
+        header = [name.strip() for name in next(rows, [])]
+        numbered = [(rows.line_num, row) for row in rows if row]
     except csv.Error as error:
-        raise InputError(f"{path}, line {lines.line_num}: {error}; correct the file") from None
+        raise InputError(f"{path}, line {rows.line_num}: {error}; correct the file") from None
     _check_header(path, header)
     if not numbered:
         raise InputError(f"{path}: no rows below the header; name a table that has some")
@@ -222,27 +216,22 @@ def _delimiter(path: Path, text: str) -> str:
             raise InputError(f"{path}, line 1: {error}; correct the file") from None
     several = [delimiter for delimiter, count in counts.items() if count > 1]
     if len(several) > 1:
+        names = {",": "commas", ";": "semicolons", "\t": "tabs"}
         raise InputError(
-            f"{path}: the first line has {' and '.join(_SEPARATORS[d] for d in several)}, found "
+            f"{path}: the first line has {' and '.join(names[d] for d in several)}, found "
             f"{line[:80]!r}; separate by one of them, and put a name that holds another into double quotes"
         )
     others = [other for other in (None, "|", ":") if len(line.split(other)) > 1]
-    if not several and any(all(_number(w) is not None for w in _second(text).split(o)) for o in others):
+    row = text.partition("\n")[2].partition("\n")[0]
+    if not several and any(all(_number(cell) is not None for cell in row.split(o)) for o in others):
         raise InputError(
             f"{path}: the first line has no comma, semicolon or tab, found {line[:80]!r}; separate by commas"
         )
     return several[0] if several else ","
 
 
-_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
-
-
-def _second(text: str) -> str:
-    return text.partition("\n")[2].partition("\n")[0]
-
-
 def _unnamed(name: str) -> bool:
-    """Whether a name is none, as pandas writes that of its index, and as it reads and writes it again."""
+    """Whether a name is that of a pandas index: empty, or as pandas writes an empty name that it has read."""
     return not name or re.fullmatch(r"Unnamed: 0(\.\d+)*", name) is not None
 
 
@@ -257,15 +246,15 @@ def _check_header(path: Path, header: list[str]) -> None:
             f"{path}: the first line must name the columns, found {','.join(header)[:80]!r}; add a line of "
             "names, such as a,b,c, above it"
         )
-    nameless = next((i for i, name in enumerate(header) if i and not name), None)
-    if nameless is not None:
+    if "" in header[1:]:
+        column = header.index("", 1) + 1
         raise InputError(
-            f"{path}: the first line must name every column, and column {nameless + 1} has no name; name it, "
+            f"{path}: the first line must name every column, and column {column} has no name; name it, "
             "or delete the column (perhaps a separator at the ends of the lines)"
         )
     if len(set(header)) < len(header):
-        twice = next(name for name in header if header.count(name) > 1)
-        raise InputError(f"{path}: two columns are called {twice!r}; give each its own name")
+        repeated = next(name for name in header if header.count(name) > 1)
+        raise InputError(f"{path}: two columns are called {repeated!r}; give each its own name")
 
 
 def _row(path: Path, number: int, header: list[str], row: list[str], comma: bool) -> list[float]:
@@ -279,7 +268,7 @@ def _row(path: Path, number: int, header: list[str], row: list[str], comma: bool
     for name, cell in zip(header, row, strict=True):
         value = _number(cell, comma)
         if value is None or not np.isfinite(value):
-            what = f"{cell.strip()[:80]!r} is no finite number" if cell.strip() else "the value is missing"
+            reason = f"{cell.strip()[:80]!r} is no finite number" if cell.strip() else "the value is missing"
             way = "leave the row out or fill the value in"
             if cell.strip() and value is None:
                 way += "; in a column of words write a number for each word, or leave the column out"
@@ -287,7 +276,7 @@ def _row(path: Path, number: int, header: list[str], row: list[str], comma: bool
                 way = "other numbers of the file have decimal commas, so write all of them with a point"
             elif "," in cell:
                 way = "write numbers with a decimal point and without separators of thousands"
-            raise InputError(f"{path}, line {number}, column {name!r}: {what}; {way}")
+            raise InputError(f"{path}, line {number}, column {name!r}: {reason}; {way}")
         values.append(value)
     return values
 

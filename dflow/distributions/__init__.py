@@ -3,13 +3,7 @@
 from dflow.distributions.any_order import AnyOrder, Confident, Ordered, Walk
 from dflow.distributions.categorical import Categorical, ConditionalCategorical, Mixture
 from dflow.distributions.logistic import ConditionalLogistic, Logistic, LogisticMixture
-from dflow.distributions.normal import (
-    ConditionalNormal,
-    CovarianceNormal,
-    Gaussian,
-    Normal,
-    StandardNormal,
-)
+from dflow.distributions.normal import ConditionalNormal, CovarianceNormal, Gaussian, Normal, StandardNormal
 from dflow.distributions.sequence import SequenceCategorical
 from dflow.distributions.spectra import Spectra
 from dflow.distributions.stepwise import Stepwise

@@ -2,14 +2,15 @@
 
 Absorbing-state diffusion and masked language models are the same family (Hoogeboom et al. 2022,
 arXiv 2110.02037; Austin et al. 2021, arXiv 2107.03006; Shi et al. 2024, arXiv 2406.04329). Over all orders
-such a model has a bound (`AnyOrder.elbo`); along one order, or along one that is a function of what has been
-drawn, it has an exact likelihood (`Walk`).
+such a model has a bound (`AnyOrder.elbo`). Along one fixed order, or along an order that is a function of the
+symbols drawn so far, it has an exact likelihood (`Walk`).
 """
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,18 +22,18 @@ from dflow.ops.memo import Memo
 from dflow.ops.modular import check_alphabet
 from dflow.ops.orders import check_order
 
-#: Calls of a fixed order are scored together as long as they hold at most this many entries.
+#: As many calls of a fixed order are scored at once as have at most this many entries together.
 _ENTRIES = 1 << 13
 
 #: Entropies are compared in steps of this many nats.
 _STEP = 2.0**-10
 
-#: Memory of the running average of costs, a visit.
+#: Factor by which each visit to an entry of `AnyOrder.costs` decreases the weight of earlier visits.
 _MOMENTUM = 0.99
 
 
 class AnyOrder(nn.Module):
-    """The order-agnostic model: a network, and what a step of it costs.
+    """The order-agnostic model: a network, and the mean cost of an entry at each step.
 
     Args:
         net: called as ``net(x, known, context)`` with a bool mask ``known (batch, n)``; gives K logits an
@@ -41,8 +42,8 @@ class AnyOrder(nn.Module):
         K: size of the alphabet.
 
     Attributes:
-        costs: mean nats of an entry once t entries of ``dim`` are known, (dim,): a running average of what
-            `elbo` met in training mode. The input of `schedule`.
+        costs: mean nats of an entry once t entries of ``dim`` are known, (dim,): a running average that
+            `elbo` updates in training mode. The input of `schedule`.
     """
 
     costs: Tensor
@@ -54,14 +55,14 @@ class AnyOrder(nn.Module):
             raise ValueError(f"dim must be at least 1, found {dim}")
         self.net: Any = net
         self.dim, self.K = dim, check_alphabet(K)
-        # A line, for which groups of equal size are best.
+        # Costs that fall linearly, for which groups of equal size are best.
         self.register_buffer("costs", math.log(K) * torch.arange(dim, 0, -1) / dim)
         self._sizes: Memo[Tensor] = Memo()
 
     def logits(self, x: Tensor, known: Tensor, context: Context | None = None) -> Tensor:
         """Logits (batch, n, K) of every entry given the known ones, at least float32."""
-        found: Tensor = self.net(x, known, context)
-        return found.to(torch.promote_types(found.dtype, torch.float32))
+        logits: Tensor = self.net(x, known, context)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def elbo(
         self,
@@ -92,9 +93,9 @@ class AnyOrder(nn.Module):
             calls = torch.arange(len(sizes), device=x.device).repeat_interleave(sizes.to(x.device))
             return self.log_prob_along(x, calls[rank], len(sizes), context)
         count = self._count(x, context)
-        even = torch.arange(batch, dtype=torch.float64, device=x.device) / max(1, batch)
-        place = (even + torch.rand((), dtype=torch.float64, device=x.device, generator=generator)) % 1
-        t = torch.minimum((place * count).long(), count - 1)
+        offset = torch.arange(batch, dtype=torch.float64, device=x.device) / max(1, batch)
+        position = (offset + torch.rand((), dtype=torch.float64, device=x.device, generator=generator)) % 1
+        t = torch.minimum((position * count).long(), count - 1)
         return self.elbo_given(x, rank < t[:, None], context)
 
     def elbo_given(self, x: Tensor, known: Tensor, context: Context | None = None) -> Tensor:
@@ -116,7 +117,7 @@ class AnyOrder(nn.Module):
         total, visits = torch.zeros_like(self.costs), torch.zeros_like(self.costs)
         total.index_add_(0, t, costs.to(total.dtype))
         visits.index_add_(0, t, torch.ones_like(costs, dtype=total.dtype))
-        # What one t costs tells of those beside it too: a visit to each alone would take many steps.
+        # A cost counts for neighbouring t too: it would take many steps to visit each t by itself.
         reach = self.dim // 32
         total, visits = (F.pad(v, (reach, reach)).unfold(0, 2 * reach + 1, 1).sum(1) for v in (total, visits))
         self.costs.lerp_(total / visits.clamp(min=1), 1 - _MOMENTUM**visits)
@@ -129,21 +130,21 @@ class AnyOrder(nn.Module):
         Args:
             x: symbols ``(batch, n)`` or one-hot rows ``(batch, n, K)``.
             calls: int64 (batch, n) or (n,), in 0..num_calls-1.
-            num_calls: network passes that it takes; several sequences' are joined up to a bounded memory.
-            context: of lengths, or None.
+            num_calls: network passes that it takes; several passes are joined up to a bounded memory.
+            context: lengths, or None.
         """
         batch, n = x.shape[:2]
         calls, mask = calls.expand(batch, n), present(context, batch, n)
-        together = max(1, _ENTRIES // max(1, batch * n))
+        at_once = max(1, _ENTRIES // max(1, batch * n))
         total = torch.zeros(batch, dtype=torch.float64, device=x.device)
         dtype = torch.float32
-        for call in torch.arange(num_calls, device=x.device)[:, None, None].split(together):
-            times = len(call)
+        for call in torch.arange(num_calls, device=x.device)[:, None, None].split(at_once):
+            copies = len(call)
             terms = self._terms(
-                x.expand(times, *x.shape).flatten(0, 1),
+                x.expand(copies, *x.shape).flatten(0, 1),
                 (calls < call).flatten(0, 1),
-                context and context.repeat(times),
-            ).view(times, batch, n)
+                context and context.repeat(copies),
+            ).view(copies, batch, n)
             drawn = calls == call if mask is None else (calls == call) & mask
             total = total + torch.where(drawn, terms, 0.0).sum((0, 2), dtype=torch.float64)
             dtype = terms.dtype
@@ -162,19 +163,19 @@ class AnyOrder(nn.Module):
                 f"costs are measured on texts (n, {self.dim}) at 1..{self.dim} points, "
                 f"found {tuple(x.shape)} and {points}"
             )
-        at = torch.linspace(0, self.dim - 1, points, dtype=torch.float64).round().long()
-        found = torch.zeros(points, dtype=torch.float64)
-        for i, t in enumerate(at.tolist()):
-            for part in x.split(batch_size):
-                noise = torch.rand(part.shape, device=x.device, generator=generator)
+        measured = torch.linspace(0, self.dim - 1, points, dtype=torch.float64).round().long()
+        costs = torch.zeros(points, dtype=torch.float64)
+        for i, t in enumerate(measured.tolist()):
+            for batch in x.split(batch_size):
+                noise = torch.rand(batch.shape, device=x.device, generator=generator)
                 known = noise.argsort(1).argsort(1) < t
-                found[i] -= self._terms(part, known, None)[~known].sum(dtype=torch.float64).cpu()
-            found[i] /= len(x) * (self.dim - t)
+                costs[i] -= self._terms(batch, known, None)[~known].sum(dtype=torch.float64).cpu()
+            costs[i] /= len(x) * (self.dim - t)
         line = torch.arange(self.dim)
-        right = torch.searchsorted(at, line).clamp(max=points - 1)
+        right = torch.searchsorted(measured, line).clamp(max=points - 1)
         left = (right - 1).clamp(min=0)
-        share = (line - at[left]) / (at[right] - at[left]).clamp(min=1)
-        return found[left].lerp(found[right], share.double())
+        share = (line - measured[left]) / (measured[right] - measured[left]).clamp(min=1)
+        return costs[left].lerp(costs[right], share.double())
 
     def sizes(self, num_calls: int) -> Tensor:
         """`schedule` of the present `costs`, int64 (num_calls,)."""
@@ -189,16 +190,19 @@ class AnyOrder(nn.Module):
 
     def _count(self, x: Tensor, context: Context | None) -> Tensor:
         """Entries present, (batch,)."""
-        found = lengths_in(context, len(x))
-        return torch.full((len(x),), x.shape[1], device=x.device) if found is None else found
+        lengths = lengths_in(context, len(x))
+        return torch.full((len(x),), x.shape[1], device=x.device) if lengths is None else lengths
 
 
 class Walk(Distribution):
     """Exact law of an any-order model whose entries are drawn in an order that the drawn ones determine.
 
-    What a call draws is independent given all that earlier calls drew, so that probabilities multiply. With
-    an order that depends on nothing that is still hidden they add up to one (DUEL, arXiv 2603.01367).
+    Symbols of one call are independent given those of earlier calls, so that their probabilities multiply.
+    They add up to one because the order does not depend on hidden symbols (DUEL, arXiv 2603.01367).
     """
+
+    #: Builds the walk of another number of calls from the model and that number; None where it is not known.
+    other: Callable[[AnyOrder, int], Walk] | None = None
 
     def __init__(self, model: AnyOrder, num_calls: int) -> None:
         """``num_calls`` lies in 1..model.dim."""
@@ -208,13 +212,26 @@ class Walk(Distribution):
         self.model, self._num_calls = model, num_calls
 
     @property
+    def budgets(self) -> Sequence[int]:
+        """Any number up to the length, where `other` is known."""
+        return [self.num_calls] if self.other is None else range(1, self.model.dim + 1)
+
+    def at(self, calls: int) -> Walk:
+        """The walk of ``calls`` network calls; it shares the model with this one."""
+        if calls == self.num_calls:
+            return self
+        if self.other is None or calls not in self.budgets:
+            raise ValueError(f"no walk of {calls} calls; there are {self.budgets}")
+        return self.other(self.model, calls).to(self.model.costs.device).train(self.training)
+
+    @property
     def num_calls(self) -> int:
         """Passes over the whole sequence."""
         return self._num_calls
 
     @abstractmethod
     def step(self, call: int, x: Tensor, known: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
-        """Entries that a call draws, bool (batch, n), given the known ones; and their logits (entries, K)."""
+        """The entries that a call draws, bool (batch, n), and their logits (entries, K), given known ones."""
 
     def needed(self, length: int) -> int:
         """Calls after which the first ``length`` entries are drawn."""
@@ -232,7 +249,7 @@ class Walk(Distribution):
         """``n`` sequences, int64 ``(n, dim)``, in `num_calls` calls; absent entries are 0.
 
         ``prompt``, int64 ``(m,)``, is known at the first positions before the first call, so that every entry
-        is drawn given it. ``length`` leaves out calls that draw entries at or beyond it only.
+        is drawn given it. Calls that draw only entries at or beyond ``length`` are left out.
         """
         dim, device = self.model.dim, self.model.costs.device
         x = torch.zeros(n, dim, dtype=torch.int64, device=device)
@@ -256,7 +273,7 @@ class Walk(Distribution):
         return self.log_prob_by_steps(x, context)
 
     def round_trip(self, x: Tensor, context: Context | None = None) -> bool | None:
-        """Whether `log_prob_by_steps` and `log_prob` agree, but for the last bits."""
+        """Whether `log_prob_by_steps` and `log_prob` agree up to rounding."""
         steps = self.log_prob_by_steps(x, context)
         return torch.allclose(steps, self.log_prob(x, context), rtol=1e-4, atol=1e-3)
 
@@ -284,7 +301,7 @@ class Ordered(Walk):
     Args:
         model: the any-order model.
         order: int64 ``(G, S)``, see `dflow.ops.orders`.
-        num_calls: of an order with one lane, ``(dim, 1)``: draw several rows a call, as many as
+        num_calls: number of calls, for an order with one lane, ``(dim, 1)``: each draws as many rows as
             `AnyOrder.sizes` says. Default G, one row a call.
     """
 
@@ -321,7 +338,7 @@ class Ordered(Walk):
         return drawn, self.model.logits(x, known, context)[drawn]
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
-        """Exact nats (batch,) of symbols ``(batch, n)`` or rows ``(batch, n, K)``, calls side by side."""
+        """Exact nats (batch,) of symbols ``(batch, n)`` or rows ``(batch, n, K)``, several calls at once."""
         calls = self.calls()[: x.shape[1]]
         return self.model.log_prob_along(x, calls, self.needed(x.shape[1]), context)
 
@@ -329,18 +346,19 @@ class Ordered(Walk):
 class Confident(Walk):
     """Every call draws in each segment the entry of least entropy given what is known.
 
-    The segments are those of `dflow.ops.orders.lockstep`, of ``num_calls`` entries: what is drawn together is
-    drawn independently and has to lie apart, but what is surest lies side by side. A call that draws fewer
-    entries takes the surest of these, one that draws more goes on with the second of each segment.
+    The segments are those of `dflow.ops.orders.lockstep`, of ``num_calls`` entries each. Entries of one call
+    are drawn independently and so should lie apart, while the entries of least entropy often lie side by
+    side. A call that draws fewer entries than there are segments takes those of least entropy among the
+    candidates; a call that draws more goes on with the second entry of each segment.
 
-    Entropies are rounded first, or those that are equal would be told apart by the rounding errors of the
-    moment, and a sequence scored by another order than it was drawn by. Of equal ones the left comes first.
+    Entropies are rounded first. Otherwise rounding errors would decide between equal ones, and a sequence
+    could be scored in another order than it was drawn in. Of equal entropies the left one comes first.
 
     Args:
         model: the any-order model.
-        num_calls: calls.
-        measured: draw as many a call as `AnyOrder.sizes` says, instead of equally many. Of a sequence that
-            is shorter than ``dim``, each call draws in proportion.
+        num_calls: number of calls.
+        measured: draw as many entries in each call as `AnyOrder.sizes` says, instead of equally many. For a
+            sequence that is shorter than ``dim`` the numbers shrink in proportion.
     """
 
     def __init__(self, model: AnyOrder, num_calls: int, measured: bool = False) -> None:
@@ -361,7 +379,7 @@ class Confident(Walk):
         logits = self.model.logits(x, known, context)
         entropy = torch.special.entr(logits.detach().softmax(-1)).sum(-1)
         entropy = (entropy / _STEP).round().masked_fill(~hidden, math.inf)
-        # Rounded up, so that all of a sequence is drawn with the last call.
+        # Rounded up, so that the last call completes the sequence.
         quota = -(-count * done // dim) - (count - hidden.sum(1))
         segments = F.pad(entropy, (0, -n % self.num_calls), value=math.inf).unflatten(1, (-1, self.num_calls))
         place = segments.argsort(dim=2, stable=True).argsort(2).flatten(1)[:, :n]
@@ -374,8 +392,8 @@ class Confident(Walk):
 def schedule(costs: Tensor, num_calls: int) -> Tensor:
     """How many entries each call should draw, int64 (num_calls,), at least one each, by dynamic programming.
 
-    Drawing k entries once t are known costs k * L_t. The L_t are sorted first: without noise each entry more
-    that is known can only lower them. Hoogeboom et al. 2022, section 3 and appendix A.2.
+    Drawing k entries once t are known costs k * L_t. The L_t are sorted first: without noise they could only
+    fall as more entries are known. Hoogeboom et al. 2022, section 3 and appendix A.2.
 
     Args:
         costs: L_t for t = 0..dim-1, floating (dim,).
@@ -398,9 +416,9 @@ def schedule(costs: Tensor, num_calls: int) -> Tensor:
     best, choices = torch.full((dim + 1,), math.inf, dtype=torch.float64), []
     best[0] = 0
     for _ in range(num_calls):
-        found = (best[:dim, None] + step).min(0)
-        best = found.values
-        choices.append(found.indices)
+        least = (best[:dim, None] + step).min(0)
+        best = least.values
+        choices.append(least.indices)
     ends = [dim]
     for choice in reversed(choices):
         ends.append(int(choice[ends[-1]]))

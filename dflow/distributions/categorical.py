@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dflow.core import Context, Distribution, conditioned, present
+from dflow.core import Context, Distribution, present
+from dflow.distributions.conditional import Conditional, check_rows
 from dflow.ops.modular import check_alphabet, symbols
 
 
@@ -15,12 +16,12 @@ class Categorical(Distribution):
     By default b is the soft-max of a parameter ``logits``, which learns by the gradient of `log_prob`. With
     ``learned=False`` b has a closed form instead: the counts of symbols seen in each class, smoothed,
     ``b[c, k] = (counts[c, k] + 1/2) / (sum_k counts[c, k] + K/2)`` (Krichevsky and Trofimov 1981). The
-    counts are a buffer: no gradient moves them, but who trains does, with `statistics` and `update`, as
-    ``dflow train`` does for the flows of its recipes.
+    counts are a buffer without a gradient: the training loop updates them with `statistics` and `update`, as
+    ``dflow train`` does for flows.
 
-    While ``peak`` is above 0 the law is ``b^(1-peak) q^peak``, normalised, with q half on symbol 0 and
-    uniform on the others: at a base equal to the data's marginals the identity is a local optimum of a
-    flow, and a peaked base is a way out of it at the start of training.
+    While ``peak`` is above 0 the law is ``b^(1-peak) q^peak``, normalised, where q has half of its mass on
+    symbol 0 and is uniform on the others. With a base equal to the data's marginals the identity is a local
+    optimum of a flow; a peaked base at the start of training helps to leave it.
 
     Args:
         dim: number of entries.
@@ -41,16 +42,11 @@ class Categorical(Distribution):
         super().__init__()
         if dim < 1:
             raise ValueError(f"dim must be at least 1, found {dim}")
-        classes = torch.arange(dim) if classes is None else classes.clone()
-        if classes.shape != (dim,) or classes.dtype != torch.int64 or int(classes.min()) < 0:
-            raise ValueError(
-                f"classes must be int64 ({dim},) and not negative, found {classes.dtype} {classes.tolist()}"
-            )
+        self.register_buffer("classes", check_classes(classes, dim))
         self.dim = dim
         self.K = check_alphabet(K)
-        self.n_classes = int(classes.max()) + 1
+        self.n_classes = int(self.classes.max()) + 1
         self.learned = learned
-        self.register_buffer("classes", classes)
         self._peak = 0.0
         if learned:
             self.logits = nn.Parameter(torch.zeros(self.n_classes, K))
@@ -63,7 +59,7 @@ class Categorical(Distribution):
 
     @property
     def peak(self) -> float:
-        """How far the law is drawn towards one peaked on symbol 0, in [0, 1]; 0 is the law itself."""
+        """Weight in [0, 1] of a law that is peaked on symbol 0; 0 is the law itself."""
         return self._peak
 
     @peak.setter
@@ -102,8 +98,8 @@ class Categorical(Distribution):
         return total(terms, present(context, len(x), self.dim)).to(dtype)
 
     def _dtype(self) -> torch.dtype:
-        own = self.logits if self.learned else self.counts
-        return torch.promote_types(own.dtype, torch.float32)
+        source = self.logits if self.learned else self.counts
+        return torch.promote_types(source.dtype, torch.float32)
 
     def sample(
         self, n: int, context: Context | None = None, generator: torch.Generator | None = None
@@ -112,7 +108,7 @@ class Categorical(Distribution):
 
         Args:
             n: number of draws.
-            context: of lengths, or None.
+            context: lengths, or None.
             generator: on the device of the distribution.
         """
         mask = present(context, n, self.dim)
@@ -136,10 +132,10 @@ class Categorical(Distribution):
 
     @torch.no_grad()
     def update(self, counts: Tensor, momentum: float) -> None:
-        """``counts <- momentum * counts + new``; the caller adds up what several processes counted.
+        """``counts <- momentum * counts + new``; the caller adds up the counts of several processes.
 
         Raises:
-            ValueError: a law that is learned, counts of another shape, momentum outside [0, 1].
+            ValueError: learned logits, counts of another shape, momentum outside [0, 1].
         """
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum must lie in [0, 1], found {momentum}")
@@ -176,7 +172,7 @@ class Mixture(Distribution):
     """Mixture of factorized laws, ``p(x) = sum_m w_m prod_i b[m, i, x_i]``, all learned.
 
     ``w`` is the soft-max of ``weight_logits`` ``(components,)``, ``b`` that of ``logits``
-    ``(components, dim, K)``. These start at random, slightly, so that components can part.
+    ``(components, dim, K)``. These start with small random numbers, so that the components can differ.
 
     Raises:
         ValueError: dim < 1, K < 2 or components < 1.
@@ -239,7 +235,7 @@ class Mixture(Distribution):
         return clear_absent(x, present(context, n, self.dim))
 
 
-class ConditionalCategorical(Distribution):
+class ConditionalCategorical(Conditional):
     """Entries independent given the context, ``p(x | context) = prod_i softmax(net(context))[i, x_i]``.
 
     The net is called as ``net(x, rest)``, see `dflow.core.conditioned`, and returns logits
@@ -257,8 +253,7 @@ class ConditionalCategorical(Distribution):
 
     def logits(self, context: Context | None) -> Tensor:
         """Logits ``(batch, dim, K)``, at least float32."""
-        found: Tensor = conditioned(self.net, context)
-        return found.to(torch.promote_types(found.dtype, torch.float32))
+        return self.outputs(context, None, None)
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact log-likelihood in nats, ``(batch,)``: on rows in the dtype of ``x``, else the logits'."""
@@ -279,15 +274,9 @@ class ConditionalCategorical(Distribution):
     ) -> Tensor:
         """One exact draw for each of the ``n`` rows of the context, int64 ``(n, dim)``."""
         law = torch.softmax(self.logits(context).double(), -1)
-        if law.shape[0] != n:
-            raise ValueError(f"{n} draws asked of a context of {law.shape[0]} rows")
+        check_rows(n, len(law))
         x = law.flatten(0, 1).multinomial(1, generator=generator).view(law.shape[:2])
         return clear_absent(x, present(context, len(x), x.shape[1]))
-
-    @property
-    def num_calls(self) -> int:
-        """One."""
-        return 1
 
 
 def check_entries(x: Tensor, dim: int, K: int) -> None:
@@ -299,6 +288,16 @@ def check_entries(x: Tensor, dim: int, K: int) -> None:
             f"expected int64 (batch, {dim}) or one-hot rows (batch, {dim}, {K}), "
             f"found {x.dtype} {tuple(x.shape)}"
         )
+
+
+def check_classes(classes: Tensor | None, dim: int) -> Tensor:
+    """A copy of the classes of ``dim`` entries, by default one each; ValueError unless they fit."""
+    classes = torch.arange(dim) if classes is None else classes.clone()
+    if classes.shape != (dim,) or classes.dtype != torch.int64 or int(classes.min()) < 0:
+        raise ValueError(
+            f"classes must be int64 ({dim},) and not negative, found {classes.dtype} {classes.tolist()}"
+        )
+    return classes
 
 
 def total(terms: Tensor, mask: Tensor | None) -> Tensor:
@@ -314,7 +313,7 @@ def clear_absent(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def smoothed_counts(marginals: Tensor, K: int, weight: float) -> Tensor:
-    """``weight * marginals``, float64 ``(K,)``; ValueError for what is no law over K symbols."""
+    """``weight * marginals``, float64 ``(K,)``; ValueError unless marginals are a law over K symbols."""
     law = marginals.double()
     if law.shape != (K,) or not (law >= 0).all() or abs(float(law.sum()) - 1) > 1e-6:
         raise ValueError(f"marginals must be {K} probabilities that sum to 1, found {marginals.tolist()}")
@@ -324,6 +323,6 @@ def smoothed_counts(marginals: Tensor, K: int, weight: float) -> Tensor:
 
 
 def _pick(law: Tensor, x: Tensor) -> Tensor:
-    # A product and a sum, not a matrix product: the one term that is not 0 comes out to the bit, on
-    # every device and at every precision setting.
+    # A product and a sum, not a matrix product: the only term that is not 0 is then exact, on every device
+    # and at every precision setting.
     return (law * x).sum(-1)

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflow.core import Context, Distribution, conditioned, only_given
+from dflow.distributions.categorical import check_classes
+from dflow.distributions.conditional import Conditional, check_rows
 
-#: Where log scales are held. Below, a bin away from loc has less than exp(-80000) of the mass.
+#: Limits of log scales. Below the lower one a bin away from loc has less than exp(-80000) of the mass.
 LEAST, MOST = -12.0, 30.0
 
 #: Scale of a logistic law over its standard deviation.
@@ -42,22 +44,22 @@ def check_numbers(x: Tensor, dim: int) -> None:
 
 
 class Logistics(Distribution):
-    """What the laws here have in common: independent entries, each a discretized logistic law or a mixture.
+    """Base class of laws with independent entries, each a discretized logistic law or a mixture of them.
 
     ``P(x) = prod_i sum_m w_im (sigmoid((x_i + 1/2 - loc_im) / s_im) - sigmoid((x_i - 1/2 - loc_im) / s_im))``
 
-    It sums to 1 over all integers, not over the range of the data. What is learned, ``r`` and ``q``, is
+    It sums to 1 over all integers, not over the range of the data. The learned numbers ``r`` and ``q`` are
     relative to buffers of each component of each entry: ``loc = centre + unit * r`` and ``log s = log unit +
-    q``. Where all that is learned is 0, the components lie side by side: in equal parts of one logistic law,
-    or of data, by `initialize`.
+    q``. Where all learned numbers are 0, the components lie side by side: in parts of equal probability of
+    one logistic law, or of the data after `initialize`.
 
     Source: Hoogeboom et al. 2019, arXiv 1905.07376; Salimans et al. 2017, arXiv 1701.05517 (mixtures).
 
     Args:
         dim: number of entries.
-        components: of a mixture; 1 is a single logistic.
-        centre: of the logistic law that the components start from, ``()`` or ``(dim,)``; default 0.
-        unit: its scale, in the same way; default 1.
+        components: number of components; 1 is a single logistic law.
+        centre: location of the logistic law that the components start from, ``()`` or ``(dim,)``; default 0.
+        unit: scale of that law, in the same way; default 1.
 
     Raises:
         ValueError: dim or components below 1, a centre or unit of another shape or not finite, a unit that is
@@ -73,15 +75,15 @@ class Logistics(Distribution):
         self, dim: int, components: int = 1, centre: Tensor | None = None, unit: Tensor | None = None
     ) -> None:
         super().__init__()
-        for name, value in (("dim", dim), ("components", components)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, found {value}")
+        for name, size in (("dim", dim), ("components", components)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, found {size}")
         self.dim, self.components = dim, components
         centre = torch.tensor(0.0) if centre is None else centre
         unit = torch.tensor(1.0) if unit is None else unit
-        for name, found in (("centre", centre), ("unit", unit)):
-            if found.shape not in ((), (dim,)) or not found.isfinite().all():
-                raise ValueError(f"{name} must be finite, () or ({dim},), found {found.tolist()}")
+        for name, value in (("centre", centre), ("unit", unit)):
+            if value.shape not in ((), (dim,)) or not value.isfinite().all():
+                raise ValueError(f"{name} must be finite, () or ({dim},), found {value.tolist()}")
         if not (unit > 0).all():
             raise ValueError(f"unit must be positive, found {unit.tolist()}")
         middles = torch.logit((torch.arange(components) + 0.5) / components)
@@ -95,27 +97,34 @@ class Logistics(Distribution):
 
     @property
     def num_params(self) -> int:
-        """Numbers that are learned of each entry, or come from the net."""
+        """Numbers for each entry that are learned or come from the net."""
         return 2 if self.components == 1 else 3 * self.components
+
+    def rounded_mean(self, context: Context | None = None) -> Tensor:
+        """See `Distribution.rounded_mean`: the weighted mean of the locations of the components."""
+        loc, _, *log_weights = self.params(context)
+        if log_weights:
+            loc = (loc * log_weights[0].exp()).sum(-1)
+        return loc.double().round().long()
 
     @abstractmethod
     def _raw(self, context: Context | None) -> Tensor:
-        """All r, all q and, of a mixture, all logits of weights: ``(n, dim, num_params)``."""
+        """All r, then all q and, for a mixture, all logits of the weights: ``(n, dim, num_params)``."""
 
     def _log_unit(self, dtype: torch.dtype) -> Tensor:
         return self.unit.to(dtype).log()
 
     def params(self, context: Context | None = None) -> tuple[Tensor, ...]:
-        """What the law is made of, at least float32.
+        """Parameters of the law, at least float32.
 
-        ``(loc, log_scale)``, each ``(n, dim)``; of a mixture ``(loc, log_scale, log_weights)``, each
-        ``(n, dim, components)``, the weights adding up to 1. n is the batch of the context, or 1.
+        ``(loc, log_scale)``, each ``(n, dim)``; for a mixture ``(loc, log_scale, log_weights)``, each
+        ``(n, dim, components)``, with weights that add up to 1. n is the batch of the context, or 1.
         """
         loc, log_scale, *logits = self.unnormalised(context)
-        return (loc, log_scale, *(torch.log_softmax(part, -1) for part in logits))
+        return (loc, log_scale, *(torch.log_softmax(tensor, -1) for tensor in logits))
 
     def unnormalised(self, context: Context | None = None) -> tuple[Tensor, ...]:
-        """What `params` gives, the logs of the weights up to a constant."""
+        """The result of `params`, but with log weights up to a constant."""
         raw = self._raw(context)
         raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
         r, q, *logits = raw.unflatten(-1, (-1, self.components)).unbind(-2)
@@ -130,7 +139,7 @@ class Logistics(Distribution):
 
         Args:
             x: int64 ``(batch, dim)``, or floats that hold integers; differentiable in the latter too.
-            context: what the net of a conditional law is called with.
+            context: see `ConditionalLogistic`; otherwise None.
 
         Returns:
             In the dtype of ``x`` if that is floating, else in that of the params.
@@ -155,11 +164,11 @@ class Logistics(Distribution):
     ) -> Tensor:
         """``n`` exact draws, int64 ``(n, dim)``, one a row of the context: logistic draws, rounded."""
         loc, log_scale, *log_weights = self.params(context)
-        if len(loc) not in (1, n):
-            raise ValueError(f"{n} draws asked of a context of {len(loc)} rows")
+        if len(loc) > 1:
+            check_rows(n, len(loc))
         shape = (n, *loc.shape[1:])
         if log_weights:
-            # The first of exponential clocks that run as fast as the weights say.
+            # The exponential variable with the smallest value wins; its rate is the weight of the component.
             clocks = torch.empty(shape, dtype=torch.float64, device=loc.device)
             chosen = (log_weights[0] - clocks.exponential_(generator=generator).log()).argmax(
                 -1, keepdim=True
@@ -171,14 +180,14 @@ class Logistics(Distribution):
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Context | None = None) -> None:
-        """Start from data ``(n, dim)``: a component for each of as many equal parts, small values to large.
+        """Start from data ``(n, dim)``: the sorted values of an entry are cut into one part a component.
 
-        Centres and units are the means of the parts and their logistic scales. A unit is at least a quarter,
-        and a sixteenth of what it was: an entry may be constant in a few rows.
+        Centres and units are the means and the logistic scales of these parts. A unit is at least 1/4 and at
+        least 1/16 of its old value, since an entry may be constant in a few rows.
         """
         rows = x.double().repeat(-(-self.components // len(x)), 1).sort(0).values
-        moments = [torch.var_mean(part, 0, correction=0) for part in rows.tensor_split(self.components)]
-        variance, mean = (torch.stack(found, 1) for found in zip(*moments, strict=True))
+        moments = [torch.var_mean(piece, 0, correction=0) for piece in rows.tensor_split(self.components)]
+        variance, mean = (torch.stack(moment, 1) for moment in zip(*moments, strict=True))
         least = (self.unit.double() / 16).clamp_min(0.25)
         self.centre.copy_(mean)
         self.unit.copy_(torch.maximum(variance.sqrt() * PER_DEVIATION, least))
@@ -190,13 +199,13 @@ class LogisticMixture(Logistics):
     Args:
         dim: number of entries.
         components: of each.
-        classes: int64 ``(dim,)``, the class of each entry, whose entries share what is learned; default one
-            class an entry.
+        classes: int64 ``(dim,)``, the class of each entry; entries of a class share the learned numbers.
+            Default one class an entry.
         centre: see `Logistics`.
         unit: see `Logistics`.
 
     Raises:
-        ValueError: as of `Logistics`; classes of another shape or dtype, or negative.
+        ValueError: see `Logistics`; classes of another shape or dtype, or negative.
     """
 
     classes: Tensor
@@ -210,13 +219,8 @@ class LogisticMixture(Logistics):
         unit: Tensor | None = None,
     ) -> None:
         super().__init__(dim, components, centre, unit)
-        classes = torch.arange(dim) if classes is None else classes.clone()
-        if classes.shape != (dim,) or classes.dtype != torch.int64 or int(classes.min()) < 0:
-            raise ValueError(
-                f"classes must be int64 ({dim},) and not negative, found {classes.dtype} {classes.tolist()}"
-            )
-        self.register_buffer("classes", classes)
-        self.raw = nn.Parameter(torch.zeros(int(classes.max()) + 1, self.num_params))
+        self.register_buffer("classes", check_classes(classes, dim))
+        self.raw = nn.Parameter(torch.zeros(int(self.classes.max()) + 1, self.num_params))
 
     def _raw(self, context: Context | None) -> Tensor:
         only_given(context)
@@ -236,7 +240,7 @@ class Logistic(LogisticMixture):
         super().__init__(dim, 1, classes, centre, unit)
 
 
-class ConditionalLogistic(Logistics):
+class ConditionalLogistic(Conditional, Logistics):
     """Entries independent given the context, each a discretized logistic law or a mixture; see `Logistics`.
 
     The net is called as ``net(x, rest)``, see `dflow.core.conditioned`; it returns ``(batch,
@@ -244,7 +248,7 @@ class ConditionalLogistic(Logistics):
     entries.
 
     Raises:
-        ValueError: as of `Logistics`; no context, or a net that answers in another shape.
+        ValueError: see `Logistics`; no context, or a net that returns another shape.
     """
 
     def __init__(
@@ -260,25 +264,19 @@ class ConditionalLogistic(Logistics):
 
     def _raw(self, context: Context | None) -> Tensor:
         only_given(context)
-        found: Tensor = conditioned(self.net, context)
-        expected = (self.dim, self.num_params)
-        if found.ndim != 3 or found.shape[1:] != expected:
-            raise ValueError(
-                f"the net gave params of shape {tuple(found.shape)}, expected (batch, *{expected})"
-            )
-        return found
+        return self.outputs(context, self.dim, self.num_params)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Context | None = None) -> None:
-        """Start from data; where the net can be a linear map, from what the best one leaves of them.
+        """Start from data, or from the residuals of the best linear prediction where the net has one.
 
-        Then centres and units are those of the residues, the same at all places of a channel.
+        Centres and units of residuals are the same at all places of a channel.
         """
         regress = getattr(self.net, "regress", None)
-        found = None if regress is None or context is None else conditioned(partial(regress, x), context)
-        if found is None:
+        fit = None if regress is None or context is None else conditioned(partial(regress, x), context)
+        if fit is None:
             return super().initialize(x)
-        weight, prediction = found
+        weight, prediction = fit
         super().initialize(x - prediction)
         for buffer in (self.centre, self.unit):
             planes = buffer.view(len(weight), -1, self.components)
@@ -286,8 +284,3 @@ class ConditionalLogistic(Logistics):
         units = self.unit.view(len(weight), -1, self.components)[:, 0].double()
         self.net.net.lead(weight, 1 / units)  # type: ignore[union-attr, operator]
         return None
-
-    @property
-    def num_calls(self) -> int:
-        """One."""
-        return 1

@@ -7,30 +7,31 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
-from dflow.core import Context, Distribution, conditioned, only_given
+from dflow.core import Context, Distribution, only_given
+from dflow.distributions.conditional import Conditional, check_rows
 from dflow.ops.normal import LOG_SQRT_2PI, log_interval
 
-#: Smallest variance beside the mean variance that moments are given when they are singular.
+#: Share of the mean variance that is added to each variance when the moments are singular.
 RIDGE = 1e-12
 
-#: A variance this small beside the second moment is what rounding leaves of 0.
+#: A variance below this share of the second moment counts as 0: rounding errors are as large.
 NOISE = 1e-14
 
 
 class Gaussian(Distribution):
     """A normal law whose precision is ``L L^T`` with L lower triangular: ``(v - loc) L`` is standard normal.
 
-    By default the law has a closed form, the mean and covariance of what `statistics` has counted: the
-    maximum of the likelihood. They are buffers that training moves with `update`. With ``learned`` they
-    are parameters: ``loc``, ``log_diag`` (of L) and, for a full covariance, ``lower`` (below the diagonal).
+    By default the law has a closed form, the maximum of the likelihood: its mean and covariance are those of
+    the `statistics`. They are buffers that training updates with `update`. With ``learned`` they are
+    parameters: ``loc``, ``log_diag`` (of L) and, for a full covariance, ``lower`` (below the diagonal).
 
     Statistics are augmented second moments in float64, ``sum_n w_n a_n a_n^T`` with ``a = (1, v)``, of
     shape ``(dim + 1, dim + 1)``, or the rows ``sum_n w_n (1, v, v^2)`` ``(3, dim)`` of a diagonal law. They
     add up over batches and processes. The law keeps total weight, mean and covariance, in float64 too.
 
     Singular moments (fewer points than entries, a constant entry) have no density. The variances are then
-    enlarged by `RIDGE` times their mean, tenfold until the Cholesky factorization succeeds; the attribute
-    ``ridge`` tells what was added at the last time, 0 as a rule.
+    enlarged by `RIDGE` times their mean, then by ten times as much and so on, until the Cholesky
+    factorization succeeds. The attribute ``ridge`` holds the number that was added last, normally 0.
 
     Raises:
         ValueError: dim < 1, a ``v`` of another shape.
@@ -61,7 +62,7 @@ class Gaussian(Distribution):
 
     @abstractmethod
     def conditionals(self) -> tuple[Tensor, Tensor]:
-        """``(L, loc)``; L is ``(dim, dim)``, or its diagonal ``(dim,)`` where there is no more to it.
+        """``(L, loc)``; L is ``(dim, dim)``, or its diagonal ``(dim,)`` for independent entries.
 
         Given the entries after it, ``v_i`` is normal with standard deviation ``1 / L_ii`` and mean ``loc_i -
         sum_{j>i} L_ji (v_j - loc_j) / L_ii``: the conditionals run from the last entry to the first.
@@ -137,19 +138,19 @@ class Gaussian(Distribution):
             raise ValueError(
                 f"statistics have shape {tuple(statistics.shape)}, expected {self._moments_shape}"
             )
-        weight, first, second = self._unpack(statistics.double())
-        old_weight, old_mean, old_covariance = weight * 0, first * 0, second * 0
+        weight, total_v, total_square = self._unpack(statistics.double())
+        old_weight, old_mean, old_covariance = weight * 0, total_v * 0, total_square * 0
         if momentum:
             old_weight, old_mean, old_covariance = self._unpack(self.moments.double())
             old_weight = momentum * old_weight
         total = weight + old_weight
         if not (torch.isfinite(statistics).all() and total > 0):
             raise ValueError(f"statistics must be finite and of positive weight, found {float(weight)}")
-        mean = (old_weight * old_mean + first) / total
-        # About the new mean, old and new alike: squares about 0 would cancel.
+        mean = (old_weight * old_mean + total_v) / total
+        # Both covariances are taken about the new mean: squares about 0 would cancel.
         step = old_mean - mean
-        cross = self._outer(first, mean) + self._outer(mean, first)
-        new = second - cross + weight * self._outer(mean, mean)
+        cross = self._outer(total_v, mean) + self._outer(mean, total_v)
+        new = total_square - cross + weight * self._outer(mean, mean)
         covariance = (old_weight * (old_covariance + self._outer(step, step)) + new) / total
         return self._pack(total, mean, covariance)
 
@@ -185,7 +186,7 @@ class Gaussian(Distribution):
 
     @abstractmethod
     def _solve(self, covariance: Tensor, ridge: float) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Values of `_start` but loc, and the variance of each entry given those after it."""
+        """Values of `_start` without loc, and the variance of each entry given those after it."""
 
     def _fit(self, moments: Tensor) -> tuple[Tensor, ...]:
         """Values of `_start` from weight, mean and covariance."""
@@ -197,7 +198,7 @@ class Gaussian(Distribution):
         for ridge in (0.0, *(RIDGE * 10.0**i for i in range(10))):
             self.ridge = ridge * average
             factor, pivots = self._solve(covariance, self.ridge)
-            # What is left of a variance given other entries, beside what rounding the sums leaves of 0.
+            # Each remaining variance has to be larger than the rounding errors of the sums.
             if (pivots > NOISE * (variances + mean.square())).all():
                 return mean, *factor
         raise ValueError(f"the covariance is singular, even with {self.ridge:.2g} added to each variance")
@@ -215,7 +216,7 @@ class Normal(Gaussian):
 
         ``sum_i log(Phi((upper_i - loc_i) L_ii) - Phi((lower_i - loc_i) L_ii))``; bounds may be infinite.
         """
-        # Finite stand-ins for infinity: the gradient by L is a product with the bound.
+        # Finite numbers in place of infinity: the gradient for L is a product with the bound.
         far = torch.finfo(lower.dtype).max ** 0.5
         a, b = (self.standardize(bound.clamp(-far, far))[0] for bound in (lower, upper))
         return log_interval(a, b).sum(-1, dtype=torch.float64).to(lower.dtype)
@@ -289,7 +290,7 @@ class CovarianceNormal(Gaussian):
         return (-C.diagonal().log(), L.tril(-1)), C.diagonal().square()
 
 
-class ConditionalNormal(Distribution):
+class ConditionalNormal(Conditional):
     """Entries independent given the context, ``v_i`` normal with mean ``loc_i`` and deviation ``exp(s_i)``.
 
     The net is called as ``net(x, rest)``, see `dflow.core.conditioned`, and returns ``(loc, s)`` in the
@@ -307,17 +308,14 @@ class ConditionalNormal(Distribution):
     def params(self, context: Context | None) -> tuple[Tensor, Tensor]:
         """``loc`` and log standard deviation, each ``(batch, dim)``, at least float32."""
         only_given(context)
-        found: Tensor = conditioned(self.net, context)
-        if found.ndim != 3 or found.shape[2] != 2:
-            raise ValueError(f"the net gave params of shape {tuple(found.shape)}, expected (batch, dim, 2)")
-        loc, log_scale = found.to(torch.promote_types(found.dtype, torch.float32)).unbind(-1)
+        loc, log_scale = self.outputs(context, None, 2).unbind(-1)
         return loc, log_scale
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact log-density in nats, ``(batch,)``, summed in float64, in the dtype of ``x``."""
         loc, log_scale = self.params(context)
         if x.shape != loc.shape:
-            raise ValueError(f"x has shape {tuple(x.shape)}, the net answers for {tuple(loc.shape)}")
+            raise ValueError(f"x has shape {tuple(x.shape)}, the params of the net {tuple(loc.shape)}")
         e = (x - loc) * torch.exp(-log_scale)
         return (-standard_energy(e) - log_scale.sum(-1, dtype=torch.float64)).to(x.dtype)
 
@@ -327,15 +325,9 @@ class ConditionalNormal(Distribution):
     ) -> Tensor:
         """One exact draw for each of the ``n`` rows of the context, ``(n, dim)``."""
         loc, log_scale = self.params(context)
-        if loc.shape[0] != n:
-            raise ValueError(f"{n} draws asked of a context of {loc.shape[0]} rows")
+        check_rows(n, len(loc))
         e = torch.randn(loc.shape, generator=generator, dtype=loc.dtype, device=loc.device)
         return loc + log_scale.exp() * e
-
-    @property
-    def num_calls(self) -> int:
-        """One."""
-        return 1
 
 
 class StandardNormal(Distribution):
@@ -348,7 +340,7 @@ class StandardNormal(Distribution):
         if dim < 1:
             raise ValueError(f"dim must be at least 1, found {dim}")
         self.dim = dim
-        # Knows the device and dtype to draw in; nothing to save.
+        # Holds the device and dtype of draws; it is not saved.
         self.register_buffer("like", torch.zeros(()), persistent=False)
 
     def extra_repr(self) -> str:
@@ -378,5 +370,5 @@ def standard_energy(e: Tensor) -> Tensor:
 
 
 def full_precision(x: Tensor) -> torch.autocast:
-    """Autocast off: standardized entries have no digits to spare."""
+    """Autocast off: standardized entries need all their digits."""
     return torch.autocast(device_type=x.device.type, enabled=False)

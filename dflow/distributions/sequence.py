@@ -30,7 +30,7 @@ class SequenceCategorical(Distribution):
         order: int64 ``(R, S)``, see `dflow.ops.orders`; the same that the network was built with.
         dim: longest sequence.
         block: rows that the network draws in one call.
-        others: further orders that the network can walk, each a law of its own: see `choose`.
+        others: further orders that the network can walk, each a law of its own: see `at`.
     """
 
     order: Tensor
@@ -42,55 +42,58 @@ class SequenceCategorical(Distribution):
         super().__init__()
         self.net: Any = net
         self.dim, self.block = dim, block
-        # Written anew: a matrix of one column may keep odd strides, by which torch takes the broadcast of it
-        # to other processes for a write over itself.
+        # A contiguous copy: a matrix of one column may keep unusual strides, and torch refuses to broadcast
+        # such a matrix to other processes because it believes that its entries overlap.
         self.register_buffer("order", order.clone(memory_format=torch.contiguous_format))
         for i, other in enumerate(others):
             self.register_buffer(f"order_{i}", other.clone(memory_format=torch.contiguous_format))
-        self._names = {self._calls(order): "order"}
+        self._names = {-(-len(order) // block): "order"}
         for i, other in enumerate(others):
             check_order(other, dim)
-            self._names.setdefault(self._calls(other), f"order_{i}")
+            self._names.setdefault(-(-len(other) // block), f"order_{i}")
         check_order(order, dim)
-        self._chosen = self._own = self._calls(order)
-        self._plans: dict[int, Memo[Any]] = {calls: Memo() for calls in self._names}
-
-    def _calls(self, order: Tensor) -> int:
-        return -(-len(order) // self.block)
+        self._laws: dict[int, Memo[SequenceCategorical]] = {calls: Memo() for calls in self._names}
+        #: Whether the order differs from the one that the network was built with, so that it needs a plan.
+        self._planned = False
+        self._plan: Memo[Any] = Memo()
 
     @property
     def budgets(self) -> list[int]:
         """Numbers of network calls for which there is an order."""
         return sorted(self._names)
 
-    def choose(self, calls: int | None) -> None:
-        """Score and draw by the order of ``calls`` network calls from now on; None for the law's own.
+    def at(self, calls: int) -> SequenceCategorical:
+        """The law of another order, drawn in ``calls`` network calls; it shares the network with this one.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is no such order.
         """
-        calls = self._own if calls is None else calls
+        if calls == self.num_calls:
+            return self
         if calls not in self._names:
             raise ValueError(f"no order of {calls} calls; there are {self.budgets}")
-        self._chosen = calls
+        order: Tensor = getattr(self, self._names[calls])
 
-    @property
-    def chosen(self) -> Tensor:
-        """The order in use, int64 ``(R, S)``."""
-        found: Tensor = getattr(self, self._names[self._chosen])
-        return found
+        def law() -> SequenceCategorical:
+            law = SequenceCategorical(self.net, order, self.dim, self.block)
+            law._planned = True
+            return law
+
+        other = self._laws[calls](law, order)
+        other.training = self.training
+        return other
 
     def _extra(self) -> tuple[Any, ...]:
-        """The plan of the order in use, where it is not the network's own, made once for each order."""
-        if self._chosen == self._own:
+        """The plan of the order, made once; nothing where it is the order that the network was built with."""
+        if not self._planned:
             return ()
-        order, dtype = self.chosen, next(self.net.parameters()).dtype
-        return (self._plans[self._chosen](lambda: self.net.plan(order), order, key=dtype),)
+        dtype = next(self.net.parameters()).dtype
+        return (self._plan(lambda: self.net.plan(self.order), self.order, key=dtype),)
 
     @property
     def num_calls(self) -> int:
         """One call a block of rows."""
-        return self._chosen
+        return -(-len(self.order) // self.block)
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact nats (batch,) of symbols ``(batch, n)`` or one-hot rows ``(batch, n, K)``."""
@@ -150,7 +153,7 @@ class SequenceCategorical(Distribution):
     def start(
         self, n: int, context: Context | None = None, length: int | None = None
     ) -> tuple[list[Tensor], Any]:
-        """What draws n sequences: the positions of each call, and the state for ``net.step``."""
+        """Begin to draw n sequences: the positions of each row, and the state for ``net.step``."""
         longest, lengths = self.dim if length is None else length, lengths_in(context, n)
         if lengths is not None:
             longest = min(longest, max(lengths.tolist(), default=0))
@@ -162,19 +165,19 @@ class SequenceCategorical(Distribution):
 
     def _drawn(self, length: int) -> list[Tensor]:
         """Positions of each row, up to the last that holds one below ``length``: later ones need no call."""
-        needed = (self.chosen < length).any(1).nonzero()
-        rows = self.chosen[: int(needed.max()) + 1 if len(needed) else 0]
+        needed = (self.order < length).any(1).nonzero()
+        rows = self.order[: int(needed.max()) + 1 if len(needed) else 0]
         return [row[row < self.dim] for row in rows]
 
     @torch.no_grad()
     def log_prob_by_steps(self, x: Tensor, context: Context | None = None) -> Tensor:
-        """`log_prob` of symbols computed as `sample` draws them, group by group: a check of the two."""
+        """`log_prob` of symbols, computed group by group as `sample` draws: a check that both agree."""
         limit, lengths = torch.full((len(x),), x.shape[1], device=x.device), lengths_in(context, len(x))
         if lengths is not None:
             limit = torch.minimum(limit, lengths)
         shortened = None if bool((limit == self.dim).all()) else limit
-        rest = Context(lengths=shortened, given=() if context is None else context.given)
-        state = self.net.start(len(x), rest, *self._extra())
+        trimmed = Context(lengths=shortened, given=() if context is None else context.given)
+        state = self.net.start(len(x), trimmed, *self._extra())
         previous = None
         x = F.pad(x, (0, self.dim - x.shape[1]))
         total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
@@ -186,7 +189,7 @@ class SequenceCategorical(Distribution):
         return total.to(log_p.dtype)
 
     def round_trip(self, x: Tensor, context: Context | None = None) -> bool | None:
-        """Whether `log_prob_by_steps` and `log_prob` agree, but for the last bits."""
+        """Whether `log_prob_by_steps` and `log_prob` agree up to rounding."""
         steps = self.log_prob_by_steps(x, context)
         return torch.allclose(steps, self.log_prob(x, context), rtol=1e-4, atol=1e-3)
 
@@ -199,14 +202,14 @@ class SequenceCategorical(Distribution):
         With the Gumbel noise g of all entries fixed, ``x = argmax(logits(x) + g)`` is a triangular system:
         ``x <- argmax(logits(x) + g)`` from x = 0 is right in one more row after each call, at least, and
         nothing changes any more at its only fixed point, which is the draw (Song et al. 2021, arXiv
-        2002.03629). It can differ from that of `sample` where two symbols are as good as tied, since cached
-        and parallel results differ in their last bits.
+        2002.03629). It can differ from that of `sample` where two symbols are almost tied, since cached
+        and parallel results differ by rounding.
 
         Returns:
-            Symbols int64 ``(n, dim)``, and the calls, from 1 to the rows of the order plus 1.
+            Symbols int64 ``(n, dim)``, and the number of calls, from 1 to the rows of the order plus 1.
 
         Raises:
-            RuntimeError: the net answers differently when asked twice (dropout in training mode).
+            RuntimeError: the net gives another result for the same input (dropout in training mode).
         """
         device, dim = self.order.device, self.dim
         x = torch.zeros(n, dim, dtype=torch.int64, device=device)
@@ -225,7 +228,7 @@ class SequenceCategorical(Distribution):
                 return x, call
             x = new
         raise RuntimeError(
-            f"no draw after {len(rows) + 1} calls: the net answers differently each time it is asked "
+            f"no draw after {len(rows) + 1} calls: the net gives another result at each call "
             "(dropout? call eval() on the model first) or looks ahead"
         )
 

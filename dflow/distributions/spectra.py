@@ -1,31 +1,32 @@
-"""A conditional law on Z/K: a bijection chosen by the context over one of a few shared spectra."""
+"""A conditional law on Z/K: the context chooses a bijection, and weights of a few shared laws ("spectra")."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from dflow.core import Context, Distribution, Elementwise, conditioned, present
+from dflow.core import Context, Elementwise, conditioned, present
 from dflow.distributions.categorical import check_entries, clear_absent, total
+from dflow.distributions.conditional import Conditional, check_rows
 from dflow.ops.modular import check_alphabet
 
-#: Spectra are the soft-max of this times their parameter, so that they keep up with networks at their
-#: learning rate: Adam moves a logit by at most the learning rate a step, whatever the data say.
+#: Spectra are the soft-max of this number times their parameter: Adam moves a parameter by at most the
+#: learning rate a step, which would be too slow for logits at the learning rate of networks.
 _GAIN = 10.0
 
 
-class Spectra(Distribution):
-    r"""Entries independent given the context: each is mapped to a latent that has one of C laws.
+class Spectra(Conditional):
+    r"""Entries independent given the context: each is mapped to a latent with a mixture of C laws.
 
     .. math:: p(x_i \mid \text{context}) = \sum_{c=1}^{C} w_{ic} \, S_{c, z_i},
         \qquad z_i = \text{elementwise}(x_i; \text{params}_i)
 
     The parameters of the map and the logits of the weights w come from one call of the net; the spectra S,
     ``(C, K)``, are shared by all entries and contexts. They start as power laws ``(z + 1)^-a`` of which the
-    first is the most peaked. A flow on Z/K over a factorized base has C = 1, and moves one and the same set
-    of probabilities about whatever the context; C of them let a context be certain or uncertain too.
+    first is the most peaked. A flow on Z/K over a factorized base has C = 1: in every context it permutes the
+    same K probabilities. With several spectra an entry can be more certain in one context than in another.
 
-    With ranks (`dflow.elementwise.ModRank`) z is the place of the symbol among all, most probable first.
+    With ranks (`dflow.elementwise.ModRank`) z is the rank of the symbol, 0 for the most probable one.
     The gradient of `log_prob` reaches w and S in both modes, params in the mode of one-hot rows only
     (straight-through).
 
@@ -52,7 +53,7 @@ class Spectra(Distribution):
         self.spectra = nn.Parameter(-powers[:, None] * torch.arange(1, K + 1).log() / _GAIN)
 
     def round_trip(self, x: Tensor, context: Context | None = None) -> bool | None:
-        """Whether the map gives ``x`` back from its latents."""
+        """Whether the inverse map recovers ``x`` from its latents."""
         params, _ = self.params(context)
         z, _ = self.elementwise.forward(x, params)
         return torch.equal(self.elementwise.inverse(z, params)[0], x)
@@ -72,7 +73,7 @@ class Spectra(Distribution):
 
     def params(self, context: Context | None) -> tuple[Tensor, Tensor]:
         """Parameters of the map ``(batch, dim, num_params)`` and ``log w`` ``(batch, dim, C)``."""
-        # As in a coupling: what an arg-max decides must not hang on the precision.
+        # As in a coupling: the result of an arg-max must not depend on the precision.
         with torch.autocast(device_type=self.spectra.device.type, enabled=False):
             out: Tensor = conditioned(self.net, context)
         size, expected = self.elementwise.num_params, self.num_outputs(self.elementwise, self.components)
@@ -109,14 +110,8 @@ class Spectra(Distribution):
     ) -> Tensor:
         """One exact draw for each of the ``n`` rows of the context, int64 ``(n, dim)``."""
         params, log_weights = self.params(context)
-        if params.shape[0] != n:
-            raise ValueError(f"{n} draws asked of a context of {params.shape[0]} rows")
+        check_rows(n, len(params))
         law = self.log_law(log_weights).double().exp()
         z = law.flatten(0, 1).multinomial(1, generator=generator).view(law.shape[:2])
         x, _ = self.elementwise.inverse(z, params)
         return clear_absent(x, present(context, len(x), x.shape[1]))
-
-    @property
-    def num_calls(self) -> int:
-        """One."""
-        return 1

@@ -1,4 +1,4 @@
-"""Laws of one's own over symbols, drawn in steps."""
+"""Base class of user-defined laws over symbols that are drawn in steps."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from dflow.core import Context, Distribution, present
 from dflow.distributions.categorical import clear_absent
 
-#: Places in the flat ``(n, dim)`` and the logits of what stands there; the symbols there are sent back.
+#: Yields places in the flat ``(n, dim)`` with the logits of the symbols there, and is sent these symbols.
 Steps = Generator[tuple[Tensor, Tensor], Tensor, None]
 
 
 class Stepwise(Distribution):
-    """A law over symbols that says how it is drawn; who extends it writes `log_prob`, `steps` and ``dim``.
+    """A law over symbols that says how it is drawn; a subclass defines `log_prob`, `steps` and ``dim``.
 
-    From the steps follow `sample`, exact coding (`dflow.coding.codec`) and `round_trip`, the check that
-    they agree with `log_prob`.
+    `sample`, exact coding (`dflow.coding.codec`) and `round_trip`, the check that the steps agree with
+    `log_prob`, follow from the steps.
 
     Attributes:
         dim: entries of a draw, set in the constructor.
@@ -29,7 +29,7 @@ class Stepwise(Distribution):
 
     @abstractmethod
     def steps(self, n: int, context: Context | None = None) -> Steps:
-        """How ``n`` draws are made: one ``yield`` a step, in evaluation mode and without gradients.
+        """The steps that make ``n`` draws: one ``yield`` a step, in evaluation mode, without gradients.
 
         A step yields places, int64 ``(m,)`` in the flat ``(n, dim)``, and logits ``(m, K)`` of the symbols
         there, independent of one another given the steps before. It is sent the symbols, int64 ``(m,)``.
@@ -48,8 +48,8 @@ class Stepwise(Distribution):
     ) -> Tensor:
         """``n`` exact draws, int64 ``(n, dim)``; absent entries are 0.
 
-        ``prompt``, int64 ``(m,)``, is forced at the first positions while the rest is drawn; see ``prompt``
-        of `dflow.zoo.Family`. ``length`` is for laws that can stop early; here it changes nothing.
+        ``prompt``, int64 ``(m,)``, is forced at the first positions while the others are drawn; see
+        ``prompt`` of `dflow.zoo.Family`. ``length`` is for laws that can stop early; here it has no effect.
         """
         mask = present(context, n, self.dim)
         rows: list[tuple[Tensor, Tensor]] = []
@@ -66,12 +66,12 @@ class Stepwise(Distribution):
             return drawn
 
         follow(self.steps(n, context), draw)
-        places, symbols = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        places, symbols = (torch.cat(tensors) for tensors in zip(*rows, strict=True))
         return symbols.new_zeros(n * self.dim).index_copy(0, places, symbols).view(n, self.dim)
 
     @torch.no_grad()
     def log_prob_by_steps(self, x: Tensor, context: Context | None = None) -> Tensor:
-        """`log_prob` of symbols ``(n, dim)`` by what `steps` yields, float64 ``(n,)``."""
+        """`log_prob` of symbols ``(n, dim)``, from the logits that `steps` yields, float64 ``(n,)``."""
         mask = present(context, len(x), self.dim)
         line = clear_absent(x, mask).flatten()
         total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
@@ -88,13 +88,13 @@ class Stepwise(Distribution):
         return total
 
     def round_trip(self, x: Tensor, context: Context | None = None) -> bool | None:
-        """Whether `log_prob_by_steps` and `log_prob` agree, but for the last bits."""
+        """Whether `log_prob_by_steps` and `log_prob` agree up to rounding."""
         steps = self.log_prob_by_steps(x, context)
         return torch.allclose(steps, self.log_prob(x, context).double(), rtol=1e-4, atol=1e-3)
 
 
 def follow(steps: Steps, symbols: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Run ``steps`` to their end, sending to each what ``symbols(places, logits)`` gives."""
+    """Run ``steps`` to their end, sending to each the result of ``symbols(places, logits)``."""
     step = next(steps, None)
     while step is not None:
         try:

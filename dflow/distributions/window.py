@@ -7,26 +7,28 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dflow.core import Context, Distribution, conditioned, only_given
+from dflow.core import Context, only_given
+from dflow.distributions.conditional import Conditional, check_rows
 from dflow.distributions.logistic import check_numbers
 
 #: Most integers that a window holds.
 MOST = 1024
 
-#: Logits that `ConditionalWindow.mean` looks at together.
+#: Logits that `ConditionalWindow.rounded_mean` computes at a time.
 _LOGITS = 1 << 20
 
 
-class ConditionalWindow(Distribution):
+class ConditionalWindow(Conditional):
     """Entries independent given the context, each with a probability for every integer of a window.
 
-    A hurdle model over K + 2 symbols: with logits ``l = start + net(context)`` and the symbol c that data
-    have most often, ``p[c] = sigmoid(l[c])``, and the others share the rest, ``p[k] = (1 - p[c]) softmax(l
-    without l[c])[k]``. ``P(x_i) = p_i[x_i - low_i + 1]`` in the window ``low_i .. low_i + K - 1``. The first
-    and the last symbol are the tails: of these the jth integer beyond an end, from 0 on, has a share of
-    ``2^-(2 q + 1)``, ``q = floor(log2(j + 1))``. P sums to 1 over all integers. No gradient goes to x.
+    A hurdle model over K + 2 symbols: with logits ``l = start + net(context)`` and the symbol c that is most
+    frequent in the data, ``p[c] = sigmoid(l[c])``. The other symbols share the remaining probability, ``p[k]
+    = (1 - p[c]) softmax(l without l[c])[k]``. ``P(x_i) = p_i[x_i - low_i + 1]`` in the window
+    ``low_i .. low_i + K - 1``. The first and the last symbol are the tails: the jth integer beyond an end, j
+    from 0, has a share of ``2^-(2 q + 1)`` of its tail, ``q = floor(log2(j + 1))``. P sums to 1 over all
+    integers. No gradient goes to x.
 
-    So whether x is the commonest value takes one logit, which is all that a coder looks at where it is.
+    One logit decides whether x is the most frequent value; where it is, a coder reads nothing else.
 
     The net is called as ``net(x, rest)``, see `dflow.core.conditioned`; it returns
     ``(batch, dim, K + 2)``. Inside a `Split` x is the kept entries.
@@ -40,8 +42,8 @@ class ConditionalWindow(Distribution):
         K: integers of a window, 2..1024.
 
     Raises:
-        ValueError: a low of another dtype or shape, a K outside its range; no context, or a net that answers
-            in another shape.
+        ValueError: a low of another dtype or shape, a K outside its range; no context, or a net that returns
+            another shape.
     """
 
     one_table = True
@@ -65,7 +67,7 @@ class ConditionalWindow(Distribution):
 
     @property
     def common(self) -> int:
-        """The symbol that is told first: that of the largest start, as which the commonest comes out."""
+        """The most frequent symbol, that of the largest ``start``: one logit decides whether it is drawn."""
         return int(self.start.argmax())
 
     def logits(self, context: Context | None) -> Tensor:
@@ -76,23 +78,17 @@ class ConditionalWindow(Distribution):
         """Probabilities of the symbols, float64 ``(batch, dim, K + 2)``."""
         logits, c = self.logits(context).double(), self.common
         common = logits[..., c].sigmoid()
-        rest = _without(logits, c).softmax(-1) * (1 - common)[..., None]
-        rest[..., c] = common
-        return rest
+        law = _without(logits, c).softmax(-1) * (1 - common)[..., None]
+        law[..., c] = common
+        return law
 
     def raw(self, context: Context | None) -> Tensor:
-        """The logits less ``start``."""
+        """The logits without ``start``: the output of the net."""
         only_given(context)
-        found: Tensor = conditioned(self.net, context)
-        expected = (self.dim, self.K + 2)
-        if found.ndim != 3 or found.shape[1:] != expected:
-            raise ValueError(
-                f"the net gave logits of shape {tuple(found.shape)}, expected (batch, *{expected})"
-            )
-        return found.to(torch.promote_types(found.dtype, torch.float32))
+        return self.outputs(context, self.dim, self.K + 2)
 
     def symbols(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Symbols 0..K + 1 of integers ``x``, and how far beyond the window they lie, 0 at the nearest."""
+        """Symbols 0..K + 1 of integers ``x``, and their index j in a tail; 0 inside the window."""
         offset = x - self.low
         far = torch.where(offset < 0, -1 - offset, offset - self.K).clamp_min(0)
         return offset.clamp(-1, self.K) + 1, far
@@ -102,7 +98,7 @@ class ConditionalWindow(Distribution):
 
         Args:
             x: int64 ``(batch, dim)``, or floats that hold integers.
-            context: what the net is called with.
+            context: see the class.
 
         Returns:
             In the dtype of ``x`` if that is floating, else in that of the logits.
@@ -115,10 +111,10 @@ class ConditionalWindow(Distribution):
         if len(logits) != len(x):
             raise ValueError(f"x has {len(x)} rows, the context {len(logits)}")
         symbol, far = self.symbols(x.long())
-        # One sum over symbols a row, and two numbers: no table of all logs.
+        # One log-sum-exp an entry and two logits are enough, without a log-softmax of all symbols.
         common = self.common
-        gate, own = logits[..., common], logits.gather(-1, symbol[..., None]).squeeze(-1)
-        others = own - _without(logits, common).logsumexp(-1)
+        gate, logit = logits[..., common], logits.gather(-1, symbol[..., None]).squeeze(-1)
+        others = logit - _without(logits, common).logsumexp(-1)
         is_common = symbol == common
         terms = nn.functional.logsigmoid(torch.where(is_common, gate, -gate)) + torch.where(
             is_common, 0, others
@@ -127,8 +123,8 @@ class ConditionalWindow(Distribution):
         # The exponent of a float64 is exact for integers below 2^53.
         q = torch.frexp((far + 1).double()).exponent - 1
         tails = torch.where(beyond, -math.log(2) * (2 * q + 1).double(), 0)
-        found = (terms.double() + tails).sum(-1)
-        return found.to(x.dtype if x.is_floating_point() else logits.dtype)
+        total = (terms.double() + tails).sum(-1)
+        return total.to(x.dtype if x.is_floating_point() else logits.dtype)
 
     @torch.no_grad()
     def sample(
@@ -136,11 +132,10 @@ class ConditionalWindow(Distribution):
     ) -> Tensor:
         """``n`` exact draws, int64 ``(n, dim)``, one a row of the context."""
         law = self.law(context)
-        if len(law) != n:
-            raise ValueError(f"{n} draws asked of a context of {len(law)} rows")
+        check_rows(n, len(law))
         symbol = law.flatten(0, 1).multinomial(1, generator=generator).view(law.shape[:2])
         u = torch.rand(n, self.dim, 2, dtype=torch.float64, device=law.device, generator=generator)
-        # q is geometric, the rest even; beyond 2^53 there are no draws.
+        # q is geometric, and the integers of one q have equal probability; none beyond 2^53 is drawn.
         q = (-torch.log2(1 - u[..., 0])).floor().clamp(0, 52)
         far = torch.floor((1 + u[..., 1]) * 2**q).long() - 1
         offset = symbol - 1
@@ -148,24 +143,24 @@ class ConditionalWindow(Distribution):
         return self.low + offset
 
     @torch.no_grad()
-    def mean(self, context: Context | None) -> Tensor:
-        """The means of what lies in the window, rounded, int64 ``(batch, dim)``.
+    def rounded_mean(self, context: Context | None = None) -> Tensor:
+        """The means given that the entry lies in its window, rounded, int64 ``(batch, dim)``.
 
-        Some rows of the context are looked at at a time, since they have many logits each.
+        Computed for a few rows of the context at a time, since each has many logits.
         """
         size = max(1, _LOGITS // (self.dim * (self.K + 2)))
         values = torch.arange(self.K, dtype=torch.float64, device=self.low.device)
-        found = []
+        means = []
         for start in range(0, len(context.given[0]) if context and context.given else 1, size):
             law = self.law(context and context.rows(start, start + size))[..., 1:-1]
-            # All of it may lie in the tails.
+            # The window may have a probability of 0.
             inside = law.sum(-1).clamp_min(torch.finfo(law.dtype).tiny)
-            found.append(self.low + (law @ values / inside).round().long())
-        return torch.cat(found)
+            means.append(self.low + (law @ values / inside).round().long())
+        return torch.cat(means)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Context | None = None) -> None:
-        """Start from data ``(n, dim)``: from how often each symbol is seen, at all entries together.
+        """Start from the frequencies of the symbols of all entries of data ``(n, dim)``.
 
         Counts are smoothed by 1/2 (Krichevsky and Trofimov 1981).
         """
@@ -173,16 +168,11 @@ class ConditionalWindow(Distribution):
         counts = torch.bincount(symbol.flatten(), minlength=self.K + 2).double() + 0.5
         share, c = counts / counts.sum(), int(counts.argmax())
         start = share.log()
-        # A log of odds, which is at least the log of the share: the largest start still.
+        # Log-odds are at least the log of the share, so that this stays the largest start.
         start[c] = share[c].logit()
         self.start.copy_(start)
 
-    @property
-    def num_calls(self) -> int:
-        """One."""
-        return 1
-
 
 def _without(logits: Tensor, symbol: int) -> Tensor:
-    """Logits with that of one symbol at minus infinity."""
+    """Logits, with minus infinity for one symbol."""
     return logits.index_fill(-1, torch.tensor(symbol, device=logits.device), -math.inf)

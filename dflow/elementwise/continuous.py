@@ -19,12 +19,12 @@ from dflow.core import Elementwise
 
 #: Smallest width and height of a bin, as a share of all bins together, and smallest derivative at a knot.
 _LEAST = 1e-3
-#: What soft-plus and the smallest derivative make 1 of.
+#: The number of which soft-plus, plus the smallest derivative, is 1.
 _RAW_ONE = math.log(math.expm1(1 - _LEAST))
 
 
 class Continuous(Elementwise):
-    """What the families on the reals have in common: the checks of the arguments."""
+    """Base class of the families on the reals: it checks the arguments."""
 
     def __init__(self, num_params: int, bound: float) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Continuous(Elementwise):
 class Affine(Continuous):
     """``z = (x - loc) / scale`` with ``log scale = bound * tanh(raw / bound)``; params are (loc, raw).
 
-    The scale stays within ``exp(-bound)..exp(bound)`` whatever the conditioner says.
+    The scale stays within ``exp(-bound)..exp(bound)`` for any output of the conditioner.
 
     Source: Dinh et al. 2017, arXiv 1605.08803; bound 1 is Hoogeboom et al. 2020, arXiv 2001.11235, eq. 6,
     which writes the inverse.
@@ -137,7 +137,7 @@ class Spline(Continuous):
         near = z.clamp(-self.bound, self.bound)
         x0, y0, d0, width, height, bend = self._bin(params, near, 1)
         slope, eta = height / width, (near - y0) / height
-        # The root of a theta^2 + b theta = c in 0..1, in whichever form cancels nothing; a > 0 where b < 0.
+        # The root of a theta^2 + b theta = c in 0..1, in the form without cancellation; a > 0 where b < 0.
         curve = eta * (2 * d0 + bend - 2 * slope)
         a, b, c = slope - d0 + curve, d0 - curve, slope * eta
         root = torch.addcmul(b * b, a, c, value=4).clamp_min(torch.finfo(z.dtype).tiny).sqrt()
@@ -147,15 +147,15 @@ class Spline(Continuous):
         return torch.where(inside, torch.addcmul(x0, width, theta), z), torch.where(inside, -log_det, 0.0)
 
     def _bin(self, params: Tensor, value: Tensor, axis: int) -> Tensor:
-        found: Tensor = _Bin.apply(params, value.detach(), self.bound, axis)  # type: ignore[no-untyped-call]
-        return found
+        bin_values: Tensor = _Bin.apply(params, value.detach(), self.bound, axis)  # type: ignore[no-untyped-call]
+        return bin_values
 
 
 class _Bin(torch.autograd.Function):
-    """Of the bin of each value: x, y and derivative at the left knot, width, height, rise of the derivative.
+    """Numbers of each value's bin: x, y, derivative at its left knot, width, height, rise of the derivative.
 
-    Written by hand, since autograd through soft-max, running sums and look-up costs several times the rest
-    of the spline: each entry hangs on one bin, and its gradient is written down for that bin at once.
+    The gradient is written by hand: each entry depends on one bin only, while autograd through soft-max,
+    running sums and look-up costs several times as much as everything else in the spline.
     """
 
     @staticmethod
@@ -182,17 +182,17 @@ class _Bin(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        """Of the params."""
+        """Gradient for the params."""
         shares, raw, place = ctx.saved_tensors
         bins = shares.shape[1]
         knot, d0, size, bend = grad.flatten(1).split([2, 1, 2, 1])
         out = grad.new_empty(3 * bins - 1, len(place))
         line = torch.arange(bins, device=place.device)[:, None]
-        # The left knot hangs on every bin before this one, the size on this one.
+        # The left knot depends on every bin before this one, the size on this one.
         new = out[: 2 * bins].view(2, bins, -1).copy_(knot[:, None]).masked_fill_(line >= place, 0.0)
         new.scatter_add_(1, place.expand(2, 1, -1), size[:, None])
         new.sub_((new * shares).sum(1, keepdim=True)).mul_(shares).mul_(2 * ctx.bound * (1 - _LEAST * bins))
-        # The derivatives at the outer knots are no parameters: rows that are dropped.
+        # The derivatives at the outer knots are no parameters; their rows are dropped.
         slopes = grad.new_zeros(bins + 1, len(place))
         slopes.scatter_(0, place[None], d0 - bend).scatter_(0, place[None] + 1, bend)
         torch.mul(slopes[1:-1], raw.sigmoid(), out=out[2 * bins :])
@@ -204,10 +204,10 @@ def _rational(slope: Tensor, d0: Tensor, bend: Tensor, theta: Tensor) -> tuple[T
 
     ``bend`` is the derivative at the right knot less that at the left, ``d0``.
     """
-    rest = 1 - theta
-    both = theta * rest
-    low = torch.addcmul(d0 * rest, slope, theta)
-    ratio = slope / torch.addcmul(slope, both, 2 * d0 + bend - 2 * slope)
-    # d1 theta^2 + 2 slope theta rest + d0 rest^2
-    rise = theta * torch.addcmul((d0 + bend) * theta, slope, rest, value=2) + d0 * rest * rest
+    co_theta = 1 - theta
+    product = theta * co_theta
+    low = torch.addcmul(d0 * co_theta, slope, theta)
+    ratio = slope / torch.addcmul(slope, product, 2 * d0 + bend - 2 * slope)
+    # d1 theta^2 + 2 slope theta co_theta + d0 co_theta^2
+    rise = theta * torch.addcmul((d0 + bend) * theta, slope, co_theta, value=2) + d0 * co_theta * co_theta
     return theta * low * ratio / slope, torch.log(rise * ratio * ratio)

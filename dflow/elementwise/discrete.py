@@ -19,7 +19,7 @@ from dflow.ops.straight_through import StraightThrough, straight_through
 
 
 class Discrete(Elementwise):
-    """What the families on Z/K have in common: the two modes, and the checks of the arguments."""
+    """Base class of the families on Z/K: it selects the mode and checks the arguments."""
 
     def __init__(self, K: int, num_params: int, estimator: StraightThrough | None = None) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Discrete(Elementwise):
         if rows:
             z = self._rows(x, params, to_latent)
         else:
-            # Only data come from outside; latents are drawn by a base that knows K.
+            # Only data come from the user; latents come from a base over the same K symbols.
             if to_latent and x.numel() and (int(x.min()) < 0 or int(x.max()) >= self.K):
                 raise ValueError(f"symbols lie in 0..{self.K - 1}, found {int(x.min())}..{int(x.max())}")
             z = self._symbols(x, params.detach(), to_latent)
@@ -106,7 +106,7 @@ class ModShift(Discrete):
         return modular.shift(x, loc) if to_latent else modular.unshift(x, loc)
 
     def expected(self, x: Tensor, params: Tensor, cost: Tensor) -> Tensor:
-        """``sum_s softmax(params / temperature)_s cost[x - s]``: the mean cost of the latent of a random loc.
+        """Mean cost of the latent under a random loc: ``sum_s softmax(params / temperature)_s cost[x - s]``.
 
         Args:
             x: symbols, int64 ``(batch, dim)``.
@@ -153,7 +153,7 @@ class ModAffine(Discrete):
         return modular.unaffine(x, loc, scale, self.units)
 
     def expected(self, x: Tensor, params: Tensor, cost: Tensor) -> Tensor:
-        """Mean cost of the latent where loc and scale are drawn from their soft-maxes, each by itself.
+        """Mean cost of the latent under independent random loc and scale.
 
         ``sum_s sum_a softmax(l / temperature)_s softmax(m / temperature)_a cost[(x - s) / units[a]]`` for
         ``params`` l (K) and m (phi(K)); arguments and result as in `ModShift.expected`, O(K phi(K)) an entry.
@@ -170,7 +170,7 @@ class ModRank(Discrete):
     """``z`` = the rank of symbol ``x`` when the K symbols are sorted by descending logit.
 
     Ties go by symbol, so every vector of logits gives a permutation. ``z`` is 0 when ``x`` is the most
-    probable symbol: whatever the context, a good classifier sends its data to the same few latents.
+    probable symbol: in every context a good classifier maps the data to the same few latents.
 
     Gradients to the logits are those of a SoftSort row, ``softmax(-|l_x - sort(l)| / temperature)`` over
     ranks (over symbols in the inverse), gradients to ``x`` those of the hard permutation. With Gumbel
@@ -194,8 +194,8 @@ class ModRank(Discrete):
     def _symbols(self, x: Tensor, params: Tensor, to_latent: bool) -> Tensor:
         x = x[..., None]
         if to_latent:
-            own, symbol = params.gather(-1, x), torch.arange(self.K, device=x.device)
-            before = (params > own) | ((params == own) & (symbol < x))
+            logit, symbol = params.gather(-1, x), torch.arange(self.K, device=x.device)
+            before = (params > logit) | ((params == logit) & (symbol < x))
             return before.sum(-1)
         return self._order(params).gather(-1, x).squeeze(-1)
 
@@ -207,15 +207,15 @@ class ModRank(Discrete):
         hard = x.gather(-1, order if to_latent else rank)
         if not (logits.requires_grad and torch.is_grad_enabled()):
             return hard
-        here = x.detach().argmax(-1, keepdim=True)
-        # |difference| written with the sign that the hard ranking gives it: the same value, but at a
-        # tie (all logits 0, the identity) a one-sided derivative instead of none at all.
+        hot = x.detach().argmax(-1, keepdim=True)
+        # |difference|, written with the sign from the hard ranking: the same value, but at a tie (all logits
+        # 0, the identity) it has a one-sided derivative instead of a derivative of 0.
         if to_latent:
-            difference = logits.gather(-1, here) - logits.gather(-1, order)
-            sign = torch.sign(line - rank.gather(-1, here))
+            difference = logits.gather(-1, hot) - logits.gather(-1, order)
+            sign = torch.sign(line - rank.gather(-1, hot))
         else:
-            difference = logits.gather(-1, order.gather(-1, here)) - logits
-            sign = torch.sign(rank - here)
+            difference = logits.gather(-1, order.gather(-1, hot)) - logits
+            sign = torch.sign(rank - hot)
         soft = torch.softmax(-sign * difference / self.estimator.temperature, -1)
         return straight_through(hard, soft)
 
@@ -224,8 +224,8 @@ class ModRank(Discrete):
         return logits.sort(dim=-1, descending=True, stable=True).indices
 
 
-#: Families on Z/K by the name that recipes give them: from K and the estimator of the model, or a new one.
-#: Add a line, and the families of models that are flows on Z/K can use it.
+#: Constructors of the families on Z/K by their names in recipes, called with K and an estimator, None for a
+#: new one. A family that is added here can be used by every flow on Z/K.
 DISCRETE: dict[str, Callable[[int, StraightThrough | None], Elementwise]] = {
     "shift": ModShift,
     "affine": ModAffine,

@@ -16,8 +16,8 @@ from dflow.ops.straight_through import round_
 class IntegerShift(Elementwise):
     """``z = x - round(t)`` on the integers, halves rounded to the even one; t is the only parameter.
 
-    Both modes agree wherever a float holds the integers concerned: below 2^24 in float32, 2^53 in float64.
-    The gradient takes the rounding for the identity.
+    Both modes agree as long as floats hold the integers exactly: below 2^24 in float32, 2^53 in float64. For
+    the gradient, rounding counts as the identity.
 
     Source: Hoogeboom et al. 2019, arXiv 1905.07376 (which adds where this subtracts).
 
@@ -38,7 +38,7 @@ class IntegerShift(Elementwise):
             z like ``x``, and log_det, zeros ``(batch, n)``.
 
         Raises:
-            ValueError: wrong shapes or dtype; for int64, params that are no number or beyond 2^62.
+            ValueError: wrong shapes or dtype; for int64, params that are not finite or beyond 2^62.
         """
         return x - self._shift(x, params), self._no_log_det(params)
 
@@ -58,7 +58,7 @@ class IntegerShift(Elementwise):
         t = t.to(torch.promote_types(t.dtype, torch.float32))
         if x.is_floating_point():
             return round_(t).to(x.dtype)
-        # What such a number becomes as an integer hangs on the machine.
+        # The conversion of such a number to an integer depends on the machine.
         if not (t.abs() < 2.0**62).all():
             raise ValueError(
                 "a translation is not finite, or beyond 2^62; the net's training diverged or its weights are "

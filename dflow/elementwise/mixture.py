@@ -18,14 +18,14 @@ from dflow.elementwise.continuous import Continuous
 #: Smallest weight of a component, as a share of its weight among equals.
 _LEAST = 1e-3
 
-#: Bound of the log of a wide scale, and of the outer one. Narrow components are needed for narrow peaks; a
-#: wide one makes a tail, and these multiply from layer to layer when a model draws.
+#: Upper bound of log s, and of the outer log scale a. Narrow components are needed for narrow peaks; wide
+#: ones make tails, whose scales multiply from layer to layer when a model draws.
 _WIDE = 2.0
 
-#: Entries that are solved for together, so that what belongs to them stays in the cache.
+#: Entries that are solved for at a time, so that their tensors stay in the cache.
 _BLOCK = 4096
 
-#: Looks at the map that a solution takes at most: some 60 halvings of the interval, and as many other steps.
+#: Limit of the evaluations of the map for a solution: about 60 bisections, and as many Newton steps.
 _MOST = 200
 
 
@@ -33,13 +33,14 @@ class MixtureLogistic(Continuous):
     r"""``z = exp(a) logit(F(x)) + b`` with ``F(x) = sum_k w_k sigmoid((x - loc_k) / s_k)``.
 
     Params are the logits of the K weights, K numbers for the means and K for the log scales, a and b. All
-    zero is the identity: every component is the standard logistic law. Alike, they would stay so in training;
-    hence means and log scales are the numbers times factors from 1/2 to 2, of each component others. Scales
-    lie in ``exp(-bound)..exp(2)`` and ``exp(a)`` within ``exp(+-2)``, by tanh as in `Affine`; weights are at
-    least ``1 / (1000 K)``. Both tails are lines of the slope ``exp(a) / s``, s the widest scale, and exact.
+    zero is the identity: every component is the standard logistic law. Equal components would stay equal in
+    training; so the numbers for means and log scales are multiplied by factors from 1/2 to 2 that differ
+    between components. Scales lie in ``exp(-bound)..exp(2)`` and ``exp(a)`` within ``exp(+-2)``, by tanh as
+    in `Affine`; weights are at least ``1 / (1000 K)``. Both tails are lines of slope ``exp(a) / s``, s the
+    largest scale, and are computed without loss of precision.
 
-    The inverse is found between the places where the components alone have the value, by Newton's method with
-    bisection, until nothing changes. It has the gradients of the solution.
+    The inverse lies between the smallest and the largest of the inverses of the components. Newton's method
+    with bisection finds it to the last bit. Its gradients are those of the exact solution.
 
     Source: Ho et al. 2019, arXiv 1902.00275 (Flow++).
 
@@ -68,11 +69,11 @@ class MixtureLogistic(Continuous):
         return self._map(z, params, True)
 
     def _map(self, value: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = _Map.apply(params, value, self.bound, inverse)  # type: ignore[no-untyped-call]
-        return found
+        mapped: tuple[Tensor, Tensor] = _MixtureMap.apply(params, value, self.bound, inverse)  # type: ignore[no-untyped-call]
+        return mapped
 
 
-class _Law(NamedTuple):
+class _Components(NamedTuple):
     """A mixture for each of n entries: weights, means and inverse scales, each ``(K, n)``."""
 
     weight: Tensor
@@ -80,10 +81,10 @@ class _Law(NamedTuple):
     inv: Tensor
 
 
-class _Map(torch.autograd.Function):
-    """Both directions. The gradients are written by hand, as the spline's: autograd costs several times more.
+class _MixtureMap(torch.autograd.Function):
+    """Both directions. Gradients are written by hand as for the spline: autograd costs several times as much.
 
-    Those of the inverse are those of the map at the solution, turned round.
+    The gradients of the inverse follow from those of the map at the solution.
     """
 
     @staticmethod
@@ -98,7 +99,7 @@ class _Map(torch.autograd.Function):
         raw = rows[2 * count : -2] * scale_factor
         most = torch.where(raw > 0, _WIDE, bound)
         share, tame, stretch = rows[:count].softmax(0), _tanh(raw / most), _tanh(rows[-2] / _WIDE)
-        law = _Law(
+        law = _Components(
             torch.add(_LEAST / count, share, alpha=1 - _LEAST),
             rows[count : 2 * count] * loc_factor,
             torch.exp(-tame * most),
@@ -107,67 +108,67 @@ class _Map(torch.autograd.Function):
         if inverse:
             y = (line - rows[-1]) / scale
             out = _solve(y, law)
-            _, log_slope, *parts = _look(out, law)
+            _, log_slope, *shares = _look(out, law)
             log_det = torch.add(log_slope, stretch, alpha=_WIDE).neg_()
         else:
-            y, log_slope, *parts = _look(line, law)
+            y, log_slope, *shares = _look(line, law)
             out = torch.addcmul(rows[-1], y, scale)
             log_det = torch.add(log_slope, stretch, alpha=_WIDE)
-        ctx.save_for_backward(share, tame, stretch, law.weight, law.inv, scale, y, log_slope, *parts)
+        ctx.save_for_backward(share, tame, stretch, law.weight, law.inv, scale, y, log_slope, *shares)
         ctx.inverse, ctx.shape = inverse, params.shape
         return out.view(value.shape), log_det.view(value.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """Of the params and the value."""
-        share, tame, stretch, weight, inv, scale, y, log_slope, d, below, above, here = ctx.saved_tensors
-        first, second = (grad.flatten() for grad in grads)
+        """Gradients for the params and the value."""
+        share, tame, stretch, weight, inv, scale, y, log_slope, d, below, above, density = ctx.saved_tensors
+        grad_value, grad_log = (grad.flatten() for grad in grads)
         count, slope = len(share), log_slope.exp()
         loc_factor, scale_factor = _factors(count, share)
-        # Of the log of the slope by d; the sigmoid is the distribution function of a component.
-        turn = torch.addcmul(here - below, d.sigmoid(), below + above - 2 * here)
+        # Derivative of the log of the slope by d; the sigmoid is the distribution function of a component.
+        turn = torch.addcmul(density - below, d.sigmoid(), below + above - 2 * density)
         bend = (turn * inv).sum(0)
         out = torch.empty(ctx.shape[-1], len(y), dtype=y.dtype, device=y.device)
         if ctx.inverse:
-            by_slope = -second
-            by_y = torch.addcmul(first, by_slope, bend) / -slope.clamp_min(torch.finfo(slope.dtype).tiny)
+            by_slope = -grad_log
+            by_y = torch.addcmul(grad_value, by_slope, bend) / -slope.clamp_min(torch.finfo(slope.dtype).tiny)
             by_value = -by_y / scale
             out[-1] = -by_value
-            by_log = torch.addcmul(-second, by_y, y)
+            by_log = torch.addcmul(-grad_log, by_y, y)
         else:
-            by_slope, by_y = second, first * scale
+            by_slope, by_y = grad_log, grad_value * scale
             by_value = torch.addcmul(by_slope * bend, by_y, slope)
-            out[-1] = first
-            by_log = torch.addcmul(second, by_y, y)
-        # Of y by x a component's share is its share in the density times the slope.
-        by_x = torch.addcmul(by_slope * turn * inv, here, by_y * slope)
-        by_weight = ((below - above) * by_y + (here - below - above) * by_slope) / weight
+            out[-1] = grad_value
+            by_log = torch.addcmul(grad_log, by_y, y)
+        # The share of a component in dy/dx is its share in the density times the slope.
+        by_x = torch.addcmul(by_slope * turn * inv, density, by_y * slope)
+        by_weight = ((below - above) * by_y + (density - below - above) * by_slope) / weight
         torch.mul(by_weight - (by_weight * share).sum(0), share, out=out[:count]).mul_(1 - _LEAST)
         torch.mul(by_x, -loc_factor, out=out[count : 2 * count])
-        narrow = torch.addcmul(by_slope * here, by_x, d / inv)
+        narrow = torch.addcmul(by_slope * density, by_x, d / inv)
         torch.mul(narrow, -scale_factor * (1 - tame * tame), out=out[2 * count : -2])
         torch.mul(by_log, 1 - stretch * stretch, out=out[-2])
         return out.view(-1, *ctx.shape[:-1]).movedim(0, -1), by_value.view(ctx.shape[:-1]), None, None
 
 
 def _factors(count: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """What numbers are multiplied by for means and for log scales, each ``(K, 1)``."""
+    """Factors of the numbers for means and for log scales, each ``(K, 1)``."""
     loc = torch.linspace(-1, 1, count, dtype=like.dtype, device=like.device)[:, None].exp2_()
     return loc, loc.flip(0).roll(1, 0)
 
 
 def _tanh(x: Tensor) -> Tensor:
-    """Several times as fast as the library's, and 0 at 0."""
+    """``tanh(x)``, several times as fast as `torch.tanh` and exactly 0 at 0."""
     return torch.sigmoid(2 * x).mul_(2).sub_(1)
 
 
-def _parts(x: Tensor, law: _Law) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of each component d, masses below and above x and density, and the log of a factor ``(n,)``.
+def _parts(x: Tensor, law: _Components) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """For each component d, the masses below and above x and the density; and ``shift``, ``(n,)``.
 
-    That is ``d = (x - loc) / s``, ``w c``, ``w (1 - c)`` and ``w c (1 - c) / s``, c the share below x.
-    In a tail, where all components lie to one side, the small one of the two sums would vanish: there each
-    term, and so the product, has the factor ``e^|shift|``.
+    That is ``d = (x - loc) / s``, ``w c``, ``w (1 - c)`` and ``w c (1 - c) / s`` with ``c = sigmoid(d)``. In
+    a tail, where all components lie on one side of x, the smaller of the two masses would underflow: there
+    that mass and the density are multiplied by ``e^|shift|``.
     """
     d = (x - law.loc).mul_(law.inv)
     least, most = d.aminmax(dim=0)
@@ -177,53 +178,53 @@ def _parts(x: Tensor, law: _Law) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor
     rise = (d - shift).clamp_(-limit, limit).exp_()
     above = torch.addcmul(right.neg_().exp_(), left.exp_(), rise).reciprocal_()
     below = rise.mul_(above)
-    here = (below * above).mul_(law.inv).mul_(law.weight)
-    return d, below.mul_(law.weight), above.mul_(law.weight), here, shift
+    density = (below * above).mul_(law.inv).mul_(law.weight)
+    return d, below.mul_(law.weight), above.mul_(law.weight), density, shift
 
 
-def _look(x: Tensor, law: _Law) -> tuple[Tensor, ...]:
+def _look(x: Tensor, law: _Components) -> tuple[Tensor, ...]:
     """Logit of F and the log of its slope ``(n,)``; d, and shares in F, 1 - F and the density ``(K, n)``.
 
     The slope is ``f / (F (1 - F))``; nothing is subtracted from one.
     """
-    d, below, above, here, shift = _parts(x, law)
-    F, S, f = below.sum(0), above.sum(0), here.sum(0)
+    d, below, above, density, shift = _parts(x, law)
+    F, S, f = below.sum(0), above.sum(0), density.sum(0)
     log_F, log_S, log_f = F.log(), S.log(), f.log()
     numbers = torch.finfo(f.dtype)
     deep = f < numbers.tiny / numbers.eps
     if bool(deep.any()):
-        # Between components that are all far off: their tails, as logarithms.
-        some = deep.nonzero().flatten()
-        tails = (law.weight * law.inv)[:, some].log() - d[:, some].abs()
-        log_f[some], f[some], here[:, some] = tails.logsumexp(0), 1.0, tails.softmax(0)
-    return log_F - log_S + shift, log_f - log_F - log_S, d, below.div_(F), above.div_(S), here.div_(f)
+        # Between components that are all far away the density underflows: sum their tails as logarithms.
+        indices = deep.nonzero().flatten()
+        tails = (law.weight * law.inv)[:, indices].log() - d[:, indices].abs()
+        log_f[indices], f[indices], density[:, indices] = tails.logsumexp(0), 1.0, tails.softmax(0)
+    return log_F - log_S + shift, log_f - log_F - log_S, d, below.div_(F), above.div_(S), density.div_(f)
 
 
-def _solve(y: Tensor, law: _Law) -> Tensor:
+def _solve(y: Tensor, law: _Components) -> Tensor:
     """Places where the logit of F is ``y``."""
-    blocks = zip(*(part.split(_BLOCK, -1) for part in (y, *law)), strict=True)
-    return torch.cat([_root(part, _Law(*laws)) for part, *laws in blocks])
+    blocks = zip(*(rows.split(_BLOCK, -1) for rows in (y, *law)), strict=True)
+    return torch.cat([_root(rows, _Components(*tensors)) for rows, *tensors in blocks])
 
 
-def _root(y: Tensor, law: _Law) -> Tensor:
-    """Newton's method, and bisection where that leaves the interval or is slow.
+def _root(y: Tensor, law: _Components) -> Tensor:
+    """Newton's method, with a bisection where a step leaves the interval or is too long.
 
-    Each entry goes its own way, and is let go of when it has arrived.
+    Each entry is solved for by itself; entries that are done are removed from the batch from time to time.
     """
-    # Where the components alone have that logit: at the last of these places none is below, F is not either.
+    # The places where single components have the logit y: F has it between the first and the last of them.
     ends = torch.addcdiv(law.loc, y, law.inv)
     low, high = ends.aminmax(dim=0)
     eps = torch.finfo(y.dtype).eps
-    # A step of Newton's is about the square of the last, on the scale of the narrowest component.
+    # A Newton step is about the square of the step before, in units of the narrowest component.
     near, noise, last = eps**0.5 / 4 / law.inv.amax(0), 2 * eps * (1 + y.abs()), high - low
     x = (law.weight * ends).sum(0)
-    found, left = x.clone(), torch.arange(len(x), device=x.device)
+    solution, remaining = x.clone(), torch.arange(len(x), device=x.device)
     for _ in range(_MOST):
-        _, below, above, here, shift = _parts(x, law)
+        _, below, above, density, shift = _parts(x, law)
         F, S = below.sum(0), above.sum(0)
         off = F.log() - S.log() + shift - y
         low, high = torch.where(off > 0, low, x), torch.where(off < 0, high, x)
-        new = x - off / (here.sum(0) / (F * S))
+        new = x - off / (density.sum(0) / (F * S))
         newton = (new >= low) & (new <= high) & ((new - x).abs() <= last / 2)
         new = torch.where(newton, new, low + (high - low) / 2)
         new = torch.where(off.abs() <= noise, x, new)
@@ -233,10 +234,10 @@ def _root(y: Tensor, law: _Law) -> Tensor:
         if arrived == len(x):
             break
         if 3 * arrived > len(x):
-            found[left] = x
+            solution[remaining] = x
             keep = (~done).nonzero().flatten()
-            law = _Law(*(part[:, keep] for part in law))
-            left, x, y, low, high = (part[keep] for part in (left, x, y, low, high))
-            last, near, noise = (part[keep] for part in (last, near, noise))
-    found[left] = x
-    return found
+            law = _Components(*(tensor[:, keep] for tensor in law))
+            remaining, x, y, low, high = (tensor[keep] for tensor in (remaining, x, y, low, high))
+            last, near, noise = (tensor[keep] for tensor in (last, near, noise))
+    solution[remaining] = x
+    return solution

@@ -1,4 +1,4 @@
-"""The likelihood of images and tables where it can be had, else bounds of it."""
+"""The likelihood of images and tables where the model has it, else bounds of it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dflow.config import InputError
 from dflow.data import ImageSet, Samples
+from dflow.evaluate.driver import Rows, Scorer, check_positive, total
 from dflow.hf import DflowImageModel
-from dflow.objectives import bits
 
 #: A row that occurs more often is scored this often, and counts as often as it occurs.
 _REPEATS = 32
@@ -24,7 +23,7 @@ _PASS, _PASS_ENTRIES = 1 << 12, 1 << 18
 
 @dataclass(frozen=True)
 class ImageEvaluation:
-    """What a model costs on data, in `unit`; all from the same draws of the dequantizer.
+    """The cost of data under a model, in `unit`; all from the same draws of the dequantizer.
 
     Attributes:
         vi: minus the elbo (mean of log p(v) - log q(v | x)): an upper bound of the cost, in expectation.
@@ -32,14 +31,14 @@ class ImageEvaluation:
         kl: ``vi - nll``, an estimate from below of KL(q(v | x) || p(v | x)).
         exact: the cost itself, where the density has cell masses; else None.
         vi_error: standard error of `vi` over data, None for a single one.
-        nll_error: that of `nll`.
-        ess: mean effective number of draws, 1 to `draws`; where it is small, `nll` hangs on a few draws and
+        nll_error: standard error of `nll`.
+        ess: mean effective number of draws, 1 to `draws`; where it is small, `nll` depends on a few draws and
             can lie below the truth.
         unit: "bits a dimension" or "bits" (a datum).
-        kind: what vi and nll are.
-        draws: of the dequantizer, for each datum.
-        precision: in which they were computed.
-        num_rows: data scored.
+        kind: the kind of the figures vi and nll.
+        draws: number of draws of the dequantizer for each datum.
+        precision: the dtype in which the figures were computed.
+        num_rows: number of data scored.
         intact: whether every draw fell into the cell of its datum.
     """
 
@@ -68,8 +67,8 @@ def check_data(model: DflowImageModel, images: ImageSet) -> None:
     if isinstance(images.levels, int) and len(levels) == 1 and images.levels > levels[0]:
         raise InputError(
             f"{images.name}: values of {images.levels} levels, and this model was trained on {levels[0]}: "
-            f"value {images.levels - 1} is none of 0..{levels[0] - 1}; set data.bits to that of the model's "
-            "recipe, or give the data it was trained on"
+            f"value {images.levels - 1} is not one of 0..{levels[0] - 1}; set data.bits to that of the "
+            "model's recipe, or give the data it was trained on"
         )
     if columns and images.columns and list(images.columns) != columns:
         raise InputError(
@@ -97,112 +96,100 @@ def evaluate_images(
 
     .. math:: \mathrm{vi} = -\tfrac 1 K \sum_k \log w_k, \qquad \mathrm{nll} = -\log \tfrac 1 K \sum_k w_k .
 
-    Draws come in chunks, so that memory hangs on the batch size and not on K. A row that occurs many times
-    is scored 32 times with new draws each; the expectation is the same.
+    Draws come in chunks: the memory depends on the batch size and not on K. A row that occurs many times is
+    scored 32 times with new draws each; the expectation is the same.
 
     Args:
         model: scored in a copy of the precision asked for.
         data: a split.
         unit: "bits a dimension", or "bits" for those of a whole datum.
         draws: K.
-        batch_size: data a pass, on each process.
+        batch_size: number of data a pass, on each process.
         limit: score ``limit`` random rows only, always the same.
-        precision: of the model and the draws; sums are in float64 in any case.
-        seed: of the draws.
+        precision: the dtype of the model and the draws; sums are in float64 in any case.
+        seed: the seed of the draws.
         progress: show a bar on stderr.
         accelerator: spread the data over its processes.
 
     Raises:
-        InputError: nothing to score, data of another kind than the model's, a model without bounds, or a
-            bound that is not finite.
+        InputError: data of another kind than the model's, a model without bounds, a bound that is not finite.
     """
-    for name, value in (("draws", draws), ("batch size", batch_size), ("limit", limit)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} {value} must be at least 1")
+    check_positive(draws=draws, batch_size=batch_size, limit=limit)
     if not 0 <= seed < 1 << 62:
         raise InputError(f"seed {seed} must be from 0 to {(1 << 62) - 1}")
-    scored = _copy(model, precision)
-    law = scored.dequantized
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    rows, weights = _distinct(data.subset(limit or data.num_rows).values)
-    total = len(rows)
-    chunk = max(1, min(draws, min(_PASS, _PASS_ENTRIES // scored.dim) // batch_size))
-    dims = 1 if unit == "bits" else scored.dim
-    moments = torch.zeros(8, dtype=torch.float64)
-    exact = True
-    mine = range(rank * batch_size, total, world * batch_size)
-    shown = progress and rank == 0
-    with (
-        torch.inference_mode(),
-        tqdm(total=total, unit="row", desc="score", delay=1, disable=not shown) as bar,
-    ):
-        for start in mine:
-            part = slice(start, min(total, start + batch_size))
-            x = rows[part] if rows.is_floating_point() else rows[part].long()
-            x = scored.check(x.to(scored.device))
-            generator = torch.Generator(x.device).manual_seed(seed + start)
-            found = law.assess(x, draws, chunk, generator)
-            masses: Tensor | None = None
-            if exact:
-                try:
-                    masses = law.exact_log_prob(x).double()
-                except ValueError:
-                    exact = False
-            quantized = law.partition.quantize(law.dequantize(x, generator))
-            intact = bool((quantized == x)[:, law.partition.discrete(scored.dim)].all())
-            terms = [
-                torch.ones_like(found.elbo),
-                -found.elbo,
-                found.elbo**2,
-                -found.iwbo,
-                found.iwbo**2,
-                found.ess,
-            ]
-            terms.append(torch.zeros_like(found.elbo) if masses is None else -masses)
-            weight = weights[part].to(x.device)
-            sums = torch.stack([(t.double() * weight).sum() for t in terms]).cpu()
-            moments += torch.cat([sums, torch.tensor([float(not intact)], dtype=torch.float64)])
-            bar.update(len(x))
-    totals = torch.cat([moments, torch.tensor([float(not exact)], dtype=torch.float64)])
-    if accelerator is not None and world > 1:
-        totals = accelerator.reduce(totals.to(accelerator.device), "sum").cpu()
-    n, vi, vi2, nll, nll2, ess, mass, failed, inexact = totals.tolist()
-    if not math.isfinite(vi) or not math.isfinite(nll):
-        raise InputError(
-            f"the model's bound on the {data.name} data is not finite; its training diverged or its "
-            "checkpoint is damaged"
-        )
-
+    scorer = _Bounds(_copy(model, precision), data.subset(limit or data.num_rows), draws, batch_size, seed)
+    totals = total(scorer, batch_size, progress, accelerator)
+    dims = 1 if unit == "bits" else model.dim
+    (vi, vi_error), (nll, nll_error) = totals.bits("vi", dims), totals.bits("nll", dims)
+    exact, _ = totals.bits("exact", dims)
     return ImageEvaluation(
-        vi=bits(vi / n, dims),
-        nll=bits(nll / n, dims),
-        kl=bits((vi - nll) / n, dims),
-        exact=None if inexact else bits(mass / n, dims),
-        vi_error=_error(n, vi, vi2, dims),
-        nll_error=_error(n, nll, nll2, dims),
-        ess=ess / n,
+        vi=vi,
+        nll=nll,
+        kl=vi - nll,
+        exact=None if math.isnan(exact) else exact,
+        vi_error=vi_error,
+        nll_error=nll_error,
+        ess=totals.mean("ess"),
         unit=unit,
         kind=f"upper bounds in expectation, from {draws:,} draws",
         draws=draws,
         precision=str(precision).removeprefix("torch."),
-        num_rows=round(n),
-        intact=failed == 0,
+        num_rows=round(totals.count),
+        intact=not totals.failed,
     )
+
+
+class _Bounds(Scorer):
+    """Bounds of the likelihood of images from draws of the dequantizer."""
+
+    model: DflowImageModel
+    names, optional, random = ("vi", "nll", "ess", "exact"), ("ess", "exact"), True
+
+    def __init__(self, model: DflowImageModel, data: Samples, draws: int, batch_size: int, seed: int) -> None:
+        self.model, self.law, self.draws, self.seed = model, model.dequantized, draws, seed
+        self.what = f"bound on the {data.name} data"
+        self.values, self.weights = _distinct(data.values)
+        self.num_rows = self.num_checks = len(self.values)
+        self.chunk = max(1, min(draws, min(_PASS, _PASS_ENTRIES // model.dim) // batch_size))
+        self.has_masses = True
+
+    def score(self, rows: slice) -> Rows:
+        x, generator = self._batch(rows)
+        bounds = self.law.assess(x, self.draws, self.chunk, generator)
+        values = {"vi": -bounds.elbo, "nll": -bounds.iwbo, "ess": bounds.ess}
+        values["exact"] = torch.full_like(bounds.elbo, math.nan)
+        if self.has_masses:
+            try:
+                values["exact"] = -self.law.exact_log_prob(x)
+            except ValueError:
+                self.has_masses = False
+        return Rows(values, weights=self.weights[rows])
+
+    def check(self, rows: slice) -> bool:
+        x, generator = self._batch(rows)
+        quantized = self.law.partition.quantize(self.law.dequantize(x, generator))
+        return bool((quantized == x)[:, self.law.partition.discrete(self.model.dim)].all())
+
+    def _batch(self, rows: slice) -> tuple[Tensor, torch.Generator]:
+        """Rows on the device of the model, and the randomness of their draws."""
+        x = self.values[rows]
+        x = self.model.check((x if x.is_floating_point() else x.long()).to(self.model.device))
+        return x, torch.Generator(x.device).manual_seed(self.seed + rows.start)
 
 
 @dataclass(frozen=True)
 class ExactEvaluation:
-    """What a model with an exact likelihood costs on data, in `unit`.
+    """The cost of data under a model with an exact likelihood, in `unit`.
 
     Attributes:
         nll: minus the mean log-likelihood.
         nll_error: its standard error over data, None for a single one.
         unit: "bits a dimension" or "bits" (a datum).
         kind: "exact".
-        precision: of the model; each precision makes a law of its own.
-        num_rows: data scored.
+        precision: the dtype of the model; each dtype makes a law of its own.
+        num_rows: number of data scored.
         round_trip: whether the flow gave back `num_checked` data from their latents; None: not checked.
-        num_checked: data that went through the round trip.
+        num_checked: number of data that went through the round trip.
     """
 
     nll: float
@@ -235,10 +222,10 @@ def evaluate_exact(
         model: scored in a copy of the precision asked for.
         data: a split.
         unit: "bits a dimension", or "bits" for those of a whole datum.
-        batch_size: data a pass, on each process.
+        batch_size: number of data a pass, on each process.
         limit: score ``limit`` random rows only, always the same.
-        precision: of the networks, and so of what is rounded; sums are in float64 in any case.
-        checks: data that go through the round trip, over all processes.
+        precision: the dtype of the networks, whose outputs are rounded; sums are in float64 in any case.
+        checks: number of data that go through the round trip, over all processes.
         progress: show a bar on stderr.
         accelerator: spread the data over its processes.
 
@@ -246,59 +233,44 @@ def evaluate_exact(
         InputError: nothing to score, data of another kind than the model's, a model without an exact
             likelihood, or a likelihood that is not finite.
     """
-    for name, value in (("batch size", batch_size), ("limit", limit)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} {value} must be at least 1")
-    scored = _copy(model, precision)
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    rows = data.subset(limit or data.num_rows)
-    total, dims = rows.num_rows, 1 if unit == "bits" else scored.dim
-    # Rows, nats, their squares, rows checked, failures.
-    sums = torch.zeros(5, dtype=torch.float64)
-    with (
-        torch.inference_mode(),
-        tqdm(total=total, unit="row", desc="score", delay=1, disable=not (progress and rank == 0)) as bar,
-    ):
-        for start in range(rank * batch_size, total, world * batch_size):
-            x = rows.rows(slice(start, min(total, start + batch_size))).to(scored.device)
-            nats = -scored.log_prob(x).double().cpu()
-            rows_checked = x[: max(0, checks - start)]
-            verdict = scored.round_trip(rows_checked) if len(rows_checked) else None
-            checked = 0 if verdict is None else len(rows_checked)
-            found = [len(x), float(nats.sum()), float(nats.square().sum()), checked, verdict is False]
-            sums += torch.tensor(found, dtype=torch.float64)
-            bar.update(len(x))
-    if accelerator is not None and world > 1:
-        sums = accelerator.reduce(sums.to(accelerator.device), "sum").cpu()
-    n, first, second, num_checked, failures = sums.tolist()
-    if not math.isfinite(first):
-        raise InputError(
-            f"the model's likelihood of the {data.name} data is not finite; its training diverged or its "
-            "checkpoint is damaged"
-        )
+    check_positive(batch_size=batch_size, limit=limit)
+    scorer = _Likelihood(_copy(model, precision), data, limit, checks)
+    totals = total(scorer, batch_size, progress, accelerator)
+    nll, nll_error = totals.bits("nats", 1 if unit == "bits" else model.dim)
     return ExactEvaluation(
-        nll=bits(first / n, dims),
-        nll_error=_error(n, first, second, dims),
+        nll=nll,
+        nll_error=nll_error,
         unit=unit,
         kind="exact",
         precision=str(precision).removeprefix("torch."),
-        num_rows=round(n),
-        round_trip=failures == 0 if num_checked else None,
-        num_checked=round(num_checked),
+        num_rows=round(totals.count),
+        round_trip=totals.round_trip,
+        num_checked=totals.num_checked,
     )
 
 
+class _Likelihood(Scorer):
+    """The likelihood of images itself."""
+
+    model: DflowImageModel
+
+    def __init__(self, model: DflowImageModel, data: Samples, limit: int | None, checks: int) -> None:
+        self.model, self.data = model, data.subset(limit or data.num_rows)
+        self.what = f"likelihood of the {data.name} data"
+        self.num_rows = self.data.num_rows
+        self.num_checks = min(checks, self.num_rows)
+
+    def score(self, rows: slice) -> Rows:
+        return Rows({"nats": -self.model.log_prob(self.data.rows(rows).to(self.model.device))})
+
+    def check(self, rows: slice) -> bool | None:
+        return self.model.round_trip(self.data.rows(rows).to(self.model.device))
+
+
 def _copy(model: DflowImageModel, precision: torch.dtype) -> DflowImageModel:
-    """For scoring, in the precision asked for."""
-    scored: DflowImageModel = copy.deepcopy(model).train(False)
-    nn.Module.to(scored, precision)
-    return scored
-
-
-def _error(n: float, first: float, second: float, dims: int) -> float | None:
-    """Standard error of a mean, in bits, from the sums of nats and of their squares."""
-    spread = max(0.0, second / n - (first / n) ** 2)
-    return bits(math.sqrt(spread / (n - 1)), dims) if n > 1 else None
+    """A copy of the model in another precision."""
+    copied: DflowImageModel = nn.Module.to(copy.deepcopy(model), precision)
+    return copied
 
 
 def _distinct(values: Tensor) -> tuple[Tensor, Tensor]:

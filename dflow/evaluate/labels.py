@@ -1,9 +1,9 @@
-"""How often a classifier is right, what its labels cost, and how well it knows when it is wrong."""
+"""Accuracy, cost and calibration of the labels of a classifier."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from tqdm import tqdm
 from dflow.config import InputError
 from dflow.core import check_lengths
 from dflow.data import Samples
+from dflow.evaluate.driver import check_positive
 from dflow.hf import DflowClassifier
 
 #: Bins of confidence over which calibration is measured.
@@ -45,10 +46,10 @@ class LabelEvaluation:
 
     Attributes:
         scores: in the order propagated, binarized, ensembles.
-        coverage: of the largest ensemble: pairs of a share of the data, those on which its members agree
-            most, and the error on them; None where there is none of two or more.
-        num_rows: images scored.
-        num_estimated: images that normalisations were re-estimated on, of the training data.
+        coverage: pairs of a share of the data, those on which the members of the largest ensemble agree
+            most, and the error on them; None without an ensemble of two or more.
+        num_rows: number of images scored.
+        num_estimated: number of training images on which normalisations were re-estimated.
         kind: "exact": the figures are those of the networks, and ensembles are of seeded draws.
     """
 
@@ -73,62 +74,64 @@ def evaluate_labels(
 ) -> LabelEvaluation:
     """Score ``model``, what it is binarized to, and ensembles of networks drawn from its law.
 
-    An ensemble says the mean of its members' probabilities. A smaller one is the beginning of a larger.
+    An ensemble predicts the mean of its members' probabilities. A smaller one is the beginning of a larger.
 
     Args:
         model: in evaluation mode.
         data: a split with labels.
-        train: what normalisations are re-estimated on.
+        train: data on which normalisations are re-estimated.
         ensembles: sizes; left out where no weight is random.
-        batch_size: images a pass.
+        batch_size: number of images a pass.
         limit: score ``limit`` random images only, always the same.
-        estimated: images to re-estimate on, always the same.
-        seed: of the draws of weights, and of pooling.
+        estimated: number of images to re-estimate on, always the same.
+        seed: the seed of the draws of weights, and of pooling.
         progress: show a bar on stderr.
 
     Raises:
         InputError: no labels, sizes below 1, data of another kind than the model's.
     """
-    smallest = min(ensembles, default=1)
-    for name, value in (("batch size", batch_size), ("limit", limit), ("ensemble", smallest)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} {value} must be at least 1")
+    check_positive(batch_size=batch_size, limit=limit, ensemble=min(ensembles, default=1))
     rows = data.subset(limit or data.num_rows)
     if rows.labels is None:
         raise InputError(f"the {data.name} data have no labels; use mnist or cifar10")
     device = next(model.parameters()).device
     x, labels = model.check(rows.rows(slice(None))), rows.labels
-    kind = model.config.settings().kind
-    drawn = max(ensembles, default=0) if kind == "probabilistic" else 0
-    own = train.subset(estimated).rows(slice(None)).to(device)
+    drawn = max(ensembles, default=0) if model.config.settings().kind == "probabilistic" else 0
+    estimated_on = train.subset(estimated).rows(slice(None)).to(device)
     generator = torch.Generator().manual_seed(seed)
-
-    def probabilities(net: nn.Sequential) -> Tensor:
-        # float64, in which no probability of a soft-max is 0 for want of digits.
-        parts = [net(part.to(device)).double().softmax(1).cpu() for part in x.split(batch_size)]
-        bar.update()
-        return torch.cat(parts)
-
-    networks = drawn + 1 + (kind != "float")
+    predicted = list[tuple[str, Tensor]]()
     with (
         torch.inference_mode(),
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        tqdm(total=networks, unit="net", desc="score", delay=1, disable=not progress) as bar,
+        tqdm(unit="net", desc="score", delay=1, disable=not progress) as bar,
     ):
         torch.manual_seed(seed)
-        named = [("propagated" if kind == "probabilistic" else "network", probabilities(model.net))]
-        if kind != "float":
-            named.append(("binarized", probabilities(model.binarized(own))))
-        members = [probabilities(model.binarized(own, "sample", generator)) for _ in range(drawn)]
-    many = torch.stack(members) if members else None
-    if many is not None:
-        named += [(f"ensemble of {n}", many[:n].mean(0)) for n in ensembles]
+        for name, net in _networks(model, estimated_on, drawn, generator):
+            # float64, in which no probability of a soft-max is 0 for want of digits.
+            batches = [net(batch.to(device)).double().softmax(1).cpu() for batch in x.split(batch_size)]
+            predicted.append((name, torch.cat(batches)))
+            bar.update()
+    named = [(name, probabilities) for name, probabilities in predicted if name]
+    members = [probabilities for name, probabilities in predicted if not name]
+    named += [(f"ensemble of {n}", torch.stack(members[:n]).mean(0)) for n in ensembles if drawn]
     return LabelEvaluation(
-        scores=[score(name, found, labels) for name, found in named],
-        coverage=_points(*coverage(many, labels)) if many is not None and len(many) > 1 else None,
+        scores=[score(name, probabilities, labels) for name, probabilities in named],
+        coverage=None if drawn < 2 else _points(*coverage(torch.stack(members), labels)),
         num_rows=len(x),
-        num_estimated=0 if kind == "float" else len(own),
+        num_estimated=0 if model.config.settings().kind == "float" else len(estimated_on),
     )
+
+
+def _networks(
+    model: DflowClassifier, estimated_on: Tensor, drawn: int, generator: torch.Generator
+) -> Iterator[tuple[str, nn.Sequential]]:
+    """The networks that a classifier can be made into, by name; those of an ensemble have none."""
+    kind = model.config.settings().kind
+    yield "propagated" if kind == "probabilistic" else "network", model.net
+    if kind != "float":
+        yield "binarized", model.binarized(estimated_on)
+    for _ in range(drawn):
+        yield "", model.binarized(estimated_on, "sample", generator)
 
 
 def score(name: str, probabilities: Tensor, labels: Tensor) -> Score:

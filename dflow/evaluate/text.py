@@ -8,31 +8,30 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 from dflow.config import InputError
 from dflow.data import Draws, Text
+from dflow.evaluate.driver import Rows, Scorer, check_positive, share, total
 from dflow.hf import DflowModel
-from dflow.objectives import bits
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model costs on a text, and how that was measured.
+    """The cost of a text under a model, and how that was measured.
 
     Attributes:
         bpc: bits a character.
-        standard_error: of `bpc`, from the spread over chunks; None for a single chunk.
+        standard_error: the error of `bpc`, from the spread over chunks; None for a single chunk.
         kind: ``exact``: the likelihood itself, neither a bound nor an estimate.
         protocol: how the text was cut.
-        num_symbols: symbols scored; in the sentence protocol each end counts as one.
-        num_chunks: chunks, or sentences, scored.
-        characters_per_symbol: of what is scored; 1 where the symbols are characters.
-        round_trip: whether what is scored is what is drawn, on `num_checked` chunks; None: not checked, which
-            a law of one's own may not offer.
-        num_checked: chunks that went through the round trip.
-        num_characters: characters scored; in the sentence protocol each end counts as one.
-        num_left: characters of the text that are not scored: behind the last whole chunk, of sentences that
+        num_symbols: number of symbols scored; in the sentence protocol each end counts as one.
+        num_chunks: number of chunks, or sentences, scored.
+        characters_per_symbol: a ratio over the scored text; 1 where the symbols are characters.
+        round_trip: whether the law draws what it scores, on `num_checked` chunks; None where it offers no
+            check.
+        num_checked: number of chunks that went through the round trip.
+        num_characters: number of characters scored; in the sentence protocol each end counts as one.
+        num_left: number of characters that are not scored: behind the last whole chunk, of sentences that
             are too long, or beyond the limit.
     """
 
@@ -70,90 +69,91 @@ def evaluate(
     Args:
         model: scores and draws; its mode is restored.
         text: a split of a corpus, spelled in the model's vocabulary.
-        batch_size: chunks a pass, on each process.
+        batch_size: number of chunks a pass, on each process.
         progress: show a bar on stderr.
         limit: score the first ``limit`` chunks only.
-        checks: chunks that go through the round trip, on each process.
+        checks: number of chunks that go through the round trip, on each process.
         accelerator: spread the chunks over its processes.
 
     Raises:
         InputError: no chunk to score, a text cut by another protocol than the model's, or a likelihood that
             is not finite.
     """
-    for name, value in (("batch size", batch_size), ("limit", limit)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} {value} must be at least 1")
-    length, explicit = model.config.length, model.config.explicit_length
-    if explicit != (text.lengths is not None):
-        modelled, found = ("sentences", "a stream") if explicit else ("a stream", "sentences")
+    check_positive(batch_size=batch_size, limit=limit)
+    scorer = _Chunks(model, text, limit, checks * share(accelerator)[1])
+    totals = total(scorer, batch_size, progress, accelerator)
+    if not totals.size:
         raise InputError(
-            f"the model is one of {modelled} and the {text.name} text is cut as {found}; set the protocol to "
-            f"{'sentence' if explicit else 'stream'!r}"
+            f"no character begins in the scored chunks of the {text.name} text; raise the limit, or give "
+            "more text"
         )
-    ids, lengths = text.chunks(length, limit)
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    shown = progress and rank == 0
-    mode = model.training
-    model.train(False)
-    try:
-        with torch.inference_mode():
-            characters = text.characters(ids, lengths) + (lengths is not None)
-            moments = _score(model, ids, lengths, characters, batch_size, rank, world, shown)
-            mine = slice(rank, min(len(ids), checks * world), world)
-            checked, failed_here = _round_trip(model, ids[mine], None if lengths is None else lengths[mine])
-    finally:
-        model.train(mode)
-    totals = torch.tensor([*moments, checked, failed_here], dtype=torch.float64)
-    if accelerator is not None and world > 1:
-        totals = accelerator.reduce(totals.to(accelerator.device), "sum")
-    chunks, nats, scored, squares, products, sizes, checked_all, failed = totals.tolist()
-    if not math.isfinite(nats):
-        raise InputError(
-            f"the model's likelihood of the {text.name} text is not finite; its training diverged or its "
-            "checkpoint is damaged"
-        )
-    if not scored:
-        raise InputError(
-            f"no character begins in what is scored of the {text.name} text; raise the limit, or give more "
-            "text"
-        )
-    rate = nats / scored
-    residuals = max(0.0, squares - 2 * rate * products + rate**2 * sizes)
-    error = math.sqrt(residuals * chunks / (chunks - 1)) / scored if chunks > 1 else None
-    unit = math.log(2)
-    ends = 0 if text.lengths is None else len(text.lengths)
+    bpc, error = totals.bits("nats")
+    scored, ends = int(totals.size), 0 if text.lengths is None else len(text.lengths)
+    ids, lengths = scorer.ids, scorer.lengths
     symbols = ids.numel() if lengths is None else int(lengths.sum()) + len(lengths)
     return Evaluation(
-        bpc=rate / unit,
-        standard_error=None if error is None else error / unit,
+        bpc=bpc,
+        standard_error=error,
         kind="exact",
-        protocol=_protocol(text, length, limit),
+        protocol=_protocol(text, model.config.length, limit),
         num_symbols=symbols,
-        num_chunks=int(chunks),
+        num_chunks=int(totals.count),
         characters_per_symbol=scored / symbols,
-        round_trip=failed == 0 if checked_all else None,
-        num_checked=int(checked_all),
-        num_characters=int(scored),
-        num_left=text.num_characters + ends - int(scored) + text.dropped_characters,
+        round_trip=totals.round_trip,
+        num_checked=totals.num_checked,
+        num_characters=scored,
+        num_left=text.num_characters + ends - scored + text.dropped_characters,
     )
+
+
+class _Chunks(Scorer):
+    """Chunks of a text, or sentences, each without the ones before it."""
+
+    model: DflowModel
+    row = "chunk"
+
+    def __init__(self, model: DflowModel, text: Text, limit: int | None, checks: int) -> None:
+        explicit = model.config.explicit_length
+        if explicit != (text.lengths is not None):
+            modelled, cut = ("sentences", "a stream") if explicit else ("a stream", "sentences")
+            raise InputError(
+                f"the model is one of {modelled} and the {text.name} text is cut as {cut}; set the protocol "
+                f"to {'sentence' if explicit else 'stream'!r}"
+            )
+        self.model, self.what = model, f"likelihood of the {text.name} text"
+        self.ids, self.lengths = text.chunks(model.config.length, limit)
+        # The end of a sentence counts as a character.
+        self.characters = text.characters(self.ids, self.lengths) + (self.lengths is not None)
+        self.num_rows = len(self.ids)
+        self.num_checks = min(checks, self.num_rows)
+
+    def score(self, rows: slice) -> Rows:
+        return Rows({"nats": -self.model.log_prob(*self._batch(rows))}, self.characters[rows])
+
+    def check(self, rows: slice) -> bool | None:
+        return self.model.round_trip(*self._batch(rows))
+
+    def _batch(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        device = self.model.device
+        return self.ids[rows].to(device), None if self.lengths is None else self.lengths[rows].to(device)
 
 
 @dataclass(frozen=True)
 class LawEvaluation:
-    """What a model costs on a law, beside what the best of all costs.
+    """The cost of a law under a model, beside that under the law itself.
 
     Attributes:
         nats: ``E[-log q(x)]`` of a sequence, x from the law and q the model.
-        bits: the same in bits an entry.
-        entropy: of the law, in nats a sequence; None where it is not known.
-        gap: ``nats - entropy``, the divergence KL(law || model) in nats; None where the entropy is.
-        factorized: what independent entries cost at best, in nats; None where it is not known.
+        bits: the cost in bits an entry.
+        entropy: the entropy of the law, in nats a sequence; None where it is not known.
+        gap: ``nats - entropy``, the divergence KL(law || model) in nats; None without an entropy.
+        factorized: the least cost under independent entries, in nats; None where it is not known.
         uniform: ``dim ln K``.
         kind: ``exact``: the expectation is a sum over all outcomes; ``estimate``: a mean over draws.
-        standard_error: of `nats` and `gap`, 0 where they are exact; None for a single draw.
-        num_sequences: outcomes or draws scored.
-        round_trip: whether what is scored is what is drawn, on `num_checked` draws; None: not checked.
-        num_checked: draws that went through the round trip.
+        standard_error: the error of `nats` and `gap`, 0 where they are exact; None for a single draw.
+        num_sequences: number of outcomes or draws scored.
+        round_trip: whether the model draws what it scores, on `num_checked` draws; None: not checked.
+        num_checked: number of draws that went through the round trip.
     """
 
     nats: float
@@ -191,116 +191,68 @@ def evaluate_law(
     Args:
         model: scores and draws; its mode is restored.
         text: a split of a corpus that is a law.
-        batch_size: sequences a pass, on each process.
+        batch_size: number of sequences a pass, on each process.
         progress: show a bar on stderr.
         limit: estimate from the first ``limit`` draws, even where the outcomes can be listed.
-        checks: draws that go through the round trip, on each process.
+        checks: number of draws that go through the round trip, on each process.
         accelerator: spread the sequences over its processes.
 
     Raises:
         InputError: a model of another length, or a likelihood that is not finite.
     """
-    for name, value in (("batch size", batch_size), ("limit", limit)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} {value} must be at least 1")
+    check_positive(batch_size=batch_size, limit=limit)
     law = text.law
-    draws, _ = text.chunks(model.config.length)
-    support = law.support if limit is None else None
-    if support is not None:
-        x, weights = support
-        offset = torch.zeros(len(x), dtype=torch.float64)
-    else:
-        x = draws[:limit]
-        weights = torch.full((len(x),), 1 / len(x), dtype=torch.float64)
-        known = law.log_prob(x)
-        offset = torch.zeros(len(x), dtype=torch.float64) if known is None else known + (law.entropy or 0.0)
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    mine = torch.arange(rank, len(x), world)
-    mode = model.training
-    model.train(False)
-    try:
-        with torch.inference_mode():
-            nats = _nats(model, x[mine], None, batch_size, progress and rank == 0, "sequence")
-            terms = nats + offset[mine]
-            checked, failed_here = _round_trip(model, draws[rank : checks * world : world], None)
-    finally:
-        model.train(mode)
-    mass = weights[mine]
-    sums = [float((mass * terms).sum()), float((mass * terms**2).sum())]
-    totals = torch.tensor([*sums, checked, failed_here], dtype=torch.float64)
-    if accelerator is not None and world > 1:
-        totals = accelerator.reduce(totals.to(accelerator.device), "sum")
-    mean, square, checked_all, failed = totals.tolist()
-    if not math.isfinite(mean):
-        raise InputError(
-            "the model's likelihood of the law is not finite; its training diverged or its checkpoint is "
-            "damaged"
-        )
-    n = len(x)
-    error = math.sqrt(max(0.0, square - mean**2) / (n - 1)) if n > 1 else None
+    scorer = _Outcomes(model, text, limit, checks * share(accelerator)[1])
+    totals = total(scorer, batch_size, progress, accelerator)
+    mean = totals.mean("nats")
     return LawEvaluation(
         nats=mean,
-        bits=bits(mean, law.dim),
+        bits=totals.bits("nats", law.dim)[0],
         entropy=law.entropy,
         gap=None if law.entropy is None else mean - law.entropy,
         factorized=law.factorized,
         uniform=law.dim * math.log(law.K),
-        kind="estimate" if support is None else "exact",
-        standard_error=error if support is None else 0.0,
-        num_sequences=n,
-        round_trip=failed == 0 if checked_all else None,
-        num_checked=int(checked_all),
+        kind="exact" if scorer.listed else "estimate",
+        standard_error=0.0 if scorer.listed else totals.error("nats"),
+        num_sequences=scorer.num_rows,
+        round_trip=totals.round_trip,
+        num_checked=totals.num_checked,
     )
 
 
-def _round_trip(model: DflowModel, ids: Tensor, lengths: Tensor | None) -> tuple[int, bool]:
-    """Rows of which the round trip was checked, and whether it failed."""
-    if not len(ids):
-        return 0, False
-    verdict = model.round_trip(ids.to(model.device), None if lengths is None else lengths.to(model.device))
-    return 0 if verdict is None else len(ids), verdict is False
+class _Outcomes(Scorer):
+    """All outcomes of a law by their probabilities, or draws from it; what is checked are draws."""
 
+    model: DflowModel
+    row, what = "sequence", "likelihood of the law"
 
-def _nats(
-    model: DflowModel,
-    ids: Tensor,
-    lengths: Tensor | None,
-    batch_size: int,
-    shown: bool,
-    unit: str,
-) -> Tensor:
-    """Minus the log-likelihood of each row, float64 on the CPU."""
-    parts = []
-    with tqdm(total=len(ids), unit=unit, desc="score", delay=1, mininterval=1, disable=not shown) as bar:
-        for start in range(0, len(ids), batch_size):
-            rows = slice(start, start + batch_size)
-            batch = None if lengths is None else lengths[rows].to(model.device)
-            parts.append(-model.log_prob(ids[rows].to(model.device), batch).cpu().double())
-            bar.update(len(parts[-1]))
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+    def __init__(self, model: DflowModel, text: Draws, limit: int | None, checks: int) -> None:
+        self.model, law = model, text.law
+        self.draws, _ = text.chunks(model.config.length)
+        support = law.support if limit is None else None
+        self.listed = support is not None
+        self.x, probabilities = support or (self.draws[:limit], None)
+        self.num_rows = len(self.x)
+        self.weights = None if probabilities is None else self.num_rows * probabilities
+        log_p = None if self.listed else law.log_prob(self.x)
+        self.offset = torch.zeros(1) if log_p is None else log_p + (law.entropy or 0.0)
+        self.offset = self.offset.double().expand(self.num_rows)
+        self.num_checks = min(checks, len(self.draws))
 
+    def score(self, rows: slice) -> Rows:
+        nats = -self.model.log_prob(self.x[rows].to(self.model.device)).double().cpu()
+        weights = None if self.weights is None else self.weights[rows]
+        return Rows({"nats": nats + self.offset[rows]}, weights=weights)
 
-def _score(
-    model: DflowModel,
-    ids: Tensor,
-    lengths: Tensor | None,
-    characters: Tensor,
-    batch_size: int,
-    rank: int,
-    world: int,
-    shown: bool,
-) -> list[float]:
-    """Of this process's chunks: number, nats, characters, and their squares and product summed."""
-    mine = slice(rank, None, world)
-    own = None if lengths is None else lengths[mine]
-    nats = _nats(model, ids[mine], own, batch_size, shown, "chunk")
-    sizes = characters[mine].double()
-    ones = torch.ones_like(nats)
-    return torch.stack([ones, nats, sizes, nats**2, nats * sizes, sizes**2]).sum(1).tolist()
+    def check(self, rows: slice) -> bool | None:
+        return self.model.round_trip(self.draws[rows].to(self.model.device))
 
 
 def _protocol(text: Text, length: int, limit: int | None) -> str:
-    first = "" if limit is None else f"the first {limit:,} "
+    """How the text was cut, in words."""
+    limited = "" if limit is None else f"the first {limit:,} "
     if text.lengths is None:
-        return f"{first}chunks of {length:,} symbols, each on its own, tail of {text.tail(length):,} dropped"
-    return f"{first}sentences, each on its own with its length, {text.dropped:,} too long ones dropped"
+        return (
+            f"{limited}chunks of {length:,} symbols, each on its own, tail of {text.tail(length):,} dropped"
+        )
+    return f"{limited}sentences, each on its own with its length, {text.dropped:,} too long ones dropped"

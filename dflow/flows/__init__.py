@@ -1,4 +1,4 @@
-"""A bijector with a base, and a part factored out: both are distributions, so they nest."""
+"""Flow (a bijector with a base) and Split (a part factored out): both are distributions, so they nest."""
 
 from dflow.flows.flow import Flow
 from dflow.flows.split import Split

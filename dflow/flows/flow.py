@@ -11,7 +11,7 @@ from dflow.core import Bijector, Context, Distribution, agreed
 class Flow(Distribution):
     """``log p(x) = log base(z) + log_det`` with ``z, log_det = bijector(x)``.
 
-    On Z/K log_det is 0: a flow moves probabilities and changes none.
+    On Z/K log_det is 0: a flow permutes the probabilities of the base.
     """
 
     def __init__(self, bijector: Bijector, base: Distribution) -> None:
@@ -31,16 +31,16 @@ class Flow(Distribution):
     def sample(
         self, n: int, context: Context | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """``n`` exact draws: the base's, taken back by the bijector."""
+        """``n`` exact draws: those of the base, mapped by the inverse of the bijector."""
         return self.bijector.inverse(self.base.sample(n, context, generator), context)[0]
 
     def round_trip(self, x: Tensor, context: Context | None = None) -> bool | None:
-        """Whether the bijector gives ``x`` back from its latents, and the base agrees with its draws."""
+        """Whether the inverse of the bijector recovers ``x``, and the round trip of the base succeeds."""
         z, _ = self.transform(x, context)
         same = torch.equal(self.bijector.inverse(z, context)[0], x)
         return agreed(same, self.base.round_trip(z, context))
 
     @property
     def num_calls(self) -> int:
-        """Those of the base and of the bijector's inverse."""
+        """The calls of the base and of the bijector's inverse."""
         return self.base.num_calls + self.bijector.num_calls

@@ -9,10 +9,11 @@ from dflow.core import Context, Distribution, agreed, lengths_in
 
 
 class Split(Distribution):
-    """``log p(x) = log conditional(x_b | x_a) + log base(x_a)``, x_a the kept entries, x_b the rest.
+    """``log p(x) = log conditional(x_b | x_a) + log base(x_a)``, x_a the kept entries, x_b the others.
 
-    The conditional is given ``x_a``, before whatever the context gives. Lengths T are counted anew for each
-    part, as the entries of that part before position T; the conditional is given those of x_a too, last.
+    The context of the conditional has ``x_a`` as its first given tensor, before those of the outer context.
+    The length of a part is the number of its entries before the length T of the whole; the conditional gets
+    the lengths of x_a too, as its last given tensor.
 
     Source: Dinh et al. 2017, arXiv 1605.08803 (multi-scale); Lindt and Hoogeboom 2021, arXiv 2107.11625
     (split priors).
@@ -41,8 +42,8 @@ class Split(Distribution):
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact log-likelihood in nats, ``(batch,)``."""
-        (x_a, own), (x_b, given) = self.parts(x, context)
-        return self.conditional.log_prob(x_b, given) + self.base.log_prob(x_a, own)
+        (x_a, of_base), (x_b, of_conditional) = self.parts(x, context)
+        return self.conditional.log_prob(x_b, of_conditional) + self.base.log_prob(x_a, of_base)
 
     def parts(self, x: Tensor, context: Context | None = None) -> tuple[tuple[Tensor, Context | None], ...]:
         """``x_a`` with the context of the base, and ``x_b`` with that of the conditional."""
@@ -50,8 +51,8 @@ class Split(Distribution):
             raise ValueError(f"expected {self.dim} entries, found x of shape {tuple(x.shape)}")
         lengths_in(context, len(x))
         x_a, x_b = x.index_select(1, self.kept_index), x.index_select(1, self.rest_index)
-        own, given = self.contexts(x_a, context)
-        return (x_a, own), (x_b, given)
+        of_base, of_conditional = self.contexts(x_a, context)
+        return (x_a, of_base), (x_b, of_conditional)
 
     def sample(
         self, n: int, context: Context | None = None, generator: torch.Generator | None = None
@@ -63,29 +64,34 @@ class Split(Distribution):
         return self.join(x_a, x_b)
 
     def join(self, x_a: Tensor, x_b: Tensor) -> Tensor:
-        """``x`` of its parts."""
+        """``x`` from its parts: the inverse of `parts`."""
         x = x_a.new_empty(len(x_a), self.dim, *x_a.shape[2:])
         return x.index_copy(1, self.kept_index, x_a).index_copy(1, self.rest_index, x_b)
 
     def contexts(self, x_a: Tensor | None, context: Context | None) -> tuple[Context | None, Context]:
-        """The contexts of base and conditional; without ``x_a`` only that of the base is."""
+        """The contexts of base and conditional; without ``x_a`` only that of the base is valid."""
         lengths, given = lengths_in(context), () if context is None else context.given
-        before = given if x_a is None else (x_a, *given)
+        with_kept = given if x_a is None else (x_a, *given)
         if lengths is None:
-            return context, Context(given=before)
+            return context, Context(given=with_kept)
         total = lengths.clamp(max=self.dim)
-        kept = (self.kept_index < total[:, None]).sum(1)
+        num_kept = (self.kept_index < total[:, None]).sum(1)
         return (
-            Context(lengths=kept, given=given),
-            Context(lengths=total - kept, given=(*before, kept)),
+            Context(lengths=num_kept, given=given),
+            Context(lengths=total - num_kept, given=(*with_kept, num_kept)),
         )
 
+    def rounded_mean(self, context: Context | None = None) -> Tensor:
+        """The mean of the base, joined with the mean of the conditional given it."""
+        x_a = self.base.rounded_mean(self.contexts(None, context)[0])
+        return self.join(x_a, self.conditional.rounded_mean(self.contexts(x_a, context)[1]))
+
     def round_trip(self, x: Tensor, context: Context | None = None) -> bool | None:
-        """That of both parts, each by itself."""
-        (x_a, own), (x_b, given) = self.parts(x, context)
-        return agreed(self.base.round_trip(x_a, own), self.conditional.round_trip(x_b, given))
+        """The round trips of both parts, each by itself."""
+        (x_a, of_base), (x_b, of_conditional) = self.parts(x, context)
+        return agreed(self.base.round_trip(x_a, of_base), self.conditional.round_trip(x_b, of_conditional))
 
     @property
     def num_calls(self) -> int:
-        """Those of the base and of the conditional."""
+        """The calls of the base and of the conditional."""
         return self.base.num_calls + self.conditional.num_calls

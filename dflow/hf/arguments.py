@@ -1,4 +1,4 @@
-"""What the `forward` of a model takes by name: checked, and read as lengths where it says what is present."""
+"""Checks of the named arguments of a model's `forward`; masks and labels are converted to lengths."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dflow.config import InputError, nearest
 F = TypeVar("F", bound=Callable[..., Any])
 Output = TypeVar("Output", bound=ModelOutput)
 
-#: Labels of symbols that transformers leaves out of a loss.
+#: The label that transformers leaves out of a loss.
 IGNORED = -100
 
 
@@ -45,9 +45,10 @@ class _Forward:
 def labels_optional(forward: F) -> F:
     """``forward`` of a model that has a loss without labels and takes them too.
 
-    Trainer keeps the columns of a data set that the method of a model names, and so ``labels``. It tells from
-    the signature of the class whether a loss needs them: where that names labels, `Trainer.evaluate` has no
-    ``eval_loss`` for data without them, and so that of the class names ``return_loss`` alone.
+    Trainer keeps the columns of a data set that are arguments of the bound method, which has ``labels``. From
+    the signature on the class it concludes whether a loss needs labels: with an argument ``labels`` there,
+    `Trainer.evaluate` would have no ``eval_loss`` for data without labels. So the function on the class has
+    only ``return_loss``.
     """
     return cast("F", _Forward(forward))
 
@@ -56,43 +57,43 @@ def refuse_unknown(kwargs: Mapping[str, Any], forward: Callable[..., Any], more:
     """Refuse arguments that ``forward``, a bound method, has no name for.
 
     Raises:
-        InputError: names the first, and the nearest that there is.
+        InputError: the message names the first unknown argument, and the known argument nearest to it.
     """
     if not kwargs:
         return
     kinds = inspect.signature(forward).parameters
-    known = [name for name, p in kinds.items() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    names = [name for name, p in kinds.items() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     name = next(iter(kwargs))
-    raise InputError(f"forward takes no argument {name!r}{more}; {nearest(name, known)}")
+    raise InputError(f"forward takes no argument {name!r}{more}; {nearest(name, names)}")
 
 
 def present_lengths(
     input_ids: Tensor, lengths: Tensor | None, attention_mask: Tensor | None, labels: Tensor | None
 ) -> Tensor | None:
-    """Lengths int64 ``(batch,)`` of what is present of symbols ``(batch, n)``; None where all of it is.
+    """Lengths int64 ``(batch,)`` of the symbols ``(batch, n)`` that are present; None where all are.
 
     Args:
         input_ids: the symbols.
         lengths: the lengths themselves, or None.
-        attention_mask: ``(batch, n)``, 1 for what is present, which comes first, and 0 for what is not.
-        labels: ``(batch, n)``, the symbols themselves, or -100 for what is not present.
+        attention_mask: ``(batch, n)``, 1 for symbols that are present, which come first, and 0 for others.
+        labels: ``(batch, n)``, the symbols themselves, or -100 for symbols that are not present.
 
     Raises:
-        InputError: what no lengths can say, labels that are other symbols, or arguments that contradict.
+        InputError: a mask that is no prefix, labels that are other symbols, or arguments that contradict.
     """
     counted: dict[str, Tensor] = {}
-    if lengths is not None and lengths.shape == input_ids.shape[:1]:  # others are refused by who reads them
+    if lengths is not None and lengths.shape == input_ids.shape[:1]:  # the model refuses other shapes
         counted["lengths"] = lengths
     if attention_mask is not None:
         counted["attention_mask"] = _of_mask(input_ids, attention_mask)
     if labels is not None:
         counted["labels"] = _of_labels(input_ids, labels)
-    for (one, those), (other, these) in pairwise(counted.items()):
-        if not torch.equal(those.long(), these.long()):
-            row = int((those != these).nonzero()[0])
+    for (name, expected), (other_name, other) in pairwise(counted.items()):
+        if not torch.equal(expected.long(), other.long()):
+            row = int((expected != other).nonzero()[0])
             raise InputError(
-                f"{one} says that {int(those[row])} symbols of row {row} are present, {other} that "
-                f"{int(these[row])} are; give one of them, or labels of {IGNORED} where the mask is 0"
+                f"{name} says that {int(expected[row])} symbols of row {row} are present, {other_name} that "
+                f"{int(other[row])} are; give one of them, or labels of {IGNORED} where the mask is 0"
             )
     if lengths is not None or not counted:
         return lengths
@@ -110,7 +111,7 @@ def _of_mask(input_ids: Tensor, mask: Tensor) -> Tensor:
             "for each symbol that is present and a 0 for each that is not"
         )
     if not bool(((mask == 0) | (mask == 1)).all()):
-        raise InputError("attention_mask has values other than 0 and 1; give a 1 for what is present")
+        raise InputError("attention_mask has values other than 0 and 1; give a 1 for each symbol present")
     return _prefix(mask == 1, "attention_mask", "pad on the right, or give lengths=")
 
 
@@ -134,7 +135,7 @@ def _of_labels(input_ids: Tensor, labels: Tensor) -> Tensor:
 
 
 def _prefix(present: Tensor, name: str, way: str) -> Tensor:
-    """Lengths of rows of which the first entries are present, ``(batch,)``."""
+    """Lengths of rows whose present entries come first, ``(batch,)``; an InputError for other rows."""
     count = present.sum(1)
     gaps = present != (torch.arange(present.shape[1], device=present.device) < count[:, None])
     if bool(gaps.any()):
@@ -144,9 +145,9 @@ def _prefix(present: Tensor, name: str, way: str) -> Tensor:
 
 
 def scaled(loss: Tensor, entries: int | Tensor, num_items_in_batch: int | Tensor | None) -> Tensor:
-    """The share of a mean over ``entries`` in one over ``num_items_in_batch``, those of several batches.
+    """A mean loss over ``entries``, scaled to its share of a mean over ``num_items_in_batch``.
 
-    Trainer sums the losses of the batches of a step where it tells their entries together.
+    Trainer passes the number of items of all batches of a step, and adds up their losses.
     """
     if num_items_in_batch is None:
         return loss

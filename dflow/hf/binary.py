@@ -6,46 +6,32 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    AutoModelForImageClassification,
-)
+from transformers import AutoModel, AutoModelForImageClassification
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from dflow import zoo
 from dflow.config import InputError
 from dflow.hf.arguments import answer, refuse_unknown, scaled
 from dflow.hf.config import DflowClassifierConfig
-from dflow.hf.images import checked
-from dflow.hf.pretrained import Pretrained
-from dflow.nn.binary import Head
+from dflow.hf.images import ValuesModel
+from dflow.nn.classifier import head_of
 
 
-class DflowClassifier(Pretrained):
+class DflowClassifier(ValuesModel):
     """Labels of images of integers; in evaluation a probabilistic network propagates its law."""
 
     config_class = DflowClassifierConfig
     base_model_prefix = "net"
-    main_input_name = "pixel_values"
     config: DflowClassifierConfig
 
     def __init__(self, config: DflowClassifierConfig) -> None:
         """Build the network that ``config`` describes, with fresh weights."""
         super().__init__(config)
-        self._settings = settings = config.settings()
+        self._settings = config.settings()
         # Masks and averages are computed, not loaded; see `DflowModel`.
         with torch.device("cpu"):
-            self.net = zoo.build_classifier(config.family, settings)
+            self.net = zoo.build_classifier(config.family, self._settings)
         self.post_init()  # type: ignore[no-untyped-call]
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Modules initialise themselves; the default would undo it."""
-
-    @property
-    def dim(self) -> int:
-        """Pixels of one image."""
-        pixels: int = self._settings.dim
-        return pixels
 
     def forward(
         self,
@@ -61,61 +47,57 @@ class DflowClassifier(Pretrained):
             pixel_values: integers ``(batch, C, H, W)`` or ``(batch, C*H*W)``.
             labels: int64 ``(batch,)``.
             return_dict: False for a tuple.
-            num_items_in_batch: how many labels the batches of one step have together, of whose mean the loss
-                is then this batch's share.
-            kwargs: none.
+            num_items_in_batch: number of labels in all batches of one step; the loss is then the share of
+                this batch in their mean.
+            kwargs: refused.
 
         Raises:
-            InputError: an argument that is none of these; another shape, or values outside the model's
-                levels; labels that are no classes.
+            InputError: an unknown argument; another shape, or values outside the model's levels; labels
+                outside the classes.
         """
         refuse_unknown(kwargs, self.forward)
-        logits: Tensor = self.net(self._given(pixel_values))
+        logits: Tensor = self.net(self._as_weights(pixel_values))
         output = ImageClassifierOutput(logits=logits)
-        head = self.net[-1]
-        if labels is not None and isinstance(head, Head):
+        if labels is not None:
             self._check_labels(pixel_values, labels)
-            loss = head.loss(logits, labels) / len(labels)
+            loss = head_of(self.net).loss(logits, labels) / len(labels)
             output.loss = scaled(loss, len(labels), num_items_in_batch)
         return answer(output, return_dict, self.config)
 
     def _check_labels(self, x: Tensor, labels: Tensor) -> None:
-        classes = self._settings.classes
+        classes: int = self.config.settings().classes
         if labels.shape != x.shape[:1] or labels.dtype != torch.int64:
             raise InputError(
-                f"labels are int64 ({len(x)},), one of each image, found {labels.dtype} {tuple(labels.shape)}"
+                f"labels are int64 ({len(x)},), one for each image, found {labels.dtype} "
+                f"{tuple(labels.shape)}"
             )
         low, high = (int(v) for v in labels.aminmax()) if labels.numel() else (0, 0)
         if low < 0 or high >= classes:
             raise InputError(
-                f"label {high if high >= classes else low} is none of the classes 0..{classes - 1}"
+                f"label {high if high >= classes else low} is not one of the classes 0..{classes - 1}"
             )
 
     def log_prob(self, pixel_values: Tensor) -> Tensor:
         """Log-probabilities in nats ``(batch, classes)``; values as in `forward`."""
-        logits: Tensor = self.net(self._given(pixel_values))
+        logits: Tensor = self.net(self._as_weights(pixel_values))
         return logits.log_softmax(1)
 
     def binarized(
         self, images: Tensor, rule: zoo.Rule = "map", generator: torch.Generator | None = None
     ) -> nn.Sequential:
-        """The network of given weights on {-1, +1}, normalised anew on ``images``; see `to_deterministic`.
+        """The network with fixed weights on {-1, +1}, normalised anew on ``images``; see `to_deterministic`.
 
         Raises:
             InputError: a network of floats; values as in `forward`.
         """
-        return zoo.to_deterministic(self.net, self._given(images).split(_BATCH), rule, generator)
+        return zoo.to_deterministic(self.net, self._as_weights(images).split(_BATCH), rule, generator)
 
-    def _given(self, x: Tensor) -> Tensor:
+    def _as_weights(self, x: Tensor) -> Tensor:
         """`check`, in the precision of the weights."""
         return self.check(x).to(self.dtype)
 
-    def check(self, x: Tensor) -> Tensor:
-        """``x`` flat, ``(batch, dim)``, or an `InputError`."""
-        return checked(x, self._settings)
 
-
-#: Images that are re-estimated on at a time.
+#: Images in a batch for the re-estimated normalisation.
 _BATCH = 256
 
 AutoModel.register(DflowClassifierConfig, DflowClassifier)

@@ -1,4 +1,4 @@
-"""Settings of models as transformers configs: the family's, and those of every config."""
+"""Transformers configs of models: the settings of the family, and those of every config."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dflow.config import InputError
 
 
 class FamilyConfig(PreTrainedConfig):
-    """Settings of a model of some kind: its family, and what the family's settings list.
+    """Settings of a model: its family, and the settings of that family.
 
     Args:
         family: a name in `dflow.zoo.FAMILIES`.
@@ -23,18 +23,19 @@ class FamilyConfig(PreTrainedConfig):
     """
 
     model_kind: ClassVar[zoo.Kind]
+    #: Settings that come from the data, without which there is no model.
+    required: ClassVar[tuple[str, ...]] = ()
     family: str
 
     def __init__(self, family: str, **kwargs: Any) -> None:
-        """See the class."""
         self.family = family
         plugins.load_installed()
         record, values = zoo.FAMILIES.get(family), {}
-        # A family that is not known, or not here, is refused by `settings`.
+        # A family that is unknown, or of another kind, is refused by `settings`.
         if record is not None and record.kind == self.model_kind:
             if taken := [name for name in record.fields if name in _of_transformers()]:
                 raise InputError(
-                    f"family {family!r}: transformers takes the setting {taken[0]!r} for its own; rename it"
+                    f"family {family!r}: {taken[0]!r} is a setting of transformers itself; rename it"
                 )
             values = {name: kwargs.pop(name) for name in record.fields if name in kwargs}
             values = asdict(zoo.settings(family, values))
@@ -42,10 +43,10 @@ class FamilyConfig(PreTrainedConfig):
 
     @property
     def record(self) -> zoo.Family:
-        """What is known of the family.
+        """The record of the family.
 
         Raises:
-            InputError: it is not known, or is one of another kind.
+            InputError: the family is unknown, or is one of another kind.
         """
         return zoo.find(self.family, self.model_kind)
 
@@ -53,15 +54,18 @@ class FamilyConfig(PreTrainedConfig):
         """The family's settings, checked; parsed once for the same values.
 
         Raises:
-            InputError: an unknown family, or values that it does not take.
+            InputError: an unknown family, values that it refuses, or missing settings of the data.
         """
         fields = self.record.fields
-        return _parsed(self.record, json.dumps({name: getattr(self, name) for name in fields}))
+        settings = _parsed(self.record, json.dumps({name: getattr(self, name) for name in fields}))
+        if missing := [name for name in self.required if not getattr(settings, name)]:
+            raise InputError(f"settings of the data are missing: {', '.join(missing)}; restore the file")
+        return settings
 
 
 @functools.cache
 def _of_transformers() -> frozenset[str]:
-    """Names, such as temperature, that transformers takes out of the settings of a model."""
+    """Names, such as temperature, that transformers removes from the settings of a model."""
     return frozenset(vars(GenerationConfig()))
 
 
@@ -86,7 +90,6 @@ class DflowConfig(FamilyConfig):
     def __init__(
         self, family: str = "grouped", vocab_size: int = 27, explicit_length: bool = False, **kwargs: Any
     ) -> None:
-        """See the class."""
         self.vocab_size, self.explicit_length = vocab_size, explicit_length
         super().__init__(family, **kwargs)
 
@@ -102,17 +105,11 @@ class DflowImageConfig(FamilyConfig):
 
     model_type = "dflow-image"
     model_kind = "images"
+    required = ("shape", "levels")
 
     def __init__(self, family: str = "dequantized", **kwargs: Any) -> None:
         """See `FamilyConfig`."""
         super().__init__(family, **kwargs)
-
-    def settings(self) -> zoo.ValuesConfig:
-        """See `FamilyConfig.settings`; what is that of the data has to be there."""
-        found: zoo.ValuesConfig = super().settings()
-        if not found.shape or not found.levels:
-            raise InputError("shape and levels are missing; restore the file")
-        return found
 
 
 class DflowClassifierConfig(FamilyConfig):
@@ -120,19 +117,13 @@ class DflowClassifierConfig(FamilyConfig):
 
     model_type = "dflow-classifier"
     model_kind = "labels"
+    required = ("shape", "levels", "classes")
 
     def __init__(self, family: str = "pbnet", **kwargs: Any) -> None:
         """See `FamilyConfig`."""
         if kwargs.get("classes"):
             kwargs.setdefault("num_labels", kwargs["classes"])
         super().__init__(family, **kwargs)
-
-    def settings(self) -> Any:
-        """See `FamilyConfig.settings`; what is that of the data has to be there."""
-        found: Any = super().settings()
-        if not found.shape or not found.levels or not found.classes:
-            raise InputError("shape, levels and classes are missing; restore the file")
-        return found
 
 
 for config in (DflowConfig, DflowImageConfig, DflowClassifierConfig):

@@ -1,4 +1,4 @@
-"""Model folders: saved whole or not at all, loaded strictly."""
+"""Model folders: each is saved completely or not at all, and loaded strictly."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from dflow.config import InputError
 from dflow.core import Distribution
 from dflow.hf.binary import DflowClassifier
 from dflow.hf.images import DflowImageModel
-from dflow.hf.limits import Bounded
+from dflow.hf.limits import AllocationLimit
 from dflow.hf.manifest import replacing, verify
 from dflow.hf.pretrained import COMPANIONS, INDEX, TABLES, WEIGHTS
 from dflow.hf.symbols import DflowModel
 
 M = TypeVar("M", DflowModel, DflowImageModel, DflowClassifier)
-Kind = type[DflowModel] | type[DflowImageModel] | type[DflowClassifier]
+ModelClass = type[DflowModel] | type[DflowImageModel] | type[DflowClassifier]
 
-#: Model types of `config.json`, what they are models of, and their classes.
-_KINDS: dict[str, tuple[str, Kind]] = {
+#: Names of the kinds of models, and their classes, by the model type in `config.json`.
+_KINDS: dict[str, tuple[str, ModelClass]] = {
     "dflow": ("text", DflowModel),
     "dflow-image": ("images or tables", DflowImageModel),
     "dflow-classifier": ("labels of images", DflowClassifier),
@@ -39,7 +39,7 @@ _KINDS: dict[str, tuple[str, Kind]] = {
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' own bars and notes: a save a minute would bury those of the training."""
+    """Silence the progress bars and messages of transformers, which would bury those of the training."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -51,17 +51,17 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-#: Bytes of a config. One has a few thousand, and no reader should spend its memory on more.
+#: Largest size of a config in bytes. A config has a few thousand; larger files are not read into memory.
 _CONFIG = 1 << 20
 
 
 def save(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
-    """`save_pretrained`, quietly: every file of the folder is replaced whole or not at all."""
+    """`save_pretrained` without messages: every file is replaced completely or not at all."""
     with _quiet():
         model.save_pretrained(folder)
 
 
-def kind_of(folder: str | os.PathLike[str]) -> Kind:
+def kind_of(folder: str | os.PathLike[str]) -> ModelClass:
     """The class of the model in ``folder``.
 
     Raises:
@@ -97,21 +97,23 @@ def load(
     device: str | torch.device = "cpu",
     kind: type[M] = DflowModel,  # type: ignore[assignment]
 ) -> M:
-    """The model in ``folder``, in evaluation mode; ``FOLDER@8`` is the one of text drawn in 8 calls.
+    """The model in ``folder``, in evaluation mode; ``FOLDER@8`` is a model of text that draws in 8 calls.
 
     Args:
         folder: written by `save`.
-        device: to put it on.
+        device: device of the model.
         kind: `DflowModel`, `DflowImageModel` or `DflowClassifier`.
 
     Raises:
-        InputError: no such folder, not a model of dflow or one of another kind, truncated or foreign files.
+        InputError: no such folder, no model of dflow, one of another kind, or truncated or foreign files.
     """
     path, calls = split_calls(folder)
-    found = kind_of(folder)
-    if found is not kind:
-        of = {cls: name for name, cls in _KINDS.values()}
-        raise InputError(f"{path}: a model of {of[found]}; this takes a model of {of[kind]}")
+    actual = kind_of(folder)
+    if actual is not kind:
+        names_of_kinds = {cls: name for name, cls in _KINDS.values()}
+        raise InputError(
+            f"{path}: a model of {names_of_kinds[actual]}; this takes a model of {names_of_kinds[kind]}"
+        )
     file = path / "config.json"
     weights: list[Path] = weight_files(path)
     verify(path, [file.name, *(weight.name for weight in weights), *COMPANIONS])
@@ -119,7 +121,7 @@ def load(
         config = kind.config_class.from_pretrained(path)
         config.settings()
         # Settings that belong to other weights may ask for any amount of memory.
-        with Bounded(sum(weight.stat().st_size for weight in weights)), _quiet():
+        with AllocationLimit(sum(weight.stat().st_size for weight in weights)), _quiet():
             pair: Any = kind.from_pretrained(path, config=config, output_loading_info=True)
         model, info = pair
     except InputError as error:
@@ -127,7 +129,7 @@ def load(
     except (SafetensorError, EOFError) as error:
         raise InputError(f"{_damaged(weights)}: truncated or damaged ({error}); restore the file") from None
     except Exception as error:
-        # Whatever a library makes of settings that are none.
+        # Libraries raise many types of errors for invalid settings.
         what = f"{error or type(error).__name__}"
         raise InputError(f"{path}: the checkpoint does not fit its config.json ({what[:500]})") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -144,7 +146,7 @@ def load(
             raise InputError(
                 f"{folder}: only a model of text is drawn in a number of calls; leave out @{calls}"
             )
-        loaded.choose(calls)
+        return loaded.at(calls)
     return loaded
 
 
@@ -152,7 +154,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights of the model in ``folder``; an index of them comes first.
 
     Raises:
-        InputError: none, or fewer than the index tells of; an index that is none.
+        InputError: weights are missing, also some that the index lists; an invalid index.
     """
     single, index = folder / WEIGHTS, folder / INDEX
     if single.is_file():
@@ -168,7 +170,7 @@ def weight_files(folder: Path) -> list[Path]:
     for name in shards:
         if not (folder / name).is_file():
             raise InputError(
-                f"{folder}: no {name}, in which {INDEX} says that weights lie; the checkpoint is incomplete, "
+                f"{folder}: no {name}, a file of weights that {INDEX} lists; the checkpoint is incomplete, "
                 "restore or retrain it"
             )
     return [index, *(folder / name for name in shards)]
@@ -187,7 +189,7 @@ def _damaged(weights: list[Path]) -> Path:
 
 
 def _check_finite(model: PreTrainedModel, file: Path) -> None:
-    """`InputError` for weights that are no numbers: whatever is computed from them is none either."""
+    """`InputError` for weights that are not finite."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise InputError(
@@ -199,14 +201,14 @@ def _check_finite(model: PreTrainedModel, file: Path) -> None:
 def coding_tables(
     folder: str | os.PathLike[str], law: Distribution, digest: bytes | None = None
 ) -> dict[str, Tensor]:
-    """Tables of the model in ``folder``, as `dflow.coding.prepare` takes them.
+    """Coding tables of the model in ``folder``, as `dflow.coding.prepare` takes them.
 
-    They are what files are coded with, and no machine should make them again. Read from
-    ``coding.safetensors``; made and written, whole or not at all, where there are none, or where they are
-    those of a model trained before this one. Files that are coded belong to the folder with them.
+    A decoder needs the tables of the encoder; recomputed on another machine they could differ. So they are
+    read from ``coding.safetensors``, and computed and written only where there is no such file or it belongs
+    to a model that was in the folder before. Without this file coded files cannot be decoded.
 
     Args:
-        folder: of the model.
+        folder: the folder of the model.
         law: the model as it was loaded from there.
         digest: its fingerprint without tables in mode float64, where that is known.
 
@@ -214,12 +216,12 @@ def coding_tables(
         InputError: a file that is truncated or damaged, or a folder that cannot be written to.
     """
     file = split_calls(folder)[0] / TABLES
-    of = (digest or fingerprint(law, {}, "float64")).hex()
+    law_digest = (digest or fingerprint(law, {}, "float64")).hex()
     verify(file.parent, [TABLES])
     if file.exists():
         try:
             with safe_open(file, "pt") as stored:
-                if (stored.metadata() or {}).get("law") == of:
+                if (stored.metadata() or {}).get("law") == law_digest:
                     return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise InputError(
@@ -228,17 +230,17 @@ def coding_tables(
     tables = {name: tensor.contiguous() for name, tensor in frozen_tables(law).items()}
     try:
         with replacing(file.parent) as temporary:
-            save_file(tables, temporary / file.name, {"law": of})
+            save_file(tables, temporary / file.name, {"law": law_digest})
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"{file}: cannot be written ({error}), and files coded without it could not be read "
-            "again; copy the model to a folder of your own"
+            f"{file}: cannot be written ({error}), and files coded without it could not be decoded; "
+            "copy the model to a folder that you can write to"
         ) from None
     return tables
 
 
 def split_calls(name: str | os.PathLike[str]) -> tuple[Path, int | None]:
-    """The folder and the number of calls that ``FOLDER`` or ``FOLDER@CALLS`` names.
+    """The folder and the number of calls of ``FOLDER`` or ``FOLDER@CALLS``.
 
     >>> split_calls("runs/grouped@8")
     (PosixPath('runs/grouped'), 8)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModel
 from transformers.utils.generic import ModelOutput
 
@@ -24,13 +24,13 @@ from dflow.hf.pretrained import Pretrained
 
 @dataclass
 class DflowImageOutput(ModelOutput):
-    """Cost of a batch in bits a dimension, and what it was made from.
+    """Cost of a batch in bits a dimension, and the values that it was computed from.
 
     Attributes:
-        loss: mean cost: the exact one, or minus the bound. Of family modular in training mode the objective
-            of its rule (`dflow.objectives.default_rule`), which reaches every parameter.
-        elbo: the bound of each datum in nats, ``(batch,)``, of a dequantized model.
-        log_prob: exact log-likelihood of each datum in nats, ``(batch,)``, of a model that has one; None of
+        loss: mean cost, exact or minus the bound. For family modular in training mode the objective of its
+            rule (`dflow.objectives.default_rule`), which has a gradient for every parameter.
+        elbo: the bound of each datum in nats, ``(batch,)``, for a dequantized model.
+        log_prob: exact log-likelihood of each datum in nats, ``(batch,)``, for a model that has one; None for
             family modular in training mode.
     """
 
@@ -39,29 +39,65 @@ class DflowImageOutput(ModelOutput):
     log_prob: Tensor | None = None
 
 
-class DflowImageModel(Pretrained):
-    """A model of integers (pixels, columns): its likelihood or, if dequantized, bounds of it; and draws."""
+class ValuesModel(Pretrained):
+    """Base class of models that take images or rows of a table."""
+
+    main_input_name = "pixel_values"
+    _settings: zoo.ValuesConfig
+
+    @property
+    def dim(self) -> int:
+        """Entries of one datum."""
+        return self._settings.dim
+
+    def check(self, x: Tensor) -> Tensor:
+        """``x`` flat, ``(batch, dim)``, if its shape and values fit the settings; else an `InputError`."""
+        settings = self._settings
+        shape = tuple(settings.shape)
+        if x.shape[1:] != shape and (x.ndim != 2 or x.shape[1] != settings.dim):
+            raise InputError(f"data of shape {tuple(x.shape[1:])}; this model takes {shape}")
+        x = x.reshape(len(x), -1)
+        support = settings.support
+        ranges = support if len(settings.levels) > 1 else support[:1]
+        # One number is enough where all entries have the same range, as in images.
+        low, high = (
+            torch.tensor([sign * torch.inf if r is None else r[i] for r in ranges], device=x.device)
+            for i, sign in enumerate((-1, 1))
+        )
+        fits = (x >= low) & (x <= high)
+        if x.is_floating_point():
+            fits &= x.isfinite() & ((x == x.floor()) | low.isinf())
+        if not fits.all():
+            row, column = (~fits).nonzero()[0].tolist()
+            value, allowed = x[row, column].item(), support[column]
+            if allowed is None:
+                raise InputError(f"value {value} of entry {column} is not finite")
+            origin = ", the range of the training data" * (allowed == settings.ranges[column])
+            raise InputError(
+                f"value {value} of entry {column} is no integer in {allowed[0]}..{allowed[1]}{origin}"
+            )
+        return x
+
+
+class DflowImageModel(ValuesModel):
+    """A model of integers (pixels, columns): exact likelihoods or, if dequantized, bounds; and draws."""
 
     config_class = DflowImageConfig
     base_model_prefix = "law"
-    main_input_name = "pixel_values"
     config: DflowImageConfig
 
     def __init__(self, config: DflowImageConfig) -> None:
         """Build the model that ``config`` describes, with fresh weights."""
         super().__init__(config)
-        self._settings = settings = config.settings()
+        self._settings = config.settings()
         # Masks and permutations are computed, not loaded; see `DflowModel`.
         with torch.device("cpu"):
-            self.law = zoo.build_image(config.family, settings)
+            self.law = zoo.build_image(config.family, self._settings)
         self.post_init()  # type: ignore[no-untyped-call]
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Modules initialise themselves; the default would undo it."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the weights; of the density's moments where all is in closed form."""
+        """The dtype of the weights, or of the density's moments where everything has a closed form."""
         return next(t.dtype for t in self._tensors() if t.is_floating_point())
 
     @property
@@ -75,15 +111,15 @@ class DflowImageModel(Pretrained):
 
     @property
     def exact(self) -> bool:
-        """Whether the likelihood is exact (integer, modular), or there are bounds of it (dequantized)."""
+        """Whether the model has an exact likelihood (integer, modular), or bounds only (dequantized)."""
         return self.config.record.exact
 
     @property
     def dequantized(self) -> Dequantized:
-        """The model where it has bounds.
+        """The law of a model with bounds.
 
         Raises:
-            InputError: its likelihood is exact.
+            InputError: the model has an exact likelihood.
         """
         if isinstance(self.law, Dequantized):
             return self.law
@@ -93,22 +129,17 @@ class DflowImageModel(Pretrained):
 
     @property
     def distribution(self) -> Distribution:
-        """The model where its likelihood is exact.
+        """The law of a model with an exact likelihood.
 
         Raises:
-            InputError: it has bounds.
+            InputError: the model has bounds.
         """
-        if isinstance(self.law, Dequantized):
-            raise InputError(
-                f"a model of family {self.config.family!r} has bounds of its likelihood: use elbo, iwbo "
-                "or, of few dimensions, exact_log_prob"
-            )
-        return self.law
-
-    @property
-    def dim(self) -> int:
-        """Entries of one datum."""
-        return self._settings.dim
+        if isinstance(self.law, Distribution):
+            return self.law
+        raise InputError(
+            f"a model of family {self.config.family!r} has bounds of its likelihood: use elbo, iwbo or, for "
+            "few dimensions, exact_log_prob"
+        )
 
     def forward(
         self,
@@ -118,38 +149,39 @@ class DflowImageModel(Pretrained):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> DflowImageOutput | tuple[Any, ...]:
-        """Cost as `DflowImageOutput` tells it; while it trains, what has a closed form moves.
+        """Cost as a `DflowImageOutput`; in training mode parts in closed form are updated.
 
         Args:
             pixel_values: values as in `elbo`.
-            generator: of the draw that a bound is made from.
-            return_loss: whether there is a loss to tell.
+            generator: source of the draw for a bound.
+            return_loss: whether to return a loss.
             return_dict: False for a tuple.
-            kwargs: none.
+            kwargs: refused.
 
         Raises:
-            InputError: an argument that is none of these; values as in `elbo`.
+            InputError: an unknown argument; values as in `elbo`.
         """
         way = " (a model of images has no labels; leave out the column 'label')" if "labels" in kwargs else ""
         refuse_unknown(kwargs, self.forward, way)
         x = self.check(pixel_values)
         output = DflowImageOutput()
-        if isinstance(self.law, Dequantized):
-            if self.training:
-                output.elbo = values = training.elbo_of_values(self.law, x, generator)
-            else:
-                output.elbo = values = self.law.elbo(x, 1, generator).values
-            nats = -values.mean()
-        elif not self._symbols:
-            # On floats, so that rounding has its straight-through gradient.
-            output.log_prob = values = self.law.log_prob(x.to(self.dtype))
-            nats = -values.mean()
-        elif self.training:
-            nats = training.loss_of_symbols(self.law, x.long()) / len(x)
+        if not self.exact:
+            law = self.dequantized
+            elbo = (
+                training.elbo_of_values(law, x, generator)
+                if self.training
+                else law.elbo(x, 1, generator).values
+            )
+            output.elbo, nats = elbo, -elbo.mean()
+        elif self.training and self._symbols:
+            nats = training.loss_of_symbols(self.distribution, x.long()) / len(x)
         else:
-            output.log_prob = values = self.law.log_prob(x.long())
-            nats = -values.mean()
-            nats = training.evaluated(nats) if nats.requires_grad else nats
+            # For floats that hold integers, rounding has its straight-through gradient.
+            values = x.long() if self._symbols else x.to(self.dtype)
+            output.log_prob = log_prob = self.distribution.log_prob(values)
+            nats = -log_prob.mean()
+            if self._symbols and nats.requires_grad:
+                nats = training.evaluated(nats)
         if return_loss:
             output.loss = nats / (x.shape[1] * math.log(2))
         return answer(output, return_dict, self.config)
@@ -160,9 +192,9 @@ class DflowImageModel(Pretrained):
         return zoo.MAPS[0] in (self.config.record.rules or ())
 
     def initialize(self, pixel_values: Tensor) -> None:
-        """Start from data, as `dflow train` does: scales of layers, and what has a closed form.
+        """Initialise scales of layers and parts in closed form from data, as `dflow train` does.
 
-        A model that is trained by `forward` without it starts what has a closed form from its first batch.
+        Without this call the first batch in training mode initialises the parts in closed form.
 
         Args:
             pixel_values: values as in `elbo`, many rows.
@@ -173,9 +205,9 @@ class DflowImageModel(Pretrained):
         training.initialize(self.law, self.check(pixel_values))
 
     def log_prob(self, pixel_values: Tensor) -> Tensor:
-        """Exact log-likelihood in nats ``(batch,)``, of a model that has one; values as in `elbo`.
+        """Exact log-likelihood in nats ``(batch,)``, for a model that has one; values as in `elbo`.
 
-        Of family integer it sums to 1 over all integers, not over the levels of the data.
+        For family integer probabilities sum to 1 over all integers, not over the levels of the data.
 
         Raises:
             InputError: a dequantized model; weights that are not finite; values as in `elbo`.
@@ -201,10 +233,10 @@ class DflowImageModel(Pretrained):
         return self.dequantized.iwbo(self.check(pixel_values), k, generator)
 
     def exact_log_prob(self, pixel_values: Tensor) -> Tensor:
-        """Exact log-likelihood in nats, where the model has one.
+        """Exact log-likelihood in nats; for a dequantized model where it can be computed.
 
         Raises:
-            InputError: it has none.
+            InputError: it cannot.
         """
         if self.exact:
             return self.log_prob(pixel_values)
@@ -216,7 +248,7 @@ class DflowImageModel(Pretrained):
 
     @torch.no_grad()
     def generate(self, num_return_sequences: int = 1, generator: torch.Generator | None = None) -> Tensor:
-        """Exact draws ``(n, C, H, W)``; but on orthants one may lie outside the levels of the data."""
+        """Exact draws ``(n, C, H, W)``; except on orthants, values may lie outside the levels of the data."""
         if num_return_sequences < 1:
             raise InputError(f"cannot draw {num_return_sequences} samples; ask for 1 or more")
         x = self.law.sample(num_return_sequences, generator=generator)
@@ -224,7 +256,7 @@ class DflowImageModel(Pretrained):
 
     @torch.no_grad()
     def round_trip(self, pixel_values: Tensor) -> bool | None:
-        """Whether a law of integers draws what it scores: a flow gives back every value from its latents.
+        """Whether scoring and drawing agree: a flow of integers recovers every value from its latent.
 
         None where some part of the law offers no check.
 
@@ -232,36 +264,6 @@ class DflowImageModel(Pretrained):
             InputError: a dequantized model; values as in `elbo`.
         """
         return self.distribution.round_trip(self.check(pixel_values).long())
-
-    def check(self, x: Tensor) -> Tensor:
-        """``x`` flat, ``(batch, dim)``, or an `InputError`."""
-        return checked(x, self._settings)
-
-
-def checked(x: Tensor, settings: zoo.ValuesConfig) -> Tensor:
-    """``x`` flat, ``(batch, dim)``, if they are data that ``settings`` describe, or an `InputError`."""
-    shape = tuple(settings.shape)
-    if x.shape[1:] != shape and (x.ndim != 2 or x.shape[1] != settings.dim):
-        raise InputError(f"data of shape {tuple(x.shape[1:])}; this model takes {shape}")
-    x = x.reshape(len(x), -1)
-    support = settings.support
-    several = support if len(settings.levels) > 1 else support[:1]
-    # Entries of one range, as of all images, need one number each.
-    low, high = (
-        torch.tensor([sign * torch.inf if r is None else r[i] for r in several], device=x.device)
-        for i, sign in enumerate((-1, 1))
-    )
-    fits = (x >= low) & (x <= high)
-    if x.is_floating_point():
-        fits &= x.isfinite() & ((x == x.floor()) | low.isinf())
-    if not fits.all():
-        row, column = (~fits).nonzero()[0].tolist()
-        found, known = x[row, column].item(), support[column]
-        if known is None:
-            raise InputError(f"value {found} of entry {column} is not finite")
-        of = ", those of the data that this model was trained on" * (known == settings.ranges[column])
-        raise InputError(f"value {found} of entry {column} is none of {known[0]}..{known[1]}{of}")
-    return x
 
 
 AutoModel.register(DflowImageConfig, DflowImageModel)

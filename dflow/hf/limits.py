@@ -1,4 +1,4 @@
-"""Limits on what a file may make the program allocate, checked before it does."""
+"""A limit of the memory that the settings in a file can make the program allocate."""
 
 from __future__ import annotations
 
@@ -10,32 +10,31 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-#: Bytes that the building of a model may come to, whatever its weights: temporaries are counted too.
+#: The limit is this number of bytes, with temporary tensors, ...
 _FREE = 1 << 28
 
-#: And so many times the bytes of its weights.
+#: ... plus this many times the bytes of the weights.
 _TIMES = 16
 
-#: What an operation counts at least, so that endless small ones end as well.
+#: Each operation counts as at least this many bytes, so that endless small ones reach the limit too.
 _LEAST = 1 << 13
 
 
 class TooLarge(ValueError):
-    """More was to be allocated than the limit."""
+    """An allocation beyond the limit was refused."""
 
 
-class Bounded(TorchDispatchMode):
-    """Within it, tensors that are made may come to so many bytes together; what goes beyond is not made.
+class AllocationLimit(TorchDispatchMode):
+    """Inside this context, new tensors may have a limited number of bytes together.
 
     Args:
-        num_bytes: of the weights that the file holds, by which the limit is set.
+        num_bytes: size of the weights in the file; the limit is proportional to it.
 
     Raises:
-        TooLarge: at the operation that goes beyond.
+        TooLarge: at the operation that would exceed the limit, before it allocates.
     """
 
     def __init__(self, num_bytes: int) -> None:
-        """See the class."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.limit, self.spent = _FREE + _TIMES * num_bytes, 0
 
@@ -44,7 +43,7 @@ class Bounded(TorchDispatchMode):
     ) -> Any:
         """Count, then run."""
         kwargs = kwargs or {}
-        # Eight bytes an entry: an integer's. A view makes nothing, and nor does what writes into its input.
+        # Eight bytes an entry, as for int64. Views and operations in place allocate nothing.
         alias = any(argument.alias_info is not None for argument in func._schema.returns)
         self._spend(0 if alias else 8 * _entries(func, args))
         return func(*args, **kwargs)
@@ -53,12 +52,12 @@ class Bounded(TorchDispatchMode):
         self.spent += max(num_bytes, _LEAST)
         if self.spent > self.limit:
             raise TooLarge(
-                f"its settings ask for more than the {self.limit >> 20:,} MiB that its weights allow for"
+                f"its settings need more than the {self.limit >> 20:,} MiB that fit the size of its weights"
             )
 
 
 def _entries(func: Any, args: tuple[Any, ...]) -> int:
-    """Entries of what an operation of ATen makes, at most."""
+    """Upper bound of the number of entries of the result of an ATen operation."""
     name = func._schema.name.removeprefix("aten::")
     tensors = list(_tensors(args))
     most = sum(t.numel() for t in tensors)
@@ -82,7 +81,7 @@ def _entries(func: Any, args: tuple[Any, ...]) -> int:
     return most
 
 
-#: Operations that make a tensor of the size that they are given.
+#: Operations that make a tensor of a given size.
 _OF_A_SIZE = frozenset(
     (
         *("empty", "zeros", "ones", "full", "rand", "randn", "randint", "randperm"),

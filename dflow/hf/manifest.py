@@ -1,8 +1,8 @@
-"""What a model folder holds: its files by size and digest, so that one that was damaged is found out.
+"""The manifest of a model folder: sizes and digests of its files, by which damaged files are detected.
 
-A file is replaced in three steps: the manifest admits the old one and the new one, the file is replaced, the
-manifest admits the new one alone. So wherever a machine stops, each file is one that the manifest admits. It
-is a fingerprint against accidents, no signature: who can change the files can change the manifest.
+A file is replaced in three steps: the manifest admits the old and the new file, the file is replaced, the
+manifest admits the new file only. So at whatever point the machine stops, the manifest admits each file. It
+protects against accidents, not against attacks: whoever can change the files can change the manifest.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ MANIFEST = "manifest.json"
 
 _PREFIX = ".saving-"
 
-#: Bytes of a manifest. One of a model has a few hundred.
+#: Largest size of a manifest in bytes. That of a model has a few hundred.
 _LIMIT = 1 << 20
 
-#: Files of a folder: what each may be, as ``SIZE:SHA256``.
+#: For each file name the admitted contents, as ``SIZE:SHA256``.
 Admitted = dict[str, list[str]]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A file of a model folder, and how it stands."""
+    """A file of a model folder, and its status."""
 
     name: str
     num_bytes: int
@@ -45,31 +45,31 @@ class Finding:
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A folder to write files to, which are moved to ``folder`` at the end: each replaced whole, or none."""
+    """A temporary folder whose files are moved to ``folder`` at the end; none is after an error."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=folder))
     try:
         try:
             yield temporary
         except SafetensorError as error:
-            # The library tells of a full disk in words.
+            # The library reports a full disk as text only.
             number = re.search(r"\(os error (\d+)\)", str(error))
             if number is None:
                 raise
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from None
-        # The config last: a folder without one is no model yet, one with a config is complete. The rest by
-        # name: of copies of a state the one from which a run goes on is the last.
+        # The config comes last: a folder with a config is a complete model. Other files are sorted by name:
+        # of the copies of a training state, the one that a resumed run reads comes last.
         paths = sorted(temporary.iterdir(), key=lambda p: (p.name == "config.json", p.name))
         mode = _mode(temporary)
         for path in paths:
-            # Whoever may read the config may read the weights: safetensors writes them for the owner alone.
+            # Usual permissions: safetensors makes its files readable for the owner only.
             path.chmod(mode)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         before = read(folder)
         new = {path.name: _digest(path) for path in paths}
-        both = {name: [*_admitted(folder, name, before), digest] for name, digest in new.items()}
-        _write(folder, temporary, before | both)
+        old_and_new = {name: [*_admitted(folder, name, before), digest] for name, digest in new.items()}
+        _write(folder, temporary, before | old_and_new)
         for path in paths:
             path.replace(folder / path.name)
         _sync(folder)
@@ -79,7 +79,7 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 def read(folder: Path) -> Admitted:
-    """What the manifest of ``folder`` admits; nothing where there is none.
+    """The contents that the manifest of ``folder`` admits; empty where there is no manifest.
 
     Raises:
         InputError: the manifest is damaged.
@@ -94,8 +94,8 @@ def read(folder: Path) -> Admitted:
         raise InputError(f"{path}: truncated or damaged ({error}); {_WAY}") from None
     files = values.get("files") if isinstance(values, dict) else None
     if not isinstance(files, dict) or not all(
-        Path(name).name == name and isinstance(found, list) and all(isinstance(d, str) for d in found)
-        for name, found in files.items()
+        Path(name).name == name and isinstance(digests, list) and all(isinstance(d, str) for d in digests)
+        for name, digests in files.items()
     ):
         raise InputError(f"{path}: not a list of files and digests; {_WAY}")
     return files
@@ -105,10 +105,10 @@ _WAY = f"restore it, or remove {MANIFEST} to take the files of the folder as the
 
 
 def verify(folder: Path, names: Iterable[str]) -> None:
-    """Refuse files that are not those that were saved; what the manifest does not list is let pass.
+    """Refuse files that differ from those that were saved; files that the manifest does not list may pass.
 
     Raises:
-        InputError: names the file.
+        InputError: a file is damaged or changed; the message names it.
     """
     admitted = read(folder)
     for name in names:
@@ -121,27 +121,27 @@ def verify(folder: Path, names: Iterable[str]) -> None:
 
 
 def check(folder: Path) -> list[Finding]:
-    """Every file that the manifest lists or that lies in the folder, but for the manifest and folders.
+    """Every file that the manifest lists or that is in the folder, except the manifest itself.
 
     Raises:
         InputError: the manifest is damaged.
     """
-    admitted, found = read(folder), []
-    there = {p.name: p for p in folder.iterdir() if p.is_file() and p.name != MANIFEST}
-    for name in sorted(admitted | there):
-        if name not in there:
-            found.append(Finding(name, 0, "missing"))
+    admitted, findings = read(folder), []
+    present = {p.name: p for p in folder.iterdir() if p.is_file() and p.name != MANIFEST}
+    for name in sorted(admitted | present):
+        if name not in present:
+            findings.append(Finding(name, 0, "missing"))
             continue
-        size = there[name].stat().st_size
+        size = present[name].stat().st_size
         if name not in admitted:
-            found.append(Finding(name, size, "unlisted"))
+            findings.append(Finding(name, size, "unlisted"))
         else:
-            found.append(Finding(name, size, "whole" if _is(there[name], admitted[name]) else "damaged"))
-    return found
+            findings.append(Finding(name, size, "whole" if _is(present[name], admitted[name]) else "damaged"))
+    return findings
 
 
 def remove(folder: Path, names: Iterable[str]) -> None:
-    """Remove files, and their lines of the manifest: these first."""
+    """Remove files, after their lines in the manifest."""
     gone = set(names)
     if gone:
         temporary = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=folder))
@@ -154,7 +154,7 @@ def remove(folder: Path, names: Iterable[str]) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Remove what a process that was killed while it saved has left; call it while nobody else saves."""
+    """Remove the temporary files of a process that was killed while it saved; nobody else may be saving."""
     for path in folder.glob(_PREFIX + "*"):
         shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(".*.tmp"):
@@ -162,38 +162,40 @@ def clean(folder: Path) -> None:
 
 
 def _mode(folder: Path) -> int:
-    """That of the files that this process makes."""
+    """The permissions of files that this process makes in ``folder``."""
     path = folder / ".mode"
     path.touch()
-    found = path.stat().st_mode & 0o777
+    mode = path.stat().st_mode & 0o777
     path.unlink()
-    return found
+    return mode
 
 
 def _admitted(folder: Path, name: str, before: Mapping[str, list[str]]) -> list[str]:
-    """What a file that is about to be replaced may be: as listed, else as it is."""
+    """Admitted contents of a file to be replaced: those of the manifest, else the present one."""
     if name in before:
         return before[name]
     return [_digest(folder / name)] if (folder / name).is_file() else []
 
 
 def _is(path: Path, admitted: list[str]) -> bool:
-    # A size that differs spares reading the file.
+    # Where the size differs, the file need not be read.
     sizes = [digest.partition(":")[0] for digest in admitted]
     return str(path.stat().st_size) in sizes and _digest(path) in admitted
 
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-        return f"{file.tell()}:{found}"
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return f"{file.tell()}:{digest}"
 
 
 def _write(folder: Path, temporary: Path, admitted: Admitted) -> None:
     path = temporary / MANIFEST
     with path.open("w", encoding="utf-8") as file:
         json.dump(
-            {"files": {name: list(dict.fromkeys(found)) for name, found in admitted.items()}}, file, indent=1
+            {"files": {name: list(dict.fromkeys(digests)) for name, digests in admitted.items()}},
+            file,
+            indent=1,
         )
         file.flush()
         os.fsync(file.fileno())
@@ -202,7 +204,7 @@ def _write(folder: Path, temporary: Path, admitted: Admitted) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Make the names of a folder last, where the system can."""
+    """Write the directory to disk, where the system supports that."""
     with suppress(OSError):
         number = os.open(folder, os.O_RDONLY)
         try:

@@ -1,12 +1,13 @@
 """Binary networks as files and as programs: weights in bits, sums by XOR and popcount, in exact integers.
 
-A file is a safetensors file: of each layer the signs of its weights (``numpy.packbits``, first bit first; of
-ternary weights a second plane that tells which are not 0) and for each output a threshold and whether it is
-turned round; of the last layer a scale and a shift for each class. Header and SHA-256 are in its metadata.
+A file is a safetensors file. It holds for each layer the signs of its weights (``numpy.packbits``, first bit
+first; for ternary weights a second plane with a 1 where they are not 0), and for each output a threshold and
+a flip of the comparison; for the last layer a scale and a shift for each class. Header and SHA-256 are in its
+metadata.
 
-The first layer takes pixels: its sums are products of matrices of integers held by floats, exact since none
-exceeds 2^24 (float32) or 2^53. All others count bits, or multiply bytes: the same integers, in eight times
-the memory, and faster where the processor has products of bytes.
+The first layer takes pixels: its sums are matrix products of integers held by floats, exact since none
+exceeds 2^24 (float32) or 2^53 (float64). All other layers count bits or multiply bytes. Both give the same
+integers; bytes take eight times the memory and are faster on processors with int8 matrix products.
 """
 
 from __future__ import annotations
@@ -28,40 +29,32 @@ from safetensors.numpy import save
 from torch import nn
 
 from dflow.config import InputError, parse
-from dflow.nn.binary import (
-    TINY,
-    BinaryConv2d,
-    BinaryLayer,
-    BinaryLinear,
-    Head,
-    Moments,
-    Pixels,
-    StochasticBatchNorm,
-    StochasticMaxPool2d,
-    StochasticSign,
-)
+from dflow.nn.batch_norm import StochasticBatchNorm
+from dflow.nn.binary import BinaryConv2d, BinaryLayer, BinaryLinear
+from dflow.nn.classifier import Head, Pixels
+from dflow.nn.moments import TINY, StochasticMaxPool2d, StochasticSign, means
 
 Array = NDArray[Any]
-#: How sums of signs are made; see `PackedNetwork`.
+#: How sums of signs are computed; see `PackedNetwork`.
 Products = Literal["bits", "bytes"]
 
 VERSION = 1
-#: Pairs of words that are counted at a time: what fits the cache of a core.
+#: Pairs of words that are processed at a time, so that they fit into the cache of a core.
 _TILE = 1 << 15
-#: Numbers that a layer takes of one image.
+#: Largest number of inputs of a layer.
 _MOST = 1 << 24
 
 
 @dataclass(frozen=True)
 class LayerHeader:
-    """Shape of a layer: its input ``(C, H, W)``, and what it makes of it.
+    """Shapes and sizes of a layer.
 
     Attributes:
-        inputs: channels, height and width of what comes in.
-        outputs: channels, or units.
-        kernel: 0 of a linear layer.
-        stride: of a convolution.
-        pool: size of the windows of which the largest is taken; 1 for none.
+        inputs: channels, height and width of the input.
+        outputs: output channels, or units.
+        kernel: height and width of the kernel of a convolution; 0 for a linear layer.
+        stride: stride of a convolution.
+        pool: height and width of the windows of the maximum; 1 for no pooling.
         ternary: whether weights may be 0.
     """
 
@@ -74,10 +67,10 @@ class LayerHeader:
 
     def __post_init__(self) -> None:
         sizes = [*self.inputs, self.outputs, self.stride, self.pool]
-        known = len(self.inputs) == 3 and min(sizes) >= 1 and (not self.kernel or self.kernel % 2 == 1)
-        # Before anything is made of that size.
-        if not known or math.prod(self.inputs) > _MOST:
-            raise InputError(f"{self} is no layer")
+        valid = len(self.inputs) == 3 and min(sizes) >= 1 and (not self.kernel or self.kernel % 2 == 1)
+        # Checked before memory of that size is allocated.
+        if not valid or math.prod(self.inputs) > _MOST:
+            raise InputError(f"{self} is not a valid layer")
 
     @property
     def weight(self) -> tuple[int, ...]:
@@ -95,19 +88,20 @@ class LayerHeader:
 
     @property
     def out(self) -> list[int]:
-        """Channels, height and width of what goes out."""
+        """Channels, height and width of the output."""
         return [self.outputs, *(n // self.pool for n in self.sums)]
 
 
 @dataclass(frozen=True)
 class Header:
-    """What the arrays of a file are.
+    """Meaning and shapes of the arrays of a file.
 
     Attributes:
-        levels: values of a pixel, 0 .. levels - 1.
-        head: "ce": scores are logits; "bce": numbers t, and Phi(t) is the probability of each class.
-        rule: how the weights were made: map, ternary, sample.
-        version: of the format.
+        levels: number of values of a pixel, which are 0 .. levels - 1.
+        head: "ce": scores are logits; "bce": scores t, with Phi(t) the probability of a class.
+        rule: rule by which the weights were fixed: map, ternary, sample.
+        layers: one header for each layer.
+        version: version of the format.
     """
 
     levels: int
@@ -127,11 +121,11 @@ class Header:
 
 
 class PackedNetwork:
-    """A binary network: integers in, scores of classes out, and integers between.
+    """A binary network: it maps integers to scores of classes, and computes in integers.
 
     Args:
-        header: what the arrays are.
-        arrays: by name, as in the file.
+        header: describes the arrays.
+        arrays: the arrays of the file by name.
         products: "bits", XOR and popcount on packed words; "bytes", products of int8 summed in int32.
 
     Raises:
@@ -152,16 +146,16 @@ class PackedNetwork:
                 expected[f"{i}.flip"] = ("uint8", ((layer.outputs + 7) // 8,))
             else:
                 expected |= {name: ("float64", (layer.outputs,)) for name in ("scale", "shift")}
-        found = {name: (str(array.dtype), array.shape) for name, array in arrays.items()}
-        if found != expected:
-            raise InputError(f"expected the arrays {expected}, found {found}")
-        self.layers: list[_Real | _Bits | _Bytes] = []
-        kind = _Bits if products == "bits" else _Bytes
+        actual = {name: (str(array.dtype), array.shape) for name, array in arrays.items()}
+        if actual != expected:
+            raise InputError(f"expected the arrays {expected}, found {actual}")
+        self.layers: list[_PixelLayer | _PopcountLayer | _ByteLayer] = []
+        kind = _PopcountLayer if products == "bits" else _ByteLayer
         for i, layer in enumerate(header.layers):
             weight = _unpack(arrays[f"{i}.signs"], layer.weight) * 2 - 1
             if layer.ternary:
                 weight *= _unpack(arrays[f"{i}.kept"], layer.weight)
-            self.layers.append(kind(layer, weight) if i else _Real(layer, weight, header.levels))
+            self.layers.append(kind(layer, weight) if i else _PixelLayer(layer, weight, header.levels))
         self.thresholds = [
             (
                 arrays[f"{i}.threshold"].astype(layer.dtype),
@@ -177,21 +171,21 @@ class PackedNetwork:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all arrays: weights, thresholds, scales."""
+        """Size of all arrays in bytes: weights, thresholds, scales."""
         return sum(array.nbytes for array in self.arrays.values())
 
     @property
     def num_weights(self) -> int:
-        """Weights; as floats they would take four bytes each."""
+        """Number of weights; as floats they would take four bytes each."""
         return sum(int(np.prod(layer.weight)) for layer in self.header.layers)
 
     def steps(self, pixels: Array) -> list[Array]:
-        """What each layer gives: signs ``(n, H, W, C)`` as bool, of the last layer sums ``(n, classes)``.
+        """Outputs of the layers: signs ``(n, H, W, C)`` as bool; of the last layer sums ``(n, classes)``.
 
         ``pixels`` are integers ``(n, dim)``.
 
         Raises:
-            InputError: another number of pixels, or values that are none of the levels.
+            InputError: another number of pixels, or values outside ``0 .. levels - 1``.
         """
         if pixels.ndim != 2 or pixels.shape[1] != self.dim or pixels.dtype.kind not in "iu":
             raise InputError(
@@ -209,34 +203,34 @@ class PackedNetwork:
         return [*out, self.layers[-1](x)[:, 0, 0]]
 
     def __call__(self, pixels: Array) -> Array:
-        """Scores ``(n, classes)`` in float64: the class is that of the largest; errors as in `steps`."""
+        """Scores ``(n, classes)`` in float64, largest for the most probable class; errors as in `steps`."""
         scores: Array = self.steps(pixels)[-1] * self.arrays["scale"] + self.arrays["shift"]
         return scores
 
     def to_bytes(self) -> bytes:
-        """The file."""
+        """The contents of the file."""
         about = {"header": asdict(self.header), "sha256": _digest(self.header, self.arrays)}
         return save(self.arrays, {"dflow": json.dumps(about, sort_keys=True)})
 
     @classmethod
     def load(cls, path: str | Path, products: Products = "bits") -> PackedNetwork:
-        """Read a file of `to_bytes`; ``products`` as of the class.
+        """Read a file written from `to_bytes`; ``products`` as in the class.
 
         Raises:
-            InputError: not there, truncated, damaged, changed, or of another kind.
+            InputError: the file is missing, truncated, damaged, changed, or of another kind.
         """
         try:
             with safe_open(path, "np") as file:
-                about = file.metadata() or {}
+                metadata = file.metadata() or {}
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         except FileNotFoundError:
             raise InputError(f"{path}: no such file; `dflow export` writes one") from None
         except (SafetensorError, OSError, ValueError, TypeError) as error:
             raise InputError(f"{path}: truncated, damaged or no exported network ({error})") from None
         try:
-            told = json.loads(about["dflow"])
-            header = parse(Header, told["header"], "header")
-            if told["sha256"] != _digest(header, arrays):
+            description = json.loads(metadata["dflow"])
+            header = parse(Header, description["header"], "header")
+            if description["sha256"] != _digest(header, arrays):
                 raise InputError("its checksum fails")
             return cls(header, arrays, products)
         except (KeyError, ValueError, TypeError, RecursionError) as error:
@@ -244,7 +238,7 @@ class PackedNetwork:
 
 
 def pack(net: nn.Sequential, rule: str = "map") -> PackedNetwork:
-    """The program of a network that `dflow.zoo.to_deterministic` gave: equal to it in every sign and sum.
+    """The packed form of a network of `dflow.zoo.to_deterministic`, equal to it in every sign and sum.
 
     Raises:
         InputError: weights other than -1, 0 and 1, or another sequence of modules than ``pbnet``'s.
@@ -261,15 +255,15 @@ def pack(net: nn.Sequential, rule: str = "map") -> PackedNetwork:
             groups.append((module, []))
         else:
             groups[-1][1].append(module)
-    for i, (layer, rest) in enumerate(groups):
-        header = _header(layer, shape, rest)
+    for i, (layer, following) in enumerate(groups):
+        header = _header(layer, shape, following)
         weight = layer.theta.detach().cpu().numpy()
         if not np.isin(weight, (-1, 0, 1)).all() or (not header.ternary and not weight.all()):
             raise InputError("weights other than -1 and 1; make them with to_deterministic first")
         arrays[f"{i}.signs"] = np.packbits(weight.ravel() > 0)
         if header.ternary:
             arrays[f"{i}.kept"] = np.packbits(weight.ravel() != 0)
-        norm = next((m for m in rest if isinstance(m, StochasticBatchNorm)), None)
+        norm = next((m for m in following if isinstance(m, StochasticBatchNorm)), None)
         taps = int(np.prod(header.weight[1:])) * (pixels.levels - 1 if i == 0 else 1)
         if i == len(groups) - 1:
             arrays |= _affine(layer, norm, head)
@@ -287,20 +281,22 @@ def pack(net: nn.Sequential, rule: str = "map") -> PackedNetwork:
 
 @torch.no_grad()
 def agrees(program: PackedNetwork, net: nn.Sequential, x: torch.Tensor) -> bool:
-    """Whether the last sums of a program are those of its network, for integers ``x`` ``(n, dim)``."""
+    """Whether a packed network has the same last sums as ``net``, for integers ``x`` ``(n, dim)``."""
     modules = list(net)
     last = max(i for i, module in enumerate(modules) if isinstance(module, BinaryLayer))
     sums = net[: last + 1](x)
-    found = program.steps(x.cpu().numpy())[-1]
-    return bool((found == (sums.mean if isinstance(sums, Moments) else sums).cpu().numpy()).all())
+    packed_sums = program.steps(x.cpu().numpy())[-1]
+    return bool((packed_sums == means(sums).cpu().numpy()).all())
 
 
-def _header(layer: BinaryLayer, shape: list[int], rest: Sequence[nn.Module]) -> LayerHeader:
-    known = (StochasticMaxPool2d, StochasticBatchNorm, StochasticSign)
-    if not isinstance(layer, (BinaryConv2d, BinaryLinear)) or not all(isinstance(m, known) for m in rest):
-        names = [type(m).__name__ for m in (layer, *rest)]
+def _header(layer: BinaryLayer, shape: list[int], following: Sequence[nn.Module]) -> LayerHeader:
+    packable = (StochasticMaxPool2d, StochasticBatchNorm, StochasticSign)
+    if not isinstance(layer, (BinaryConv2d, BinaryLinear)) or not all(
+        isinstance(m, packable) for m in following
+    ):
+        names = [type(m).__name__ for m in (layer, *following)]
         raise InputError(f"cannot pack a layer of {', '.join(names)}")
-    pool = next((m.size for m in rest if isinstance(m, StochasticMaxPool2d)), 1)
+    pool = next((m.size for m in following if isinstance(m, StochasticMaxPool2d)), 1)
     ternary = bool((layer.weight == 0).any())
     if isinstance(layer, BinaryConv2d):
         return LayerHeader(shape, len(layer.weight), layer.kernel, layer.stride, pool, ternary)
@@ -337,7 +333,7 @@ def _unpack(bits: Array, shape: tuple[int, ...]) -> Array:
     return np.unpackbits(bits)[: int(np.prod(shape))].astype(np.int8).reshape(shape)
 
 
-class _Layer:
+class _PackedLayer:
     """Sums ``(n, H, W, outputs)`` of weights ``(outputs, C, h, w)`` on -1, 0 and 1; the border counts 0."""
 
     def __init__(self, header: LayerHeader, weight: Array, largest: int) -> None:
@@ -345,14 +341,14 @@ class _Layer:
         _, *size = header.inputs
         channels = header.inputs[0]
         area = [header.kernel] * 2 if header.kernel else size
-        #: In the order of `patches`.
+        #: ``(outputs, h, w, C)``, the order of `patches`.
         self.weight = weight.reshape(header.outputs, channels, *area).transpose(0, 2, 3, 1)
         self.bound = largest * int(np.prod(self.weight.shape[1:]))
-        # One more than any sum, which a threshold may be.
+        # A threshold may be one more than the largest sum.
         self.dtype = np.dtype(np.int16 if self.bound + 1 < 1 << 15 else np.int32)
 
     def patches(self, x: Array, border: int = 0) -> Array:
-        """What each sum is of, ``(n, H, W, h * w * C)``, from ``(n, H, W, C)``."""
+        """The summands of each sum, ``(n, H, W, h * w * C)``, from ``(n, H, W, C)``."""
         header = self.header
         if not header.kernel:
             return x.reshape(len(x), 1, 1, int(np.prod(x.shape[1:])))
@@ -363,8 +359,8 @@ class _Layer:
         return windows.reshape(*windows.shape[:3], int(np.prod(windows.shape[3:])))
 
 
-class _Real(_Layer):
-    """Of integers: products of matrices of floats, none of whose sums is rounded."""
+class _PixelLayer(_PackedLayer):
+    """Sums of integers: matrix products of floats, without rounding errors."""
 
     def __init__(self, header: LayerHeader, weight: Array, levels: int) -> None:
         super().__init__(header, weight, levels - 1)
@@ -378,8 +374,8 @@ class _Real(_Layer):
         return sums
 
 
-class _Bytes(_Layer):
-    """Of bits: products of matrices of -1, 0 and 1 in int8, summed in int32."""
+class _ByteLayer(_PackedLayer):
+    """Sums of signs: matrix products of -1, 0 and 1 in int8, summed in int32."""
 
     def __init__(self, header: LayerHeader, weight: Array) -> None:
         super().__init__(header, weight, 1)
@@ -389,22 +385,22 @@ class _Bytes(_Layer):
     def __call__(self, x: Array) -> Array:
         patches = self.patches(x.view(np.int8) * np.int8(2) - np.int8(1))
         rows = patches.reshape(int(np.prod(patches.shape[:3])), patches.shape[3])
-        # Patches of one place each are a view that is not to be written, of which torch warns.
-        given = torch.from_numpy(np.require(rows, requirements=("C", "W")))
-        sums: Array = torch._int_mm(given, self.matrix).numpy()
+        # A copy where patches are a read-only view (one place each): torch warns about these.
+        matrix = torch.from_numpy(np.require(rows, requirements=("C", "W")))
+        sums: Array = torch._int_mm(matrix, self.matrix).numpy()
         return sums.reshape(*patches.shape[:3], self.header.outputs)
 
 
-class _Bits(_Layer):
-    """Of bits: with w, h on {-1, +1}, ``w h`` summed over N is ``N - 2 popcount(w xor h)``."""
+class _PopcountLayer(_PackedLayer):
+    """Sums of bits: with w, h on {-1, +1}, ``w h`` summed over N is ``N - 2 popcount(w xor h)``."""
 
     def __init__(self, header: LayerHeader, weight: Array) -> None:
         super().__init__(header, weight, 1)
         self.signs = self._rows(_words(self.weight > 0))
-        kept = self.weight != 0
-        self.kept = None if kept.all() else self._rows(_words(kept))
-        count = kept.sum((1, 2, 3))
-        # Bits of the border are 0, which says -1: what that adds is taken away again.
+        nonzero = self.weight != 0
+        self.mask = None if nonzero.all() else self._rows(_words(nonzero))
+        count = nonzero.sum((1, 2, 3))
+        # Bits of the border are 0, which counts as -1: add the weights there to cancel it.
         outside = self.patches(np.zeros((1, *header.inputs[1:], 1), np.int64), border=1)
         if header.kernel:
             count = count + outside @ self.weight.sum(3, dtype=np.int64).reshape(header.outputs, -1).T
@@ -426,18 +422,18 @@ class _Bits(_Layer):
         different = np.empty((rows.shape[1], outputs), self.dtype)
         step = max(1, _TILE // self.signs.size)
         for start in range(0, rows.shape[1], step):
-            part = slice(start, start + step)
-            words = rows[:, part, None] ^ self.signs[:, None]
-            if self.kept is not None:
-                words &= self.kept[:, None]
-            np.add.reduce(_popcount(words), 0, dtype=self.dtype, out=different[part])
+            block = slice(start, start + step)
+            words = rows[:, block, None] ^ self.signs[:, None]
+            if self.mask is not None:
+                words &= self.mask[:, None]
+            np.add.reduce(_popcount(words), 0, dtype=self.dtype, out=different[block])
         different *= -2
         sums: Array = different.reshape(*shape, outputs) + self.count
         return sums
 
 
 def _words(bits: Array) -> Array:
-    """Bits ``(..., C)`` in words ``(..., n)`` of 8, 16, 32 or 64: few, so that patches are quick to copy."""
+    """Bits ``(..., C)`` in as few words ``(..., n)`` of 8, 16, 32 or 64 bits as possible."""
     packed = np.packbits(bits, -1)
     size = next((n for n in (1, 2, 4) if packed.shape[-1] <= n), 8)
     edge = [(0, 0)] * (packed.ndim - 1)
@@ -445,7 +441,7 @@ def _words(bits: Array) -> Array:
     return padded.view(f"u{size}")
 
 
-#: Bits set in each number of 16 bits, for numpy 1.
+#: Number of bits that are set in each number of 16 bits, for numpy 1.
 _COUNTS = np.array([i.bit_count() for i in range(1 << 16)], dtype=np.uint8)
 
 
@@ -458,9 +454,9 @@ _popcount: Callable[[Array], Array] = getattr(np, "bitwise_count", _by_table)
 
 
 def _largest(sums: Array, size: int) -> Array:
-    """Of each window of ``size`` by ``size``, of ``(n, H, W, C)``."""
+    """Maximum of each window of ``size`` by ``size``, from ``(n, H, W, C)``."""
     if size == 1:
         return sums
     height, width = (n // size * size for n in sums.shape[1:3])
-    parts = [sums[:, i:height:size, j:width:size] for i in range(size) for j in range(size)]
-    return reduce(np.maximum, parts)
+    corners = [sums[:, i:height:size, j:width:size] for i in range(size) for j in range(size)]
+    return reduce(np.maximum, corners)

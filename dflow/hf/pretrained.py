@@ -1,4 +1,4 @@
-"""What models of all kinds share as transformers models: they are saved whole, with what belongs to them."""
+"""Base class of all models as transformers models: complete saves, with vocabulary and coding tables."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from dflow.hf.manifest import remove, replacing
 
-#: Tables that files are coded with, beside the weights.
+#: File of the coding tables.
 TABLES = "coding.safetensors"
 
-#: Files beside the weights that a model is of no use without: its vocabulary, and tables of its coder.
+#: Files beside the weights that belong to a model: its vocabulary, and its coding tables.
 COMPANIONS = ("vocabulary.json", "tokenizer.model", TABLES)
 
 WEIGHTS = "model.safetensors"
-#: Where weights lie in several files: which of them has which.
+#: Where weights are in several files: the list of the weights in each.
 INDEX = WEIGHTS + ".index.json"
 
 _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
-#: Arguments of `save_pretrained` that are those of an upload.
+#: Arguments of `save_pretrained` for an upload.
 _OF_THE_HUB = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "tags")
 
-#: Arguments of `from_pretrained` that say where files come from.
+#: Arguments of `from_pretrained` that select the source of the files.
 _OF_A_PLACE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -36,21 +37,24 @@ class Pretrained(PreTrainedModel):
     """A model of dflow in a folder.
 
     Attributes:
-        companions: files by name that are saved beside the weights: those of `COMPANIONS` that lay in the
+        companions: contents of files that are saved beside the weights, by name: those of `COMPANIONS` in the
             folder that the model was loaded from.
     """
 
     companions: Mapping[str, bytes] = {}
 
+    def _init_weights(self, module: nn.Module) -> None:
+        """Modules initialise themselves; the default would undo it."""
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """See transformers; the model carries the files of its vocabulary."""
-        found: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = found[0] if isinstance(found, tuple) else found
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
         if pretrained_model_name_or_path is not None:
             place = {name: kwargs[name] for name in _OF_A_PLACE if name in kwargs}
             model.companions = _companions(os.fspath(pretrained_model_name_or_path), place)
-        return found
+        return loaded
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -60,7 +64,7 @@ class Pretrained(PreTrainedModel):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """See transformers; each file is replaced whole or not at all, and listed in the manifest.
+        """See transformers; each file is replaced completely or not at all, and listed in the manifest.
 
         Files of the vocabulary are saved too, where the model was loaded from a folder that has them.
         """
@@ -76,7 +80,7 @@ class Pretrained(PreTrainedModel):
             new = {path.name for path in temporary.iterdir()}
         old = {path.name for path in folder.iterdir() if _WEIGHT_FILE.fullmatch(path.name)}
         if any(_WEIGHT_FILE.fullmatch(name) for name in new):
-            # Weights that were saved in another number of files would be loaded in place of these.
+            # Older weights in another number of files would be loaded in place of these.
             remove(folder, old - new)
         if push_to_hub:
             for name in ("token", "max_shard_size"):
@@ -92,6 +96,6 @@ def _companions(name: str, place: Mapping[str, Any]) -> dict[str, bytes]:
         paths = {file: folder / file for file in COMPANIONS}
     else:
         quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
-        found = {file: cached_file(name, file, **place, **quiet) for file in COMPANIONS}
-        paths = {file: Path(path) for file, path in found.items() if path is not None}
+        cached = {file: cached_file(name, file, **place, **quiet) for file in COMPANIONS}
+        paths = {file: Path(path) for file, path in cached.items() if path is not None}
     return {file: path.read_bytes() for file, path in paths.items() if path.is_file()}

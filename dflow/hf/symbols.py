@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,12 +23,12 @@ from dflow.hf.pretrained import Pretrained
 
 @dataclass
 class DflowOutput(ModelOutput):
-    """Cost of a batch, and what it was made from.
+    """Cost of a batch, and the log-likelihoods that it was computed from.
 
     Attributes:
-        loss: in evaluation mode the mean negative log-likelihood in nats a symbol, exactly. In training mode
-            the objective of the family's rule (`dflow.objectives.default_rule`) in nats a symbol: it is the
-            same where that rule is "likelihood", and reaches every parameter in any family.
+        loss: in evaluation mode the exact mean negative log-likelihood in nats a symbol. In training mode the
+            objective of the family's rule (`dflow.objectives.default_rule`) in nats a symbol: the same number
+            where that rule is "likelihood". It has a gradient for every parameter in any family.
         log_prob: exact log-likelihood of each sequence in nats, ``(batch,)``; None in training mode under
             another rule than "likelihood".
     """
@@ -48,7 +49,7 @@ class DflowModel(Pretrained):
     def __init__(self, config: DflowConfig) -> None:
         """Build the model that ``config`` describes, with fresh weights."""
         super().__init__(config)
-        self._settings = settings = config.settings()
+        settings = config.settings()
         # Masks and orders are computed, not loaded, so they need a real device even while transformers
         # builds everything else on the meta device.
         with torch.device("cpu"):
@@ -56,35 +57,43 @@ class DflowModel(Pretrained):
             self.register_buffer("length_counts", torch.zeros(config.length + 1))
         self.post_init()  # type: ignore[no-untyped-call]
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """Modules initialise themselves; the default would undo it."""
+    #: Network calls of the law in use; None where it is `distribution` itself.
+    _calls: int | None = None
+
+    @property
+    def law(self) -> Distribution:
+        """The law that is scored and drawn from: `distribution`, or one that shares its network, see `at`."""
+        return self.distribution if self._calls is None else self.distribution.at(self._calls)
 
     @property
     def num_calls(self) -> int:
         """Sequential network calls that drawing a sequence costs, at most."""
-        return self.distribution.num_calls
+        return self.law.num_calls
 
-    def choose(self, calls: int) -> None:
-        """Score and draw in ``calls`` network calls from now on.
+    def at(self, calls: int) -> DflowModel:
+        """The model that scores and draws in ``calls`` network calls; it shares all weights with this one.
 
         Raises:
             InputError: the model was not trained for that number.
         """
-        law, settings = self.distribution, self._settings
-        if isinstance(law, Walk) and isinstance(settings, zoo.AnyOrderConfig):
-            self._settings = settings = replace(settings, num_calls=calls)
-            walk = zoo.walk(settings, law.model)
-            self.distribution = walk.to(self.device).train(self.training)
-            # The order is saved with the model: the config has to tell of the same.
-            self.config.num_calls = calls
-            return
-        if not isinstance(law, SequenceCategorical) or calls not in law.budgets:
-            known = law.budgets if isinstance(law, SequenceCategorical) else [self.num_calls]
+        try:
+            law = self.distribution.at(calls)
+        except ValueError:
+            budgets = self.distribution.budgets
+            choices = f"1 to {budgets[-1]}" if isinstance(budgets, range) else ", ".join(map(str, budgets))
             raise InputError(
-                f"this {self.config.family} model is not drawn in {calls} calls, but in "
-                f"{', '.join(map(str, known))}; a grouped model can be trained for more (model.calls)"
-            )
-        law.choose(calls)
+                f"this {self.config.family} model is not drawn in {calls} calls, but in {choices}; a grouped "
+                "model can be trained for more (model.calls)"
+            ) from None
+        model = copy.copy(self)
+        if isinstance(law, Walk):
+            # The order is saved with the model, so that the config has to name its number of calls.
+            model._modules = dict(self._modules)
+            model.distribution, model.config = law, copy.copy(self.config)
+            model.config.num_calls = calls
+        else:
+            model._calls = calls
+        return model
 
     @labels_optional
     def forward(
@@ -98,7 +107,7 @@ class DflowModel(Pretrained):
         num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
     ) -> DflowOutput | tuple[Any, ...]:
-        """Loss and log-likelihood, as `DflowOutput` tells them; while it trains, a base in closed form moves.
+        """Loss and log-likelihood as a `DflowOutput`; in training mode a base in closed form is updated.
 
         Args:
             input_ids: symbols, int64 ``(batch, n)``.
@@ -106,31 +115,31 @@ class DflowModel(Pretrained):
             attention_mask: ``(batch, n)``, the same in another form: ones, then zeros.
             labels: ``(batch, n)``, the symbols themselves, with -100 for those that are not present. They are
                 not shifted, and may be left out.
-            return_loss: whether there is a loss to tell.
+            return_loss: whether to return a loss.
             return_dict: False for a tuple.
             num_items_in_batch: how many labels the batches of one step have together, of which the loss is
                 then this batch's share.
-            kwargs: none.
+            kwargs: refused.
 
         Raises:
-            InputError: an argument that is none of these, or arguments that contradict each other; a mask or
-                labels that no lengths can say; and what `log_prob` refuses.
+            InputError: an unknown argument, or arguments that contradict each other; a mask or labels that
+                are no prefix of each row; and the errors of `log_prob`.
         """
         refuse_unknown(kwargs, self.forward)
         lengths = present_lengths(input_ids, lengths, attention_mask, labels)
-        if self.training and not training.trained_by_likelihood(self.distribution):
+        if self.training and not training.trained_by_likelihood(self.law):
             log_prob, nats = None, self._objective(input_ids, lengths)
         else:
             log_prob = self.log_prob(input_ids, lengths)
             nats = -log_prob.sum()
-            if nats.requires_grad and not training.reached(self.distribution):
+            if nats.requires_grad and not training.reached(self.law):
                 nats = training.evaluated(nats)
         if self.training and torch.is_grad_enabled() and self.config.explicit_length:
             _, present = self._whole(input_ids, lengths)
             if present is not None:
                 self.length_counts.index_add_(0, present, torch.ones_like(present).to(self.length_counts))
         entries = input_ids.numel() if lengths is None else int(lengths.sum())
-        # A length that has a law of its own counts as a symbol, the end of the sequence.
+        # With a law of lengths the end of a sequence counts as a symbol.
         loss = nats / (entries + len(input_ids) * self.config.explicit_length)
         scored = entries if labels is None else (labels != IGNORED).sum()
         loss = scaled(loss, scored, num_items_in_batch)
@@ -140,7 +149,7 @@ class DflowModel(Pretrained):
     def _objective(self, input_ids: Tensor, lengths: Tensor | None) -> Tensor:
         """Loss in nats, summed over the batch, by the family's rule."""
         x, context = self._whole(input_ids, lengths)
-        loss = training.loss_of_symbols(self.distribution, x, context)
+        loss = training.loss_of_symbols(self.law, x, context)
         if context is None or not self.config.explicit_length:
             return loss
         return loss - self._length_log_prob()[context].sum()
@@ -154,13 +163,13 @@ class DflowModel(Pretrained):
             InputError: a symbol outside the alphabet, or lengths that this model cannot score.
         """
         x, lengths = self._whole(input_ids, lengths)
-        log_prob = self.distribution.log_prob(x, Context(lengths=lengths))
+        log_prob = self.law.log_prob(x, Context(lengths=lengths))
         if self.config.explicit_length:
             log_prob = log_prob + self._length_log_prob()[lengths]
         return log_prob
 
     def _whole(self, input_ids: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Symbols and lengths, checked, as the law takes them: a flow has a fixed number of entries."""
+        """Symbols and lengths, checked, as the law takes them: a flow needs a fixed number of entries."""
         self._check(input_ids, lengths)
         if self.config.explicit_length and lengths is None:
             lengths = torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
@@ -174,13 +183,13 @@ class DflowModel(Pretrained):
         generator: torch.Generator | None = None,
         prompt: Tensor | None = None,
     ) -> Tensor:
-        """Exact draws: int64 ``(num_return_sequences, length)``; -1 marks what lies beyond a sequence's end.
+        """Exact draws: int64 ``(num_return_sequences, length)``; entries beyond the end of a sequence are -1.
 
         A length below the model's gives the first symbols of full draws, which has the model's own law;
         with ``config.explicit_length`` lengths are drawn too unless one is given.
 
         Args:
-            num_return_sequences: how many.
+            num_return_sequences: number of draws.
             length: symbols of each, at most ``config.length``, the default.
             generator: source of randomness, on the model's device.
             prompt: int64 ``(n,)`` first symbols, for models that draw symbols themselves; see
@@ -188,7 +197,7 @@ class DflowModel(Pretrained):
                 `Walk.sample` for any-order models.
 
         Raises:
-            InputError: what cannot be drawn.
+            InputError: a number, length or prompt that the model cannot draw.
         """
         longest = self.config.length
         if not isinstance(num_return_sequences, int):
@@ -214,7 +223,7 @@ class DflowModel(Pretrained):
         context = Context(lengths=lengths)
         # A law that takes a prompt takes the length too, and may stop there.
         options = {} if self.config.record.prompt == "no" else {"prompt": prompt, "length": length}
-        x = self.distribution.sample(num_return_sequences, context, generator, **options)
+        x = self.law.sample(num_return_sequences, context, generator, **options)
         if lengths is not None:
             x = x.masked_fill(torch.arange(longest, device=x.device) >= lengths[:, None], -1)
             return x[:, : length or max(1, int(lengths.max()))]
@@ -223,19 +232,20 @@ class DflowModel(Pretrained):
     def _prompt(self, prompt: Tensor, length: int) -> Tensor:
         """A prompt of draws of ``length`` symbols, checked, on the device of the model."""
         if self.config.record.prompt == "no":
-            able = [name for name in zoo.names("text") if zoo.find(name).prompt != "no"]
+            families = [name for name in zoo.names("text") if zoo.find(name).prompt != "no"]
             raise InputError(
-                f"a {self.config.family} model cannot continue a prompt; use one of family {', '.join(able)}"
+                f"a {self.config.family} model cannot continue a prompt; use one of family "
+                f"{', '.join(families)}"
             )
         if not (isinstance(prompt, Tensor) and (prompt.dtype, prompt.ndim) == (torch.int64, 1)):
-            what = (
+            received = (
                 f"{prompt.dtype} {tuple(prompt.shape)}"
                 if isinstance(prompt, Tensor)
                 else type(prompt).__name__
             )
             raise InputError(
-                f"a prompt is a tensor of symbols int64 (n,), one for all samples, found {what}; of a text "
-                "dflow.data.Tokenizer.load(FOLDER).encode(text) makes it"
+                f"a prompt is a tensor of symbols int64 (n,), one for all samples, found {received}; make it "
+                "from a text with dflow.data.Tokenizer.load(FOLDER).encode(text)"
             )
         if not 1 <= len(prompt) < length:
             raise InputError(
@@ -247,28 +257,28 @@ class DflowModel(Pretrained):
 
     @torch.no_grad()
     def round_trip(self, input_ids: Tensor, lengths: Tensor | None = None) -> bool | None:
-        """Whether what is scored is what is drawn; None where some part of the law offers no check.
+        """Whether scoring and drawing agree; None where some part of the law offers no check.
 
-        A map on Z/K has to give back every symbol from its latents. A law that draws symbols one group after
-        another has to give them the same probability step by step, as it draws, as in the one pass that
-        scores them. The parts of a split are checked each by itself; a plain table of probabilities is
-        scored and drawn from alike, which leaves nothing to check.
+        A map on Z/K has to recover every symbol from its latent. A law that draws symbols group by group has
+        to give them the same probability step by step, as it draws, and in the single pass that scores them.
+        The parts of a split are checked separately. A table of probabilities needs no check: the same table
+        scores and draws.
         """
         self._check(input_ids, lengths)
-        return self.distribution.round_trip(self._padded(input_ids), Context(lengths=lengths))
+        return self.law.round_trip(self._padded(input_ids), Context(lengths=lengths))
 
     def _padded(self, x: Tensor) -> Tensor:
-        """``x`` in the model's length, where its law takes no other."""
+        """``x``, padded to the model's length where its law takes no other."""
         if self.config.record.left_to_right or isinstance(self.distribution, (SequenceCategorical, Walk)):
             return x
         return nn.functional.pad(x, (0, self.config.length - x.shape[1]))
 
     def set_length_counts(self, counts: Tensor) -> None:
-        """The lengths of the training data, ``(config.length + 1,)``: the law of lengths is theirs."""
+        """Set how often each length occurs in the training data, ``(config.length + 1,)``."""
         self.length_counts.copy_(counts)
 
     def _length_log_prob(self) -> Tensor:
-        """Smoothed by half a count each for lengths from 1 (Krichevsky and Trofimov 1981)."""
+        """Log-probability of each length from 1, smoothed by half a count (Krichevsky and Trofimov 1981)."""
         counts = self.length_counts.double() + 0.5
         counts[0] = 0
         return (counts / counts.sum()).log().to(torch.float64)

@@ -1,7 +1,7 @@
-"""The loss of a model in training mode: that of its family's rule; and what moves while it is trained.
+"""The loss of a model in training mode, by its family's rule, and updates of its parts in closed form.
 
-What has a closed form (counts of a base, moments of a density) has no gradient. It follows the batches while
-gradients are recorded, as the running averages of a normalisation do.
+Parts in closed form (counts of a base, moments of a density) have no gradient. They are running averages over
+the batches for which gradients are recorded, as in batch normalisation.
 """
 
 from __future__ import annotations
@@ -18,17 +18,21 @@ from dflow.core import Distribution
 from dflow.dequantize import Dequantized, Elbo
 from dflow.distributions import CovarianceNormal, Gaussian
 
-#: Memory of what has a closed form, a batch; the default of `dflow train`.
+#: Momentum of the running averages of parts in closed form, a batch; the default of `dflow train`.
 MOMENTUM = 0.98
 
 
 def trained_by_likelihood(law: Distribution) -> bool:
-    """Whether minus the exact log-likelihood of symbols is what trains every part of ``law``."""
-    return objectives.default_rule(law) == "likelihood" and objectives.closed_form(law) is None
+    """Whether the exact log-likelihood of symbols trains every part of ``law``.
+
+    A law that can be drawn in several numbers of calls has several likelihoods, which training alternates.
+    """
+    likelihood = objectives.default_rule(law) == "likelihood" and objectives.closed_form(law) is None
+    return likelihood and objectives.turns(law) == 1
 
 
 def reached(law: Distribution) -> bool:
-    """Whether the gradient of the exact log-likelihood of symbols reaches every parameter of ``law``."""
+    """Whether the exact log-likelihood of symbols has a gradient for every parameter of ``law``."""
     return objectives.default_rule(law) in ("likelihood", "masked")
 
 
@@ -38,15 +42,18 @@ def loss_of_symbols(law: Distribution, x: Tensor, lengths: Tensor | None = None)
     objective, base = objectives.Objective(law, rule), objectives.closed_form(law)
     moves = torch.is_grad_enabled()
     if base is not None and moves and not bool(base.counts.any()):
-        # Of a uniform base every latent costs the same, and no map would learn from it.
+        # Under a uniform base all latents cost the same, so that no map would learn.
         with _evaluating(law):
             objectives.refit(law, [(x, lengths)])
-    with _noise(law, float(rule == "gumbel")), _turn(law):
-        loss, counts = objective(x, lengths)
+    # One of the budgets of the law at random; `dflow train` takes all of them in turn.
+    budgets = objectives.turns(law)
+    turn = int(torch.randint(budgets, ())) if budgets > 1 else 0
+    with _noise(law, float(rule == "gumbel")):
+        loss, counts = objective(x, lengths, turn)
     if base is not None and counts is not None and moves:
         base.update(counts, MOMENTUM)
-    found: Tensor = loss
-    return found
+    total: Tensor = loss
+    return total
 
 
 def elbo_of_values(law: Dequantized, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -103,14 +110,14 @@ class _OfTraining(torch.autograd.Function):
 
 
 def evaluated(loss: Tensor) -> Tensor:
-    """An exact cost that reaches some of the parameters only: to train those alone is refused."""
-    found: Tensor = _OfTraining.apply(loss)  # type: ignore[no-untyped-call]
-    return found
+    """``loss``, an exact cost without a gradient for some parameters; its backward pass is refused."""
+    guarded: Tensor = _OfTraining.apply(loss)  # type: ignore[no-untyped-call]
+    return guarded
 
 
 @contextmanager
 def _evaluating(law: nn.Module) -> Iterator[None]:
-    """Within, no dropout, and no batch is averaged into a normalisation."""
+    """Evaluation mode for a while: no dropout, and no update of running averages."""
     modules = [module for module in law.modules() if module.training]
     law.eval()
     try:
@@ -122,7 +129,7 @@ def _evaluating(law: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _noise(law: nn.Module, noise: float) -> Iterator[None]:
-    """Within, the straight-through estimators draw by so much Gumbel noise."""
+    """Set the Gumbel noise of the straight-through estimators for a while."""
     before = {estimator: estimator.noise for estimator in objectives.estimators(law)}
     for estimator in before:
         estimator.noise = noise
@@ -134,21 +141,8 @@ def _noise(law: nn.Module, noise: float) -> Iterator[None]:
 
 
 @contextmanager
-def _turn(law: nn.Module) -> Iterator[None]:
-    """Within, a law of several numbers of calls takes one of them, at random: training takes all by turns."""
-    before = {part: part.num_calls for part in objectives.elastic(law)}
-    for part in before:
-        part.choose(part.budgets[int(torch.randint(len(part.budgets), ()))])
-    try:
-        yield
-    finally:
-        for part, calls in before.items():
-            part.choose(calls)
-
-
-@contextmanager
 def _copies(law: Gaussian) -> Iterator[None]:
-    """Within, its buffers are copies, which a backward pass may still need when they have moved on."""
+    """Replace its buffers by copies for a while, since a backward pass needs the values before an update."""
     before = dict(law.named_buffers(recurse=False))
     for name, buffer in before.items():
         setattr(law, name, buffer.clone())

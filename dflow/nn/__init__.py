@@ -1,1 +1,1 @@
-"""Networks that have never heard of flows."""
+"""Networks, independent of flows."""

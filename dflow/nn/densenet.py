@@ -32,9 +32,9 @@ class DenseNet(nn.Module):
         levels: values 0..levels-1 of the input are spread over -1..1; None leaves it as it is.
         zero_head: start with an output of zeros (the identity, for the parameters of a bijector).
         activation: "silu", or "relu": then it needs nothing but products, sums and maxima.
-        head_kernel: places that the last layer sees, 3 x 3 or 1 x 1: wide heads are dear.
-        norm: before each activation: "none", or "group", over groups of 16 channels or more where there
-            are so many, at all places.
+        head_kernel: kernel size of the last layer, 3 or 1; with many outputs a size of 3 is slow.
+        norm: before each activation: "none", or "group", over groups of at least 16 channels (all of them
+            where there are fewer) at all places.
 
     Raises:
         ValueError: a size below 1, fewer hidden channels than layers, fewer than 2 levels, an unknown
@@ -57,7 +57,6 @@ class DenseNet(nn.Module):
         norm: Literal["none", "group"] = "none",
         head_kernel: int = 3,
     ) -> None:
-        """See the class."""
         super().__init__()
         if activation not in ("silu", "relu") or norm not in ("none", "group"):
             raise ValueError(f"activation {activation!r} is silu or relu, and norm {norm!r} none or group")
@@ -74,7 +73,7 @@ class DenseNet(nn.Module):
         channels, layers = in_channels + context_channels, []
         for i in range(depth):
             growth = hidden_size * (i + 1) // depth - hidden_size * i // depth
-            # A maximum keeps half the numbers line of a single channel: few are made more first.
+            # ReLU loses half of the values of a channel, so that few channels are widened first.
             width = max(channels, growth)
             layers.append(
                 nn.Sequential(
@@ -96,7 +95,7 @@ class DenseNet(nn.Module):
         return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
 
     def _active(self, channels: int) -> list[nn.Module]:
-        """What follows a product."""
+        """The norm and activation after a product."""
         active: nn.Module = nn.SiLU() if self.activation == "silu" else nn.ReLU()
         if self.norm == "none":
             return [active]
@@ -106,11 +105,11 @@ class DenseNet(nn.Module):
         return [nn.GroupNorm(groups, channels), active]
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
-        """Parameters ``(batch, out_channels * H * W, num_params)``: what a bijector or a law asks for.
+        """Parameters ``(batch, out_channels * H * W, num_params)`` of a bijector or a law.
 
         Args:
             x: numbers ``(batch, in_channels * H * W)``.
-            context: of given ``(batch, context_channels * H * W)``, or several that make that up together.
+            context: given tensors with ``context_channels * H * W`` columns together.
 
         Raises:
             ValueError: an ``x`` or context of another size.
@@ -119,10 +118,10 @@ class DenseNet(nn.Module):
 
     @torch.no_grad()
     def regress(self, x: Tensor, y: Tensor) -> Tensor | None:
-        """The linear map of the places around that comes nearest to ``y``: ``(out_channels, C * k + 1)``.
+        """The best linear map from the 3x3 neighbourhood to ``y``: ``(out_channels, C * k + 1)``.
 
-        Least squares with a little ridge; C the channels of the input, k places (9, or 1 at a size of
-        (1, 1)), the constant last. None where there are fewer than ten examples for each of its numbers.
+        Least squares with a small ridge; C the channels of the input, k = 9 places (1 at a size of (1, 1)),
+        the constant last. None where there are fewer than ten examples for each number of a row.
 
         Args:
             x: numbers ``(batch, in_channels * H * W)``.
@@ -134,28 +133,28 @@ class DenseNet(nn.Module):
         targets = y.double().unflatten(1, (-1, self.size[0] * self.size[1])).transpose(1, 2).flatten(0, 1)
         ridge = 1e-4 * len(rows) * torch.eye(rows.shape[1], dtype=torch.float64, device=rows.device)
         ridge[-1, -1] = 0
-        found: Tensor = torch.linalg.solve(rows.T @ rows + ridge, rows.T @ targets)
-        return found.T
+        solution: Tensor = torch.linalg.solve(rows.T @ rows + ridge, rows.T @ targets)
+        return solution.T
 
     @torch.no_grad()
     def predict(self, x: Tensor, weight: Tensor) -> Tensor:
-        """What a map of `regress` makes of ``x``: float64 ``(batch, out_channels * H * W)``."""
-        found: Tensor = self._around(x) @ weight.T
-        rows: Tensor = found.unflatten(0, (len(x), -1)).transpose(1, 2).flatten(1)
+        """Predictions of a map of `regress` for ``x``: float64 ``(batch, out_channels * H * W)``."""
+        prediction: Tensor = self._around(x) @ weight.T
+        rows: Tensor = prediction.unflatten(0, (len(x), -1)).transpose(1, 2).flatten(1)
         return rows
 
     @torch.no_grad()
     def lead(self, weight: Tensor, factor: Tensor) -> None:
-        """Add such a map to the first parameters, each times its factor ``(out_channels, parameters)``."""
-        seen, count = self.sizes[0] // (self.size[0] * self.size[1]), factor.shape[1]
+        """Add a map of `regress`, times ``factor`` ``(out_channels, n)``, to the first n params."""
+        inputs, count = self.sizes[0] // (self.size[0] * self.size[1]), factor.shape[1]
         maps = factor.T[..., None] * weight
-        head = self.head.weight.unflatten(0, (self.num_params, -1))[:count, :, :seen]
+        head = self.head.weight.unflatten(0, (self.num_params, -1))[:count, :, :inputs]
         head.add_(maps[..., :-1].reshape(head.shape).to(head.dtype))
         bias: Tensor = self.head.bias  # type: ignore[assignment]
         bias.unflatten(0, (self.num_params, -1))[:count].add_(maps[..., -1].to(head.dtype))
 
     def _around(self, x: Tensor) -> Tensor:
-        """The numbers around each place and a one: float64 ``(batch * H * W, in_channels * k + 1)``."""
+        """Rows of a 3x3 neighbourhood and a one: float64 ``(batch * H * W, in_channels * k + 1)``."""
         planes = x.double().unflatten(1, (-1, *self.size))
         if self.size == (1, 1):
             rows = planes.flatten(1)
@@ -164,7 +163,7 @@ class DenseNet(nn.Module):
         return torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
 
     def features(self, x: Tensor, context: Context | None = None) -> Tensor:
-        """The same numbers, flat, as a context for other networks: ``(batch, C * H * W)``.
+        """The output, flat, as a context for other networks: ``(batch, C * H * W)``.
 
         C is ``num_params * out_channels``; arguments and errors as in `forward`.
         """

@@ -12,20 +12,20 @@ from torch.nn import functional as F
 class Neighbours(nn.Module):
     """Sum of one vector for each neighbour and its symbol, and of one for each n-gram of neighbours.
 
-    Neighbours are columns: column c always stands for the same place around an entry. Symbol K stands for one
-    that is absent or not known. N-grams find their vectors by hashing (no stored keys; two may share a
-    vector): parameters that cost no arithmetic.
+    Neighbours are columns: column c is always the same place around an entry. Symbol K is a neighbour that is
+    absent or not known. The vector of an n-gram is found by hashing, so that two n-grams may share one; these
+    vectors add parameters but almost no arithmetic.
 
     Args:
         K: size of the alphabet.
-        size: features.
-        columns: neighbours.
-        ngrams: columns that each table of n-grams joins.
-        ngram_rows: vectors in each of these tables; 0 for none.
-        extra: further vectors, whose rows in `weight` begin at `extra_row`.
-        std: of the random start; n-grams start at zero.
+        size: number of features.
+        columns: number of neighbours.
+        ngrams: for each table of n-grams, the columns that it joins.
+        ngram_rows: vectors in each of these tables; 0 for no tables.
+        extra: number of further vectors, whose rows in `weight` begin at `extra_row`.
+        std: standard deviation of the initial vectors; those of n-grams start at zero.
         ngram_dropout: in training each n-gram of an entry is left out with this probability, and the others
-            count the more: long n-grams are otherwise learned by heart.
+            are scaled up: a network overfits to long n-grams otherwise.
     """
 
     hash: Tensor
@@ -55,15 +55,15 @@ class Neighbours(nn.Module):
         self.register_buffer("hash", factors * joined)
         symbols = columns * (K + 1)
         self.extra_row = symbols + len(ngrams) * ngram_rows
-        first = [torch.arange(columns) * (K + 1), symbols + torch.arange(len(ngrams)) * ngram_rows]
-        self.register_buffer("first_rows", torch.cat(first))
+        first_rows = [torch.arange(columns) * (K + 1), symbols + torch.arange(len(ngrams)) * ngram_rows]
+        self.register_buffer("first_rows", torch.cat(first_rows))
         self.weight = nn.Parameter(torch.randn(self.extra_row + extra, size) * std)
-        # An n-gram that training never shows then adds nothing, rather than noise.
+        # An n-gram that does not occur in training then adds nothing, rather than noise.
         with torch.no_grad():
             self.weight[symbols : self.extra_row] = 0
 
     def rows(self, symbols: Tensor) -> Tensor:
-        """Rows of `weight` for symbols (..., columns): of each, then of each n-gram."""
+        """Rows of `weight` for symbols (..., columns): one for each symbol, then one for each n-gram."""
         if not self.hash.shape[1]:
             return symbols + self.first_rows
         # The sum of products is a matrix product, which torch lacks for integers on a GPU.
@@ -73,7 +73,7 @@ class Neighbours(nn.Module):
     def forward(self, symbols: Tensor, extra: Tensor | None = None) -> Tensor:
         """Features (..., size) of entries with the neighbours ``symbols``, int64 (..., columns).
 
-        ``extra`` holds rows of further vectors to add, (..., any).
+        ``extra`` holds rows of further vectors to add, (..., number of vectors).
         """
         rows = self.rows(symbols)
         if extra is not None:
@@ -81,24 +81,24 @@ class Neighbours(nn.Module):
         weights = None
         if self.training and self.ngram_dropout and self.hash.shape[1]:
             weights = torch.ones(rows.shape, dtype=self.weight.dtype, device=rows.device)
-            some = weights[..., self.columns : self.columns + self.hash.shape[1]]
-            some.bernoulli_(1 - self.ngram_dropout).div_(1 - self.ngram_dropout)
+            ngram_weights = weights[..., self.columns : self.columns + self.hash.shape[1]]
+            ngram_weights.bernoulli_(1 - self.ngram_dropout).div_(1 - self.ngram_dropout)
             weights = weights.flatten(0, -2)
         h: Tensor = F.embedding_bag(rows.flatten(0, -2), self.weight, mode="sum", per_sample_weights=weights)
         return h.view(*rows.shape[:-1], self.size)
 
     def gradient_of(self, x: Tensor, sources: Tensor) -> Tensor:
-        """A zero (batch, entries, size) with the gradient that the features have in one-hot rows.
+        """Zeros (batch, entries, size) with the gradient of the features for one-hot rows.
 
-        On one-hot rows the features are linear in every symbol, n-grams left aside.
+        Apart from n-grams, which have no gradient here, the features are linear in one-hot rows.
 
         Args:
             x: one-hot rows (batch, n, K).
-            sources: index (entries, columns) into these rows; n stands for none.
+            sources: index (entries, columns) into these rows; n where there is no symbol.
         """
         tables = self.weight.detach()[: self.columns * (self.K + 1)]
         tables = tables.unflatten(0, (self.columns, self.K + 1))[:, : self.K]
         rows = F.pad(x, (0, 0, 0, 1))
-        parts = [(rows @ tables[j])[:, sources[:, j]] for j in range(self.columns)]
-        soft = torch.stack(parts).sum(0)
+        products = [(rows @ tables[j])[:, sources[:, j]] for j in range(self.columns)]
+        soft = torch.stack(products).sum(0)
         return soft - soft.detach()

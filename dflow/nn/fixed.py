@@ -14,27 +14,27 @@ from dflow.core import Context
 from dflow.nn.densenet import DenseNet
 from dflow.nn.flat import flat_input
 
-#: Bits of the largest weight of an output channel, beside the sign.
+#: Bits of the largest weight of an output channel, without the sign.
 WEIGHT_BITS = 14
-#: Activations are multiples of 2^-14, and held at 2^12.
+#: Activations are multiples of 2^-14, clamped at 2^12.
 FRACTION_BITS, RANGE_BITS = 14, 12
 
 _LARGEST = 1 << (FRACTION_BITS + RANGE_BITS)
-# Weights are multiples of 2^-26 or more, or a channel that has all but died would have no room for its bias.
+# The step of a channel is at least 2^-26: with a smaller step, as for tiny weights, the bias could overflow.
 _FINEST = -26
 
 
 class FixedDenseNet(nn.Module):
-    """What a `DenseNet` of ReLU without norm computes, in integers held by float64.
+    """A `DenseNet` of ReLU without norm, computed in integers held by float64.
 
-    ``a <- clamp(floor(step (sum w a + b) + 1/2), 0, 2^26)``: activations a are counted in 2^-14, weights w of
-    an output channel in its step, the power of two at which the largest has 14 bits. Inputs are rounded
-    alike: multiples of 2^-14 up to a magnitude of 2^12 are shown exactly. Outputs are not rounded again.
+    ``a <- clamp(floor(step (sum w a + b) + 1/2), 0, 2^26)``: activations a are in units of 2^-14, weights w
+    of an output channel in units of its step, the power of two for which the largest weight has 14 bits.
+    Inputs are rounded in the same way: multiples of 2^-14 up to 2^12 are exact. Outputs are not rounded.
 
     Idea: Ballé, Johnston and Minnen 2019 (integer networks).
 
     Args:
-        net: the network; it stays as it is.
+        net: the network; it is not changed.
 
     Raises:
         ValueError: another activation than relu, a norm, weights that are not finite, sums that could reach
@@ -42,21 +42,20 @@ class FixedDenseNet(nn.Module):
     """
 
     def __init__(self, net: DenseNet) -> None:
-        """See the class."""
         super().__init__()
-        for name, found, needed in (("activation", net.activation, "relu"), ("norm", net.norm, "none")):
-            if found != needed:
+        for name, value, needed in (("activation", net.activation, "relu"), ("norm", net.norm, "none")):
+            if value != needed:
                 raise ValueError(
-                    f"a network with {name} {found!r} has no integer form: train with activation relu and "
+                    f"a network with {name} {value!r} has no integer form: train with activation relu and "
                     "norm none, or use mode float64"
                 )
         self.size, self.num_params, self.levels, self.sizes = net.size, net.num_params, net.levels, net.sizes
         self.layers = nn.ModuleList(
             nn.Sequential(
                 *(
-                    FixedProduct(part, True)
-                    for part in layer.children()
-                    if isinstance(part, (nn.Linear, nn.Conv2d))
+                    FixedProduct(module, True)
+                    for module in layer.children()
+                    if isinstance(module, (nn.Linear, nn.Conv2d))
                 )
             )
             for layer in net.layers
@@ -79,8 +78,8 @@ class FixedProduct(nn.Module):
     """A layer of `FixedDenseNet`: a product with bias, times the step of each channel.
 
     Args:
-        layer: in floats.
-        active: whether a ReLU of whole numbers follows.
+        layer: the layer in floats.
+        active: whether a ReLU of integers follows.
 
     Raises:
         ValueError: see `FixedDenseNet`.
@@ -91,7 +90,6 @@ class FixedProduct(nn.Module):
     step: Tensor
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, active: bool) -> None:
-        """See the class."""
         super().__init__()
         weight = layer.weight.detach().cpu().double()
         bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach().cpu().double()
@@ -104,7 +102,7 @@ class FixedProduct(nn.Module):
         step = torch.tensor(steps, dtype=torch.float64)
         rows = (rows / step[:, None]).round()
         bias = (bias * (1 << FRACTION_BITS) / step).round()
-        # The half that is added when the sum is rounded must not fall off either.
+        # The 1/2 that rounds the sum must not be lost either.
         most = rows.abs().sum(1) * _LARGEST + bias.abs() + (0.5 / step).clamp(min=1)
         if float(most.max()) >= 2.0**53:
             raise ValueError(
@@ -117,10 +115,10 @@ class FixedProduct(nn.Module):
         self.active = active
 
     def forward(self, x: Tensor) -> Tensor:
-        """From whole numbers, counted in 2^-14."""
+        """The layer for integers ``x``, in units of 2^-14."""
         if self.weight.ndim == 2:
-            found = F.linear(x, self.weight, self.bias)
+            product = F.linear(x, self.weight, self.bias)
         else:
-            found = F.conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2)
-        found = found * self.step
-        return torch.floor(found + 0.5).clamp(0, _LARGEST) if self.active else found
+            product = F.conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2)
+        product = product * self.step
+        return torch.floor(product + 0.5).clamp(0, _LARGEST) if self.active else product

@@ -1,4 +1,4 @@
-"""What networks on flat real tensors have in common: the input with its context."""
+"""Shared by networks on flat real tensors: the input joined with its context, checks of sizes."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ def flat_input(
 
     Args:
         x: numbers ``(batch, sizes[0])``, floating or not.
-        context: of given ``(batch, any)`` that have ``sizes[1]`` columns together; None where that is 0.
+        context: given tensors ``(batch, n)`` with ``sizes[1]`` columns together; None where that is 0.
         sizes: numbers a row of x and of the context.
         levels: None, or the values 0..levels-1 of x are spread over -1..1.
-        weight: any weight of the network.
+        weight: a weight of the network.
 
     Raises:
         ValueError: another number of columns.
     """
     items = only_given(context)
-    found = [x, *items]
-    if any(item.ndim != 2 for item in found) or (x.shape[1], sum(i.shape[1] for i in items)) != sizes:
+    tensors = [x, *items]
+    if any(item.ndim != 2 for item in tensors) or (x.shape[1], sum(i.shape[1] for i in items)) != sizes:
         raise ValueError(
             f"expected x (batch, {sizes[0]}) and a context of {sizes[1]} numbers a row, found x "
             f"{tuple(x.shape)} and {[tuple(i.shape) for i in items] or 'no context'}; class "
             "labels are given as one-hot rows"
         )
-    rows = [item.to(weight.dtype) for item in found]
+    rows = [item.to(weight.dtype) for item in tensors]
     if levels is not None:
         rows[0] = rows[0] * (2 / (levels - 1)) - 1
     return torch.cat(rows, 1) if items else rows[0]

@@ -1,4 +1,4 @@
-"""The regularised LSTM of Merity et al., as a sequence net: the baseline that dflow is compared with."""
+"""The regularised LSTM of Merity et al. as a sequence net: the baseline of comparisons."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def locked_dropout(x: Tensor, rate: float) -> Tensor:
 
 @dataclass
 class _Weights:
-    """The weights laid out for one step, and the parameters they were laid out from."""
+    """The weights in the layout of `LSTM.step`, and a copy of the parameters that they were computed from."""
 
     snapshot: list[Tensor]
     table: Tensor
@@ -36,7 +36,7 @@ class _Weights:
 
 @dataclass
 class _State:
-    """What one step reads and writes in place. The views are cut once, not at every step."""
+    """Tensors that a step reads and writes in place; the views are made once, not at every step."""
 
     weights: _Weights
     start: Tensor
@@ -152,7 +152,7 @@ class LSTM(nn.Module):
 
         Args:
             x: symbols, int64 ``(batch, dim)``, or one-hot rows, floating ``(batch, dim, K)``.
-            context: of lengths, or None; changes nothing, see the class.
+            context: lengths, or None; changes nothing, see the class.
         """
         only_lengths(context, len(x))
         weight: Tensor = self.embedding
@@ -181,7 +181,7 @@ class LSTM(nn.Module):
         dropped = nn.functional.dropout(hh, self.weight_drop, self.training)
         zeros = h.new_zeros(1, h.shape[0], self.hidden_size)
         with warnings.catch_warnings():
-            # cuDNN packs the weights anew at each call, as it must: dropped weights are new ones.
+            # cuDNN packs the weights anew at each call, which cannot be avoided: dropout changes them.
             warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
             # The kernel's training flag only keeps what a gradient needs; its own dropout is 0.
             keep = torch.is_grad_enabled()
@@ -190,7 +190,7 @@ class LSTM(nn.Module):
     def start(self, batch: int, context: Context | None = None) -> _State:
         """State before the first `step` of ``batch`` sequences."""
         only_lengths(context, batch)
-        # A state made under inference mode could be stepped only there, so it is made outside.
+        # Tensors made in inference mode could not be updated outside of it, so they are made outside.
         with torch.inference_mode(False), torch.no_grad():
             weights = self._layout()
             size, layers = self.hidden_size, len(self.layers)
@@ -231,7 +231,7 @@ class LSTM(nn.Module):
         return out[:, None]
 
     def _layout(self) -> _Weights:
-        """The weights for `step`, laid out anew only when a parameter has changed."""
+        """The weights in the layout of `step`, computed anew only when a parameter has changed."""
         parameters = [*self.parameters()]
         old = self._laid_out
         if (
@@ -249,8 +249,8 @@ class LSTM(nn.Module):
             ih, hh, b_ih, b_hh = layer.all_weights[0]
             recurrent.append((torch.cat([ih, hh], 1) if n else hh)[order].t().contiguous())
             biases.append((b_ih + b_hh)[order])
-        first = self._layers()[0].all_weights[0][0][order]
-        table = torch.addmm(biases[0], torch.cat([self.embedding, self.before[None]]), first.t())
+        input_weight = self._layers()[0].all_weights[0][0][order]
+        table = torch.addmm(biases[0], torch.cat([self.embedding, self.before[None]]), input_weight.t())
         snapshot = [p.detach().clone() for p in parameters]
         self._laid_out = _Weights(snapshot, table, recurrent, biases)
         return self._laid_out

@@ -16,9 +16,9 @@ from dflow.ops.modular import check_alphabet, one_hot
 class MADE(nn.Module):
     """Params at i depend on ``x[:, :i]`` only, by masks on the weights of a feed-forward net.
 
-    The masks are buffers applied at each call: no optimiser can lose them. Both modes run the same
-    products on the same rows and agree to the bit. The net ignores its context, which is right for
-    lengths: absent entries come last.
+    The masks are buffers applied at each call, so that training cannot change them. Both modes run the same
+    products on the same rows and agree to the bit. The net ignores lengths, which is right: absent entries
+    come last.
 
     Source: Germain et al. 2015, arXiv 1502.03509.
 
@@ -60,12 +60,12 @@ class MADE(nn.Module):
             h = layer(h if i == 0 else F.relu(h))
         return h.view(-1, self.dim, self.num_params)
 
-    def start(self, batch: int, context: Context | None = None) -> _State:
+    def start(self, batch: int, context: Context | None = None) -> _MadeState:
         """State before the first entry."""
         only_lengths(context, batch)
-        return _State(torch.zeros(batch, self.dim, dtype=torch.int64, device=self._first.device))
+        return _MadeState(torch.zeros(batch, self.dim, dtype=torch.int64, device=self._first.device))
 
-    def step(self, x_prev: Tensor | None, state: _State) -> Tensor:
+    def step(self, x_prev: Tensor | None, state: _MadeState) -> Tensor:
         """Params ``(batch, 1, num_params)`` of the next entry: one full call."""
         if x_prev is not None:
             state.x[:, state.known : state.known + 1] = x_prev
@@ -78,14 +78,14 @@ class MADE(nn.Module):
         return next(self.parameters())
 
 
-class _State:
+class _MadeState:
     def __init__(self, x: Tensor) -> None:
         self.x = x
         self.known = 0
 
 
 class _MaskedLinear(nn.Linear):
-    """A unit sees the inputs whose degree is at most its own."""
+    """A unit reads the inputs whose degree is at most its own."""
 
     mask: Tensor
 

@@ -16,15 +16,15 @@ class MaskedConv(nn.Module):
     So entry (c, h, w) sees all channels before c at every place, and its own channel before (h, w), row by
     row. Every hidden channel belongs to a channel of the image and is of one of three kinds:
 
-    - "before": knows all earlier channels, and the context, at every place;
-    - "row": that and its own channel above the row;
-    - "place": that and its own channel before the place.
+    - "before": depends on all earlier channels, and the context, at every place;
+    - "row": also on its own channel above the row;
+    - "place": also on its own channel before the place.
 
-    Each sees the 3x3 neighbourhood of every earlier channel, and so much of its own as its kind may know.
-    Kinds that look down and to the right whole leave no blind spot: with enough layers parameters depend
-    on every earlier entry. At places (1, 1), a vector of numbers, there is one kind, and this is a MADE.
+    Each reads the 3x3 neighbourhood of every earlier channel, and of its own channel what its kind allows.
+    With three kinds there is no blind spot: with enough layers parameters depend on every earlier entry. At
+    places (1, 1), a vector of numbers, there is one kind, and this is a MADE.
 
-    The masks are buffers applied at each call: no optimiser can lose them.
+    The masks are buffers applied at each call, so that training cannot change them.
 
     Source: Song et al. 2019, arXiv 1907.07945 (masks by channel); van den Oord et al. 2016, arXiv 1606.05328
     (rows against the blind spot); Germain et al. 2015, arXiv 1502.03509 (MADE).
@@ -51,7 +51,6 @@ class MaskedConv(nn.Module):
         context_channels: int = 0,
         zero_head: bool = True,
     ) -> None:
-        """See the class."""
         super().__init__()
         channels, height, width = shape
         check_sizes(channels=channels, height=height, width=width, num_params=num_params, depth=depth)
@@ -64,19 +63,19 @@ class MaskedConv(nn.Module):
         self.sizes = (channels * height * width, context_channels * height * width)
         kernel = 1 if self.size == (1, 1) else 3
         # Pairs of channel and kind. The context comes before every channel.
-        line, owner = torch.arange(channels), torch.arange(hidden_size) * channels // hidden_size
-        inputs = torch.cat([line, torch.full((context_channels,), -1)])
-        first = inputs, torch.full_like(inputs, _ENTRY)
-        number = torch.arange(hidden_size) - torch.searchsorted(owner, owner)
+        channel, hidden_channel = torch.arange(channels), torch.arange(hidden_size) * channels // hidden_size
+        inputs = torch.cat([channel, torch.full((context_channels,), -1)])
+        entries = inputs, torch.full_like(inputs, _ENTRY)
+        number = torch.arange(hidden_size) - torch.searchsorted(hidden_channel, hidden_channel)
         kind = number % kinds
         if kinds > 1 and not context_channels:
             # Nothing comes before the first channel.
-            kind = torch.where(owner == 0, _ROW + number % 2, kind)
-        hidden = owner, kind
-        last = line.repeat(num_params), torch.full((num_params * channels,), _PLACE)
-        self.first = _MaskedConv2d(first, hidden, kernel)
+            kind = torch.where(hidden_channel == 0, _ROW + number % 2, kind)
+        hidden = hidden_channel, kind
+        params = channel.repeat(num_params), torch.full((num_params * channels,), _PLACE)
+        self.first = _MaskedConv2d(entries, hidden, kernel)
         self.layers = nn.ModuleList(_MaskedConv2d(hidden, hidden, kernel) for _ in range(depth))
-        self.head = _MaskedConv2d(hidden, last, kernel)
+        self.head = _MaskedConv2d(hidden, params, kernel)
         if zero_head:
             zero_(self.head)
 
@@ -85,7 +84,7 @@ class MaskedConv(nn.Module):
 
         Args:
             x: numbers ``(batch, C * H * W)``.
-            context: of given ``(batch, context_channels * H * W)``, or several that make that up together.
+            context: given tensors with ``context_channels * H * W`` columns together.
 
         Raises:
             ValueError: an ``x`` or context of another size.
@@ -98,29 +97,32 @@ class MaskedConv(nn.Module):
         return out.view(len(x), self.num_params, -1).transpose(1, 2)
 
 
-#: Kinds of hidden channels, each of which may know what the one before knows; and the entries of the image.
+#: Kinds of hidden channels, each of which may depend on all that the kind before depends on; image entries.
 _BEFORE, _ROW, _PLACE, _ENTRY = range(4)
 
 
 class _MaskedConv2d(nn.Conv2d):
-    """A convolution whose outputs see what they may know of the inputs."""
+    """A convolution whose outputs read only the inputs that they may depend on."""
 
     mask: Tensor
 
     def __init__(self, inputs: tuple[Tensor, Tensor], outputs: tuple[Tensor, Tensor], kernel: int) -> None:
         super().__init__(len(inputs[0]), len(outputs[0]), kernel, padding=kernel // 2)
-        (channel, kind), (own, aim) = ([t[None] for t in inputs], [t[:, None] for t in outputs])
-        mask = (channel < own)[..., None, None].repeat(1, 1, kernel, kernel)
+        (in_channel, in_kind), (out_channel, out_kind) = (
+            [t[None] for t in inputs],
+            [t[:, None] for t in outputs],
+        )
+        mask = (in_channel < out_channel)[..., None, None].repeat(1, 1, kernel, kernel)
         middle = kernel // 2
-        # Of its own channel a unit sees what comes before it whole, ...
-        same = channel == own
-        mask |= (same & (kind == _BEFORE))[..., None, None]
-        # ... all in the rows above, unless it stands for what comes before, ...
-        mask[..., :middle, :] |= (same & (aim != _BEFORE))[..., None, None]
-        # ... and of its row what rows know, and for places what places up to here and entries before know.
-        mask[..., middle, :] |= (same & (aim != _BEFORE) & (kind == _ROW))[..., None]
-        mask[..., middle, : middle + 1] |= (same & (aim == _PLACE) & (kind == _PLACE))[..., None]
-        mask[..., middle, :middle] |= (same & (aim == _PLACE) & (kind == _ENTRY))[..., None]
+        # Of its own channel a unit reads all places of units of kind "before", ...
+        same = in_channel == out_channel
+        mask |= (same & (in_kind == _BEFORE))[..., None, None]
+        # ... everything in the rows above, unless its own kind is "before", ...
+        mask[..., :middle, :] |= (same & (out_kind != _BEFORE))[..., None, None]
+        # ... in its row units of kind "row"; and for kind "place" such units up to here and entries before.
+        mask[..., middle, :] |= (same & (out_kind != _BEFORE) & (in_kind == _ROW))[..., None]
+        mask[..., middle, : middle + 1] |= (same & (out_kind == _PLACE) & (in_kind == _PLACE))[..., None]
+        mask[..., middle, :middle] |= (same & (out_kind == _PLACE) & (in_kind == _ENTRY))[..., None]
         self.register_buffer("mask", mask)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ class InfillPerceptron(nn.Module):
     """Parameters of hidden entries given known ones, for short sequences.
 
     A symbol is looked up in the table of its position and the rows are added up (the first layer of a
-    perceptron on one-hot rows); residual layers follow, and one product gives all hidden entries together.
+    perceptron on one-hot rows); residual layers follow, and one product gives the params of all entries.
 
     Args:
         K: size of the alphabet.
@@ -23,7 +23,7 @@ class InfillPerceptron(nn.Module):
         hidden_size: width.
         num_layers: residual layers, each of two products.
         intermediate_size: width between the two; default ``4 * hidden_size``.
-        dropout: of what a residual layer adds.
+        dropout: rate for the output of a residual layer.
         zero_head: start with an output of zeros (the identity, for the parameters of a bijector).
     """
 
@@ -42,7 +42,6 @@ class InfillPerceptron(nn.Module):
         dropout: float = 0.0,
         zero_head: bool = False,
     ) -> None:
-        """See the class."""
         super().__init__()
         if len(known) < 1 or len(hidden) < 1:
             raise ValueError(
@@ -74,17 +73,17 @@ class InfillPerceptron(nn.Module):
 
         Args:
             x: int64 ``(batch, n_known)`` or one-hot rows ``(batch, n_known, K)``.
-            context: of the lengths of whole sequences, or None.
+            context: lengths of whole sequences, or None.
         """
         symbols = x.argmax(-1) if x.is_floating_point() else x
-        found = only_lengths(context, len(x))
-        if found is not None:
-            symbols = symbols.masked_fill(self.known >= found[:, None], self.K)
+        lengths = only_lengths(context, len(x))
+        if lengths is not None:
+            symbols = symbols.masked_fill(self.known >= lengths[:, None], self.K)
         rows = symbols + (self.K + 1) * torch.arange(len(self.known), device=x.device)
         h: Tensor = F.embedding_bag(rows, self.embedding.flatten(0, 1), mode="sum")
         if x.is_floating_point() and x.requires_grad:
-            # The sum above is what the inference mode computes, to the last bit. The same sum as a product
-            # with the one-hot rows adds nothing but its gradient.
+            # The sum above is that of the inference mode to the last bit. The same sum as a product with the
+            # one-hot rows contributes only its gradient.
             weight = torch.where((symbols == self.K)[..., None], 0.0, x)
             soft = torch.einsum("bik,ikh->bh", weight, self.embedding.detach()[:, : self.K])
             h = h + (soft - soft.detach())
@@ -97,15 +96,15 @@ class InfillPerceptron(nn.Module):
 class Perceptron(nn.Module):
     """Parameters of a few entries given a few numbers: a product and SiLU, then residual ones as wide.
 
-    The cheap conditioner of vectors; takes what `dflow.nn.densenet.DenseNet` takes.
+    A cheap conditioner of vectors, called like `dflow.nn.densenet.DenseNet`.
 
     Args:
-        in_features: numbers a row of the input.
-        out_entries: entries that parameters are asked for.
-        num_params: numbers for each.
+        in_features: numbers in a row of the input.
+        out_entries: number of entries that get parameters.
+        num_params: parameters of each entry.
         hidden_size: width.
         num_layers: hidden layers.
-        context_features: numbers a row of the context; 0 for none.
+        context_features: numbers in a row of the context; 0 for no context.
         levels: values 0..levels-1 of the input are spread over -1..1; None leaves it as it is.
         zero_head: start with an output of zeros (the identity, for the parameters of a bijector).
 
@@ -125,7 +124,6 @@ class Perceptron(nn.Module):
         levels: int | None = None,
         zero_head: bool = True,
     ) -> None:
-        """See the class."""
         super().__init__()
         check_sizes(in_features=in_features, out_entries=out_entries, num_params=num_params)
         check_sizes(hidden_size=hidden_size, num_layers=num_layers)
@@ -145,7 +143,7 @@ class Perceptron(nn.Module):
 
         Args:
             x: numbers ``(batch, in_features)``.
-            context: of given ``(batch, context_features)``, or several that make that up together.
+            context: given tensors with ``context_features`` columns together.
 
         Raises:
             ValueError: an ``x`` or context of another size.
@@ -153,7 +151,7 @@ class Perceptron(nn.Module):
         return self.features(x, context).view(len(x), self.num_params, -1).transpose(1, 2)
 
     def features(self, x: Tensor, context: Context | None = None) -> Tensor:
-        """The same numbers, flat, as a context for other networks: ``(batch, num_params * out_entries)``."""
+        """The output, flat, as a context for other networks: ``(batch, num_params * out_entries)``."""
         h = F.silu(self.first(flat_input(x, context, self.sizes, self.levels, self.head.weight)))
         for layer in self.layers:
             h = h + F.silu(layer(h))

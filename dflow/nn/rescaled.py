@@ -1,4 +1,4 @@
-"""A network between numbers of any range: shown them in [-1, 1), it answers in units of what it speaks of."""
+"""A network between numbers of any range: its input is rescaled to [-1, 1), its output has given units."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Rescaled(nn.Module):
         net: from ``(batch, n)`` to ``(batch, m, num_params)``.
         offset: middles of the entries of x, ``(n,)``.
         scale: half their ranges, ``(n,)``; powers of two, so that nothing is rounded.
-        unit: of the answers, ``(m,)``.
-        rezero: a learned factor, at first 0 (IDF++, arXiv 2006.12459); else there is none.
+        unit: units of the outputs, ``(m,)``.
+        rezero: whether there is a learned factor, which starts at 0 (IDF++, arXiv 2006.12459).
         linear: the net may start as a linear map (`regress`).
     """
 
@@ -28,7 +28,6 @@ class Rescaled(nn.Module):
     def __init__(
         self, net: nn.Module, offset: Tensor, scale: Tensor, unit: Tensor, rezero: bool, linear: bool = False
     ) -> None:
-        """See the class."""
         super().__init__()
         self.net, self.linear = net, linear
         self.register_buffer("offset", offset.clone())
@@ -37,7 +36,7 @@ class Rescaled(nn.Module):
         self.factor = nn.Parameter(torch.zeros(())) if rezero else None
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
-        """``(batch, m, num_params)``, in the dtype of the buffers; a context stands before x."""
+        """``(batch, m, num_params)``, in the dtype of the buffers; given tensors are joined before x."""
         out: Tensor = self.net(self._seen(x, context))
         if self.factor is not None:
             out = out * self.factor
@@ -49,7 +48,7 @@ class Rescaled(nn.Module):
 
     @torch.no_grad()
     def regress(self, y: Tensor, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor] | None:
-        """The best linear map, and what it makes of ``x``: see `DenseNet.regress`; None if there is none."""
+        """The best linear map and its predictions for ``x``, see `DenseNet.regress`; None without a map."""
         if not self.linear or not isinstance(self.net, DenseNet):
             return None
         seen = self._seen(x, context)

@@ -12,7 +12,7 @@ LARGEST = 1 << 26
 
 
 class InfillTable(nn.Module):
-    """Parameters of hidden entries given known ones, a row for each of the K^n_known contexts.
+    """Parameters of hidden entries given known ones, one row for each of the K^n_known contexts.
 
     It starts as zeros, the identity for the parameters of a bijector. Known entries that are absent are read
     as symbol 0. On one-hot rows the gradient is that of the multilinear extension
@@ -34,7 +34,6 @@ class InfillTable(nn.Module):
     places: Tensor
 
     def __init__(self, K: int, num_params: int, known: Tensor, hidden: Tensor) -> None:
-        """See the class."""
         super().__init__()
         self.K, self.num_hidden = K, len(hidden)
         self.register_buffer("known", known.clone())
@@ -46,17 +45,17 @@ class InfillTable(nn.Module):
 
         Args:
             x: int64 ``(batch, n_known)`` or hard one-hot rows ``(batch, n_known, K)``.
-            context: of the lengths of whole sequences, or None.
+            context: lengths of whole sequences, or None.
         """
         symbols = x.argmax(-1) if x.is_floating_point() else x
-        found = only_lengths(context, len(x))
-        absent = None if found is None else self.known >= found[:, None]
+        lengths = only_lengths(context, len(x))
+        absent = None if lengths is None else self.known >= lengths[:, None]
         if absent is not None:
             symbols = symbols.masked_fill(absent, 0)
         code = (symbols * self.places).sum(1)
         out = _rows(self.table, code)
         if x.is_floating_point() and x.requires_grad:
-            # Rows of all contexts that differ in one entry; the product with x adds nothing but its gradient.
+            # Rows of all contexts that differ in one entry; the product with x contributes only its gradient.
             line = torch.arange(self.K, device=x.device)
             other = code[:, None, None] + (line - symbols[..., None]) * self.places[:, None]
             weight = x if absent is None else torch.where(absent[..., None], 0.0, x)
@@ -68,8 +67,8 @@ class InfillTable(nn.Module):
 class PrefixTable(nn.Module):
     """A `SequenceNet` with a row for each of the ``1 + K + ... + K^(dim-1)`` prefixes.
 
-    It starts as zeros. It ignores lengths, which is right: absent entries come last. Rows that are read
-    through one-hot symbols carry no gradient to these; the parameters have theirs.
+    It starts as zeros. It ignores lengths, which is right: absent entries come last. There is no gradient for
+    one-hot rows ``x``, only for the table.
 
     Args:
         K: size of the alphabet.
@@ -83,12 +82,11 @@ class PrefixTable(nn.Module):
     first_rows: Tensor
 
     def __init__(self, K: int, num_params: int, dim: int) -> None:
-        """See the class."""
         super().__init__()
         self.K, self.dim = K, dim
-        first = [(K**i - 1) // (K - 1) for i in range(dim + 1)]
-        self.table = nn.Parameter(torch.zeros(_checked(first[dim], num_params)))
-        self.register_buffer("first_rows", torch.tensor(first[:dim]))
+        first_rows = [(K**i - 1) // (K - 1) for i in range(dim + 1)]
+        self.table = nn.Parameter(torch.zeros(_checked(first_rows[dim], num_params)))
+        self.register_buffer("first_rows", torch.tensor(first_rows[:dim]))
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Parameters ``(batch, n, num_params)`` of symbols ``(batch, n)`` or rows ``(batch, n, K)``."""
@@ -99,12 +97,12 @@ class PrefixTable(nn.Module):
             code[:, i] = code[:, i - 1] * self.K + symbols[:, i - 1]
         return _rows(self.table, code + self.first_rows[: symbols.shape[1]])
 
-    def start(self, batch: int, context: Context | None = None) -> _State:
+    def start(self, batch: int, context: Context | None = None) -> _PrefixState:
         """State before the first entry."""
         only_lengths(context, batch)
-        return _State(torch.zeros(batch, dtype=torch.int64, device=self.table.device))
+        return _PrefixState(torch.zeros(batch, dtype=torch.int64, device=self.table.device))
 
-    def step(self, x: Tensor | None, state: _State) -> Tensor:
+    def step(self, x: Tensor | None, state: _PrefixState) -> Tensor:
         """Parameters ``(batch, 1, num_params)`` of the next entry; ``x`` ``(batch, 1)`` is None at first."""
         if x is not None:
             state.code = state.code * self.K + x[:, 0]
@@ -112,7 +110,7 @@ class PrefixTable(nn.Module):
         return _rows(self.table, state.code + self.first_rows[state.call])[:, None]
 
 
-class _State:
+class _PrefixState:
     def __init__(self, code: Tensor) -> None:
         self.code, self.call = code, 0
 

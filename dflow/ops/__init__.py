@@ -1,1 +1,1 @@
-"""Operations on tensors that know no model: Z/K, straight-through estimators, normal tails, lengths."""
+"""Operations on tensors, independent of models: Z/K, straight-through estimators, normal tails, lengths."""

@@ -1,4 +1,4 @@
-"""Which entries of a batch of sequences are present."""
+"""Absent entries of a batch of sequences."""
 
 from __future__ import annotations
 

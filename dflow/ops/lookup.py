@@ -28,7 +28,7 @@ class _Lookup(torch.autograd.Function):
 
 
 def lookup(x: Tensor, weight: Tensor) -> Tensor:
-    """Rows of ``weight`` named by ``x``.
+    """The rows of ``weight`` at the symbols ``x``.
 
     A matrix product with one-hot rows gives the same in exact arithmetic, but reduced precision (TF32,
     autocast) rounds it, and then training and inference disagree. So the forward pass is an index in both

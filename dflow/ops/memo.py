@@ -1,4 +1,4 @@
-"""What is computed from buffers once, and computed anew when they change."""
+"""Values that are computed from buffers once, and computed again when these change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 @dataclass
 class _Entry(Generic[T]):
-    """A value, and what it was made from."""
+    """A value, and the tensors and key that it was computed from."""
 
     value: T
     key: Hashable
@@ -24,10 +24,10 @@ class _Entry(Generic[T]):
 
 
 class Memo(Generic[T]):
-    """The value that was last made from some tensors; made anew when one of them, or a key, has changed.
+    """The last value computed from some tensors; computed again when one of them, or a key, has changed.
 
-    A tensor may be replaced (`torch.nn.Module.to`) or written to (``load_state_dict``): the value follows.
-    Values are made outside of inference mode, or training could not use what scoring or drawing had made.
+    A tensor may be replaced (`torch.nn.Module.to`) or written to (``load_state_dict``): both are noticed.
+    Values are computed outside of inference mode, since training cannot use tensors that were made inside.
     Copies and pickles of a memo are empty.
 
     >>> order, memo = torch.tensor([2, 0, 1]), Memo()
@@ -44,9 +44,9 @@ class Memo(Generic[T]):
         """The value of ``make()``.
 
         Args:
-            make: called without arguments, where there is no value or it is out of date.
-            tensors: what the value depends on.
-            key: what else it depends on: a precision, a size.
+            make: called without arguments where there is no value yet or it is out of date.
+            tensors: tensors that the value depends on.
+            key: anything else that it depends on: a precision, a size.
         """
         entry = self._entry
         if entry is None or not _holds(entry, tensors, key):
@@ -61,11 +61,11 @@ class Memo(Generic[T]):
 
 
 def _holds(entry: _Entry[Any], tensors: tuple[Tensor, ...], key: Hashable) -> bool:
-    """Whether a value still belongs to the tensors. Tensors that were not written to cost no look at them."""
+    """Whether a value is still that of the tensors. Their entries are compared only after a write."""
     if entry.key != key:
         return False
     if torch.compiler.is_compiling():
-        # While steps are traced, versions are those of stand-ins. What changes an order is not traced.
+        # While torch.compile traces, tensors have no versions. Code that changes an order is never traced.
         return True
     versions = _versions(tensors)
     unchanged = all(
@@ -84,5 +84,5 @@ def _holds(entry: _Entry[Any], tensors: tuple[Tensor, ...], key: Hashable) -> bo
 
 
 def _versions(tensors: tuple[Tensor, ...]) -> tuple[int | None, ...]:
-    """How often each tensor was written to; None of tensors of inference mode, which do not count it."""
+    """How often each tensor was written to; None for tensors of inference mode, which do not count writes."""
     return tuple(None if t.is_inference() else t._version for t in tensors)

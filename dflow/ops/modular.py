@@ -60,7 +60,7 @@ def units(K: int) -> Tensor:
 
 
 def inverses(K: int) -> Tensor:
-    """Table of multiplicative inverses modulo K, int64 ``(K,)``; 0 for what has none.
+    """Table of multiplicative inverses modulo K, int64 ``(K,)``; 0 for numbers that are no units.
 
     >>> inverses(10)
     tensor([0, 1, 0, 7, 0, 0, 0, 3, 0, 9])
@@ -129,24 +129,19 @@ def _apply(x: Tensor, loc: Tensor, scale: Tensor | None, factors: Tensor | None,
         expected = (*x.shape[:-1], len(factors))
         if scale.shape != expected:
             raise ValueError(f"scale has shape {tuple(scale.shape)}, expected {expected}")
-    result: Tensor = _Modular.apply(x, loc, scale, factors, to_latent)  # type: ignore[no-untyped-call]
+    result: Tensor = _AffineModK.apply(x, loc, scale, factors, to_latent)  # type: ignore[no-untyped-call]
     return result
 
 
-class _Modular(torch.autograd.Function):
+class _AffineModK(torch.autograd.Function):
     """``m * (x - loc)`` or ``m * x + loc`` modulo K, with m the factor that ``scale`` selects, or 1.
 
-    Each gradient reads ``g`` at an index that is affine in the symbol it belongs to.
+    Each gradient is a gather from ``g`` at an index that is affine in the symbol.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        loc: Tensor,
-        scale: Tensor | None,
-        factors: Tensor | None,
-        to_latent: bool,
+        ctx: Any, x: Tensor, loc: Tensor, scale: Tensor | None, factors: Tensor | None, to_latent: bool
     ) -> Tensor:
         K = x.shape[-1]
         i, j = x.argmax(-1, keepdim=True), loc.argmax(-1, keepdim=True)

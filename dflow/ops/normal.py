@@ -1,7 +1,7 @@
 """The standard normal law far into both tails: log Phi, the log mass of an interval, truncated draws.
 
-All functions take float32 or float64, broadcast, and have gradients written by hand: those that autograd
-would find overflow, or cancel, from a few standard deviations on.
+All functions take float32 or float64, broadcast, and have gradients written by hand: those of autograd
+overflow or cancel from a few standard deviations on.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def log_interval(a: Tensor, b: Tensor) -> Tensor:
     """``log(Phi(b) - Phi(a))`` for ``a < b``, either of them infinite; -inf at a = b, nan for a > b.
 
     An interval nearer to the upper tail is mirrored, so that both tails are equally accurate: the error is
-    that which rounding ``a`` and ``b`` makes.
+    about that of rounding ``a`` and ``b``.
 
     >>> log_interval(torch.tensor(30.0), torch.tensor(torch.inf))
     tensor(-454.3213)
@@ -60,14 +60,14 @@ def truncated_normal(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
     >>> truncated_normal(torch.tensor(30.0), torch.tensor(31.0), torch.tensor(0.5))
     tensor(30.0231)
     """
-    result: Tensor = _TruncatedNormal.apply(*torch.broadcast_tensors(a, b, u))  # type: ignore[no-untyped-call]
+    result: Tensor = _TruncatedDraw.apply(*torch.broadcast_tensors(a, b, u))  # type: ignore[no-untyped-call]
     return result
 
 
 def truncated_quantile(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
     """`truncated_normal` of tensors of one shape, without a gradient."""
-    # Either probability is a mean without cancellation; the smaller one knows e to full precision.
-    # (torch.special.ndtr is 1 + erf, worth nothing in the lower tail.)
+    # Both probabilities are means without cancellation; the smaller one determines e to full precision.
+    # (torch.special.ndtr is 1 + erf, which has no correct digits in the lower tail.)
     ends = torch.stack([a, b]) * 0.5**0.5
     below, above = (torch.lerp(side[0], side[1], u) for side in (torch.erfc(-ends), torch.erfc(ends)))
     least = torch.minimum(below, above) / 2
@@ -87,7 +87,7 @@ def interval_slopes(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Derivatives of `log_interval`, ``(-phi(a) / w, phi(b) / w)`` with ``w = Phi(b) - Phi(a)``."""
     low, high, mirrored = _mirror(a, b)
     near = _hazard(high) / -torch.expm1(torch.special.log_ndtr(low) - torch.special.log_ndtr(high))
-    # phi(low) / phi(high), at most 1; the product of infinities that an infinite low makes is -inf.
+    # phi(low) / phi(high), at most 1; with an infinite low the exponent is a product of infinities.
     far = -near * torch.exp((high - low) * (high + low) / 2)
     far = torch.where(torch.isinf(low), 0, far)
     return torch.where(mirrored, -near, far), torch.where(mirrored, -far, near)
@@ -146,9 +146,9 @@ class _LogInterval(torch.autograd.Function):
         low, high, _ = _mirror(a, b)
         top = torch.special.log_ndtr(high)
         gap = torch.special.log_ndtr(low) - top
-        # log(1 - exp(gap)), by whichever form keeps its digits.
-        kept = torch.where(gap > -0.6931, torch.log(-torch.expm1(gap)), torch.log1p(-torch.exp(gap)))
-        value: Tensor = top + kept
+        # log(1 - exp(gap)), in the form that is more accurate.
+        log_share = torch.where(gap > -0.6931, torch.log(-torch.expm1(gap)), torch.log1p(-torch.exp(gap)))
+        value: Tensor = top + log_share
         return value
 
     @staticmethod
@@ -158,7 +158,7 @@ class _LogInterval(torch.autograd.Function):
         return g * left, g * right
 
 
-class _TruncatedNormal(torch.autograd.Function):
+class _TruncatedDraw(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, u: Tensor) -> Tensor:
         e = truncated_quantile(a, b, u)

@@ -1,10 +1,10 @@
 """Orders in which the entries of a sequence are drawn.
 
 An order is an int64 matrix ``(G, S)``: row g lists the positions drawn together, one in each of S lanes, by
-one network call (or, with blocks, by a part of one: see `dflow.nn.transformer`). Lane s is a chain: what is
-drawn at ``order[g, s]`` is carried to where ``order[g + 1, s]`` is drawn. Every position in ``range(dim)``
-stands in it exactly once; entries at or beyond ``dim`` are padding, which makes groups of unequal size and
-lengths that G does not divide possible.
+one network call (or, with blocks, by a part of one: see `dflow.nn.transformer`). Lane s is a chain: the
+symbol at ``order[g, s]`` is an input where ``order[g + 1, s]`` is drawn. Every position in ``range(dim)``
+occurs exactly once. Entries at or beyond ``dim`` are padding, which allows groups of unequal size, and
+lengths that are no multiple of G.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 def lockstep(dim: int, num_groups: int) -> Tensor:
     """Call g draws the g-th entry of every one of the ceil(dim / G) segments of length G.
 
-    What is drawn together lies G entries apart, so that little dependence is lost; with G = dim it is the
+    Entries of one call lie G apart, so that their dependence, which is lost, is weak; with G = dim it is the
     order from left to right.
 
     >>> lockstep(6, 3)
@@ -54,11 +54,11 @@ def shuffled(dim: int, num_groups: int, seed: int = 0) -> Tensor:
 
 
 def islands(dim: int, num_groups: int) -> Tensor:
-    """Pieces that grow from a seed: first to the right, then to both sides at once.
+    """Islands that grow from a seed: first to the right, then to both sides at once.
 
-    A lane that starts knows nothing to lean on, and what it misses is found again only where lanes meet. An
-    island has one start for two lanes, so that there are half as many as in `lockstep`; its left lane
-    starts as late as it can.
+    The first entry of a lane is drawn without any neighbour, and costs more bits than later ones. An island
+    has one first entry for two lanes, so that there are half as many as in `lockstep`; its left lane starts
+    as late as possible.
 
     >>> islands(10, 4)
     tensor([[ 1, 10,  6, 10],
@@ -72,19 +72,19 @@ def islands(dim: int, num_groups: int) -> Tensor:
     order = torch.full((num_groups, 2 * count), dim)
     begin = 0
     for i, size in enumerate(sizes):
-        left = max(0, size - num_groups)
-        seed = begin + left
-        order[: size - left, 2 * i] = torch.arange(seed, begin + size)
-        order[num_groups - left :, 2 * i + 1] = torch.arange(seed - 1, begin - 1, -1)
+        num_left = max(0, size - num_groups)
+        seed = begin + num_left
+        order[: size - num_left, 2 * i] = torch.arange(seed, begin + size)
+        order[num_groups - num_left :, 2 * i + 1] = torch.arange(seed - 1, begin - 1, -1)
         begin += size
-    kept = (order < dim).any(0)
-    return order[:, kept]
+    used = (order < dim).any(0)
+    return order[:, used]
 
 
 def spread(height: int, width: int) -> Tensor:
-    """Places of a grid, int64 ``(height * width,)``, each far from those before it: a Bayer matrix's order.
+    """Places of a grid in the order of a Bayer matrix, int64 ``(height * width,)``: neighbours come late.
 
-    Halves, quarters, ... of them are grids themselves.
+    The first half, quarter, ... of them are regular grids too.
 
     >>> spread(2, 2)
     tensor([0, 3, 2, 1])
@@ -107,7 +107,7 @@ ORDERS: dict[str, Callable[[int, int], Tensor]] = {
 
 
 def check_order(order: Tensor, dim: int) -> None:
-    """Raise ValueError unless every position in ``range(dim)`` stands in ``order`` exactly once."""
+    """Raise ValueError unless every position in ``range(dim)`` occurs in ``order`` exactly once."""
     if not isinstance(order, Tensor):
         raise ValueError(f"an order is an int64 matrix (G, S), found {type(order).__name__}")
     if order.ndim != 2 or order.is_floating_point():

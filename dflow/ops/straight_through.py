@@ -66,7 +66,7 @@ def binary_concrete(logit: Tensor, noise: Tensor, temperature: float = 1.0) -> T
 
 
 class _BinaryConcrete(torch.autograd.Function):
-    """By hand: one tensor is kept, where autograd would keep four."""
+    """Gradient by hand: it keeps one tensor, where autograd would keep four."""
 
     @staticmethod
     def forward(ctx: Any, logit: Tensor, noise: Tensor, temperature: float) -> Tensor:
@@ -91,8 +91,7 @@ class StraightThrough:
     (Bengio et al. 2013; Tran et al. 2019), noise 1 the straight-through Gumbel-softmax (Jang et al.
     2017; Maddison et al. 2017).
 
-    The noise reaches only what calls this object, which is the differentiable mode; the exact mode
-    never does.
+    Only the differentiable mode uses this object, and so the noise; the exact mode does not.
 
     Raises:
         ValueError: ``temperature`` not positive, or ``noise`` negative, here or when it is set later.

@@ -1,6 +1,7 @@
 """Training: recipes, and one loop for every model."""
 
-from dflow.train.loop import Preempted, resume_command, train
+from dflow.train.identity import resume_command
+from dflow.train.loop import Preempted, train
 from dflow.train.recipe import (
     METRICS,
     RECIPE,

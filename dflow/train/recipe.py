@@ -56,21 +56,22 @@ class TrainConfig:
 
     steps: int | None = setting(None, "budget in steps of the optimizer")
     minutes: float | None = setting(None, "budget in minutes, evaluations included")
-    batch_size: int = setting(32, "sequences of one step, over all processes and accumulation")
-    accumulation: int = setting(1, "pieces into which each process cuts its part of a batch")
+    batch_size: int = setting(32, "number of sequences of one step, over all processes and accumulation")
+    accumulation: int = setting(1, "number of pieces into which each process cuts its share of a batch")
     learning_rate: float = setting(2e-3, "peak learning rate (AdamW)")
     final_learning_rate: float = setting(0.0, "learning rate at the end, as a share of the peak (cosine)")
-    warmup: int = setting(100, "steps of linear warm-up")
+    warmup: int = setting(100, "number of steps of linear warm-up")
     weight_decay: float = setting(0.01, "weight decay of matrices")
-    clip: float = setting(1.0, "largest norm of the gradient; 0 for none")
+    clip: float = setting(1.0, "largest norm of the gradient; 0 for no limit")
     ema: float = setting(
-        0.0, "decay of the moving average of weights that is evaluated and saved; 0 for none"
+        0.0, "decay of the moving average of weights that is evaluated and saved; 0 for no average"
     )
     mixed_precision: Literal["no", "bf16", "fp16"] = setting(
         "no", "precision of the networks: no, bf16, fp16"
     )
     shard: bool = setting(
-        False, "each process keeps a piece of weights, gradients, moments and averages (FSDP), not all (DDP)"
+        False,
+        "keep on each process a piece of weights, gradients, moments and averages (FSDP), not all (DDP)",
     )
     compile: bool = setting(
         False, "compile the steps (torch.compile; needs a compiler, and a minute at the beginning)"
@@ -90,46 +91,57 @@ class TrainConfig:
         "auto",
         "training rule; auto takes the best for the model (of images: elbo, or likelihood where it is exact)",
     )
-    draws: int = setting(1, "draws of the dequantizer for each datum, of rules elbo, iwbo and renyi")
-    alpha: float = setting(-math.inf, "order of rule renyi; -inf is VR-max")
+    draws: int = setting(
+        1, "number of draws of the dequantizer for each datum, for rules elbo, iwbo and renyi"
+    )
+    alpha: float = setting(-math.inf, "order of the bound of rule renyi; -inf is VR-max")
     temperature: Schedule = field(
         default_factory=lambda: Schedule(1.0, 1.0),
-        metadata={"help": "of the soft-max of rules straight_through, gumbel and expected"},
+        metadata={"help": "temperature of the soft-max of rules straight_through, gumbel and expected"},
     )
     noise: Schedule | None = field(
-        default=None, metadata={"help": "factor of the Gumbel noise (rule gumbel: 1 falling to 0)"}
+        default=None,
+        metadata={"help": "factor of the Gumbel noise (default: 0; for rule gumbel 1 falling to 0)"},
     )
     peak: Schedule | None = field(
         default=None, metadata={"help": "pull of the base towards symbol 0, which breaks the identity trap"}
     )
-    refit_batches: int = setting(16, "batches that set a factorized base in closed form before an evaluation")
+    refit_batches: int = setting(
+        16, "number of batches that set a factorized base in closed form before an evaluation"
+    )
     base_momentum: float = setting(
-        0.98, "memory of what is set in closed form (a factorized base, a Gaussian density), a step"
+        0.98, "memory a step of a base or density in closed form (a factorized base, a Gaussian density)"
     )
     seed: int = setting(0, "seed of weights, batches and dropout")
-    eval_every: int | None = setting(None, "steps between evaluations")
+    eval_every: int | None = setting(None, "number of steps between evaluations")
     eval_minutes: float | None = setting(None, "minutes between evaluations (default: a tenth of the budget)")
     eval_chunks: int | None = setting(
         None,
-        "chunks (images) of the validation data used during training; 0 for all (default: 128, 2048 images)",
+        "number of chunks (images) of the validation data to score during training; 0 for all (default: 128 "
+        "chunks, 2048 images)",
     )
-    eval_draws: int = setting(16, "draws of the dequantizer at an evaluation, after rules iwbo and renyi")
-    save_every: int | None = setting(None, "steps between saves of the training state (default: evaluations)")
-    keep: int = setting(1, "training states kept: the last, and so many less one before it")
+    eval_draws: int = setting(
+        16, "number of draws of the dequantizer at an evaluation, after rules iwbo and renyi"
+    )
+    save_every: int | None = setting(
+        None, "number of steps between saves of the training state (default: a save at each evaluation)"
+    )
+    keep: int = setting(1, "number of training states to keep, the last ones")
     skip: int = setting(
-        10, "steps in a row left out for a loss or gradient that is not finite, before the training stops"
+        10, "number of steps in a row with a loss or gradient that is not finite, before the training stops"
     )
     samples: int = setting(
-        2, "samples shown at each evaluation; 0 for none (of pictures a grid of 36 or more)"
+        2, "number of samples to show at each evaluation; 0 for none (of pictures a grid of 36 or more)"
     )
     trackers: list[str] = field(
-        default_factory=lambda: ["tensorboard"], metadata={"help": "trackers of accelerate; [] for none"}
+        default_factory=lambda: ["tensorboard"],
+        metadata={"help": "names of trackers of accelerate; [] for none"},
     )
 
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
             raise InputError("give a budget: steps or minutes")
-        for name in ("steps", "minutes", "eval_every", "eval_minutes", "save_every"):
+        for name in ("steps", "minutes", "eval_every", "eval_minutes", "save_every", "learning_rate"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{name} must be positive and finite, found {value}")
@@ -142,16 +154,14 @@ class TrainConfig:
         for name in ("ema", "base_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} must lie in [0, 1), found {getattr(self, name)}")
-        if self.shard and self.mixed_precision == "fp16":
-            raise InputError("shard goes with mixed_precision bf16 or no, not with fp16; choose bf16")
-        if self.shard and self.compile:
-            raise InputError("compile goes with whole models, not with shard; leave one of them out")
-        if not 0 < self.learning_rate < math.inf:
-            raise InputError(f"learning_rate must be positive and finite, found {self.learning_rate}")
         if not 0 <= self.final_learning_rate <= 1:
             raise InputError(f"final_learning_rate must lie in [0, 1], found {self.final_learning_rate}")
         if not -(1 << 63) <= self.seed < 1 << 63:
             raise InputError(f"seed must be a number of 64 bits, found {self.seed}")
+        if self.shard and self.mixed_precision == "fp16":
+            raise InputError("shard goes with mixed_precision bf16 or no, not with fp16; choose bf16")
+        if self.shard and self.compile:
+            raise InputError("compile goes with whole models, not with shard; leave one of them out")
         if min(self.temperature.start, self.temperature.end) <= 0:
             raise InputError(f"temperature must be positive from start to end, found {self.temperature}")
         if self.noise and min(self.noise.start, self.noise.end) < 0:
@@ -167,10 +177,11 @@ class Paper:
     source: str
     protocol: str = ""
     measure: str = setting(
-        "", "which figure of `dflow evaluate` it compares with: vi, nll, kl, or the accuracy of a network"
+        "", "figure of `dflow evaluate` to compare with: vi, nll, kl, or the accuracy of a network"
     )
     set: list[str] = field(
-        default_factory=list, metadata={"help": "settings, as of --set, that turn the recipe into its setup"}
+        default_factory=list,
+        metadata={"help": "settings, as for --set, that turn the recipe into the setup of the paper"},
     )
 
 
@@ -184,7 +195,7 @@ class Recipe:
     train: TrainConfig
     output: Path
     paper: list[Paper] = field(default_factory=list)
-    #: Modules that were imported for it by ``--import``, as the recipe's key ``import`` tells; see `plugins`.
+    #: Modules that were imported for it by ``--import``: the key ``import`` of the file; see `plugins`.
     modules: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -210,7 +221,7 @@ class _File:
     paper: dict[str, Any] | list[Any] | None = None
 
 
-#: Bytes of a recipe.
+#: Largest number of bytes of a recipe.
 _LONGEST = 1 << 20
 
 
@@ -220,8 +231,8 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("an alias (*name), which recipes do not have: write the value out")
-        found: yaml.Node | None = super().compose_node(parent, index)
-        return found
+        node: yaml.Node | None = super().compose_node(parent, index)
+        return node
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None, output: str | None = None) -> Recipe:
@@ -309,7 +320,7 @@ def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
         )
     missing = [module for module in modules if module not in plugins.loaded()]
     if name not in zoo.FAMILIES and missing:
-        # A recipe may come from a stranger: it can say what it needs, and nothing is imported for that.
+        # A recipe may come from a stranger: it can name what it needs, and nothing is imported for that.
         raise InputError(
             f"{where}: family {name!r} is not known; the recipe says that it comes from {missing[0]}: if you "
             f"trust that module, give --import {missing[0]}"
@@ -359,7 +370,7 @@ def history(folder: str | Path) -> History:
     """The evaluations of the training in ``folder``.
 
     Raises:
-        InputError: no file of them, an empty one, or a line that is none.
+        InputError: no such file, an empty one, or a line that is not an evaluation.
     """
     path = Path(folder) / METRICS
     try:
@@ -384,7 +395,7 @@ def history(folder: str | Path) -> History:
 
 
 def recipe_of(folder: str | Path) -> Recipe:
-    """The recipe that the model in ``folder`` was trained by."""
+    """The recipe by which the model in ``folder`` was trained."""
     path = Path(folder) / RECIPE
     if not path.is_file():
         raise InputError(f"{folder}: no {RECIPE}, which names the data; name them with --data PATH")
@@ -392,13 +403,13 @@ def recipe_of(folder: str | Path) -> Recipe:
 
 
 def resumed_recipe(folder: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """The recipe by which the training in ``folder`` goes on: that it keeps, and ``overrides``.
+    """The recipe by which the training in ``folder`` goes on: the one in the folder, with ``overrides``.
 
     Raises:
         InputError: no training is there.
     """
     path = Path(folder) / RECIPE
-    # A recipe of one's own, in a folder of one's own, is no training.
+    # A recipe alone in a folder is not a training.
     begun = any((path.parent / name).is_file() for name in (STATE, hf.MANIFEST))
     if not (begun and path.is_file()):
         raise InputError(

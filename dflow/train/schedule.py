@@ -29,8 +29,8 @@ def learning_rate(config: TrainConfig, step: int, fraction: float) -> float:
 
     Args:
         config: with the peak, its final share and the steps of the warm-up.
-        step: from 0.
-        fraction: of the budget, spent before this step.
+        step: the number of the step, from 0.
+        fraction: the share of the budget that is spent before this step.
 
     >>> config = TrainConfig(steps=100, learning_rate=0.5, warmup=10, final_learning_rate=0.2)
     >>> [round(learning_rate(config, step, step / 100), 4) for step in (0, 4, 50, 100)]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dflow.bijectors import Autoregressive, Coupling
 from dflow.config import InputError
-from dflow.nn.transformer import Block
+from dflow.nn.attention import Block
 
 try:
     from torch.distributed.device_mesh import init_device_mesh
@@ -37,9 +37,9 @@ def shard(objective: nn.Module, device: torch.device, world: int) -> None:
     of a layer, while it runs (forward, and again backward); all others during the whole step.
 
     Args:
-        objective: what is called as a whole by every process at every step.
-        device: where it runs.
-        world: processes.
+        objective: the module that every process calls as a whole at every step.
+        device: the device on which it runs.
+        world: number of processes.
 
     Raises:
         InputError: torch cannot, or a parameter is a single number, which has no pieces.
@@ -72,7 +72,7 @@ def _units(objective: nn.Module) -> list[nn.Module]:
         module
         for prefix, module in reversed(list(objective.named_modules()))
         if isinstance(module, Block) or id(module) in units
-        # What is tied to something elsewhere has to be there together with it.
+        # Weights tied to others elsewhere have to be put together with these.
         if all(name.startswith(f"{prefix}.") for p in module.parameters() for name in names[id(p)])
         if any(True for _ in module.parameters())
     ]
@@ -86,19 +86,19 @@ def shell(model: M) -> M:
 
 
 def empty(model: nn.Module) -> None:
-    """Give the memory of the weights back."""
+    """Free the memory of the weights."""
     for p in model.parameters():
         p.data = p.new_empty(0)
 
 
 def fill(model: nn.Module, pieces: list[Tensor]) -> None:
-    """Put the weights together, in the order of ``model.parameters()``: every process has to."""
-    for p, own in zip(model.parameters(), pieces, strict=True):
-        p.data = whole(own.detach())
+    """Put the weights together, in the order of ``model.parameters()``; every process has to do so."""
+    for p, cut in zip(model.parameters(), pieces, strict=True):
+        p.data = whole(cut.detach())
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor, put together if it is in pieces: in that case every process has to."""
+    """The tensor, put together if it is in pieces: in that case every process has to do so."""
     return tensor.full_tensor() if is_piece(tensor) else tensor
 
 
@@ -108,15 +108,15 @@ def is_piece(tensor: Tensor) -> TypeIs[DTensor]:
 
 
 def piece(file: Any, name: str, like: DTensor) -> Tensor:
-    """The own piece of a whole tensor of a file, cut as ``like`` is.
+    """The piece of this process of a whole tensor of a file, cut as ``like`` is.
 
     Args:
-        file: of safetensors, open.
-        name: of the tensor.
-        like: in pieces.
+        file: an open file of safetensors.
+        name: the name of the tensor.
+        like: a tensor in pieces.
 
     Raises:
-        ValueError: another shape.
+        ValueError: the tensor has another shape.
     """
     stored = file.get_slice(name)
     if list(stored.get_shape()) != list(like.shape):

@@ -1,6 +1,6 @@
-"""Models by name: a settings dataclass a family, and the builder that turns it into a model.
+"""Models by name: for each family a settings dataclass, and the builder that turns it into a model.
 
-This is the only floor that reads settings of a model; what lies below takes named arguments. Families of
+This is the only floor that reads settings of a model; the floors below take named arguments. Families of
 symbols (text) are in `dflow.zoo.text`, those of images and tables in `dflow.zoo.images` (dequantized) and
 `dflow.zoo.integer` and `dflow.zoo.modular` (exact), classifiers in `dflow.zoo.binary`.
 """
@@ -32,17 +32,7 @@ from dflow.zoo.images import DequantizedConfig
 from dflow.zoo.integer import IntegerConfig
 from dflow.zoo.modular import ModularConfig
 from dflow.zoo.settings import setting
-from dflow.zoo.text import (
-    MASKS,
-    AnyOrderConfig,
-    GroupedConfig,
-    ModelConfig,
-    blocks,
-    halves,
-    single,
-    strides,
-    walk,
-)
+from dflow.zoo.text import AnyOrderConfig, GroupedConfig, ModelConfig, walk
 from dflow.zoo.values import ValuesConfig
 
 #: Settings of some family.
@@ -54,7 +44,6 @@ __all__ = [
     "KINDS",
     "LIKELIHOOD",
     "MAPS",
-    "MASKS",
     "SYMBOLS",
     "UNIFORM",
     "AnyOrderConfig",
@@ -69,18 +58,14 @@ __all__ = [
     "Rule",
     "Settings",
     "ValuesConfig",
-    "blocks",
     "build",
     "build_classifier",
     "build_image",
     "find",
-    "halves",
     "names",
     "register",
     "setting",
     "settings",
-    "single",
-    "strides",
     "to_deterministic",
     "transfer",
     "walk",

@@ -1,78 +1,70 @@
-"""Classifiers of images: probabilistic binary networks, and networks of signs or of floats of the same shape.
+"""Classifiers of images: probabilistic binary networks, and networks of signs or floats of the same shape.
 
 Family ``pbnet``, after Peters and Welling 2018 (arXiv 1809.03368): convolutions, each with pooling, batch
-normalisation and a sign, then linear layers. ``kind`` says what the weights are.
+normalisation and a sign, then linear layers. The setting ``kind`` selects the weights.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from dflow.config import InputError
-from dflow.nn.binary import (
-    BinaryConv2d,
-    BinaryLayer,
-    BinaryLinear,
-    Head,
-    Pixels,
-    StochasticBatchNorm,
-    StochasticMaxPool2d,
-    StochasticSign,
-    Weights,
-    reestimate,
-)
+from dflow.nn.batch_norm import StochasticBatchNorm, reestimate
+from dflow.nn.binary import BinaryConv2d, BinaryLayer, BinaryLinear, WeightKind
+from dflow.nn.classifier import Head, Pixels, head_of
+from dflow.nn.moments import StochasticMaxPool2d, StochasticSign
 from dflow.ops.straight_through import signs
 from dflow.zoo.family import Family, register
 from dflow.zoo.settings import setting
 from dflow.zoo.values import ValuesConfig
 
-#: How given weights are made of random ones.
+#: How a deterministic network gets its weights from random ones, see `to_deterministic`.
 Rule = Literal["map", "ternary", "sample"]
-#: Of `PBNetConfig.init`: not the folder of a network of floats.
+#: The value of `PBNetConfig.init` that is not the folder of a network of floats.
 UNIFORM = "uniform"
 
 
 @dataclass
 class PBNetConfig(ValuesConfig):
-    """Shape of the network, and what is random in it."""
+    """Shape of a network, and its random variables."""
 
-    classes: int = setting(0, "labels (default: those of the data)")
+    classes: int = setting(0, "number of classes (default: that of the data)")
     kind: Literal["probabilistic", "binary", "float"] = setting(
-        "probabilistic", "weights: random signs, signs by straight-through gradients, floats with ReLU"
+        "probabilistic",
+        "weights: probabilistic (random signs), binary (signs, trained by straight-through gradients), float "
+        "(with ReLU)",
     )
-    channels: list[int] = field(
-        default_factory=lambda: [32, 64], metadata={"help": "channels of each convolution"}
-    )
-    hidden: list[int] = field(
-        default_factory=lambda: [512], metadata={"help": "units of each hidden linear layer"}
-    )
+    channels: list[int] = setting([32, 64], "channels of each convolution", least=1)
+    hidden: list[int] = setting([512], "units of each hidden linear layer", least=1)
     kernel: int = setting(3, "height and width of the convolutions")
     head: Literal["ce", "bce"] = setting(
-        "ce", "loss: cross-entropy of the last means, or of the sign of each class"
+        "ce", "loss: ce (cross-entropy of the last means), bce (binary cross-entropy of each class's sign)"
     )
     mode: Literal["propagate", "sample"] = setting(
-        "sample", "activations in training: their means are propagated (PBNet), or drawn (PBNet-S)"
+        "sample", "activations in training: propagate (their means, PBNet), sample (draws, PBNet-S)"
     )
-    parametrisation: Literal["tanh", "clip"] = setting("tanh", "mean of a weight: tanh(w), or w within +-0.9")
-    init: str = setting(UNIFORM, "means to start from: uniform, or the folder of a trained network of floats")
-    concrete_temperature: float = setting(1.0, "of the relaxation that gives drawn activations a gradient")
+    parametrisation: Literal["tanh", "clip"] = setting(
+        "tanh", "mean of a weight: tanh (tanh(w)), clip (w within +-0.9)"
+    )
+    init: str = setting(UNIFORM, "initial means: uniform, or the folder of a trained network of floats")
+    concrete_temperature: float = setting(
+        1.0, "temperature of the relaxation that gives drawn activations a gradient"
+    )
     batch_norm: bool = setting(True, "normalise the sums of each layer")
     pooling: Literal["sample", "moments", "none"] = setting(
         "sample",
-        "the largest of 2 x 2 sums: of a draw, or by its moments; none: convolutions of stride 2 instead",
+        "maximum of 2 x 2 sums: sample (of a draw), moments (its mean and variance); none (convolutions of "
+        "stride 2 instead)",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("channels", "hidden"):
-            if any(n < 1 for n in getattr(self, name)):
-                raise InputError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise InputError(f"kernel must be odd, found {self.kernel}")
         if self.classes == 1 or self.classes < 0:
@@ -82,7 +74,7 @@ class PBNetConfig(ValuesConfig):
                 f"concrete_temperature must be positive and finite, found {self.concrete_temperature}"
             )
         if self.head == "bce" and self.kind != "probabilistic":
-            raise InputError(f"head 'bce' is of kind 'probabilistic'; with kind {self.kind!r} use 'ce'")
+            raise InputError(f"head 'bce' needs kind 'probabilistic'; with kind {self.kind!r} use 'ce'")
         if self.init != UNIFORM and self.kind != "probabilistic":
             raise InputError(f"init {self.init!r} is for kind 'probabilistic'; leave it out")
         if self.shape and any(n is None for n in self.levels):
@@ -113,7 +105,7 @@ def build(config: PBNetConfig) -> nn.Sequential:
             f"a classifier takes images of values from 0, found levels {config.levels} and lowest "
             f"{config.lowest}"
         )
-    weights: Weights = {"binary": "sign", "float": "float"}.get(config.kind, config.parametrisation)  # type: ignore[assignment]
+    weights: WeightKind = {"binary": "sign", "float": "float"}.get(config.kind, config.parametrisation)  # type: ignore[assignment]
     inputs, height, width = config.shape
     modules: list[nn.Module] = [Pixels((inputs, height, width), levels, unit=config.kind == "float")]
 
@@ -133,7 +125,7 @@ def build(config: PBNetConfig) -> nn.Sequential:
         stride = 2 if config.pooling == "none" else 1
         modules += [BinaryConv2d(inputs, outputs, config.kernel, weights, stride), *after(outputs, True)]
         inputs = outputs
-        # Strides round up, windows down.
+        # A stride of 2 rounds odd sizes up, a window rounds them down.
         height, width = (-(-n // 2) if stride == 2 else n // 2 for n in (height, width))
     size = inputs * height * width
     for outputs in config.hidden:
@@ -160,9 +152,9 @@ def transfer(net: nn.Module, floats: nn.Module) -> None:
         InputError: networks of other shapes.
     """
     pairs = layers(net), layers(floats)
-    found = [[tuple(layer.weight.shape) for layer in some] for some in pairs]
-    if found[0] != found[1]:
-        raise InputError(f"init: a network of layers {found[1]}, and this one has {found[0]}")
+    shapes = [[tuple(layer.weight.shape) for layer in layers_of_net] for layers_of_net in pairs]
+    if shapes[0] != shapes[1]:
+        raise InputError(f"init: a network of layers {shapes[1]}, and this one has {shapes[0]}")
     for layer, source in zip(*pairs, strict=True):
         layer.start(source.theta / source.theta.std())
 
@@ -174,17 +166,17 @@ def to_deterministic(
     rule: Rule = "map",
     generator: torch.Generator | None = None,
 ) -> nn.Sequential:
-    """A network of given weights on {-1, +1}: a copy in evaluation mode, its normalisation re-estimated.
+    """A copy of ``net`` with fixed weights on {-1, +1}, in evaluation mode, with re-estimated normalisation.
 
-    The weights are the most probable ones; of "ternary" 0 where ``|theta| < 1/2``; of "sample" a draw. Under
-    head "bce" the last layer reports the variance that its weights had, a number a class: without it there
-    would be no probabilities.
+    Rule "map" takes the most probable weights, "ternary" the same but 0 where ``|theta| < 1/2``, and "sample"
+    a draw. With head "bce" the last layer reports the variance that its random weights had, one number a
+    class: the probabilities of the classes depend on it.
 
     Args:
-        net: of random weights, or of signs (then there is only "map").
-        batches: integers ``(batch, dim)`` to re-estimate on.
+        net: a network of random weights, or of signs (with rule "map" only).
+        batches: integers ``(batch, dim)`` to re-estimate the normalisation on.
         rule: see above.
-        generator: of the draw, on the CPU.
+        generator: source of the draw, on the CPU.
 
     Raises:
         InputError: a network of floats, or of signs and another rule; an unknown rule.
@@ -196,20 +188,15 @@ def to_deterministic(
         if layer.weights == "float":
             raise InputError("a network of floats has no signs to export; train kind probabilistic or binary")
         if not layer.random and rule != "map":
-            raise InputError(f"rule {rule!r} is for random weights; of signs use 'map'")
+            raise InputError(f"rule {rule!r} is for random weights; for a network of signs use 'map'")
         theta = layer.theta
-        if layer.random and layer is layers(fixed)[-1] and _kind(fixed) == "bce":
+        if layer.random and layer is layers(fixed)[-1] and head_of(fixed).kind == "bce":
             layer.noise = (1 - theta.square()).sum(1)
         layer.weights = "float"
         layer.weight.copy_(_RULES[rule](theta, generator))
         layer.weight.requires_grad_(False)
     reestimate(fixed, batches)
     return fixed
-
-
-def _kind(net: nn.Sequential) -> str:
-    head = net[-1]
-    return head.kind if isinstance(head, Head) else ""
 
 
 def _ternary(theta: Tensor, generator: torch.Generator | None) -> Tensor:

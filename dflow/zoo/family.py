@@ -1,13 +1,14 @@
-"""One record a family of models, and the registry of them all.
+"""One record for each family of models, and the registry of all families.
 
-Whatever the commands have to know of a family stands in its `Family`, so that a new one is one file with its
-settings and builder, and one line that registers it.
+All that the commands need to know about a family is in its `Family`, so that a new family is one file with
+its settings and builder, and one line that registers it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,20 +23,20 @@ from dflow.zoo.values import ValuesConfig
 
 Kind = Literal["text", "images", "labels"]
 
-#: What models of a kind are called.
+#: Names of the kinds in messages.
 KINDS: dict[str, str] = {"text": "text", "images": "images or tables", "labels": "labels of images"}
 
 #: Training rules: bounds of a likelihood, the likelihood itself, and those for maps on Z/K.
 BOUNDS = ("elbo", "iwbo", "renyi")
 LIKELIHOOD = ("likelihood",)
 MAPS = ("layerwise", "gumbel", "straight_through", "expected")
-#: Those of images whose values are symbols of Z/K, under a flow on Z/K or any other law of symbols.
+#: Rules for images whose values are symbols of Z/K, under a flow on Z/K or any other law of symbols.
 SYMBOLS = (*LIKELIHOOD, *MAPS)
 
 _RULES: dict[str, tuple[str, ...]] = {
     "text": (*SYMBOLS, "masked"), "images": LIKELIHOOD, "labels": (),
 }  # fmt: skip
-#: What settings of a kind extend, and the fields of it that the commands read.
+#: Base class of the settings of a kind, and the fields that the commands read.
 _NEEDED: dict[str, tuple[str, tuple[str, ...]]] = {
     "text": ("ModelConfig", ("length",)), "images": ("ValuesConfig", ("shape", "levels", "lowest")),
     "labels": ("PBNetConfig", ("classes", "kind", "init", "head")),
@@ -43,7 +44,7 @@ _NEEDED: dict[str, tuple[str, tuple[str, ...]]] = {
 _MODELS: dict[str, tuple[type[nn.Module], ...]] = {
     "text": (Distribution,), "images": (Distribution, Dequantized), "labels": (nn.Sequential,),
 }  # fmt: skip
-#: What a config has beside the settings, under these names.
+#: Names of attributes that a config has beside the settings.
 _TAKEN = frozenset(
     ("family", "vocab_size", "explicit_length", "settings", "record", "model_type", "model_kind")
 )
@@ -51,27 +52,28 @@ _TAKEN = frozenset(
 
 @dataclass(frozen=True)
 class Family:
-    """All that is known of a family beside its code.
+    """All that the commands need to know about a family of models.
 
     Attributes:
-        name: as ``model.family`` of a recipe gives it.
+        name: the value of ``model.family`` in a recipe.
         kind: "text", "images" (images and tables) or "labels" (classifiers of images).
-        settings: dataclass of the settings: of text it has a field ``length``, as `ModelConfig` does; of
-            images it extends `ValuesConfig`, of labels `PBNetConfig`.
+        settings: dataclass of the settings: for text it has a field ``length``, as `ModelConfig` does; for
+            images it extends `ValuesConfig`, for labels `PBNetConfig`.
         build: ``(settings, K)`` to a `Distribution` over symbols for text, ``(settings)`` to a `Distribution`
             or `Dequantized` for images, to an ``nn.Sequential`` of integers to logits for labels.
-        rules: training rules that may be asked for. None for those of the kind: of text whatever the law
-            that is built can be trained by (`dflow.objectives.check_rule`); of images `LIKELIHOOD`, where
+        rules: training rules that a recipe may select. None for the rules of the kind: for text, any rule
+            that can train the law (`dflow.objectives.check_rule`); for images `LIKELIHOOD`, where
             ``log_prob`` takes floats that hold integers in training. With `SYMBOLS` it takes symbols, int64;
             a `Dequantized` is trained by `BOUNDS`.
-        prompt: what happens to the first symbols of a sample when they are given: "no", they cannot be;
-            "exact", the rest follows the conditional law; "forced", they stand there, and what is drawn
-            before them has not seen them. Other than "no", ``sample`` of the law takes ``prompt`` and
-            ``length`` as `dflow.distributions.SequenceCategorical.sample` does.
+        prompt: whether samples can continue given first symbols: "no"; "exact", the other symbols follow the
+            conditional law; "forced", the first symbols are set, but symbols that are drawn before them do
+            not depend on them. Unless "no", ``sample`` of the law takes ``prompt`` and ``length`` as
+            `dflow.distributions.SequenceCategorical.sample` does.
         left_to_right: symbols are drawn one after another, a network call each, so that shorter sequences
-            are scored and drawn as they are.
-        pieces_matter: what a batch is cut into (``train.accumulation``) changes the result.
+            are scored and drawn without padding.
+        pieces_matter: whether cutting a batch into pieces (``train.accumulation``) changes the result.
         baseline: ratios of ``dflow compare`` refer to the first model of such a family.
+        recurrent: the network reads the entries of a sequence one after another, also to score them.
     """
 
     name: str
@@ -83,9 +85,10 @@ class Family:
     left_to_right: bool = False
     pieces_matter: bool = False
     baseline: bool = False
+    recurrent: bool = False
 
     def __post_init__(self) -> None:
-        """Check what can be checked before anything is built."""
+        """Check the record as far as that is possible before a model is built."""
         if self.kind not in KINDS:
             raise InputError(f"family {self.name!r}: kind {self.kind!r}; {nearest(self.kind, list(KINDS))}")
         if not dataclasses.is_dataclass(self.settings):
@@ -112,11 +115,24 @@ class Family:
         """Whether likelihoods are exact, and not bounds."""
         return not set(self.rules or ()) & set(BOUNDS)
 
+    def multiplications(self, settings: Any, batch: int, calls: int = 1) -> int | None:
+        """Multiplications of one layer for a batch, which tell how many threads are worth their while.
+
+        They are ``batch * entries * hidden_size^2``, for the entries that are computed at once: of a sequence
+        that is drawn in ``calls`` network calls its length over these, of a recurrent network one, of an
+        image its pixels. None where the settings have no ``hidden_size``.
+        """
+        width = getattr(settings, "hidden_size", None)
+        if not isinstance(width, int):
+            return None
+        entries = settings.length if self.kind == "text" else math.prod(settings.shape[1:])
+        return int(batch * (1 if self.recurrent else max(1, entries // max(1, calls))) * width * width)
+
     def model(self, *arguments: Any) -> Any:
-        """What ``build`` makes of ``arguments``, checked against what the record says.
+        """The model that ``build`` returns for ``arguments``, checked against the record.
 
         Raises:
-            InputError: a builder that does not keep what the record promises.
+            InputError: the model does not fit the record.
         """
         built: Any = self.build(*arguments)
         if not isinstance(built, _MODELS[self.kind]):
@@ -147,9 +163,11 @@ def register(family: Family) -> Family:
     Raises:
         InputError: another family has that name.
     """
-    known = FAMILIES.get(family.name)
-    if known is not None and _origin(known) != _origin(family):
-        raise InputError(f"family {family.name!r} exists already, from {_origin(known)}; choose another name")
+    registered = FAMILIES.get(family.name)
+    if registered is not None and _origin(registered) != _origin(family):
+        raise InputError(
+            f"family {family.name!r} exists already, from {_origin(registered)}; choose another name"
+        )
     FAMILIES[family.name] = family
     return family
 
@@ -168,7 +186,7 @@ def find(name: object, kind: Kind | None = None, where: str = "model") -> Family
     """The family called ``name``; ``where`` names the source of the name in errors.
 
     Raises:
-        InputError: there is none, or one of another kind.
+        InputError: there is no such family, or it is one of another kind.
     """
     plugins.load_installed()
     family = FAMILIES.get(name) if isinstance(name, str) else None

@@ -37,7 +37,7 @@ from dflow.nn.masked_conv import MaskedConv
 from dflow.nn.perceptron import Perceptron
 from dflow.zoo.family import BOUNDS, Family, register
 from dflow.zoo.settings import setting
-from dflow.zoo.values import LARGEST, MISSING, Shape, ValuesConfig, asked
+from dflow.zoo.values import LARGEST, MISSING, Shape, ValuesConfig, naming_setting
 
 
 @dataclass
@@ -45,13 +45,13 @@ class DequantizedConfig(ValuesConfig):
     """Discrete data under a density p(v), by a dequantizer q(v | x) on the cells of a partition."""
 
     partition: Literal["hypercube", "orthant"] = setting(
-        "hypercube", "cells: hypercube [x, x + 1); orthant, above or below 1/2, for binary data"
+        "hypercube", "cells of values: hypercube ([x, x + 1)); orthant (above or below 1/2, for binary data)"
     )
     density: Literal["diagonal", "covariance", "flow"] = setting(
         "flow", "density p(v): diagonal or covariance (Gaussian), flow (multi-scale)"
     )
     fit: Literal["moments", "gradient"] = setting(
-        "moments", "how a Gaussian density learns: moments (closed form), gradient"
+        "moments", "how a Gaussian density is fitted: moments (closed form), gradient"
     )
     dequantizer: Literal["uniform", "normal", "covariance", "bipartite", "autoregressive", "truncated"] = (
         setting(
@@ -60,13 +60,15 @@ class DequantizedConfig(ValuesConfig):
             "bipartite or autoregressive flow; truncated (truncated normals of a Gaussian density)",
         )
     )
-    num_levels: int = setting(1, "levels of a flow; half of the entries are factored out between two")
-    num_flows: int = setting(8, "couplings of a level")
+    num_levels: int = setting(
+        1, "levels of a flow; half of the entries are factored out between two levels", least=1
+    )
+    num_flows: int = setting(8, "couplings of a level", least=1)
     elementwise: Literal["affine", "spline", "mixture"] = setting(
         "spline", "family of a coupling: affine, spline, mixture (of logistic laws)"
     )
-    spline_bins: int = setting(8, "bins of a spline")
-    mixture_components: int = setting(4, "components of a mixture")
+    spline_bins: int = setting(8, "bins of a spline", least=1)
+    mixture_components: int = setting(4, "components of a mixture", least=1)
     mixing: Literal["rotate", "permute"] = setting(
         "rotate",
         "between couplings: rotate (1x1 convolutions); permute, which keeps edges of cells along the axes",
@@ -74,26 +76,19 @@ class DequantizedConfig(ValuesConfig):
     conditioner: Literal["densenet", "perceptron"] = setting(
         "densenet", "networks: densenet (convolutions); perceptron, which takes an image as a vector"
     )
-    hidden_size: int = setting(96, "width of a network")
-    num_hidden_layers: int = setting(4, "layers of a network")
-    context_size: int = setting(16, "channels of a dequantizer's context")
+    hidden_size: int = setting(96, "width of a network", least=1)
+    num_hidden_layers: int = setting(4, "layers of a network", least=1)
+    context_size: int = setting(16, "channels of a dequantizer's context", least=1)
     dequantizer_flows: int = setting(
-        4, "couplings, or autoregressive layers, of a dequantizer that is a flow"
+        4, "couplings, or autoregressive layers, of a dequantizer that is a flow", least=1
     )
     dequantizer_elementwise: Literal["affine", "spline", "mixture"] = setting(
-        "affine", "family of these: affine, spline, mixture"
+        "affine", "elementwise family of a dequantizer that is a flow: affine, spline, mixture"
     )
-    dequantizer_hidden_size: int = setting(64, "width of a dequantizer's networks")
-    dequantizer_hidden_layers: int = setting(2, "layers of a dequantizer's networks")
+    dequantizer_hidden_size: int = setting(64, "width of a dequantizer's networks", least=1)
+    dequantizer_hidden_layers: int = setting(2, "layers of a dequantizer's networks", least=1)
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_levels", "num_flows", "spline_bins", "mixture_components", "hidden_size",
-            "num_hidden_layers", "context_size", "dequantizer_flows", "dequantizer_hidden_size",
-            "dequantizer_hidden_layers",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, found {getattr(self, name)}")
         super().__post_init__()
         if self.levels and all(n is None for n in self.levels):
             raise InputError(
@@ -109,10 +104,10 @@ class DequantizedConfig(ValuesConfig):
                 "orthants have no uniform law: use partition hypercube, or dequantizer normal, covariance, "
                 "bipartite, autoregressive or truncated"
             )
-        found = [r for r in self.ranges if r not in (None, (0, 1))] if self.shape and self.levels else []
-        if self.partition == "orthant" and found:
+        others = [r for r in self.ranges if r not in (None, (0, 1))] if self.shape and self.levels else []
+        if self.partition == "orthant" and others:
             raise InputError(
-                f"partition 'orthant' is for entries of 0 and 1, found {found[0]}; use hypercube"
+                f"partition 'orthant' is for entries of 0 and 1, found {others[0]}; use hypercube"
             )
         if self.density == "flow" and self.dim == 1:
             raise InputError("a coupling needs two entries or more; use density diagonal")
@@ -125,7 +120,7 @@ class DequantizedConfig(ValuesConfig):
 
     @property
     def support(self) -> list[tuple[int, int] | None]:
-        """What has a cell: on hypercubes all integers that float32 resolves, on orthants 0 and 1."""
+        """Range of the values with a cell: on hypercubes all that float32 resolves, on orthants 0 and 1."""
         ends = (0, 1) if self.partition == "orthant" else (-LARGEST, LARGEST)
         return [None if r is None else ends for r in self.ranges]
 
@@ -145,7 +140,7 @@ def dequantized(config: DequantizedConfig) -> Dequantized:
 
 
 def _units(config: DequantizedConfig) -> Units | None:
-    """Those of real columns; a model of version 0.1.0 has none."""
+    """The units of real columns; models of version 0.1.0 have none."""
     if not config.scale:
         return None
     loc, scale = (
@@ -187,17 +182,17 @@ def _level(config: DequantizedConfig, shape: Shape, levels: int) -> Distribution
     layers.append(ActNorm(shape))
     if levels == 1:
         return Flow(Chain(layers), StandardNormal(prod(shape)))
-    kept = shape[0] - shape[0] // 2
-    mask = torch.arange(prod(shape)) < kept * shape[1] * shape[2]
-    net = _net(config)((kept, *shape[1:]), shape[0] - kept, 2, 0)
+    kept_channels = shape[0] - shape[0] // 2
+    mask = torch.arange(prod(shape)) < kept_channels * shape[1] * shape[2]
+    net = _net(config)((kept_channels, *shape[1:]), shape[0] - kept_channels, 2, 0)
     return Flow(
         Chain(layers),
-        Split(mask, ConditionalNormal(net), _level(config, (kept, *shape[1:]), levels - 1)),
+        Split(mask, ConditionalNormal(net), _level(config, (kept_channels, *shape[1:]), levels - 1)),
     )
 
 
 def _shuffle(shape: Shape, i: int) -> Permute:
-    """Channels in reverse, which swaps what a coupling knows and hides; and by turns even ones first."""
+    """A reversal of the channels, which swaps known and hidden ones, alternating with even channels first."""
     channels = torch.arange(shape[0])
     order = channels.flip(0) if i % 2 == 0 or shape[0] == 2 else torch.cat([channels[::2], channels[1::2]])
     return Permute(torch.arange(prod(shape)).view(shape[0], -1)[order].flatten())
@@ -206,7 +201,7 @@ def _shuffle(shape: Shape, i: int) -> Permute:
 def _coupling(
     elementwise: Elementwise, shape: Shape, net: _Net, context: int = 0, swap: bool = False
 ) -> Coupling:
-    """The first half of the channels known, or with ``swap`` the second."""
+    """A coupling that knows the first half of the channels, or with ``swap`` the second."""
     if shape[0] < 2:
         raise InputError(
             f"{shape[1]} x {shape[2]} pixels of one channel have no halves for a coupling: use fewer "
@@ -228,7 +223,7 @@ def _family(config: DequantizedConfig, name: str, bound: float = 2.0) -> Element
 
 
 def _shape(config: DequantizedConfig) -> Shape:
-    """The shape at which networks work: a perceptron takes an image as a vector."""
+    """The shape of an image as networks take it: for a perceptron a vector."""
     channels, height, width = config.shape
     return (config.dim, 1, 1) if config.conditioner == "perceptron" else (channels, height, width)
 
@@ -252,7 +247,7 @@ def _net(config: DequantizedConfig, of_dequantizer: bool = False) -> _Net:
                 hidden_size=hidden, num_layers=layers, context_features=context * height * width,
                 zero_head=zero_head,
             )  # fmt: skip
-        with asked("dequantizer_hidden_size" if of_dequantizer else "hidden_size"):
+        with naming_setting("dequantizer_hidden_size" if of_dequantizer else "hidden_size"):
             return DenseNet(
                 channels, out, (height, width), num_params=num_params, hidden_size=hidden, depth=layers,
                 context_channels=context, zero_head=zero_head,
@@ -265,7 +260,7 @@ def _net(config: DequantizedConfig, of_dequantizer: bool = False) -> _Net:
 
 
 class _Scaled(nn.Module):
-    """A network shown data in [-1, 1], in the order of ``permutation``; ``flat`` gives a context."""
+    """A network after a rescaling of the data to [-1, 1] and a permutation; ``flat`` returns features."""
 
     offset: Tensor
     scale: Tensor
@@ -279,7 +274,7 @@ class _Scaled(nn.Module):
     ) -> None:
         super().__init__()
         self.net, self.permutation, self.flat = net, permutation, flat
-        # A real column is shown in its units.
+        # A real column is in its units already.
         pairs = [
             (0.0, 1.0) if r is None else ((r[0] + r[1]) / 2, max(r[1] - r[0], 1) / 2) for r in config.ranges
         ]
@@ -320,7 +315,7 @@ def _dequantizer(config: DequantizedConfig, partition: Partition, density: Distr
             raise InputError("a bipartite dequantizer needs two entries or more; use 'normal'")
         channels, height, width = config.shape
         if height % 2 == 0 and width % 2 == 0:
-            # The halves of a coupling are then rows that lie side by side, for perceptrons too.
+            # Known and hidden pixels of a coupling are then neighbours, for perceptrons too.
             permutation, squeezed = squeeze((channels, height, width))
             if config.conditioner == "densenet":
                 shape = entries = squeezed
@@ -330,14 +325,14 @@ def _dequantizer(config: DequantizedConfig, partition: Partition, density: Distr
             for i in range(config.dequantizer_flows)
         ]
         if permutation is not None:
-            # Of its own, since no two names of a saved model may share a tensor.
+            # A second Permute, since no two names of a saved model may share a tensor.
             layers = [*layers, Inverse(Permute(permutation.permutation))]
     else:
-        # Noise to z in one pass: each entry given the noise before it. The papers' layer is tanh-bounded.
+        # Noise to z in one pass: each entry given the noise before it. The paper bounds the scale by tanh.
         family = _family(config, config.dequantizer_elementwise, 1.0)
         for i in range(config.dequantizer_flows):
             layers += [Permute(torch.arange(discrete - 1, -1, -1))] * (i > 0)
-            with asked("dequantizer_hidden_size"):
+            with naming_setting("dequantizer_hidden_size"):
                 conv = MaskedConv(
                     entries, family.num_params, hidden_size=config.dequantizer_hidden_size,
                     depth=config.dequantizer_hidden_layers, context_channels=config.context_size,

@@ -1,7 +1,7 @@
 """Discrete coupling flows over images: family ``modular``.
 
-The values of a pixel are symbols of Z/K. Each coupling permutes (or shifts) those of the pixels that it
-hides, by a network of signs or of floats over the pixels that it knows, and a law of single pixels is left.
+The values of a pixel are symbols of Z/K. Each coupling permutes (or shifts) the values of its hidden pixels,
+by a network of signs or of floats over its known pixels. The base is a law of independent pixels.
 """
 
 from __future__ import annotations
@@ -17,38 +17,37 @@ from dflow.core import Bijector, Distribution
 from dflow.distributions import Categorical
 from dflow.elementwise import DISCRETE
 from dflow.flows import Flow
-from dflow.nn.binary import SymbolPerceptron, Weights
+from dflow.nn.binary import SymbolPerceptron, WeightKind
 from dflow.ops.orders import spread
 from dflow.ops.straight_through import StraightThrough
 from dflow.zoo.family import MAPS, Family, register
 from dflow.zoo.settings import choice, setting
 from dflow.zoo.values import MISSING, ValuesConfig
 
-#: Numbers that the parameters of one coupling may have.
+#: Most weights that the last layer of a coupling's network may have.
 _MOST = 1 << 26
 
-_WEIGHTS: dict[str, Weights] = {"float": "float", "binary": "sign", "probabilistic": "tanh"}
+_WEIGHTS: dict[str, WeightKind] = {"float": "float", "binary": "sign", "probabilistic": "tanh"}
 
 
 @dataclass
 class ModularConfig(ValuesConfig):
     """Images of a few values under couplings on Z/K and a factorized base."""
 
-    num_flows: int = setting(8, "couplings, fine to coarse: each halves the pixels that nothing is known of")
+    num_flows: int = setting(
+        8, "couplings, fine to coarse: each halves the number of untransformed pixels", least=1
+    )
     elementwise: str = choice("rank", DISCRETE, "family on Z/K")
     kind: Literal["float", "binary", "probabilistic"] = setting(
         "float",
-        "networks of the couplings: floats with ReLU, signs by straight-through gradients, random signs "
-        "(propagated where the model is evaluated)",
+        "weights of the networks: float (with ReLU), binary (signs, trained by straight-through gradients), "
+        "probabilistic (random signs; their means are propagated in evaluation)",
     )
-    hidden_size: int = setting(512, "units of a hidden layer")
-    num_hidden_layers: int = setting(2, "hidden layers of a network")
+    hidden_size: int = setting(512, "units of a hidden layer", least=1)
+    num_hidden_layers: int = setting(2, "hidden layers of a network", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_flows", "hidden_size", "num_hidden_layers"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, found {getattr(self, name)}")
         if not self.shape or not self.levels:
             return
         levels = self.levels[0]
@@ -85,7 +84,7 @@ def modular(config: ModularConfig) -> Distribution:
         raise InputError(MISSING)
     K = config.levels[0]
     channels, height, width = config.shape
-    # The colours of a pixel are known, or hidden, together.
+    # All colours of a pixel are known, or all are hidden.
     rank = torch.empty(height * width, dtype=torch.int64)
     rank[spread(height, width)] = torch.arange(height * width)
     rank = rank.repeat(channels)

@@ -1,4 +1,4 @@
-"""What settings are made of."""
+"""Fields of settings dataclasses, with their help, defaults and choices."""
 
 from __future__ import annotations
 
@@ -10,21 +10,28 @@ from dflow import plugins
 from dflow.config import InputError, nearest
 
 
-def setting(default: Any, help: str) -> Any:
-    """A dataclass field with a default and a line of help."""
-    return field(default=default, metadata={"help": help})
+def setting(default: Any, help: str, least: int | None = None) -> Any:
+    """A dataclass field with a default, a line of help, and the least value of its number or numbers."""
+    metadata = {"help": help, "least": least}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def choice(default: str, known: Mapping[str, object], help: str) -> Any:
-    """A field whose values are the names in a registry, to which modules of users may add."""
+    """A field whose values are the names in the registry ``known``, to which modules of users may add."""
     names = ", ".join(known)
     return field(default=default, metadata={"help": f"{help}: {names}", "known": known})
 
 
-def check_choices(settings: Any) -> None:
-    """`InputError` for a field made by `choice` whose value its registry does not have."""
+def check_settings(settings: Any) -> None:
+    """`InputError` for a value below the least one of its field, or not in the registry of its field."""
     for f in fields(settings):
-        value, known = getattr(settings, f.name), f.metadata.get("known")
-        if known is not None and value not in known:
-            hint = nearest(str(value), list(known))
+        value, choices = getattr(settings, f.name), f.metadata.get("known")
+        numbers = value if isinstance(value, list) else [value]
+        least = f.metadata.get("least")
+        if least is not None and any(number is not None and number < least for number in numbers):
+            raise InputError(f"{f.name} must be at least {least}, found {value}")
+        if choices is not None and value not in choices:
+            hint = nearest(str(value), list(choices))
             raise InputError(f"unknown {f.name} {value!r}; {hint}; {plugins.WAY}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections import ChainMap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -26,16 +28,19 @@ from dflow.distributions import (
 )
 from dflow.elementwise import DISCRETE
 from dflow.flows import Flow, Split
+from dflow.nn.attention import TransformerSize
+from dflow.nn.infill import InfillTransformer, MaskedTransformer
 from dflow.nn.lstm import LSTM
 from dflow.nn.perceptron import InfillPerceptron
 from dflow.nn.table import LARGEST, InfillTable, PrefixTable
-from dflow.nn.transformer import GroupCausalTransformer, InfillTransformer, MaskedTransformer
+from dflow.nn.transformer import GroupCausalTransformer
+from dflow.ops.masks import MASKS
 from dflow.ops.orders import ORDERS, check_order, lockstep, shuffled
 from dflow.ops.straight_through import StraightThrough
 from dflow.zoo.family import Family, register
-from dflow.zoo.settings import check_choices, choice, setting
+from dflow.zoo.settings import check_settings, choice, setting
 
-#: Orders of any-order models: those of one fixed order, and "confidence".
+#: Orders of any-order models: the fixed orders, and "confidence".
 _ANY_ORDERS: Mapping[str, Callable[[int, int], Tensor]] = ChainMap(
     {"random": shuffled, "confidence": shuffled}, ORDERS
 )
@@ -43,25 +48,22 @@ _ANY_ORDERS: Mapping[str, Callable[[int, int], Tensor]] = ChainMap(
 
 @dataclass
 class ModelConfig:
-    """What every family of models has."""
+    """Settings of every family of models of text."""
 
-    length: int = setting(256, "longest sequence, in symbols")
-    hidden_size: int = setting(128, "width of the network")
-    num_hidden_layers: int = setting(3, "layers of the network (of each network, in a flow)")
+    length: int = setting(256, "longest sequence, in symbols", least=1)
+    hidden_size: int = setting(128, "width of the network", least=1)
+    num_hidden_layers: int = setting(3, "layers of the network (of each network, in a flow)", least=1)
     dropout: float = setting(0.0, "dropout in the network")
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        for name in ("length", "hidden_size", "num_hidden_layers"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, found {getattr(self, name)}")
+        check_settings(self)
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout must lie in [0, 1), found {self.dropout}")
 
 
 @dataclass
 class AttentionConfig(ModelConfig):
-    """What every family built on attention has."""
+    """Settings of every family built on attention."""
 
     num_attention_heads: int = setting(4, "attention heads")
     intermediate_size: int | None = setting(None, "width of the perceptrons (default 4 x hidden_size)")
@@ -72,34 +74,15 @@ class AttentionConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_attention_heads < 1 or self.hidden_size % (2 * self.num_attention_heads):
-            raise InputError(
-                f"hidden_size {self.hidden_size} must be a multiple of twice num_attention_heads "
-                f"{self.num_attention_heads}"
-            )
-        if self.window < 1:
-            raise InputError(f"window must be at least 1, found {self.window}")
-        if not 0 <= self.ngram_dropout < 1:
-            raise InputError(f"ngram_dropout must lie in [0, 1), found {self.ngram_dropout}")
-        if self.ngram_rows < 0 or self.ngram_size < 2:
-            raise InputError(
-                f"ngram_rows must be at least 0 and ngram_size at least 2, found {self.ngram_rows} and "
-                f"{self.ngram_size}"
-            )
+        try:
+            self.size()
+        except ValueError as error:
+            raise InputError(str(error)) from None
 
-    def network(self) -> dict[str, Any]:
-        """Named arguments of the networks in `dflow.nn.transformer`."""
-        return {
-            "hidden_size": self.hidden_size,
-            "num_layers": self.num_hidden_layers,
-            "num_heads": self.num_attention_heads,
-            "intermediate_size": self.intermediate_size,
-            "window": self.window,
-            "ngram_rows": self.ngram_rows,
-            "ngram_size": self.ngram_size,
-            "ngram_dropout": self.ngram_dropout,
-            "dropout": self.dropout,
-        }
+    def size(self, **other: Any) -> TransformerSize:
+        """Size of the Transformers of this model, with ``other`` in place of some settings."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(TransformerSize)}
+        return TransformerSize(**fields | other)
 
 
 @dataclass
@@ -111,22 +94,19 @@ class TransformerConfig(AttentionConfig):
 class GroupedConfig(TransformerConfig):
     """The sequence is drawn in `num_calls` groups, each in one network call given all earlier ones."""
 
-    num_calls: int = setting(32, "groups, and so network calls to draw a sequence")
-    calls: list[int] = field(
-        default_factory=list,
-        metadata={"help": "further numbers of calls to train on at once; MODEL@8 is the one of 8"},
-    )
+    num_calls: int = setting(32, "groups, one network call each, in which a sequence is drawn")
+    calls: list[int] = setting([], "further numbers of calls to train for; MODEL@8 then draws in 8 calls")
     order: str = choice("lockstep", ORDERS, "order in which positions are drawn")
     block: int = setting(
-        1, "symbols of a lane that one call draws, those after the first by a small coupling inside the group"
+        1,
+        "symbols of a lane that one call draws, those after the first by a small network inside the group",
+        least=1,
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 1 <= self.num_calls <= self.length:
             raise InputError(f"num_calls must lie in 1..{self.length} (length), found {self.num_calls}")
-        if self.block < 1:
-            raise InputError(f"block must be at least 1, found {self.block}")
         most = -(-self.length // self.block)
         for calls in (self.num_calls, *self.calls):
             if not 1 <= calls <= most:
@@ -135,15 +115,15 @@ class GroupedConfig(TransformerConfig):
 
 @dataclass
 class AnyOrderConfig(TransformerConfig):
-    """Peer: one network for all orders (absorbing-state diffusion), and the order that draws with it."""
+    """One network for all orders (absorbing-state diffusion), drawn along one order: for comparison."""
 
     num_calls: int = setting(32, "network calls to draw a sequence")
     order: str = choice(
         "lockstep", _ANY_ORDERS,
-        "what each call draws: of one fixed order, or what the network is surest of (confidence)",
+        "entries that each call draws: those of a fixed order, or those of least entropy (confidence)",
     )  # fmt: skip
     schedule: Literal["uniform", "dp"] = setting(
-        "uniform", "entries of each call of the orders random and confidence: uniform, dp (by measured costs)"
+        "uniform", "entries in each call of the orders random and confidence: uniform, dp (by measured costs)"
     )
 
     def __post_init__(self) -> None:
@@ -160,10 +140,10 @@ class AnyOrderConfig(TransformerConfig):
 class BipartiteConfig(AttentionConfig):
     """Discrete coupling flow: `num_flows` couplings over a factorized base."""
 
-    num_hidden_layers: int = setting(1, "attention layers of each coupling's network")
-    num_flows: int = setting(8, "couplings, and so network calls to draw a sequence")
+    num_hidden_layers: int = setting(1, "attention layers of each coupling's network", least=1)
+    num_flows: int = setting(8, "couplings, one network call each when a sequence is drawn", least=1)
     masks: Literal["strides", "halves", "single", "blocks"] = setting(
-        "strides", "what each coupling knows and hides: strides, halves, single, blocks"
+        "strides", "known and hidden positions of each coupling: strides, halves, single, blocks"
     )
     conditioner: Literal["attention", "perceptron", "table"] = setting(
         "attention", "network of a coupling: attention; for short sequences perceptron, table"
@@ -178,51 +158,47 @@ class BipartiteConfig(AttentionConfig):
             raise InputError(f"a coupling needs length 2 or more, found {self.length}")
         if self.masks == "blocks" and self.conditioner == "attention" and self.num_flows < self.length - 1:
             raise InputError(
-                "conditioner 'attention' tells hidden positions apart by their known neighbours, and all of "
-                "a block have the same; use conditioner 'perceptron', or num_flows of length - 1"
+                "conditioner 'attention' distinguishes hidden positions by their known neighbours, and all "
+                "positions of a block have the same; use conditioner 'perceptron', or num_flows of length - 1"
             )
-        if self.num_flows < 1:
-            raise InputError(f"num_flows must be at least 1, found {self.num_flows}")
 
 
 @dataclass
 class AutoregressiveConfig(TransformerConfig):
     """Discrete autoregressive flow: `num_flows` layers in alternating directions over a base."""
 
-    num_flows: int = setting(2, "autoregressive bijectors, alternating left to right and right to left")
+    num_flows: int = setting(
+        2, "autoregressive bijectors, alternating left to right and right to left", least=1
+    )
     elementwise: str = choice("rank", DISCRETE, "family on Z/K")
     base: Literal["factorized", "mixture", "autoregressive"] = setting(
         "factorized", "base law: factorized, mixture, autoregressive"
     )
     base_classes: int = setting(
-        16, "first entries that have a law of their own in a factorized base; the rest share one"
+        16, "first entries with separate laws in a factorized base; all later entries share one law", least=1
     )
     conditioner: Literal["attention", "table"] = setting(
         "attention", "network of a layer: attention; for short sequences table"
     )
     components: int = setting(16, "components of a mixture base")
     inversion: Literal["loop", "jacobi"] = setting(
-        "loop", "how symbols are drawn: loop, a call a symbol; jacobi, parallel calls until nothing changes"
+        "loop", "how symbols are drawn: loop (a call a symbol), jacobi (parallel calls until nothing changes)"
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("num_flows", "base_classes"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, found {getattr(self, name)}")
 
 
 @dataclass
 class MultiscaleConfig(AttentionConfig):
     """Coarse to fine: at each level every second entry is drawn given the others, in one network call."""
 
-    num_hidden_layers: int = setting(1, "attention layers of each level's network")
-    num_levels: int | None = setting(None, "levels, and so network calls (default: until one entry is left)")
+    num_hidden_layers: int = setting(1, "attention layers of each level's network", least=1)
+    num_levels: int | None = setting(None, "levels, one network call each (default: until one entry is left)")
     conditional: Literal["categorical", "spectra"] = setting(
         "spectra", "law of a level: categorical, spectra (one of a few shared laws, mapped on Z/K)"
     )
     elementwise: str = choice("rank", DISCRETE, "family on Z/K")
-    num_spectra: int = setting(4, "laws from which each entry chooses; with 1 it is a discrete flow")
+    num_spectra: int = setting(
+        4, "shared laws in the mixture of each entry; with 1 it is a discrete flow", least=1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -233,88 +209,19 @@ class MultiscaleConfig(AttentionConfig):
             raise InputError(
                 f"num_levels must lie in 1..{most} for length {self.length}, found {self.num_levels}"
             )
-        if self.num_spectra < 1:
-            raise InputError(f"num_spectra must be at least 1, found {self.num_spectra}")
 
 
 @dataclass
 class LstmConfig(ModelConfig):
     """Baseline: the regularised LSTM of Merity et al., one network call a symbol."""
 
-    num_hidden_layers: int = setting(2, "layers")
-    hidden_size: int = setting(384, "cells of a layer")
+    num_hidden_layers: int = setting(2, "layers", least=1)
+    hidden_size: int = setting(384, "cells of a layer", least=1)
     embedding_size: int = setting(128, "features of a symbol")
     dropout_hidden: float = setting(0.0, "locked dropout between layers")
     dropout_input: float = setting(0.0, "locked dropout of the embedded symbols")
     dropout_embedding: float = setting(0.0, "dropout of whole symbols of the embedding")
     weight_drop: float = setting(0.0, "DropConnect of the recurrent weights")
-
-
-def strides(dim: int, num_flows: int) -> list[tuple[Tensor, Tensor]]:
-    """Masks (known, hidden) of couplings from fine to coarse.
-
-    Coupling l of the first round hides the positions that are 2^l mod 2^(l+1) and knows those that are
-    0 mod 2^(l+1): every coupling conditions on symbols that none has transformed, since one that
-    conditions on transformed symbols gains next to nothing. Rounds after the first swap the two sets.
-
-    >>> [(k.nonzero().flatten().tolist(), h.nonzero().flatten().tolist()) for k, h in strides(4, 3)]
-    [([0, 2], [1, 3]), ([0], [2]), ([1, 3], [0, 2])]
-    """
-    positions = torch.arange(dim)
-    levels = (dim - 1).bit_length()
-    masks = []
-    for i in range(num_flows):
-        stride = 1 << (i % levels)
-        known, hidden = positions % (2 * stride) == 0, positions % (2 * stride) == stride
-        masks.append((known, hidden) if (i // levels) % 2 == 0 else (hidden, known))
-    return masks
-
-
-def halves(dim: int, num_flows: int) -> list[tuple[Tensor, Tensor]]:
-    """Masks of couplings that hide the odd positions and the even ones by turns, and know all others.
-
-    >>> [(k.nonzero().flatten().tolist(), h.nonzero().flatten().tolist()) for k, h in halves(4, 2)]
-    [([0, 2], [1, 3]), ([1, 3], [0, 2])]
-    """
-    odd = torch.arange(dim) % 2 == 1
-    return [(~odd, odd) if i % 2 == 0 else (odd, ~odd) for i in range(num_flows)]
-
-
-def single(dim: int, num_flows: int) -> list[tuple[Tensor, Tensor]]:
-    """Masks of couplings that hide one position in turn, the last first, and know all others.
-
-    With ``dim`` of them nothing that an autoregressive layer can use is lost, and one position given *all*
-    others has the least entropy of all.
-
-    >>> [(k.nonzero().flatten().tolist(), h.nonzero().flatten().tolist()) for k, h in single(3, 2)]
-    [([0, 1], [2]), ([0, 2], [1])]
-    """
-    positions = torch.arange(dim)
-    return [(positions != p, positions == p) for p in (dim - 1 - i % dim for i in range(num_flows))]
-
-
-def blocks(dim: int, num_flows: int) -> list[tuple[Tensor, Tensor]]:
-    """Masks of couplings that hide one of ``num_flows + 1`` blocks, the last first, and know all before it.
-
-    Every coupling conditions on symbols that none has transformed. With ``dim - 1`` of them it is the
-    autoregressive layer; couplings beyond that begin again with the last block.
-
-    >>> [(k.nonzero().flatten().tolist(), h.nonzero().flatten().tolist()) for k, h in blocks(5, 2)]
-    [([0, 1, 2, 3], [4]), ([0, 1], [2, 3])]
-    """
-    positions = torch.arange(dim)
-    parts = list(torch.tensor_split(positions, min(num_flows, dim - 1) + 1))[:0:-1]
-    found = [parts[i % len(parts)] for i in range(num_flows)]
-    return [(positions < part[0], (positions >= part[0]) & (positions <= part[-1])) for part in found]
-
-
-#: Masks (known, hidden) of couplings by name, from the number of positions and of couplings.
-MASKS: dict[str, Callable[[int, int], list[tuple[Tensor, Tensor]]]] = {
-    "strides": strides,
-    "halves": halves,
-    "single": single,
-    "blocks": blocks,
-}
 
 
 def bipartite(config: BipartiteConfig, K: int) -> Distribution:
@@ -330,7 +237,7 @@ def bipartite(config: BipartiteConfig, K: int) -> Distribution:
     positions = torch.arange(config.length)
     if config.masks != "strides":
         return Flow(Chain(layers), _base(config, K, positions))
-    # A position's law depends on the coupling that transformed it and on nothing else, far from the ends.
+    # Far from the ends, the law of a latent depends only on the coupling that transformed its position.
     level = torch.tensor([(p & -p).bit_length() - 1 if p else -1 for p in positions.tolist()])
     classes = torch.unique(level, return_inverse=True)[1]
     return Flow(Chain(layers), _base(config, K, classes))
@@ -353,15 +260,16 @@ def autoregressive(config: AutoregressiveConfig, K: int) -> Distribution:
         order = lockstep(config.length, config.length)
         base: Distribution = SequenceCategorical(_causal(config, K, K), order, config.length)
     else:
-        # The first entries of the last layer have little context and a law of their own.
+        # The first entries of the last layer have little context, so each of them has a separate law.
         base = _base(config, K, torch.arange(config.length).clamp(max=config.base_classes - 1))
     return Flow(Chain(layers), base)
 
 
 class _Infill(nn.Module):
-    """The conditioner of a coupling as that of a `Split`: every second entry given the entries kept.
+    """The conditioner of a coupling as the net of a `Split`: every second entry given the kept entries.
 
-    Its positions are those of the whole sequence, which lie ``stride`` apart.
+    Entries of the split are ``stride`` positions of the whole sequence apart, and the net takes the lengths
+    of whole sequences.
     """
 
     def __init__(self, net: nn.Module, stride: int) -> None:
@@ -369,10 +277,10 @@ class _Infill(nn.Module):
         self.net, self.stride = net, stride
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
-        rest = lengths_in(context, len(x))
-        if context is not None and rest is not None:
-            *given, kept = context.given
-            context = Context(lengths=self.stride * (kept + rest), given=tuple(given))
+        num_hidden = lengths_in(context, len(x))
+        if context is not None and num_hidden is not None:
+            *given, num_kept = context.given
+            context = Context(lengths=self.stride * (num_kept + num_hidden), given=tuple(given))
         out: Tensor = self.net(x, context)
         return out
 
@@ -395,9 +303,9 @@ def multiscale(config: MultiscaleConfig, K: int) -> Distribution:
                 K if config.conditional == "categorical" else outputs,
                 positions[kept],
                 positions[~kept],
+                # As in `bipartite`: coarse levels have fewer entries, and their n-grams say less.
+                config.size(ngram_rows=config.ngram_rows >> level),
                 zero_head=True,
-                # As in `bipartite`: fewer entries a level, and n-grams that tell less.
-                **config.network() | {"ngram_rows": config.ngram_rows >> level},
             ),
             stride,
         )
@@ -409,42 +317,47 @@ def multiscale(config: MultiscaleConfig, K: int) -> Distribution:
 
 
 def _order(name: str, dim: int, num_groups: int) -> Tensor:
-    """The order of that name, checked: a module of users may have added it."""
+    """The order called ``name``, checked, since a module of users may have added it."""
     order = _ANY_ORDERS[name](dim, num_groups)
     try:
         check_order(order, dim)
     except ValueError as error:
-        raise InputError(f"model.order {name!r}: {error}; mend it or choose another") from error
+        raise InputError(f"model.order {name!r}: {error}; correct it or choose another") from error
     return order
 
 
 def grouped(config: GroupedConfig, K: int) -> Distribution:
-    """The sequence in groups, exact likelihood in one pass; see `dflow.ops.orders`."""
+    """A sequence drawn in groups, with its exact likelihood in one pass; see `dflow.ops.orders`."""
 
     def rows(calls: int) -> Tensor:
         return _order(config.order, config.length, min(config.length, calls * config.block))
 
     order, others = rows(config.num_calls), [rows(calls) for calls in config.calls]
     ahead = config.window if any(o.shape[1] > 1 for o in (order, *others)) else 0
-    net = GroupCausalTransformer(
-        K, K, order, config.length, block=config.block, ahead=ahead, **config.network()
-    )
+    net = GroupCausalTransformer(K, K, order, config.length, config.size(), block=config.block, ahead=ahead)
     return SequenceCategorical(net, order, config.length, config.block, others)
 
 
 def any_order(config: AnyOrderConfig, K: int) -> Distribution:
-    """Hoogeboom et al. 2022 (arXiv 2110.02037), walked along one order, where its likelihood is exact."""
-    net = MaskedTransformer(K, K, config.length, **config.network())
+    """Hoogeboom et al. 2022 (arXiv 2110.02037), drawn along one order, where the likelihood is exact."""
+    net = MaskedTransformer(K, K, config.length, config.size())
     return walk(config, AnyOrder(net, config.length, K))
 
 
 def walk(config: AnyOrderConfig, model: AnyOrder) -> Walk:
-    """``model`` along the order and in the number of calls that ``config`` names."""
+    """``model`` drawn in the order and the number of calls of ``config``."""
     if config.order == "confidence":
-        return Confident(model, config.num_calls, config.schedule == "dp")
-    if config.schedule == "dp":
-        return Ordered(model, shuffled(config.length, config.length), config.num_calls)
-    return Ordered(model, _order(config.order, config.length, config.num_calls))
+        law: Walk = Confident(model, config.num_calls, config.schedule == "dp")
+    elif config.schedule == "dp":
+        law = Ordered(model, shuffled(config.length, config.length), config.num_calls)
+    else:
+        law = Ordered(model, _order(config.order, config.length, config.num_calls))
+    law.other = functools.partial(_walk_at, config)
+    return law
+
+
+def _walk_at(config: AnyOrderConfig, model: AnyOrder, calls: int) -> Walk:
+    return walk(dataclasses.replace(config, num_calls=calls), model)
 
 
 def transformer(config: TransformerConfig, K: int) -> Distribution:
@@ -472,9 +385,7 @@ def lstm(config: LstmConfig, K: int) -> Distribution:
 
 def _causal(config: TransformerConfig, K: int, num_params: int, zero_head: bool = False) -> nn.Module:
     order = lockstep(config.length, config.length)
-    return GroupCausalTransformer(
-        K, num_params, order, config.length, zero_head=zero_head, **config.network()
-    )
+    return GroupCausalTransformer(K, num_params, order, config.length, config.size(), zero_head=zero_head)
 
 
 def _infill(config: BipartiteConfig, K: int, num_params: int, known: Tensor, hidden: Tensor) -> nn.Module:
@@ -499,9 +410,9 @@ def _infill(config: BipartiteConfig, K: int, num_params: int, known: Tensor, hid
         num_params,
         known,
         hidden,
+        # Smaller tables for couplings with fewer hidden entries, whose n-grams also span larger distances.
+        config.size(ngram_rows=config.ngram_rows * 2 * len(hidden) // config.length),
         zero_head=True,
-        # Fewer entries, and n-grams of symbols that lie further off: both call for less.
-        **config.network() | {"ngram_rows": config.ngram_rows * 2 * len(hidden) // config.length},
     )
 
 
@@ -525,4 +436,8 @@ register(Family("bipartite", "text", BipartiteConfig, bipartite))
 register(Family("autoregressive", "text", AutoregressiveConfig, autoregressive))
 register(Family("multiscale", "text", MultiscaleConfig, multiscale))
 register(Family("transformer", "text", TransformerConfig, transformer, prompt="exact", left_to_right=True))
-register(Family("lstm", "text", LstmConfig, lstm, prompt="exact", left_to_right=True, baseline=True))
+register(
+    Family(
+        "lstm", "text", LstmConfig, lstm, prompt="exact", left_to_right=True, baseline=True, recurrent=True
+    )
+)

@@ -1,24 +1,24 @@
-"""What the families over images and tables share: the settings that are those of the data."""
+"""Settings that all families over images and tables share: shape and range of the data."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 
 from dflow.config import InputError
-from dflow.zoo.settings import check_choices
+from dflow.zoo.settings import check_settings, setting
 
 Shape = tuple[int, int, int]
 
-#: What a builder says of settings without data.
+#: Error of a builder whose settings lack those of the data.
 MISSING = "shape and levels are missing; they are those of the data that the model is trained on"
 
-#: float32 still tells apart the halves of integers up to here.
+#: Up to this integer float32 can represent x + 1/2.
 LARGEST = 1 << 22
 
-#: Entries of a datum.
+#: Largest number of entries of a datum.
 _MOST = 1 << 24
 
 
@@ -26,39 +26,30 @@ _MOST = 1 << 24
 class ValuesConfig:
     """Shape and range of the data."""
 
-    shape: list[int] = field(
-        default_factory=list, metadata={"help": "channels, height, width (default: those of the data)"}
+    shape: list[int] = setting([], "channels, height, width (default: those of the data)")
+    levels: list[int | None] = setting(
+        [],
+        "number of values of an entry, one for all or one for each column; null for a real "
+        "column (default: those of the data)",
+        least=1,
     )
-    levels: list[int | None] = field(
-        default_factory=list,
-        metadata={
-            "help": "values of an entry, one number or one a column; null: real (default: of the data)"
-        },
+    lowest: list[int | None] = setting(
+        [], "smallest value of an entry, in the same way (default: that of the data)"
     )
-    lowest: list[int | None] = field(
-        default_factory=list,
-        metadata={"help": "smallest value of an entry, in the same way (default: of the data)"},
+    columns: list[str] = setting([], "names of the columns of a table (default: those of the data)")
+    loc: list[float | None] = setting(
+        [],
+        "number that is subtracted from each real column, null for a discrete one (default: the "
+        "mean over the training rows)",
     )
-    columns: list[str] = field(
-        default_factory=list, metadata={"help": "names of the columns of a table (default: of the data)"}
-    )
-    loc: list[float | None] = field(
-        default_factory=list,
-        metadata={
-            "help": "value of each real column that a model sees as 0, null for a discrete one (default: the "
-            "mean over the rows to train on)"
-        },
-    )
-    scale: list[float | None] = field(
-        default_factory=list,
-        metadata={
-            "help": "what a model sees as 1, in the same way (default: the standard deviation over the rows "
-            "to train on)"
-        },
+    scale: list[float | None] = setting(
+        [],
+        "number by which each real column is divided, in the same way (default: the standard "
+        "deviation over the training rows)",
     )
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_settings(self)
         if self.shape and (len(self.shape) != 3 or min(self.shape) < 1):
             raise InputError(f"shape must be channels, height and width, found {self.shape}")
         if self.dim > _MOST:
@@ -72,14 +63,12 @@ class ValuesConfig:
             raise InputError(
                 f"lowest must be as many as levels, {len(self.levels)}, found {len(self.lowest)}"
             )
-        if any(n is not None and n < 1 for n in self.levels):
-            raise InputError(f"levels must be at least 1, found {self.levels}")
         if self.shape and len(self.columns) not in (0, self.dim):
             raise InputError(f"columns must be {self.dim} names, found {len(self.columns)}")
         self._check_units()
 
     def _check_units(self) -> None:
-        """Of real columns: all or none have a loc and a scale."""
+        """InputError unless all real columns have a loc and a scale, or none has."""
         if not self.loc and not self.scale:
             return
         real = [level is None for level in self.levels]
@@ -91,7 +80,7 @@ class ValuesConfig:
             raise InputError(f"scale must be above 0, found {self.scale}")
 
     def about(self) -> str:
-        """The model in words, for whoever trains it; "" for no more than the name of its family."""
+        """One line about the model, shown when it is trained; "" to show only the name of its family."""
         return ""
 
     @property
@@ -101,7 +90,7 @@ class ValuesConfig:
 
     @property
     def ranges(self) -> list[tuple[int, int] | None]:
-        """Smallest and largest value of each entry; None of a real one."""
+        """Smallest and largest value of each entry; None for a real one."""
         lowest = self.lowest or [0]
         lows = lowest if len(lowest) == self.dim else lowest * self.dim
         levels = self.levels if len(self.levels) == self.dim else self.levels * self.dim
@@ -110,13 +99,13 @@ class ValuesConfig:
 
     @property
     def support(self) -> list[tuple[int, int] | None]:
-        """Smallest and largest value of each entry that can be scored; None of a real one."""
+        """Smallest and largest value of each entry that can be scored; None for a real one."""
         return self.ranges
 
 
 @contextmanager
-def asked(setting: str) -> Iterator[None]:
-    """A size that a network refuses is a setting that the user gave."""
+def naming_setting(setting: str) -> Iterator[None]:
+    """Turn a ValueError of a network into an `InputError` that names the setting."""
     try:
         yield
     except ValueError as error:

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import struct
 from functools import partial
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dflow.data.formats.layout import SHOWN, Layout, Refused, lost, unpack
-
-Array = NDArray[Any]
+from dflow.data.arrays import Array
+from dflow.data.formats.layout import COLOURS_CHANGE, Layout, Refused, lost, unpack
 
 #: Masks of red, green, blue and alpha that are read.
 _MASKS = (0xFF0000, 0xFF00, 0xFF, 0xFF000000)
@@ -25,17 +22,14 @@ def layout(data: bytes) -> Layout:
     """What the header says.
 
     Raises:
-        Refused: packed by runs, or 16 bits a pixel, or masks that are none of plain colours.
-        ValueError: damaged.
+        Refused: packed by runs, or 16 bits a pixel, or masks that are not those of plain colours.
+        ValueError: damaged; or struct.error.
     """
-    try:
-        start, length = struct.unpack_from("<LL", data, 10)
-        if length not in (40, 52, 56, 108, 124):
-            raise Refused(f"a BMP file with a header of {length} bytes")
-        W, height, _, bits, packing, _, *resolution, colours, _ = struct.unpack_from("<lLHHLLLLLL", data, 18)
-        masks = struct.unpack_from("<4L", data, 54) if length >= 56 else ()
-    except struct.error:
-        raise ValueError("cut off") from None
+    start, length = struct.unpack_from("<LL", data, 10)
+    if length not in (40, 52, 56, 108, 124):
+        raise Refused(f"a BMP file with a header of {length} bytes")
+    W, height, _, bits, packing, _, *resolution, colours, _ = struct.unpack_from("<lLHHLLLLLL", data, 18)
+    masks = struct.unpack_from("<4L", data, 54) if length >= 56 else ()
     down = height >= 1 << 31
     H = (1 << 32) - height if down else height
     plain = packing == 0 and bits in (1, 4, 8, 24, 32)
@@ -54,7 +48,7 @@ def layout(data: bytes) -> Layout:
     losses = [lost("resolution")] * any(resolution)
     if length >= 108:
         (space,) = struct.unpack_from("<L", data, 70)
-        losses += [lost("colour space or ICC profile", SHOWN)] * (space not in (_SRGB, _WINDOWS))
+        losses += [lost("colour space or ICC profile", COLOURS_CHANGE)] * (space not in (_SRGB, _WINDOWS))
     palette, end = None, 14 + length
     if bits <= 8:
         n = min(colours or 1 << bits, 1 << bits)

@@ -1,4 +1,4 @@
-"""JPEG, GIF and WebP files: what their markers, blocks and chunks say. Their pixels are decoded by libraries.
+"""JPEG, GIF and WebP files: their markers, blocks and chunks. Libraries decode their pixels.
 
 Sources: ITU-T T.81 and JFIF 1.02; GIF89a specification (CompuServe, 1990); RFC 9649 (WebP).
 """
@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from dflow.data.arrays import Array
 from dflow.data.formats import tiff
-from dflow.data.formats.layout import SEVERAL, SHOWN, Layout, Refused, lost, lost_orientation
-
-Array = NDArray[Any]
+from dflow.data.formats.layout import COLOURS_CHANGE, SAVE_EACH, Layout, Refused, lost
 
 # -- JPEG ------------------------------------------------------------------------------------------------
 
@@ -23,7 +20,7 @@ Array = NDArray[Any]
 _FRAMES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}
 _OTHER_FRAMES = {0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF}
 _EXIF, _PROFILE, _FRAMES_OF_PHONE = b"Exif\0\0", b"ICC_PROFILE\0", b"MPF\0"
-#: How segments begin, and what they are.
+#: Markers and beginnings of segments, and the content of these.
 _SEGMENTS = (
     (0xE1, _EXIF, "EXIF data"),
     (0xE1, b"http://ns.adobe.com/x", "XMP data"),
@@ -38,23 +35,23 @@ def jpeg(data: bytes) -> Layout:
 
     Raises:
         Refused: more than 8 bits, four channels, or a lossless or hierarchical file.
-        ValueError: damaged.
+        ValueError: damaged; or struct.error.
     """
-    frame, lines, turn = None, dict[str, str](), 1
+    frame, losses, orientation = None, dict[str, str](), 1
     for marker, body in _segments(data):
         if marker in _FRAMES:
             frame = frame or struct.unpack_from(">BHHB", body)
         elif marker in _OTHER_FRAMES:
             raise Refused("a JPEG file of a lossless or hierarchical kind")
-        elif body.startswith(_FRAMES_OF_PHONE) and marker == 0xE2 and (n := _pictures(body)) > 1:
-            lines["phone"] = f"only the first of its {n} pictures is kept: an MPO file, as phones write"
+        elif body.startswith(_FRAMES_OF_PHONE) and marker == 0xE2 and (n := _num_pictures(body)) > 1:
+            losses["phone"] = f"only the first of its {n} pictures is kept: an MPO file, as phones write"
         elif marker == 0xE0 and body.startswith(b"JFIF") and len(body) >= 12 and body[7]:
-            lines["resolution"] = lost("resolution")
+            losses["resolution"] = lost("resolution")
         for number, start, name in _SEGMENTS:
             if marker == number and body.startswith(start):
-                lines[name] = lost(name, SHOWN if start == _PROFILE else "")
+                losses[name] = lost(name, COLOURS_CHANGE if start == _PROFILE else "")
         if marker == 0xE1 and body.startswith(_EXIF):
-            turn = tiff.orientation(body)
+            orientation = tiff.orientation(body)
     if frame is None:
         raise ValueError("cut off")
     bits, H, W, channels = frame
@@ -64,9 +61,7 @@ def jpeg(data: bytes) -> Layout:
         raise Refused(f"a JPEG file of {channels} channels (CMYK or YCCK)")
     if not H or not W:
         raise ValueError(f"{W} x {H} pixels")
-    return Layout(
-        "JPEG", (H, W), 8, channels, orientation=turn, lost=(*lines.values(), *lost_orientation(turn))
-    )
+    return Layout("JPEG", (H, W), 8, channels, orientation=orientation, lost=tuple(losses.values()))
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
@@ -74,7 +69,7 @@ def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
     at = 2
     while at + 4 <= len(data):
         if data[at] != 0xFF:
-            raise ValueError("a marker that is none")
+            raise ValueError("a segment without a marker")
         marker = data[at + 1]
         if marker == 0xFF:
             at += 1
@@ -89,11 +84,11 @@ def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
         at += 2 + length
 
 
-def _pictures(body: bytes) -> int:
+def _num_pictures(body: bytes) -> int:
     """How many pictures a file of a phone says that it holds."""
     try:
         return tiff.directory(body.removeprefix(_FRAMES_OF_PHONE)).number(0xB001, 1)
-    except ValueError:
+    except (ValueError, struct.error):
         return 1
 
 
@@ -105,20 +100,13 @@ def gif(data: bytes) -> Layout:
 
     Raises:
         Refused: several pictures, or one that does not fill the screen.
-        ValueError: damaged.
+        ValueError: damaged; or struct.error or IndexError.
     """
-    try:
-        return _gif(data)
-    except (struct.error, IndexError):
-        raise ValueError("cut off") from None
-
-
-def _gif(data: bytes) -> Layout:
     W, H, flags, _, aspect = struct.unpack_from("<HHBBB", data, 6)
-    palette, at = _colours(data, flags, 13)
-    lines, frames, transparent = dict[str, str](), 0, None
+    palette, at = _colour_table(data, flags, 13)
+    losses, frames, transparent = dict[str, str](), 0, None
     if aspect:
-        lines["aspect"] = lost("shape of a pixel")
+        losses["aspect"] = lost("shape of a pixel")
     while data[at] != 0x3B:
         if data[at] == 0x21:
             label, block = data[at + 1], data[at + 3 : at + 3 + data[at + 2]]
@@ -127,31 +115,31 @@ def _gif(data: bytes) -> Layout:
             elif label == 0x01:
                 raise Refused("a GIF file with text over the picture")
             elif label == 0xFE:
-                lines["comment"] = lost("comment")
+                losses["comment"] = lost("comment")
             elif label == 0xFF:
-                lines["application"] = lost("data of an application (loop, XMP or ICC profile)")
-            at = _after(data, at + 2)
+                losses["application"] = lost("data of an application (loop, XMP or ICC profile)")
+            at = _end_of_blocks(data, at + 2)
         elif data[at] == 0x2C:
-            left, top, width, height, local = struct.unpack_from("<HHHHB", data, at + 1)
+            *area, local = struct.unpack_from("<HHHHB", data, at + 1)
             frames += 1
-            if (left, top, width, height) != (0, 0, W, H) and frames == 1:
+            if area != [0, 0, W, H] and frames == 1:
                 raise Refused("a GIF file whose picture does not fill its screen")
-            own, at = _colours(data, local, at + 10)
-            palette = palette if own is None else own
-            at = _after(data, at + 1)
+            local_palette, at = _colour_table(data, local, at + 10)
+            palette = palette if local_palette is None else local_palette
+            at = _end_of_blocks(data, at + 1)
         else:
-            raise ValueError("a block that is none")
+            raise ValueError("a block of no known kind")
     if frames > 1:
-        raise Refused("an animated GIF file, which holds several pictures", SEVERAL)
+        raise Refused("an animated GIF file, which holds several pictures", SAVE_EACH)
     if not frames or palette is None or not W or not H:
         raise ValueError("no picture, or none with a palette")
     if transparent is not None and transparent < len(palette):
         alpha = np.where(np.arange(len(palette)) == transparent, 0, 255).astype(np.uint8)
         palette = np.concatenate([palette, alpha[:, None]], 1)
-    return Layout("GIF", (H, W), 8, 1, palette, lost=tuple(lines.values()))
+    return Layout("GIF", (H, W), 8, 1, palette, lost=tuple(losses.values()))
 
 
-def _colours(data: bytes, flags: int, at: int) -> tuple[Array | None, int]:
+def _colour_table(data: bytes, flags: int, at: int) -> tuple[Array | None, int]:
     """A palette, where the flags say that there is one, and where it ends."""
     if not flags & 0x80:
         return None, at
@@ -161,7 +149,7 @@ def _colours(data: bytes, flags: int, at: int) -> tuple[Array | None, int]:
     return np.frombuffer(data, np.uint8, 3 * n, at).reshape(n, 3), at + 3 * n
 
 
-def _after(data: bytes, at: int) -> int:
+def _end_of_blocks(data: bytes, at: int) -> int:
     """Where a row of sub-blocks ends."""
     while data[at]:
         at += 1 + data[at]
@@ -190,7 +178,7 @@ def webp(data: bytes) -> Layout:
         chunks.setdefault(data[at : at + 4], data[at + 8 : at + 8 + length])
         at += 8 + length + length % 2
     if b"ANIM" in chunks or b"ANMF" in chunks:
-        raise Refused("an animated WebP file, which holds several pictures", SEVERAL)
+        raise Refused("an animated WebP file, which holds several pictures", SAVE_EACH)
     packed, coded = chunks.get(b"VP8L", b""), chunks.get(b"VP8 ", b"")
     if len(packed) >= 5 and packed[0] == 0x2F:
         bits = int.from_bytes(packed[1:5], "little")
@@ -204,13 +192,6 @@ def webp(data: bytes) -> Layout:
     if more and (alpha := bool(more[0] & 0x10)) and b"ALPH" not in chunks and not packed:
         raise ValueError("an alpha channel that is missing")
     names = [name for name in chunks if name not in (b"VP8 ", b"VP8L", b"VP8X", b"ALPH")]
-    lines = [lost(_CHUNKS.get(n, f"chunk {n!r}"), SHOWN if n == b"ICCP" else "") for n in names]
-    turn = tiff.orientation(chunks.get(b"EXIF", b""))
-    return Layout(
-        "WEBP",
-        size,
-        8,
-        4 if alpha else 3,
-        orientation=turn,
-        lost=(*lines, *lost_orientation(turn)),
-    )
+    losses = [lost(_CHUNKS.get(n, f"chunk {n!r}"), COLOURS_CHANGE if n == b"ICCP" else "") for n in names]
+    orientation = tiff.orientation(chunks.get(b"EXIF", b""))
+    return Layout("WEBP", size, 8, 4 if alpha else 3, orientation=orientation, lost=tuple(losses))

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
+from dflow.data.arrays import Array
 
-SEVERAL = "save each to a file of its own"
+SAVE_EACH = "save each to a file of its own"
 
 
 class Refused(Exception):
@@ -43,7 +41,7 @@ class Layout:
         lost: what else the file holds, one sentence a kind.
         decode: reads the samples ``(H, W, samples)`` without Pillow; None where only Pillow does.
         exact: whether Pillow reads the samples exactly.
-        first: who reads first, "pillow" or, by ``decode``, "own"; the other reads again.
+        decode_first: whether ``decode`` reads the file and Pillow reads it again, and not the other way.
         data: makes the bytes to give to other readers, with nothing but samples in them; None: the file's.
     """
 
@@ -58,13 +56,21 @@ class Layout:
     lost: tuple[str, ...] = ()
     decode: Callable[[bytes], Array] | None = None
     exact: bool = True
-    first: str = "pillow"
+    decode_first: bool = False
     data: Callable[[], bytes] | None = None
 
     @property
     def top(self) -> int:
         """The largest value of a sample."""
         return (1 << self.depth) - 1
+
+    @property
+    def losses(self) -> list[str]:
+        """All that does not come back: ``lost``, and the orientation of a picture that viewers turn."""
+        if self.orientation == 1:
+            return list(self.lost)
+        reason = f"viewers show it {_TURNS[self.orientation - 2]}; the pixels come back as stored"
+        return [*self.lost, lost(f"orientation {self.orientation}", reason)]
 
 
 def unpack(rows: Array, depth: int, width: int) -> Array:
@@ -75,30 +81,22 @@ def unpack(rows: Array, depth: int, width: int) -> Array:
     """
     if depth == 8:
         return rows[:, :width]
-    parts = [rows >> shift & ((1 << depth) - 1) for shift in range(8 - depth, -1, -depth)]
-    return np.stack(parts, -1).reshape(len(rows), -1)[:, :width]
+    samples = [rows >> shift & ((1 << depth) - 1) for shift in range(8 - depth, -1, -depth)]
+    return np.stack(samples, -1).reshape(len(rows), -1)[:, :width]
 
 
-def lost(what: str, why: str = "") -> str:
-    """The sentence that says that something in a file does not come back."""
-    return f"not kept: its {what}" + (f" ({why})" if why else "")
+def lost(content: str, why: str = "") -> str:
+    """The sentence that says that some content of a file does not come back."""
+    return f"not kept: its {content}" + (f" ({why})" if why else "")
 
 
-#: Why a loss matters of what a viewer uses to show the colours.
-SHOWN = "viewers may show other colours without it"
+#: Why the loss of content that viewers use to show colours matters.
+COLOURS_CHANGE = "viewers may show other colours without it"
 
 _TURNS = (
     "mirrored", "turned by 180 degrees", "upside down and mirrored", "mirrored and turned",
     "turned by 90 degrees", "mirrored and turned", "turned by 270 degrees",
 )  # fmt: skip
-
-
-def lost_orientation(orientation: int) -> list[str]:
-    """What to say where viewers turn a picture, which comes back as it is stored."""
-    if orientation == 1:
-        return []
-    how = _TURNS[orientation - 2]
-    return [lost(f"orientation {orientation}", f"viewers show it {how}; the pixels come back as stored")]
 
 
 def turned(values: Array, orientation: int) -> Array:
@@ -109,7 +107,7 @@ def turned(values: Array, orientation: int) -> Array:
     """
     if orientation >= 5:
         values = values.swapaxes(0, 1)
-    # Of the picture now: whether it has to be mirrored left and right, up and down.
+    # What remains is to mirror the picture left and right, and up and down.
     if orientation in (2, 3, 6, 7):
         values = values[:, ::-1]
     if orientation in (3, 4, 7, 8):

@@ -5,18 +5,17 @@ Source: Portable Network Graphics specification, W3C Recommendation, third editi
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 from functools import partial
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from PIL import Image
 
+from dflow.data.arrays import Array
 from dflow.data.formats import tiff
-from dflow.data.formats.layout import SEVERAL, SHOWN, Layout, Refused, lost, lost_orientation, unpack
-
-Array = NDArray[Any]
+from dflow.data.formats.layout import COLOURS_CHANGE, SAVE_EACH, Layout, Refused, lost, unpack
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 #: Samples of a pixel by colour type; colour types by samples, without the palette.
@@ -29,7 +28,7 @@ _PASSES = (
 )  # fmt: skip
 #: Rows that are filtered together.
 _ROWS = 256
-#: Chunks that do not come back: what they are, and whether viewers use them to show colours.
+#: Chunks that do not come back: their content, and whether viewers use it to show colours.
 _ANCILLARY = {
     b"gAMA": ("gamma (gAMA)", True),
     b"cHRM": ("primary colours and white (cHRM)", True),
@@ -52,7 +51,7 @@ _ANCILLARY = {
 
 
 def depth_of(data: bytes) -> int:
-    """Bits a value of a PNG file; 0 of what is none."""
+    """Bits a value of a PNG file; 0 for another file."""
     return data[24] if data.startswith(SIGNATURE) and len(data) > 25 else 0
 
 
@@ -79,9 +78,7 @@ def write(values: Array, depth: int) -> bytes:
     else:
         rows = values.astype(">u2" if depth == 16 else np.uint8).reshape(H, -1).view(np.uint8)
         lines = _filter(rows, C * depth // 8)
-    header = struct.pack(">IIBBBBB", W, H, depth, _TYPES[C], 0, 0, 0)
-    body = zlib.compress(lines.tobytes(), 9)
-    return SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", body) + _chunk(b"IEND", b"")
+    return _file(W, H, depth, _TYPES[C], zlib.compress(lines.tobytes(), 9))
 
 
 def layout(data: bytes) -> Layout:
@@ -95,8 +92,7 @@ def layout(data: bytes) -> Layout:
     W, H, depth, kind, _ = _header(pieces)
     names = dict(pieces)
     if b"acTL" in names or b"fdAT" in names:
-        raise Refused("an animated PNG file (APNG), which holds several pictures", SEVERAL)
-    turn = tiff.orientation(names.get(b"eXIf", b""))
+        raise Refused("an animated PNG file (APNG), which holds several pictures", SAVE_EACH)
     palette, key = _palette(names) if kind == 3 else None, None
     if b"tRNS" in names and kind in (0, 2):
         # Of the two bytes of each sample only the bits of the depth count.
@@ -109,12 +105,12 @@ def layout(data: bytes) -> Layout:
         _SAMPLES[kind],
         palette,
         key,
-        orientation=turn,
-        lost=(*_lost(pieces, data, kind), *lost_orientation(turn)),
+        orientation=tiff.orientation(names.get(b"eXIf", b"")),
+        lost=tuple(_lost(pieces, data, kind)),
         decode=read,
         # Pillow keeps the high bytes of all 16-bit samples but those of grey alone.
         exact=depth < 16 or kind == 0,
-        data=partial(_plain, pieces),
+        data=partial(_samples_only, pieces),
     )
 
 
@@ -142,30 +138,30 @@ def read(data: bytes) -> Array:
     values = np.empty((H, W, S), np.uint16 if depth == 16 else np.uint8)
     for (x, y, dx, dy), (h, w), start, stop in zip(passes, sizes, ends, ends[1:], strict=False):
         rows = _unfilter(np.frombuffer(lines[start:stop], np.uint8).reshape(h, -1), max(1, S * depth // 8))
-        part = rows.view(">u2") if depth == 16 else unpack(rows, depth, w * S)
-        values[y::dy, x::dx] = part.reshape(h, w, S)
+        samples = rows.view(">u2") if depth == 16 else unpack(rows, depth, w * S)
+        values[y::dy, x::dx] = samples.reshape(h, w, S)
     return values
 
 
-def _plain(pieces: list[tuple[bytes, bytes]]) -> bytes:
-    """A file of the same samples in which nothing else stands: what is of no use can do no harm."""
+def _samples_only(pieces: list[tuple[bytes, bytes]]) -> bytes:
+    """A file of the same samples and nothing else, so that other chunks can do no harm."""
     wanted = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
     return SIGNATURE + b"".join(_chunk(name, body) for name, body in pieces if name in wanted)
 
 
 def _chunks(data: bytes) -> list[tuple[bytes, bytes]]:
     """Names and contents of all chunks up to the last, each checked against its checksum."""
-    found, at = list[tuple[bytes, bytes]](), len(SIGNATURE)
-    while not found or found[-1][0] != b"IEND":
+    pieces, at = list[tuple[bytes, bytes]](), len(SIGNATURE)
+    while not pieces or pieces[-1][0] != b"IEND":
         if at + 12 > len(data):
             raise ValueError("cut off")
         (length,), name = struct.unpack_from(">I", data, at), data[at + 4 : at + 8]
         body, crc = data[at + 8 : at + 8 + length], data[at + 8 + length : at + 12 + length]
         if int.from_bytes(crc, "big") != zlib.crc32(name + body) or len(crc) != 4:
             raise ValueError(f"chunk {name!r} is damaged")
-        found.append((name, body))
+        pieces.append((name, body))
         at += 12 + length
-    return found
+    return pieces
 
 
 def _header(pieces: list[tuple[bytes, bytes]]) -> tuple[int, int, int, int, int]:
@@ -182,7 +178,7 @@ def _header(pieces: list[tuple[bytes, bytes]]) -> tuple[int, int, int, int, int]
 def _palette(names: dict[bytes, bytes]) -> Array:
     colours, alpha = names.get(b"PLTE", b""), names.get(b"tRNS")
     if not colours or len(colours) % 3 or len(colours) > 768 or len(alpha or b"") > len(colours) // 3:
-        raise ValueError("a palette that is none")
+        raise ValueError("no palette, or one of a wrong size")
     palette = np.frombuffer(colours, np.uint8).reshape(-1, 3)
     if alpha is None:
         return palette
@@ -192,21 +188,25 @@ def _palette(names: dict[bytes, bytes]) -> Array:
 
 def _lost(pieces: list[tuple[bytes, bytes]], data: bytes, kind: int) -> list[str]:
     """One sentence for each kind of chunk that does not come back."""
-    names = list(dict.fromkeys(name for name, _ in pieces))
-    found = []
-    for name in names:
+    sentences = []
+    for name in dict.fromkeys(name for name, _ in pieces):
         if name == b"PLTE" and kind != 3:
-            found.append(lost("suggested palette (PLTE)"))
+            sentences.append(lost("suggested palette (PLTE)"))
         elif name in _ANCILLARY:
-            what, shown = _ANCILLARY[name]
-            found.append(lost(what, SHOWN if shown else ""))
+            content, visible = _ANCILLARY[name]
+            sentences.append(lost(content, COLOURS_CHANGE if visible else ""))
         elif name not in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
             if not name[0] & 32:
                 raise Refused(f"a PNG file with a critical chunk {name!r} that no reader may leave out")
-            found.append(lost(f"chunk {name.decode('latin-1')!r}"))
+            sentences.append(lost(f"chunk {name.decode('latin-1')!r}"))
     if len(data) > (end := len(SIGNATURE) + sum(12 + len(body) for _, body in pieces)):
-        found.append(lost(f"{len(data) - end:,} bytes behind its end"))
-    return found
+        sentences.append(lost(f"{len(data) - end:,} bytes behind its end"))
+    return sentences
+
+
+def _file(W: int, H: int, depth: int, kind: int, body: bytes) -> bytes:
+    header = struct.pack(">IIBBBBB", W, H, depth, kind, 0, 0, 0)
+    return SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", body) + _chunk(b"IEND", b"")
 
 
 def _chunk(name: bytes, body: bytes) -> bytes:
@@ -227,84 +227,29 @@ def _predictions(rows: Array, before: Array, pixel: int) -> list[Array]:
 
 def _filter(rows: Array, pixel: int) -> Array:
     """Rows under the filter that leaves the least sum of magnitudes, each behind its number."""
-    parts, before = [], np.zeros(rows.shape[1], np.uint8)
+    filtered, before = [], np.zeros(rows.shape[1], np.uint8)
     for start in range(0, len(rows), _ROWS):
-        some = rows[start : start + _ROWS]
-        lines = np.stack([(some - p).astype(np.uint8) for p in _predictions(some, before, pixel)])
+        block = rows[start : start + _ROWS]
+        lines = np.stack([(block - p).astype(np.uint8) for p in _predictions(block, before, pixel)])
         best = abs(lines.view(np.int8).astype(np.int16)).sum(-1, dtype=np.int64).argmin(0)
-        chosen = lines[best, np.arange(len(some))]
-        parts.append(np.concatenate([best[:, None].astype(np.uint8), chosen], 1))
-        before = some[-1]
-    return np.concatenate(parts)
+        chosen = lines[best, np.arange(len(block))]
+        filtered.append(np.concatenate([best[:, None].astype(np.uint8), chosen], 1))
+        before = block[-1]
+    return np.concatenate(filtered)
 
 
 def _unfilter(lines: Array, pixel: int) -> Array:
-    """Rows of bytes from filtered ones, each behind the number of its filter."""
+    """Rows of bytes from filtered ones, each behind the number of its filter.
+
+    A filter computes each byte from bytes of the same place in other pixels of ``pixel`` bytes: the bytes of
+    one place are a grey picture of 8 bits with the same filters, which Pillow decodes.
+    """
     if lines[:, 0].max(initial=0) > 4:
         raise ValueError(f"a row of filter {lines[:, 0].max()}")
-    rows = np.empty((len(lines), lines.shape[1] - 1), np.uint8)
-    before = np.zeros(rows.shape[1], np.uint8)
-    for start in range(0, len(lines), _ROWS):
-        some = lines[start : start + _ROWS]
-        width = rows.shape[1] // pixel
-        # One byte after the other takes 0.3 us a byte, along diagonals some 40 us a diagonal.
-        steep = int((some[:, 0] > 2).sum()) * rows.shape[1] > 130 * (width + len(some))
-        rows[start : start + _ROWS] = (_diagonals if steep else _rows)(some, before, pixel)
-        before = rows[start + len(some) - 1]
-    return rows
-
-
-def _rows(lines: Array, before: Array, pixel: int) -> Array:
-    """Row after row."""
-    rows = np.empty((len(lines), lines.shape[1] - 1), np.uint8)
-    for i, line in enumerate(lines):
-        kind, row = int(line[0]), line[1:]
-        if kind == 1:
-            row = row.reshape(-1, pixel).cumsum(0, dtype=np.uint8).ravel()
-        elif kind == 2:
-            row = row + before
-        elif kind:
-            row = _serial(row, before, pixel, kind == 4)
-        rows[i] = before = row
-    return rows
-
-
-def _diagonals(lines: Array, before: Array, pixel: int) -> Array:
-    """All pixels of a diagonal at once: those on their left, above and before these lie on earlier ones."""
-    n, W = len(lines), (lines.shape[1] - 1) // pixel
-    kinds, deltas = lines[:, :1], lines[:, 1:].reshape(n, W, pixel)
-    out = np.zeros((n + 1, W + 1, pixel), np.int16)
-    out[0, 1:] = before.reshape(W, pixel)
-    flat, delta = out.reshape(-1, pixel), np.ascontiguousarray(deltas).reshape(-1, pixel)
-    for d in range(n + W - 1):
-        first, last = max(0, d - W + 1), min(n - 1, d)
-        # Places of the pixels (first, d - first) .. (last, d - last) in what is padded by a row and a column.
-        start, size, kind = (first + 1) * (W + 1) + d - first + 1, last - first + 1, kinds[first : last + 1]
-
-        def along(place: int, step: int = W, size: int = size) -> slice:
-            return slice(place, place + step * (size - 1) + 1, step)
-
-        a, b, c = flat[along(start - 1)], flat[along(start - W - 1)], flat[along(start - W - 2)]
-        pa, pb, pc = abs(b - c), abs(a - c), abs(a + b - 2 * c)
-        paeth = np.where((pa <= pb) & (pa <= pc), a, np.where(pb <= pc, b, c))
-        guess = np.where(kind == 4, paeth, np.where(kind == 3, (a + b) >> 1, np.where(kind == 2, b, a)))
-        guess[kind[:, 0] == 0] = 0
-        # In what is not padded a diagonal advances by one pixel less; none where there is one column.
-        flat[along(start)] = (guess + delta[along(first * W + d - first, max(1, W - 1))]) & 255
-    return out[1:, 1:].reshape(n, -1).astype(np.uint8)
-
-
-def _serial(row: Array, before: Array, pixel: int, paeth: bool) -> Array:
-    """The filters that depend on what they have just given."""
-    found = [0] * pixel + row.tolist()
-    up = [0] * pixel + before.tolist()
-    for i in range(pixel, len(found)):
-        a, b = found[i - pixel], up[i]
-        if paeth:
-            c = up[i - pixel]
-            pa, pb, pc = abs(b - c), abs(a - c), abs(a + b - 2 * c)
-            guess = a if pa <= pb and pa <= pc else b if pb <= pc else c
-        else:
-            guess = (a + b) >> 1
-        found[i] = (found[i] + guess) & 255
-    return np.array(found[pixel:], np.uint8)
+    planes = []
+    for place in range(pixel):
+        plane = np.concatenate([lines[:, :1], lines[:, 1 + place :: pixel]], 1)
+        file = _file(plane.shape[1] - 1, len(plane), 8, 0, zlib.compress(plane.tobytes(), 0))
+        with Image.open(io.BytesIO(file), formats=["PNG"]) as image:
+            planes.append(np.asarray(image))
+    return np.stack(planes, -1).reshape(len(lines), -1)

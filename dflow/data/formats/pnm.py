@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import re
 from functools import partial
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dflow.data.formats.layout import SEVERAL, Layout, Refused, lost, unpack
-
-Array = NDArray[Any]
+from dflow.data.arrays import Array
+from dflow.data.formats.layout import SAVE_EACH, Layout, Refused, lost, unpack
 
 _SPACE = rb"(?:\s|#[^\r\n]*[\r\n])+"
 _HEADER = re.compile(rb"P([1-6])" + _SPACE + rb"(\d{1,9})" + _SPACE + rb"(\d{1,9})")
@@ -35,14 +32,14 @@ def layout(data: bytes) -> Layout:
     """
     header = _HEADER.match(data)
     if not header:
-        raise ValueError("a header that is none")
+        raise ValueError("no header of a PNM file")
     kind, W, H = map(int, header.groups())
     end, top, samples = header.end(), 1, 3 if kind in (3, 6) else 1
     if kind not in (1, 4):
-        last = _TOP.match(data, end)
-        if not last:
+        largest = _TOP.match(data, end)
+        if not largest:
             raise ValueError("a header without the largest value")
-        end, top = last.end(), int(last[1])
+        end, top = largest.end(), int(largest[1])
     if top not in (1, 255, 65535):
         raise Refused(f"a PNM file whose largest value is {top} and not 255 or 65535")
     if not W or not H:
@@ -53,11 +50,10 @@ def layout(data: bytes) -> Layout:
     else:
         comment = b"#" in data[:end]
         size = H * (-(-W // 8) if kind == 4 else W * samples * (2 if top > 255 else 1))
-        left = len(data) - end - 1
-        if left < size:
-            raise ValueError(f"{left} bytes of pixels, expected {size}")
+        if len(data) - end - 1 < size:
+            raise ValueError(f"{len(data) - end - 1} bytes of pixels, expected {size}")
         if data[end + 1 + size :].strip():
-            raise Refused("a PNM file of several pictures, or with other bytes behind the first", SEVERAL)
+            raise Refused("a PNM file of several pictures, or with other bytes behind the first", SAVE_EACH)
     return Layout(
         "PPM",
         (H, W),

@@ -1,38 +1,36 @@
 """The one place where a picture file is accepted and becomes exact integers.
 
 What a file holds is decided by its own header, format by format, and all that is not known to be exact is
-refused. Pillow then decodes the samples, or a reader of dflow's own where Pillow would round them;
-`read_again` takes another way, so that a fault of either shows.
+refused. Pillow then decodes the samples, or a reader of dflow where Pillow would round them; `read_again`
+takes another way, so that a fault of either shows.
 """
 
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from dflow.config import InputError
+from dflow.data.arrays import Array
 from dflow.data.formats import bmp, compact, png, pnm, tiff
 from dflow.data.formats.layout import Layout, Refused
-
-Array = NDArray[Any]
 
 #: Endings of the names of files that may hold what is read here.
 SUFFIXES = {
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp",
     ".ppm", ".pgm", ".pbm", ".pnm",
 }  # fmt: skip
-#: Pixels of a picture: a file of some kilobytes may promise more than any memory has.
-MOST = 1 << 27
+#: Largest number of pixels of a picture: a file of some kilobytes may promise more than any memory has.
+MAX_PIXELS = 1 << 27
 WAY = "convert it to PNG, in grey or RGB"
-#: What other files begin with; of the format of phones, after four bytes.
+#: How files of other formats begin.
 _OTHERS = (
     (b"\0\0\1\0", "an icon"), (b"8BPS", "Photoshop"), (b"\xff\x0a", "JPEG XL"),
     (b"\0\0\0\x0cJXL ", "JPEG XL"),
@@ -40,14 +38,10 @@ _OTHERS = (
     (b"P7", "PAM"), (b"PF", "PFM"), (b"Pf", "PFM"), (b"v/1\1", "OpenEXR"), (b"#?RADIANCE", "Radiance HDR"),
     (b"<svg", "SVG"), (b"SIMPLE", "FITS"), (b"\x59\xa6\x6a\x95", "Sun raster"), (b"\1\xda", "SGI"),
 )  # fmt: skip
+#: Formats whose name follows ``ftyp``, as phones write them.
 _BRANDS = {
-    b"avif": "AVIF",
-    b"avis": "AVIF",
-    b"heic": "HEIC",
-    b"heix": "HEIC",
-    b"mif1": "HEIF",
-    b"msf1": "HEIF",
-}
+    b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF", b"msf1": "HEIF",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +53,7 @@ class Stored:
         values: ``(H, W, C)``, uint8 or uint16, C of 1 (grey) or 3 (red, green, blue); palettes are resolved.
         depth: values are below ``2^depth``: 1, 2, 4, 8 or 16.
         alpha: ``(H, W)`` in the same range, or None.
-        notes: what of the file became something else, or is not kept: one sentence a kind.
+        notes: on content of the file that became something else, or is not kept: one sentence a kind.
     """
 
     layout: Layout
@@ -69,61 +63,62 @@ class Stored:
     notes: tuple[str, ...]
 
 
-def read(data: bytes, where: str, way: str = WAY) -> Stored:
+def read(data: bytes, name: str, way: str = WAY) -> Stored:
     """The picture in a file.
 
     Args:
         data: the bytes of the file.
-        where: its name, for errors.
+        name: of the file, for errors.
         way: what to do about a file that cannot be read exactly.
 
     Raises:
         InputError: damaged, no picture, too large a one, or one that cannot be read exactly.
     """
-    return _read(data, where, way, _first)
+    return _read(data, name, way, _samples)
 
 
-def read_again(data: bytes, where: str, way: str = WAY) -> Stored:
+def read_again(data: bytes, name: str, way: str = WAY) -> Stored:
     """The same by another way, where there is one.
 
-    PNG, BMP and PNM are read by readers of dflow's own, TIFF by Pillow; PNG of 16 bits in colours, GIF and
-    lossless WebP by ``imagecodecs`` if it is installed. All others are read once more in the same way: two
-    decoders of JPEG may round differently.
+    PNG (but for its filters), BMP and PNM are read by readers of dflow, TIFF by Pillow; PNG of 16 bits in
+    colours, GIF and lossless WebP by ``imagecodecs`` if it is installed. All others are read once more in the
+    same way: two decoders of JPEG may round differently.
 
     Raises:
         InputError: as of `read`.
     """
-    return _read(data, where, way, _second)
+    return _read(data, name, way, _samples_again)
 
 
-def _read(data: bytes, where: str, way: str, samples: Callable[[bytes, Layout], Array]) -> Stored:
-    with _errors(where, way):
-        found = _layout(data)
-        H, W = found.size
-        if H * W > MOST:
+def _read(data: bytes, name: str, way: str, samples: Callable[[bytes, Layout], Array]) -> Stored:
+    with _errors(name, way):
+        layout = _layout(data)
+        H, W = layout.size
+        if H * W > MAX_PIXELS:
             raise Refused(
-                f"a picture of {W:,} x {H:,} pixels, more than {MOST:,}",
-                "cut it into smaller ones",
+                f"a picture of {W:,} x {H:,} pixels, more than {MAX_PIXELS:,}", "cut it into smaller ones"
             )
-        return _meaning(found, samples(data, found))
+        return _picture(layout, samples(data, layout))
 
 
 @contextmanager
-def _errors(where: str, way: str) -> Iterator[None]:
-    """Whatever a file of any bytes leads to is an `InputError` that names it, and no warning."""
+def _errors(name: str, way: str) -> Iterator[None]:
+    """Any error in reading a file becomes an `InputError` that names the file, and no warning is shown."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except Refused as error:
-        raise InputError(f"{where}: {error}, which is not read; {error.way or way}") from None
+        raise InputError(f"{name}: {error}, which is not read; {error.way or way}") from None
     except MemoryError:
-        raise InputError(f"{where}: a picture that takes more memory than there is; cut it") from None
+        raise InputError(f"{name}: a picture that takes more memory than there is; cut it") from None
     # Decoders of damaged files raise errors of a dozen kinds, from struct.error to ZeroDivisionError.
     except Exception as error:
-        about = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, (struct.error, IndexError)):
+            reason = "cut off"
         raise InputError(
-            f"{where}: damaged, truncated or no picture ({about}); replace or remove it"
+            f"{name}: damaged, truncated or no picture ({reason}); replace or remove it"
         ) from error
 
 
@@ -147,42 +142,42 @@ def _layout(data: bytes) -> Layout:
         kind = _BRANDS.get(data[8:12], "a video")
     if kind:
         raise Refused(f"a file of another format ({kind})")
-    raise ValueError("it begins as no picture does")
+    raise ValueError("it does not begin like a picture")
 
 
 # -- samples ---------------------------------------------------------------------------------------------
 
 
-def _first(data: bytes, layout: Layout) -> Array:
-    if layout.decode is not None and (layout.first == "own" or not layout.exact):
+def _samples(data: bytes, layout: Layout) -> Array:
+    if layout.decode is not None and (layout.decode_first or not layout.exact):
         return layout.decode(data)
     return _pillow(data, layout)
 
 
-def _second(data: bytes, layout: Layout) -> Array:
+def _samples_again(data: bytes, layout: Layout) -> Array:
     if layout.kind == "GIF" or (layout.kind == "WEBP" and b"VP8L" in data[:64]):
         return _imagecodecs(data, layout)
     if not layout.exact:
         # What is interlaced makes the library write to standard error.
-        return _imagecodecs(data, layout) if layout.kind == "PNG" and not data[28] else _first(data, layout)
-    if layout.decode is not None and layout.first == "pillow":
+        return _imagecodecs(data, layout) if layout.kind == "PNG" and not data[28] else _samples(data, layout)
+    if layout.decode is not None and not layout.decode_first:
         return layout.decode(data)
     return _pillow(data, layout)
 
 
 def _imagecodecs(data: bytes, layout: Layout) -> Array:
-    """The samples by ``imagecodecs``, or as before where it is not installed."""
+    """The samples by ``imagecodecs``, or as `_samples` reads them where it is not installed."""
     try:
         import imagecodecs
     except ImportError:
-        return _first(data, layout)
+        return _samples(data, layout)
     data = layout.data() if layout.data else data
     if layout.kind == "GIF":
         values = imagecodecs.gif_decode(data, index=0, asrgb=False)
     else:
         values = (imagecodecs.png_decode if layout.kind == "PNG" else imagecodecs.webp_decode)(data)
-    found: Array = np.asarray(values).reshape(*layout.size, -1)
-    return found[..., : layout.samples]
+    samples: Array = np.asarray(values).reshape(*layout.size, -1)
+    return samples[..., : layout.samples]
 
 
 def _pillow(data: bytes, layout: Layout) -> Array:
@@ -206,12 +201,12 @@ def _pillow(data: bytes, layout: Layout) -> Array:
     return layout.top - values if layout.white else values
 
 
-# -- what they mean --------------------------------------------------------------------------------------
+# -- values ----------------------------------------------------------------------------------------------
 
 
-def _meaning(layout: Layout, samples: Array) -> Stored:
-    """Palettes, transparent colours and what counts from white resolved."""
-    notes, values, depth, alpha = [*layout.lost], samples, layout.depth, None
+def _picture(layout: Layout, samples: Array) -> Stored:
+    """The picture of samples: palettes, transparent colours and values that count from white are resolved."""
+    notes, values, depth, alpha = layout.losses, samples, layout.depth, None
     if layout.kind != "PNG":
         name = {"WEBP": "WebP", "PPM": "PNM"}.get(layout.kind, layout.kind)
         notes.append(f"a {name} file: its pixels are kept, not its bytes")

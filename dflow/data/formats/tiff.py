@@ -1,6 +1,6 @@
-"""TIFF files, by their tags: which hold plain grey, palette or RGB samples; and EXIF data, which are one.
+"""TIFF files of plain grey, palette or RGB samples, by their tags; and EXIF data, which are a TIFF file.
 
-Pillow's modes do not tell: it drops bands, divides by alpha and takes signed samples for unsigned ones.
+Pillow's modes do not tell them: it drops bands, divides by alpha and takes signed samples for unsigned ones.
 
 Source: TIFF, Revision 6.0 (Adobe, 1992), and the technical notes on ``ExtraSamples`` and BigTIFF.
 """
@@ -13,25 +13,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dflow.data.formats.layout import SEVERAL, SHOWN, Layout, Refused, lost, lost_orientation, unpack
-
-Array = NDArray[Any]
+from dflow.data.arrays import Array
+from dflow.data.formats.layout import COLOURS_CHANGE, SAVE_EACH, Layout, Refused, lost, unpack
 
 #: Types of integers by their numbers, and the bytes of the others.
 _INTEGERS = {1: "B", 3: "H", 4: "L", 6: "b", 8: "h", 9: "l", 13: "L", 16: "Q", 17: "q", 18: "Q"}
 _SIZES = dict(enumerate((1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4), 1)) | dict.fromkeys((16, 17, 18), 8)
 
-_SUBFILE, _WIDTH, _LENGTH, _BITS, _COMPRESSION, _PHOTOMETRIC = 254, 256, 257, 258, 259, 262
+_WIDTH, _LENGTH, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
 _FILL_ORDER, _STRIPS, _ORIENTATION, _SAMPLES, _ROWS, _STRIP_BYTES = 266, 273, 274, 277, 278, 279
 _PLANAR, _PREDICTOR, _COLOURS, _TILE_WIDTH, _TILE_LENGTH, _TILES = 284, 317, 320, 322, 323, 324
 _TILE_BYTES, _SUB_FILES, _EXTRA, _FORMAT = 325, 330, 338, 339
-#: Tags that say how samples lie and what they mean; those of thresholding, runs of free bytes and
-#: how fax lines are coded tell nothing of them.
+#: Tags that say how samples lie and what they mean, and others (thresholding, runs of free bytes, how fax
+#: lines are coded) whose loss changes nothing.
 _STRUCTURE = {
     254, 255, 256, 257, 258, 259, 262, 263, 264, 265, 266, 273, 274, 277, 278, 279, 280, 281, 284, 288, 289,
     292, 293, 317, 320, 322, 323, 324, 325, 338, 339, 340, 341,
@@ -56,14 +53,8 @@ _KINDS = {
     10: "L*a*b* colours", 32803: "a colour filter array", 32844: "LogL", 32845: "LogLuv", 34892: "raw data",
 }  # fmt: skip
 _CODES = {
-    2: "fax codes",
-    3: "fax codes",
-    4: "fax codes",
-    6: "JPEG",
-    7: "JPEG",
-    34925: "LZMA",
-    50000: "Zstandard",
-}
+    2: "fax codes", 3: "fax codes", 4: "fax codes", 6: "JPEG", 7: "JPEG", 34925: "LZMA", 50000: "Zstandard",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,12 +67,12 @@ class Directory:
     following: int
 
     def numbers(self, tag: int, *default: int) -> tuple[int, ...]:
-        """The integers of a tag; ``default`` where it is missing. ValueError: none, or beyond the file."""
+        """The integers of a tag; ``default`` where it is missing. ValueError: no integers, or no room."""
         if tag not in self.entries:
             return default
         kind, count, at = self.entries[tag]
         if kind not in _INTEGERS or not count or at + count * _SIZES[kind] > len(self.data):
-            raise ValueError(f"tag {tag} is none")
+            raise ValueError(f"tag {tag} holds no integers")
         return struct.unpack_from(f"{self.order}{count}{_INTEGERS[kind]}", self.data, at)
 
     def number(self, tag: int, default: int | None = None) -> int:
@@ -90,6 +81,12 @@ class Directory:
         if not values:
             raise ValueError(f"tag {tag} is missing")
         return values[0]
+
+    @property
+    def orientation(self) -> int:
+        """How viewers turn the picture: 1 to 8; 1 (not at all) where the tags do not say."""
+        orientation = self.number(_ORIENTATION, 1)
+        return orientation if 1 <= orientation <= 8 else 1
 
 
 def is_tiff(data: bytes) -> bool:
@@ -101,31 +98,29 @@ def directory(data: bytes) -> Directory:
     """The first directory of a file.
 
     Raises:
-        ValueError: damaged.
+        ValueError: damaged; or struct.error.
     """
     if not is_tiff(data):
         raise ValueError("no TIFF data")
     order = "<" if data[:2] == b"II" else ">"
     big = b"+" in data[2:4]
-    try:
-        if big and struct.unpack_from(order + "HH", data, 4) != (8, 0):
-            raise ValueError("offsets of another size than 8 bytes")
-        (at,) = struct.unpack_from(order + ("Q" if big else "L"), data, 8 if big else 4)
-        (count,) = struct.unpack_from(order + ("Q" if big else "H"), data, at)
-        at, size = at + (8 if big else 2), 20 if big else 12
-        if at + count * size > len(data):
-            raise ValueError("a directory beyond the end")
-        entries = {}
-        for i in range(count):
-            tag, kind = struct.unpack_from(order + "HH", data, at + size * i)
-            (n,) = struct.unpack_from(order + ("Q" if big else "L"), data, at + size * i + 4)
-            place, room = at + size * i + (12 if big else 8), 8 if big else 4
-            if n * _SIZES.get(kind, 1) > room:
-                (place,) = struct.unpack_from(order + ("Q" if big else "L"), data, place)
-            entries[tag] = (kind, n, place)
-        (following,) = struct.unpack_from(order + ("Q" if big else "L"), data, at + count * size)
-    except struct.error:
-        raise ValueError("cut off") from None
+    offset, width = (order + "Q", 8) if big else (order + "L", 4)
+    if big and struct.unpack_from(order + "HH", data, 4) != (8, 0):
+        raise ValueError("offsets of another size than 8 bytes")
+    (at,) = struct.unpack_from(offset, data, width)
+    (count,) = struct.unpack_from(order + ("Q" if big else "H"), data, at)
+    at, size = at + (8 if big else 2), 4 + 2 * width
+    if at + count * size > len(data):
+        raise ValueError("a directory beyond the end")
+    entries = {}
+    for entry in range(at, at + count * size, size):
+        tag, kind = struct.unpack_from(order + "HH", data, entry)
+        (n,) = struct.unpack_from(offset, data, entry + 4)
+        place = entry + 4 + width
+        if n * _SIZES.get(kind, 1) > width:
+            (place,) = struct.unpack_from(offset, data, place)
+        entries[tag] = (kind, n, place)
+    (following,) = struct.unpack_from(offset, data, at + count * size)
     if following >= len(data):
         raise ValueError("a second directory beyond the end")
     return Directory(data, order, entries, following)
@@ -138,10 +133,9 @@ def orientation(exif: bytes) -> int:
     1
     """
     try:
-        found = directory(exif.removeprefix(b"Exif\0\0")).number(_ORIENTATION, 1)
-    except ValueError:
+        return directory(exif.removeprefix(b"Exif\0\0")).orientation
+    except (ValueError, struct.error):
         return 1
-    return found if 1 <= found <= 8 else 1
 
 
 def layout(data: bytes) -> Layout:
@@ -153,12 +147,10 @@ def layout(data: bytes) -> Layout:
     """
     tags = directory(data)
     if tags.following or _SUB_FILES in tags.entries:
-        raise Refused("a TIFF file of several pictures", SEVERAL)
+        raise Refused("a TIFF file of several pictures", SAVE_EACH)
     size = tags.number(_LENGTH), tags.number(_WIDTH)
     depth, samples, photometric = _samples(tags)
     _check_coding(tags)
-    turn = tags.number(_ORIENTATION, 1)
-    turn = turn if 1 <= turn <= 8 else 1
     return Layout(
         "TIFF",
         size,
@@ -166,11 +158,11 @@ def layout(data: bytes) -> Layout:
         samples,
         _palette(tags, depth) if photometric == 3 else None,
         white=photometric == 0,
-        orientation=turn,
-        lost=(*_lost(tags), *lost_orientation(turn)),
+        orientation=tags.orientation,
+        lost=tuple(_lost(tags)),
         decode=partial(_decode, size=size, depth=depth, samples=samples),
-        first="own",
-        data=partial(_plain, tags),
+        decode_first=True,
+        data=partial(_samples_only, tags),
     )
 
 
@@ -188,17 +180,17 @@ def _samples(tags: Directory) -> tuple[int, int, int]:
     depth = next(iter(depths))
     able = {0: (1, 8), 1: (1, 2, 4, 8, 16), 2: (8,), 3: (1, 2, 4, 8)}[photometric]
     if len(depths) > 1 or depth not in able:
-        what = ("grey that counts from white", "grey", "RGB", "a palette")[photometric]
-        raise Refused(f"a TIFF file of {what} with {' and '.join(map(str, sorted(depths)))} bits a sample")
-    colours, extra = 3 if photometric == 2 else 1, tags.numbers(_EXTRA)
-    if samples == colours and not extra:
+        colours = ("grey that counts from white", "grey", "RGB", "a palette")[photometric]
+        raise Refused(f"a TIFF file of {colours} with {' and '.join(map(str, sorted(depths)))} bits a sample")
+    channels, extra = 3 if photometric == 2 else 1, tags.numbers(_EXTRA)
+    if samples == channels and not extra:
         return depth, samples, photometric
-    if samples == colours + 1 and extra == (1,):
+    if samples == channels + 1 and extra == (1,):
         raise Refused("a TIFF file whose colours are multiplied by their alpha (premultiplied)")
-    if samples != colours + 1 or extra != (2,) or photometric in (0, 3) or depth != 8:
-        more = samples - colours
+    if samples != channels + 1 or extra != (2,) or photometric in (0, 3) or depth != 8:
         raise Refused(
-            f"a TIFF file of {samples} samples a pixel, {more} of them neither grey, colours nor plain alpha"
+            f"a TIFF file of {samples} samples a pixel, {samples - channels} of them neither grey, colours "
+            "nor plain alpha"
         )
     return depth, samples, photometric
 
@@ -228,18 +220,18 @@ def _palette(tags: Directory, depth: int) -> Array:
 
 def _lost(tags: Directory) -> list[str]:
     """One sentence for each kind of tag that does not come back."""
-    found: dict[str, str] = {}
+    sentences: dict[str, str] = {}
     for tag in sorted(tags.entries.keys() - _STRUCTURE):
         name = _NAMES.get(tag, f"tag {tag}")
-        found.setdefault(name, lost(name, SHOWN if tag in _VISIBLE else ""))
-    return list(found.values())
+        sentences.setdefault(name, lost(name, COLOURS_CHANGE if tag in _VISIBLE else ""))
+    return list(sentences.values())
 
 
 # -- samples, read without Pillow ------------------------------------------------------------------------
 
 
-def _plain(tags: Directory) -> bytes:
-    """A file of the same samples in which nothing else stands.
+def _samples_only(tags: Directory) -> bytes:
+    """A file of the same samples and nothing else.
 
     Pillow turns what has an orientation, and the library that it takes writes about tags to standard error.
     """
@@ -270,10 +262,6 @@ def _plain(tags: Directory) -> bytes:
     return head + b"".join(pieces) + count + listed + bytes(4) + behind
 
 
-def _stored(data: bytes, size: int) -> bytes:
-    return data[:size]
-
-
 def _deflate(data: bytes, size: int) -> bytes:
     return zlib.decompressobj().decompress(data, size)
 
@@ -282,19 +270,21 @@ def _lzw(data: bytes, size: int) -> bytes:
     """LZW as TIFF has it: the highest bits first, codes longer by one bit one code early."""
     if not data.startswith(b"\x80"):
         raise ValueError("LZW data that do not begin with a clear table")
-    first = [bytes([i]) for i in range(256)] + [b"", b""]
-    table, before, width, buffer, have, at = first.copy(), b"", 9, 0, 0, 0
+    clear = [bytes([i]) for i in range(256)] + [b"", b""]
+    table, before, width, buffer, num_bits = clear.copy(), b"", 9, 0, 0
     out = bytearray()
-    while len(out) < size and at < len(data):
-        buffer, have, at = (buffer << 8 | data[at]) & 0xFFFFFF, have + 8, at + 1
-        if have < width:
+    for byte in data:
+        if len(out) >= size:
+            break
+        buffer, num_bits = (buffer << 8 | byte) & 0xFFFFFF, num_bits + 8
+        if num_bits < width:
             continue
-        have -= width
-        code = buffer >> have & (1 << width) - 1
+        num_bits -= width
+        code = buffer >> num_bits & (1 << width) - 1
         if code == 257:
             break
         if code == 256:
-            table, before, width = first.copy(), b"", 9
+            table, before, width = clear.copy(), b"", 9
             continue
         if code > len(table) or (code == len(table) and not before) or len(table) > 4096:
             raise ValueError("LZW data that are damaged")
@@ -320,8 +310,9 @@ def _packbits(data: bytes, size: int) -> bytes:
     return bytes(out[:size])
 
 
+#: By the number of a compression: unpacks up to ``size`` bytes.
 _UNPACKERS: dict[int, Callable[[bytes, int], bytes]] = {
-    1: _stored,
+    1: lambda data, size: data[:size],
     5: _lzw,
     8: _deflate,
     32946: _deflate,
@@ -347,16 +338,16 @@ def _decode(data: bytes, size: tuple[int, int], depth: int, samples: int) -> Arr
         raise ValueError(f"{len(places)} pieces for {-(-H // h) * across}")
     values = np.empty((H, W, samples), np.uint16 if depth == 16 else np.uint8)
     for i, (at, count) in enumerate(zip(places, counts, strict=True)):
-        top, left = i // across * h, i % across * w
-        rows = h if tiled else min(h, H - top)
+        y, x = i // across * h, i % across * w
+        rows = h if tiled else min(h, H - y)
         piece = unpacked(data[at : at + count], rows * row)
         if len(piece) != rows * row:
             raise ValueError(f"{len(piece)} bytes in a piece of {rows * row}")
         lines = np.frombuffer(piece, np.uint8).reshape(rows, row)
-        part = lines.view(tags.order + "u2") if depth == 16 else unpack(lines, depth, w * samples)
-        part = part.reshape(rows, w, samples)
+        block = lines.view(tags.order + "u2") if depth == 16 else unpack(lines, depth, w * samples)
+        block = block.reshape(rows, w, samples)
         if tags.number(_PREDICTOR, 1) == 2 and tags.number(_COMPRESSION, 1) not in (1, 32773):
-            part = part.cumsum(1, dtype=values.dtype)
-        room = values[top : top + h, left : left + w]
-        room[:] = part[: room.shape[0], : room.shape[1]]
+            block = block.cumsum(1, dtype=values.dtype)
+        room = values[y : y + h, x : x + w]
+        room[:] = block[: room.shape[0], : room.shape[1]]
     return values

@@ -1,0 +1,182 @@
+"""Plans for the group-causal Transformer: which slot predicts which entries of an order, and what it reads.
+
+A plan holds no weights: it is computed from an order (see `dflow.ops.orders`) and from how far the network
+reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dflow.nn.attention import rotations
+from dflow.ops.orders import check_order
+
+#: Number of classes of distances to the nearest known symbol; each class is half a power of two wide.
+GAPS = 18
+
+#: The distance where there is no known symbol.
+FAR = 1 << 20
+
+
+def buckets(distances: Tensor) -> Tensor:
+    """Classes 0..GAPS-1 of distances from 1 on: half powers of two."""
+    return (2 * distances.double().log2()).long().clamp(max=GAPS - 1)
+
+
+@dataclass
+class Reading:
+    """Entries to be predicted, and the symbols that are read for each.
+
+    Attributes:
+        positions: positions of the entries, (entries,).
+        slots: the slot that each entry belongs to, ascending.
+        sources: positions (entries, columns) of the symbols read; n where there is no symbol.
+        gaps: rows of the embedding (entries, 2) for the distances to the nearest known symbols, or None.
+        cuts: number of entries in the first 0, 1, 2, ... groups.
+    """
+
+    positions: Tensor
+    slots: Tensor
+    sources: Tensor
+    gaps: Tensor | None
+    cuts: list[int]
+
+    def tensors(self) -> list[Tensor]:
+        """All attributes with a row for each entry."""
+        return [t for t in (self.positions, self.slots, self.sources, self.gaps) if t is not None]
+
+
+@dataclass
+class Plan:
+    """An order as `GroupCausalTransformer` walks it.
+
+    Attributes:
+        slots: what the slots read. The position of a slot is that of the first entry that it predicts; a slot
+            that predicts no entry has the position of the symbol that it carries.
+        entries: the entries that the slots predict, one list for each row of a block.
+        later: the entries of all rows but the first, one list after the other.
+        inverse: the place of each position in ``entries``, all lists one after the other.
+        least: the smallest position that a slot predicts or carries.
+        rotation: complex (slots, 2, 1, head / 2), turns queries and keys to their positions.
+        mask: which slot attends to which, (slots, slots); None when each sees the slots before it and itself.
+        ascending: whether the positions of the slots ascend.
+    """
+
+    slots: Reading
+    entries: list[Reading]
+    later: Reading
+    inverse: Tensor
+    least: Tensor
+    rotation: Tensor
+    mask: Tensor | None
+    ascending: bool
+
+
+@dataclass(frozen=True)
+class Reach:
+    """The neighbourhood of an entry that a network reads.
+
+    Attributes:
+        dim: longest sequence.
+        block: rows of the order that one call predicts.
+        offsets: offsets of the neighbours that are read, (neighbours,).
+        gaps_row: the first row of the embedding for distances to the nearest known symbols; None where the
+            network does not read these.
+    """
+
+    dim: int
+    block: int
+    offsets: Tensor
+    gaps_row: int | None
+
+    def reading(
+        self, drawn: Tensor, positions: Tensor, row: Tensor, carried: Tensor, slots: Tensor, cuts: list[int]
+    ) -> Reading:
+        """The symbols that are read for entries.
+
+        Args:
+            drawn: the row that draws each position, (dim + 1,).
+            positions: positions of the entries, (entries,).
+            row: the first row whose symbols are not known yet, (entries,).
+            carried: positions of the symbols that the lane drew last, (entries, block).
+            slots: the slot that each entry belongs to, ascending.
+            cuts: number of entries in the first 0, 1, 2, ... groups.
+        """
+        n, device = self.dim, positions.device
+        around = positions[:, None] + self.offsets
+        around = around.masked_fill((around < 0) | (around > n), n)
+        sources = around.masked_fill(drawn[around] >= row[:, None], n)
+        gaps = None
+        if self.gaps_row is not None:
+            away = torch.arange(n, device=device) - positions[:, None]
+            known = drawn[:n] < row[:, None]
+            nearest = [
+                torch.where(known & (away * side > 0), away.abs(), FAR).min(1).values for side in (-1, 1)
+            ]
+            gaps = buckets(torch.stack(nearest, 1)) + self.gaps_row + torch.tensor([0, GAPS], device=device)
+        return Reading(positions, slots, torch.cat([sources, carried], 1), gaps, cuts)
+
+
+@torch.no_grad()
+def make_plan(order: Tensor, reach: Reach, head_size: int, dtype: torch.dtype) -> Plan:
+    """How to walk ``order``, int64 ``(R, S)``, with attention heads of ``head_size`` in ``dtype``."""
+    check_order(order, reach.dim)
+    m, n, device = reach.block, reach.dim, order.device
+    order = order.masked_fill(order >= n, n)
+    order = torch.cat([order, order.new_full((-len(order) % m, order.shape[1]), n)])
+    rows, lanes = order.shape
+    # The row that draws each position; n, which stands for no position, is never drawn.
+    drawn = torch.full((n + 1,), rows, device=device)
+    drawn[order] = torch.arange(rows, device=device)[:, None].expand_as(order)
+    drawn[n] = rows
+    history = torch.cat([order.new_full((m, lanes), n), order])
+    # Column c: the position that the lane drew c + 1 rows before.
+    last = torch.stack([history[m - 1 - c : m - 1 - c + rows] for c in range(m)], -1)
+    blocks, carried = order.unflatten(0, (-1, m)).transpose(1, 2), last[::m]
+    present = blocks < n
+    used = present.any(-1) | (carried < n).any(-1)
+    slot = torch.full(used.shape, -1, device=device)
+    slot[used] = torch.arange(int(used.sum()), device=device)
+    # A slot has the position of the first entry that it predicts, else of the last symbol that it carries.
+    chain = torch.cat([blocks, carried], -1)
+    anchor = chain.gather(-1, (chain < n).to(torch.uint8).argmax(-1, keepdim=True))[..., 0]
+    keys = torch.where(carried[..., 0] < n, carried[..., 0], anchor)[used]
+    group = torch.arange(len(blocks), device=device)[:, None].expand_as(anchor)
+    slots = reach.reading(drawn, anchor[used], m * group[used], carried[used], slot[used], _cuts(used))
+    entries = [
+        reach.reading(
+            drawn,
+            blocks[..., j][predicted],
+            m * group[predicted] + j,
+            last[j::m][predicted],
+            slot[predicted],
+            _cuts(predicted),
+        )
+        for j, predicted in enumerate(present.unbind(-1))
+    ]
+    return Plan(
+        slots,
+        entries,
+        _joined(entries[1:] or entries),
+        torch.cat([e.positions for e in entries]).argsort(),
+        chain.min(-1).values[used],
+        rotations(slots.positions, keys, head_size, dtype),
+        None if lanes == 1 else group[used][:, None] >= group[used],
+        lanes == 1 and bool((slots.positions.diff() > 0).all()),
+    )
+
+
+def _cuts(entries: Tensor) -> list[int]:
+    """Number of entries in the first 0, 1, 2, ... groups, from bool (groups, lanes)."""
+    return [0, *entries.sum(1).cumsum(0).tolist()]
+
+
+def _joined(readings: list[Reading]) -> Reading:
+    """Several lists of entries as one, without groups."""
+    positions, slots, sources, *gaps = (
+        torch.cat(tensors) for tensors in zip(*(reading.tensors() for reading in readings), strict=True)
+    )
+    return Reading(positions, slots, sources, gaps[0] if gaps else None, [])

@@ -1,0 +1,186 @@
+"""What a training runs on: processes and trackers of accelerate, a compiler, signals, a terminal."""
+
+from __future__ import annotations
+
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import DistributedType
+from torch import nn
+from tqdm import tqdm
+
+from dflow.config import InputError, nearest
+from dflow.train.recipe import Recipe, TrainConfig
+
+#: Ways of accelerate to distribute a model of which no process has the whole.
+_CUT_MODELS = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+#: Signals by which people and schedulers ask a training to stop; not every system has the last.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+#: Seconds within which a second signal is an echo of the first: under a launcher a process gets Ctrl-C from
+#: the terminal and from the launcher.
+ECHO = 1.0
+
+
+def accelerator_of(recipe: Recipe) -> Accelerator:
+    """The processes of a training, their device and precision.
+
+    Raises:
+        InputError: a precision that the device lacks, or accelerate is configured to cut models into pieces.
+    """
+    AcceleratorState._reset_state()  # a second training in one process may use another precision
+    try:
+        accelerator = Accelerator(
+            # Asked for by name, since several processes are seen on a CPU only then.
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision=recipe.train.mixed_precision,
+            log_with=[tracker for tracker in recipe.train.trackers if tracker] or None,
+            project_dir=str(recipe.output),
+        )
+    except ValueError as error:
+        raise InputError(f"train: {error}") from None
+    if (kind := accelerator.distributed_type) in _CUT_MODELS:
+        raise InputError(
+            f"accelerate is configured for {kind.value}, which cuts the model into pieces that the saved "
+            "state does not know; launch without it, and set train.shard=true for pieces that it knows"
+        )
+    return accelerator
+
+
+def check_trackers(names: list[str]) -> None:
+    """Raise `InputError` unless accelerate knows each tracker and what it needs is installed.
+
+    Accelerate itself warns of one that is missing and goes on without any.
+    """
+    trackers = {str(kind) for kind in LOGGER_TYPE_TO_CLASS}
+    installed = {str(kind) for kind in get_available_trackers()}
+    for name in filter(None, names):
+        if name not in trackers and name != "all":
+            raise InputError(f"train.trackers: no tracker {name!r}; {nearest(name, [*trackers, 'all'])}")
+    missing = [name for name in names if name in trackers and name not in installed]
+    if missing:
+        packages = " ".join(name.replace("_", "-") for name in missing)
+        others = ",".join(name for name in names if name not in missing)
+        raise InputError(
+            f"train.trackers: {', '.join(missing)} not installed; pip install {packages}, or train "
+            f"without {'it' if len(missing) == 1 else 'them'}: --set 'train.trackers=[{others}]'"
+        )
+
+
+def lost_process(error: RuntimeError) -> bool:
+    """Whether a library of communication says that it cannot reach another process."""
+    return isinstance(error, torch.distributed.DistError) or any(
+        word in str(error) for word in ("gloo", "NCCL", "closed by peer", "reset by peer")
+    )
+
+
+def compile_in_place(objective: nn.Module, device: torch.device) -> None:
+    """Compile a module; the names of its weights, and what is drawn in it, stay as they are."""
+    try:
+        torch.compile(torch.cos)(torch.zeros(8, device=device))
+    except (RuntimeError, ImportError, OSError) as error:
+        raise InputError(
+            f"train.compile: no compiler that works ({str(error).splitlines()[0]}); install one (g++; for a "
+            "GPU Triton as well), or leave out train.compile"
+        ) from error
+    # Warnings that complex numbers (rotary positions) are not compiled, and that a gradient is looked at.
+    for message in ("Torchinductor does not support code generation for complex", "The .grad attribute of a"):
+        warnings.filterwarnings("ignore", message)
+    objective.compile(options={"fallback_random": True})
+
+
+class Signals:
+    """The first signal that asks to stop: its number, 0 before it, and its time by `time.monotonic`.
+
+    It calls ``at_first``. A second one raises `KeyboardInterrupt`, whose message ``at_second`` gives.
+    """
+
+    def __init__(self, at_first: Callable[[], None], at_second: Callable[[], str]) -> None:
+        self.at_first, self.at_second = at_first, at_second
+        self.number, self.time = 0, 0.0
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self.number:
+            self.number, self.time = number, now
+            self.at_first()
+        elif now - self.time > ECHO:
+            raise KeyboardInterrupt(self.at_second())
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Within it signals are noted; then the handlers of before are back."""
+        try:
+            handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+        except ValueError:  # only the main thread may; elsewhere the defaults stand
+            handlers = {}
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+#: Formats of the bar by what it counts; seconds a second say nothing.
+_FORMATS = {"step": None, "s": "{l_bar}{bar}| {n_fmt}/{total_fmt} s [{elapsed}<{remaining}{postfix}]"}
+
+
+class Bar:
+    """The progress of a training: of its budget in steps or in seconds, whichever is nearer to its end.
+
+    Beside it stand the loss in its unit, and the rate at which things (characters, rows) are trained on.
+    """
+
+    def __init__(
+        self, config: TrainConfig, step: int, elapsed: float, unit: str, things: str, disabled: bool
+    ) -> None:
+        self.config, self.unit, self.things = config, unit, things
+        counted, spent, budget = self._budget(step, elapsed)
+        self.bar: tqdm[Any] = tqdm(
+            total=budget,
+            initial=min(round(spent), budget),
+            disable=disabled,
+            dynamic_ncols=True,
+            mininterval=1.0,
+            smoothing=0.05,
+            unit=counted,
+            bar_format=_FORMATS[counted],
+        )
+        self.count, self.since = 0.0, time.monotonic()
+
+    def _budget(self, step: int, elapsed: float) -> tuple[str, float, int]:
+        """What is counted, how much of it is spent, and the budget."""
+        steps, minutes = self.config.steps, self.config.minutes
+        if minutes is None or (steps and step * 60 * minutes > elapsed * steps):
+            return "step", step, int(steps or 0)
+        return "s", elapsed, round(60 * minutes)
+
+    def show(self, step: int, elapsed: float, loss: float, count: float, last: bool) -> None:
+        """Move the bar after a step on ``count`` things; show its loss once a second, and after the last."""
+        if self.bar.disable:
+            return
+        self.count += count
+        now = time.monotonic()
+        if now - self.since > 1.0 or last:
+            # Under layerwise and expected the loss is that of the conditioners, not of the model; under
+            # masked it is an estimate of a bound.
+            rate = self.count / (now - self.since)
+            self.bar.set_postfix_str(f"{loss:.3f} {self.unit}, {rate:,.0f} {self.things}/s")
+            self.count, self.since = 0.0, now
+        counted, spent, budget = self._budget(step, elapsed)
+        if counted != self.bar.unit:
+            self.bar.reset(budget)
+            self.bar.initial = self.bar.last_print_n = min(round(spent), budget)
+            self.bar.unit, self.bar.bar_format = counted, _FORMATS[counted]
+        self.bar.n = min(round(spent), budget)
+        self.bar.update(0)
