@@ -60,7 +60,7 @@ def push(distribution: Distribution, x: Tensor, stack: Stack, context: Context |
 
 @singledispatch
 def _push_leaf(distribution: Distribution, x: Tensor, stack: Stack, context: Context | None) -> None:
-    parts: list[Intervals] = []
+    pushed: list[Intervals] = []
     with torch.no_grad():
         dim, chain = steps(distribution, len(x), context)
         _check_data(x, dim)
@@ -69,9 +69,9 @@ def _push_leaf(distribution: Distribution, x: Tensor, stack: Stack, context: Con
         while step is not None:
             places, code = step
             values = line[places]
-            parts.append(code.intervals(values.cpu()))
+            pushed.append(code.intervals(values.cpu()))
             step = _send(chain, values)
-    stack.push(*join(parts))
+    stack.push(*join(pushed))
 
 
 def pop(distribution: Distribution, n: int, stack: Stack, context: Context | None = None) -> Tensor:
@@ -265,13 +265,13 @@ def _(distribution: Walk, n: int, context: Context | None) -> tuple[int, Steps]:
     def chain() -> Steps:
         dim, device = distribution.model.dim, distribution.model.costs.device
         x = torch.zeros(n, dim, dtype=torch.int64, device=device)
-        known = torch.zeros(n, dim, dtype=torch.bool, device=device)
+        is_drawn = torch.zeros(n, dim, dtype=torch.bool, device=device)
         mask = present(context, n, dim)
         longest = dim if mask is None else int(mask.sum(1).max())
         for call in range(distribution.needed(longest) if longest else 0):
-            drawn, logits = distribution.step(call, x, known, context)
+            drawn, logits = distribution.step(call, x, is_drawn, context)
             x[drawn] = yield drawn.flatten().nonzero().flatten(), _rows(logits)
-            known = known | drawn
+            is_drawn = is_drawn | drawn
 
     return distribution.model.dim, chain()
 

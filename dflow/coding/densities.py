@@ -72,14 +72,14 @@ class _Factored:
 
     def push(self, symbols: Tensor, stack: Stack, context: Context | None) -> None:
         x_a = symbols[:, self.base_index]
-        base_context, given = self.law.contexts(self.frame.values(x_a), context)
-        self.conditional.push(symbols[:, self.other_index], stack, given)
+        base_context, other_context = self.law.contexts(self.frame.values(x_a), context)
+        self.conditional.push(symbols[:, self.other_index], stack, other_context)
         self.base.push(x_a, stack, base_context)
 
     def pop(self, n: int, stack: Stack, context: Context | None) -> Tensor:
         x_a = self.base.pop(n, stack, self.law.contexts(None, context)[0])
-        given = self.law.contexts(self.frame.values(x_a), context)[1]
-        return self.law.join(x_a, self.conditional.pop(n, stack, given))
+        other_context = self.law.contexts(self.frame.values(x_a), context)[1]
+        return self.law.join(x_a, self.conditional.pop(n, stack, other_context))
 
 
 class Independent:

@@ -15,8 +15,8 @@ import torch
 from dflow.compare import memory as memories
 from dflow.compare import results
 from dflow.compare.models import environment
-from dflow.compare.peers import Array, Codec, picture_codecs, raw_codecs, text_codecs
-from dflow.compare.runner import ModelCodec, Row, Runner, T, opened
+from dflow.compare.peers import Array, Codec, T, picture_codecs, raw_codecs, text_codecs
+from dflow.compare.runner import ModelCodec, Row, Runner, opened
 from dflow.compare.runner import together as all_in_one
 from dflow.compress.clock import progress_bar
 from dflow.config import InputError

@@ -9,15 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 import numpy as np
 
 import dflow
-from dflow.compare.peers import Array, Codec, Unavailable, every, find
+from dflow.compare.peers import Array, Codec, T, Unavailable, every, find
 from dflow.compress import clock as clocks
-
-T = TypeVar("T", bytes, Array)
 
 
 @dataclass
