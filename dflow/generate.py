@@ -20,9 +20,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from dflow.config import InputError
-from dflow.core import Context, Known
+from dflow.core import Context
 from dflow.data import Tokenizer, files, pictures
 from dflow.hf import DflowImageModel, DflowModel
+from dflow.hf.symbols import prompted
 from dflow.ops.noise import Controls, Noise
 from dflow.terminal import shown
 
@@ -241,7 +242,7 @@ def pieces(
         seed, torch.tensor([number], device=model.device), controls=None if _neutral(controls) else controls
     )
     before = 0 if prompt is None else len(prompt)
-    known = None if prompt is None else Known(prompt[None], torch.ones_like(prompt, dtype=torch.bool))
+    known = None if prompt is None else prompted(prompt.to(model.device), 1)
     ids = torch.zeros(0, dtype=torch.int64)
     begin = len(tokenizer.decode(prompt)) if prompt is not None else 0
     shown_up_to = 0
