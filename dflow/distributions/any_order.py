@@ -81,22 +81,25 @@ class AnyOrder(nn.Module):
         section I.1).
 
         With ``sizes`` (calls,), how many entries each call draws, it is the bound for such groups instead:
-        one random order for each sequence, walked to its end.
+        one random order for each sequence, walked to its end. With known entries in the context it is a bound
+        of the others given these: all orders begin with them.
         """
         batch, n = x.shape[:2]
         if sizes is not None and int(sizes.sum()) < n:
             raise ValueError(f"calls of sizes {sizes.tolist()} do not draw all of {n} entries")
-        mask = present(context, batch, n)
+        mask, before = present(context, batch, n), known_in(context)
         noise = torch.rand(batch, n, device=x.device, generator=generator)
-        # Absent entries come last.
+        # Entries that the context knows come first, absent ones last.
+        noise = noise if before is None else noise.masked_fill(before.mask, -1.0)
         rank = (noise if mask is None else noise.masked_fill(~mask, 2.0)).argsort(1).argsort(1)
         if sizes is not None:
             calls = torch.arange(len(sizes), device=x.device).repeat_interleave(sizes.to(x.device))
             return self.log_prob_along(x, calls[rank], len(sizes), context)
-        count = self._count(x, context)
+        known, count = self._known(x, context), self._count(x, context)
         offset = torch.arange(batch, dtype=torch.float64, device=x.device) / max(1, batch)
         position = (offset + torch.rand((), dtype=torch.float64, device=x.device, generator=generator)) % 1
-        t = torch.minimum((position * count).long(), count - 1)
+        hidden = count - known
+        t = known + torch.minimum((position * hidden).long(), hidden - 1)
         return self.elbo_given(x, rank < t[:, None], context)
 
     def elbo_given(self, x: Tensor, known: Tensor, context: Context | None = None) -> Tensor:
@@ -111,7 +114,7 @@ class AnyOrder(nn.Module):
         t = known.sum(1)
         if self.training:
             self._note(t * self.dim // count, -total.detach() / (count - t))
-        return total * (count / (count - t)).to(total.dtype)
+        return total * ((count - self._known(x, context)) / (count - t)).to(total.dtype)
 
     @torch.no_grad()
     def _note(self, t: Tensor, costs: Tensor) -> None:
@@ -188,6 +191,14 @@ class AnyOrder(nn.Module):
         if x.is_floating_point():
             return (x * logits.log_softmax(-1)).sum(-1)
         return -F.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="none").view(x.shape)
+
+    def _known(self, x: Tensor, context: Context | None) -> Tensor:
+        """Present entries that the context knows, (batch,)."""
+        before, mask = known_in(context), present(context, *x.shape[:2])
+        if before is None:
+            return torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        known = before.mask[: x.shape[1]].expand(*x.shape[:2])
+        return (known if mask is None else known & mask).sum(1)
 
     def _count(self, x: Tensor, context: Context | None) -> Tensor:
         """Entries present, (batch,)."""
@@ -322,6 +333,8 @@ class Ordered(Walk):
     """
 
     rank: Tensor
+    #: The order over any number of entries in any number of calls, or None: see `calls`.
+    lay: Callable[[int, int], Tensor] | None = None
 
     def __init__(self, model: AnyOrder, order: Tensor, num_calls: int | None = None) -> None:
         """See the class."""
@@ -329,16 +342,14 @@ class Ordered(Walk):
         if num_calls is not None and order.shape[1] != 1:
             raise ValueError(f"num_calls is for orders with one lane, found {order.shape[1]} lanes")
         super().__init__(model, len(order) if num_calls is None else num_calls)
-        row = torch.arange(len(order), device=order.device)[:, None].expand_as(order)
-        rank = torch.empty(model.dim, dtype=torch.int64, device=order.device)
-        rank[order[order < model.dim]] = row[order < model.dim]
         self.merged = num_calls is not None
-        self.register_buffer("rank", rank)
+        self.register_buffer("rank", _ranks(order, model.dim))
 
     def calls(self, context: Context | None = None) -> Tensor:
         """The call that draws each entry, int64 (dim,); -1 for an entry that the context knows.
 
-        Calls that would draw known entries alone are left out.
+        With a way to lay orders one is laid over the other entries, of a sequence of any length; else calls
+        that would draw known entries alone are left out.
         """
         calls = self.rank
         if self.merged:
@@ -348,7 +359,12 @@ class Ordered(Walk):
         if before is None:
             return calls
         hidden = ~before.mask
-        places = torch.unique(calls[: len(hidden)][hidden], return_inverse=True)[1]
+        if self.lay is None:
+            places = torch.unique(calls[: len(hidden)][hidden], return_inverse=True)[1]
+        else:
+            number = int(hidden.sum())
+            rows = self.lay(number, min(number, self.num_calls)).to(hidden.device)
+            places = _ranks(rows, number)
         return torch.full_like(hidden, -1, dtype=torch.int64).masked_scatter(hidden, places)
 
     def needed(self, length: int, context: Context | None = None) -> int:
@@ -367,6 +383,14 @@ class Ordered(Walk):
         self._begin(len(x), x.shape[1], context, x.device)
         calls = self.calls(context)[: x.shape[1]]
         return self.model.log_prob_along(x, calls, self.needed(x.shape[1], context), context)
+
+
+def _ranks(order: Tensor, dim: int) -> Tensor:
+    """The row of ``order``, int64 ``(G, S)``, in which each position stands, int64 ``(dim,)``."""
+    row = torch.arange(len(order), device=order.device)[:, None].expand_as(order)
+    rank = torch.empty(dim, dtype=torch.int64, device=order.device)
+    rank[order[order < dim]] = row[order < dim]
+    return rank
 
 
 class Confident(Walk):
