@@ -121,13 +121,13 @@ def test_characters_are_those_that_begin_in_scored_symbols(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("family", ["transformer", "lstm"])
-def test_a_limit_takes_the_first_pieces(family: str) -> None:
+def test_a_limit_takes_the_symbols_of_the_first_chunks(family: str) -> None:
     model, text = model_of(family), text_of(50)
     result = evaluate(model, text, protocol="rolling", limit=3)
-    symbols = 16 if family == "transformer" else 24
-    assert (result.num_chunks, result.num_symbols, result.num_left) == (3, symbols, 50 - symbols)
-    assert "the first 3" in result.protocol
-    cut = Text("test", text.ids[:symbols], None, symbols)
+    assert (result.num_symbols, result.num_left) == (24, 26)
+    assert result.num_symbols == evaluate(model, text, limit=3).num_symbols
+    assert result.protocol.startswith("rolling over the first 24 symbols: ")
+    cut = Text("test", text.ids[:24], None, 24)
     assert result.bpc == pytest.approx(evaluate(model, cut, protocol="rolling").bpc, rel=1e-12)
 
 
@@ -304,6 +304,8 @@ def test_laws_and_images_have_no_text_before_them(tmp_path: Path, capsys: pytest
     assert main(["train", str(recipe), *(f"--set={value}" for value in argv)]) == 0
     assert cli.main(["evaluate", "--model", str(folder), "--protocol", "rolling"]) == 2
     assert "--protocol is for texts; synthetic/eight_gaussians is a law" in capsys.readouterr().err
+    assert cli.main(["compare", str(folder), "--protocol", "rolling"]) == 2
+    assert "drawn from a law of whole sequences" in capsys.readouterr().err
     images = image_recipe(tmp_path, str(write_pictures(tmp_path / "pictures")))
     assert main(["train", str(images)]) == 0
     assert cli.main(["evaluate", "--model", str(tmp_path / "out"), "--context", "1"]) == 2

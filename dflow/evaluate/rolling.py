@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from dflow.config import InputError
 from dflow.core import Context, Known
-from dflow.data import Text
+from dflow.data import Draws, Text
 from dflow.distributions import SequenceCategorical
 from dflow.evaluate.driver import Rows, Scorer
 from dflow.hf import DflowModel
@@ -17,6 +17,9 @@ from dflow.nn.lstm import LSTM, Carried
 
 class Rolling(Scorer):
     """Pieces of a stream; each symbol is in one of them.
+
+    A limit is one on chunks of the model's length, so that all models of one length score the same symbols,
+    by this protocol and by chunks.
 
     Attributes:
         num_symbols: symbols scored, the first ones of the stream.
@@ -28,13 +31,15 @@ class Rolling(Scorer):
     num_symbols: int
     protocol: str
 
-    def __init__(self, model: DflowModel, law: SequenceCategorical, text: Text) -> None:
+    def __init__(self, model: DflowModel, law: SequenceCategorical, text: Text, limit: int | None) -> None:
         self.model, self.law, self.text = model, law, text
         self.length, self.what = model.config.length, f"likelihood of the {text.name} text"
+        self.num_symbols = len(text.ids) if limit is None else min(len(text.ids), limit * self.length)
+        self.protocol = "rolling" if limit is None else f"rolling over the first {self.num_symbols:,} symbols"
 
     def symbols(self, start: int, stop: int) -> Tensor:
         """The symbols from ``start`` to before ``stop``, int64, on the CPU; absent ones are -1."""
-        ids = self.text.ids[start : min(stop, len(self.text.ids))].long()
+        ids = self.text.ids[start : min(stop, self.num_symbols)].long()
         if ids.numel() and int(ids.max()) >= self.model.config.vocab_size:
             raise InputError(
                 f"the {self.text.name} text has symbol {int(ids.max())}, outside the model's vocabulary, 0 "
@@ -58,8 +63,8 @@ class _Windows(Rolling):
         checks: int,
         context: int | None,
     ) -> None:
-        super().__init__(model, law, text)
-        length, n = self.length, len(text.ids)
+        super().__init__(model, law, text, limit)
+        length, n = self.length, self.num_symbols
         self.context = length // 2 if context is None else context
         if not 0 <= self.context < length:
             raise InputError(
@@ -67,13 +72,11 @@ class _Windows(Rolling):
                 "symbols, and at least one of them is scored"
             )
         self.stride = length - self.context
-        windows = (1 + -(-max(0, n - length) // self.stride)) if n else 0
-        self.num_rows = windows if limit is None else min(windows, limit)
+        self.num_rows = (1 + -(-max(0, n - length) // self.stride)) if n else 0
         self.num_checks = min(checks, self.num_rows)
-        self.num_symbols = min(n, length + (self.num_rows - 1) * self.stride)
-        self.protocol = (
-            f"rolling: {'' if limit is None else f'the first {limit:,} '}windows of {length:,} symbols, each "
-            f"scores its last {self.stride:,} given the {self.context:,} before, the first window all"
+        self.protocol += (
+            f": windows of {length:,} symbols, each scores its last {self.stride:,} given the "
+            f"{self.context:,} before, the first window all"
         )
 
     def score(self, rows: slice) -> Rows:
@@ -104,18 +107,18 @@ class _Windows(Rolling):
 
 
 class _Stream(Rolling):
-    """One sequence that an `LSTM` reads piece by piece, with its state carried from piece to piece."""
+    """One sequence that an `LSTM` reads piece by piece, with its state carried from piece to piece.
+
+    Batches come in the order of the text, since one process scores them all.
+    """
 
     def __init__(
         self, model: DflowModel, law: SequenceCategorical, text: Text, limit: int | None, checks: int
     ) -> None:
-        super().__init__(model, law, text)
-        pieces = -(-len(text.ids) // self.length)
-        self.num_rows = pieces if limit is None else min(pieces, limit)
+        super().__init__(model, law, text, limit)
+        self.num_rows = -(-self.num_symbols // self.length)
         self.num_checks = min(checks, self.num_rows)
-        self.num_symbols = min(len(text.ids), self.num_rows * self.length)
-        limited = "" if limit is None else f" the first {limit:,} pieces of {self.length:,} symbols,"
-        self.protocol = f"rolling:{limited} each symbol given all before it, the state carried over the text"
+        self.protocol += ": each symbol given all before it, the state carried over the text"
         self.net: LSTM = law.net
         self.carried: Carried | None = None
         #: Nats of the pieces that `check` computes once more, by the steps of a draw.
@@ -154,19 +157,24 @@ def rolling(
     Args:
         model: one that is drawn from left to right.
         text: a stream.
-        limit: score the first ``limit`` windows or pieces only.
-        checks: number of these that go through the round trip.
+        limit: score the symbols of the first ``limit`` chunks only.
+        checks: number of windows or pieces that go through the round trip.
         context: symbols before those that a window scores; default half of a window.
         processes: among which the rows are spread.
 
     Raises:
-        InputError: sentences, a model that is not drawn from left to right, a context out of range or one for
-            an LSTM, or an LSTM on several processes.
+        InputError: sentences, draws from a law, a model that is not drawn from left to right, a context out
+            of range or one for an LSTM, or an LSTM on several processes.
     """
     if text.lengths is not None or model.config.explicit_length:
         raise InputError(
             "sentences are scored each on its own, with nothing before them, so that there is no rolling "
             "protocol for them; use protocol 'chunks'"
+        )
+    if isinstance(text, Draws):
+        raise InputError(
+            f"the {text.name} text is drawn from a law of whole sequences, with nothing before them; use "
+            "protocol 'chunks'"
         )
     law, family = model.law, model.config.family
     if not (model.config.record.left_to_right and isinstance(law, SequenceCategorical) and law.lay is None):
