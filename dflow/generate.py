@@ -202,12 +202,22 @@ def is_picture(shape: Sequence[int]) -> bool:
     return shape[0] in (1, 3) and tuple(shape[1:]) != (1, 1)
 
 
-def spell(ids: Tensor, tokenizer: Tokenizer, kind: Format, number: int = 1, exact: bool = True) -> str:
+def spell(
+    ids: Tensor,
+    tokenizer: Tokenizer,
+    kind: Format,
+    number: int = 1,
+    exact: bool = True,
+    lines: bool = False,
+) -> str:
     """One sample under a title line, for reading, or as a line of JSON: ``text``, ``num_symbols``, ``exact``.
 
-    Samples that are a line each need no title.
+    Samples that are a line each need no title, as those of a model of ``lines``, in which a line break
+    that is drawn is spelled as backslash and n.
     """
     text = tokenizer.decode(ids)
+    if kind == "text" and lines:
+        return text.replace("\n", "\\n") + "\n"
     if kind == "text":
         # Samples hold line breaks of their own.
         return f"{text}\n" if tokenizer.one_line else f"--- sample {number} ---\n{text}\n"
@@ -216,7 +226,12 @@ def spell(ids: Tensor, tokenizer: Tokenizer, kind: Format, number: int = 1, exac
 
 
 def write(
-    samples: Iterator[Tensor], tokenizer: Tokenizer, kind: Format, output: Path | None, exact: bool = True
+    samples: Iterator[Tensor],
+    tokenizer: Tokenizer,
+    kind: Format,
+    output: Path | None,
+    exact: bool = True,
+    lines: bool = False,
 ) -> None:
     """Write samples to the file ``output``, which appears when all are in it, or to stdout as they come.
 
@@ -226,7 +241,7 @@ def write(
     """
     if output is None:
         for number, ids in enumerate(samples, 1):
-            text = spell(ids, tokenizer, kind, number, exact)
+            text = spell(ids, tokenizer, kind, number, exact, lines)
             # A character that the terminal cannot show must not end a long draw.
             encoding = sys.stdout.encoding or "utf-8"
             sys.stdout.write(shown(text.encode(encoding, "replace").decode(encoding), sys.stdout))
@@ -234,7 +249,7 @@ def write(
         return
     check_output(output)
     # An output is whole or absent, so it waits in memory: a million samples of 256 symbols are 256 MB.
-    text = "".join(spell(ids, tokenizer, kind, number, exact) for number, ids in enumerate(samples, 1))
+    text = "".join(spell(ids, tokenizer, kind, number, exact, lines) for number, ids in enumerate(samples, 1))
     write_whole(output, text.encode("utf-8", "replace"))
 
 

@@ -96,7 +96,8 @@ def generate(flags: Generate) -> int:
         accelerator=accelerator,
     )
     if accelerator is None or accelerator.is_main_process:
-        write(samples, tokenizer, flags.format or "text", output, controls.exact)
+        lines = model.config.explicit_length
+        write(samples, tokenizer, flags.format or "text", output, controls.exact, lines)
     else:
         collections.deque(samples, 0)
     if accelerator is not None:
