@@ -108,7 +108,8 @@ def _read(arranged: Arranged, config: DataConfig) -> tuple[dict[str, list[str]],
                 if text.lstrip().startswith(">"):
                     sequences = records(text)
                     text, fasta[arranged.name(path)] = "\n".join(sequences), len(sequences)
-                text = text.removesuffix("\n")
+                else:
+                    text = text.removesuffix("\n")
             contents[split].append(text.lower() if config.lowercase else text)
         if not any(text.strip() for text in contents[split]):
             path = paths[0] if len(paths) == 1 else arranged.root
