@@ -282,6 +282,7 @@ class Spelling:
         exact: whether the samples follow the law of the model.
         stop: samples end before this text, where it comes up.
         begin: number of characters of the prompt, in which it does not count.
+        lines: the samples are lines; a line break that is drawn is spelled as backslash and n in text.
     """
 
     tokenizer: Tokenizer
@@ -289,19 +290,21 @@ class Spelling:
     exact: bool = True
     stop: str | None = None
     begin: int = 0
+    lines: bool = False
 
     def __call__(self, ids: Tensor, number: int = 1) -> str:
         """Sample ``number``, counted from 1, of its symbols."""
         text = self.tokenizer.decode(ids)
         text = text[: cut(text, self.stop, self.begin)]
         if self.format == "text":
+            text = text.replace("\n", "\\n") if self.lines else text
             return f"{self.title(number)}{text}\n"
         values = {"text": text, "num_symbols": int((ids >= 0).sum()), "exact": self.exact}
         return json.dumps(values, ensure_ascii=False) + "\n"
 
     def title(self, number: int) -> str:
         """The line above a sample, which may hold line breaks of its own."""
-        return "" if self.tokenizer.one_line else f"--- sample {number} ---\n"
+        return "" if self.lines or self.tokenizer.one_line else f"--- sample {number} ---\n"
 
 
 def write(samples: Iterator[Tensor], spell: Spelling, output: Path | None) -> None:

@@ -79,7 +79,7 @@ def test_every_recipe_trains_for_two_steps(path, text, tmp_path):
         small.append("embedding_size=4")
     else:
         small.append("num_attention_heads=1")
-    if recipe.data.protocol == "sentence":
+    if recipe.data.by_lines:
         small[0] = "length=64"
     overrides = [f"model.{s}" for s in small] + [
         f"data={{name: '{text}', protocol: {recipe.data.protocol or 'null'}}}",

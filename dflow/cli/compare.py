@@ -42,7 +42,9 @@ def compare(flags: Compare) -> int:
     device = flags.settle()
     loaded = [load_model(name, device) for name in flags.models]
     config = flags.config(flags.models[0], loaded[0][0])
-    corpora = [load(config, tokenizer) for _, tokenizer in loaded]
+    # Lines that one of the models cannot score are scored by none of them.
+    length = min(model.config.length for model, _ in loaded)
+    corpora = [load(config, tokenizer, length) for _, tokenizer in loaded]
     split = flags.part(corpora[0], *flags.models)
     contestants = [
         comparing.Contestant(name.rstrip("/"), model, corpus.split(split))

@@ -91,7 +91,7 @@ def score_text(flags: Evaluate, device: torch.device, options: dict[str, Any]) -
         f"is for models of images or tables; {flags.model} is one of text",
     )
     model, tokenizer = load_model(flags.model, device)
-    corpus = load(flags.config(flags.model, model), tokenizer)
+    corpus = load(flags.config(flags.model, model), tokenizer, model.config.length)
     split = flags.part(corpus, flags.model)
     text = corpus.split(split)
     options |= provided(flags, "batch_size")
@@ -185,9 +185,8 @@ def left_out(result: Evaluation, limit: int | None) -> str:
     """How many characters of a text are not scored, and why."""
     if not result.num_left:
         return ", all of them"
-    reason = (
-        "behind the last whole chunk" if "chunks" in result.protocol else "in sentences that are too long"
-    )
+    what = next(word for word in ("chunks", "sentences", "lines") if word in result.protocol)
+    reason = "behind the last whole chunk" if what == "chunks" else f"in {what} that are too long"
     return f"; {result.num_left:,} left out, {reason if limit is None else 'beyond the limit'}"
 
 

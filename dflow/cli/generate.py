@@ -85,7 +85,8 @@ def generate(flags: Generate) -> int:
         print(note, file=sys.stderr)
     prompt = prompt_of(flags, tokenizer)
     begin = 0 if prompt is None else len(tokenizer.decode(prompt))
-    spell = Spelling(tokenizer, flags.format or "text", controls.exact, flags.stop, begin)
+    lines = model.config.explicit_length
+    spell = Spelling(tokenizer, flags.format or "text", controls.exact, flags.stop, begin, lines)
     options: dict[str, Any] = {
         "length": flags.length,
         "seed": flags.seed,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from dflow.cli.flags import flag
@@ -38,14 +39,20 @@ class Source:
     def config(self, folder: str, model: DflowModel) -> DataConfig:
         """The data section of the recipe that the model in ``folder`` was trained by, changed by the flags.
 
-        How a text is cut is no choice: a model is one of sentences or of a stream.
+        How a text is cut is no choice: a model is one of sentences, of lines or of a stream.
         """
+        protocol: Literal["stream", "sentence", "lines"]
         from dflow.data import DataConfig, load
 
         trained = self.recorded(folder, DataConfig, "images")
-        fresh = DataConfig(name=str(self.data), folder=self.folder or (trained.folder if trained else None))
-        config = self.changed(load, trained, fresh)
-        return dataclasses.replace(config, protocol="sentence" if model.config.explicit_length else "stream")
+        if not model.config.explicit_length:
+            protocol = "stream"
+        else:
+            protocol = "lines" if trained and trained.protocol == "lines" else "sentence"
+        folder_of_data = self.folder or (trained.folder if trained else None)
+        fresh = DataConfig(name=str(self.data), folder=folder_of_data, protocol=protocol)
+        config = self.changed(partial(load, length=model.config.length), trained, fresh)
+        return dataclasses.replace(config, protocol=protocol)
 
     def images(self, folder: str) -> ImageConfig:
         """Images or the table on which the model in ``folder`` was trained, changed by the flags."""

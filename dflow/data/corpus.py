@@ -32,7 +32,8 @@ class Text:
     Sentences end at their ``lengths`` and are padded with 0. ``num_characters`` counts the characters
     that the symbols spell, ``dropped`` the sentences that the protocol left out for their length and
     ``dropped_characters`` the characters of these. ``starts``, int64 ``(K,)``, says how many characters begin
-    in each symbol; None where each symbol is one.
+    in each symbol; None where each symbol is one. Sentences are called ``what``: of protocol lines they are
+    lines, ``limit`` is then the most symbols that one may have, and ``empty`` says how many had no symbol.
     """
 
     name: str
@@ -42,6 +43,9 @@ class Text:
     dropped: int = 0
     dropped_characters: int = 0
     starts: Tensor | None = None
+    what: str = "sentences"
+    limit: int | None = None
+    empty: int = 0
 
     @property
     def num_symbols(self) -> int:
@@ -165,7 +169,7 @@ class Text:
             )
         if self.lengths is not None and length < self.longest:
             raise InputError(
-                f"the {self.name} text has sentences of {self.longest} symbols, above length={length}; "
+                f"the {self.name} text has {self.what} of {self.longest} symbols, above length={length}; "
                 f"set the length to at least {self.longest}"
             )
 
@@ -228,7 +232,7 @@ class Corpus:
     """
 
     name: str
-    protocol: Literal["stream", "sentence"]
+    protocol: Literal["stream", "sentence", "lines"]
     tokenizer: Tokenizer
     texts: Mapping[str, Callable[[], Text]]
     num_characters: int
@@ -253,7 +257,7 @@ class Corpus:
 
     def about(self) -> dict[str, Any]:
         """The splits as plain values: the characters, symbols and files of each; and the notes."""
-        amounts = {}
+        amounts, notes = {}, list(self.notes)
         for split in SPLITS:
             text = self.split(split)
             amounts[split] = {
@@ -262,13 +266,19 @@ class Corpus:
                 "files": list(self.sources.get(split, ())),
             }
             if text.lengths is not None:
-                amounts[split]["sentences"] = len(text.ids)
+                amounts[split][text.what] = len(text.ids)
+            if text.what == "lines" and (text.dropped or text.empty):
+                notes.append(
+                    f"Lines of the {split} data that were left out: {text.dropped:,} longer than "
+                    f"model.length={text.limit} ({text.dropped_characters:,} characters), {text.empty:,} "
+                    "empty."
+                )
         return {
             "name": self.name,
             "protocol": self.protocol,
             "checksum": self.checksum,
             "splits": amounts,
-            "notes": list(self.notes),
+            "notes": notes,
         }
 
     @property
@@ -302,4 +312,7 @@ def joined(texts: Sequence[Text]) -> Text:
         sum(text.dropped for text in texts),
         sum(text.dropped_characters for text in texts),
         texts[0].starts,
+        texts[0].what,
+        texts[0].limit,
+        sum(text.empty for text in texts),
     )

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 
+import numpy as np
+
 from dflow.config import InputError
 from dflow.data import files, splits
 from dflow.data.settings import DataConfig
@@ -18,6 +20,8 @@ from dflow.data.splits import SPLITS, Arranged
 Spans = dict[str, list[tuple[int, int]]]
 #: Stretches of a text of which each gives its end to validation and test, where blocks are dealt.
 STRETCHES = 20
+#: Characters of a line that a note shows.
+_SHOWN = 40
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,9 @@ def of_files(arranged: Arranged, config: DataConfig, partial: bool) -> Reading:
             raise InputError(f"{config.name} has a split of its own for {split}: leave {split} out")
     if config.split_by == "files":
         arranged = splits.by_files(arranged, config.shares)
-    contents, num_crlf = _read(arranged, config.lowercase)
-    joined = {split: "\n".join(texts) for split, texts in contents.items()}
+    contents, num_crlf, fasta = _read(arranged, config)
+    end = "\n" if config.protocol == "lines" else ""
+    joined = {split: "\n".join(texts) + end for split, texts in contents.items()}
     missing = {split: share for split, share in config.shares.items() if split not in joined}
     spans, dealt = cut(joined["train"], missing, config, partial)
     texts = {split: (joined | dealt)[split] for split in order(missing)}
@@ -68,6 +73,12 @@ def of_files(arranged: Arranged, config: DataConfig, partial: bool) -> Reading:
     notes = [*arranged.notes, *_notes_on_deal(missing, config.split_by, sources, arranged)]
     if num_crlf:
         notes.append(crlf_note(num_crlf))
+    if fasta:
+        notes.append(
+            f"Files read as FASTA, since their first line begins with '>': {len(fasta):,} "
+            f"({splits.first_few(fasta)}), with {sum(fasta.values()):,} records. Each record is one line, "
+            "joined without white space; headers were left out."
+        )
     notes += splits.repeated(named)
     borders = seal({split: len(text) for split, text in texts.items()}) if arranged.named else ""
     return Reading(
@@ -79,9 +90,13 @@ def of_files(arranged: Arranged, config: DataConfig, partial: bool) -> Reading:
     )
 
 
-def _read(arranged: Arranged, lowercase: bool) -> tuple[dict[str, list[str]], int]:
-    """The text of each file, by split; and the number of line ends that were changed."""
+def _read(arranged: Arranged, config: DataConfig) -> tuple[dict[str, list[str]], int, dict[str, int]]:
+    """The text of each file, by split; the number of line ends changed; and records by FASTA file.
+
+    By lines, a file has no line break behind its last line.
+    """
     contents: dict[str, list[str]] = {}
+    fasta: dict[str, int] = {}
     num_crlf = 0
     for split, paths in arranged.paths.items():
         contents[split] = []
@@ -89,12 +104,44 @@ def _read(arranged: Arranged, lowercase: bool) -> tuple[dict[str, list[str]], in
             data = files.read(path)
             num_crlf += data.count(b"\r\n")
             text = files.decode(data, path)
-            contents[split].append(text.lower() if lowercase else text)
+            if config.protocol == "lines":
+                if text.lstrip().startswith(">"):
+                    sequences = records(text)
+                    text, fasta[arranged.name(path)] = "\n".join(sequences), len(sequences)
+                else:
+                    text = text.removesuffix("\n")
+            contents[split].append(text.lower() if config.lowercase else text)
         if not any(text.strip() for text in contents[split]):
             path = paths[0] if len(paths) == 1 else arranged.root
             suffix = f" ({split})" if arranged.named else ""
             raise InputError(f"{path}: no text in it{suffix}; put text there, or leave it out")
-    return contents, num_crlf
+    return contents, num_crlf, fasta
+
+
+def records(text: str) -> list[str]:
+    r"""The sequences of a FASTA file, joined over their lines, without headers and white space.
+
+    >>> records(">a human\nACGT\nAC\n\n>b\nTT\n")
+    ['ACGTAC', 'TT']
+    """
+    bodies = ("\n" + text.strip()).split("\n>")[1:]
+    return ["".join(body.partition("\n")[2].split()) for body in bodies]
+
+
+def repeated_lines(texts: Mapping[str, str]) -> list[str]:
+    """Sentences on lines of the validation and test data that are lines of the data before them too."""
+    notes, lines = [], {split: texts.get(split, "").split("\n") for split in SPLITS}
+    for number, split in enumerate(SPLITS):
+        for other in SPLITS[:number]:
+            before = set(lines[other])
+            alike = [line for line in lines[split] if line and line in before]
+            if alike:
+                examples = splits.first_few(repr(line[:_SHOWN]) for line in dict.fromkeys(alike))
+                notes.append(
+                    f"Lines of the {split} data that are lines of the {other} data too: {len(alike):,} "
+                    f"({examples})."
+                )
+    return notes
 
 
 def _sources(arranged: Arranged, texts: Sequence[str], spans: Spans) -> dict[str, list[Path]]:
@@ -127,7 +174,10 @@ def crlf_note(count: int) -> str:
 
 
 def _notes_on_deal(
-    missing: Mapping[str, float], split_by: str, sources: Mapping[str, Sequence[str]], arranged: Arranged
+    missing: Mapping[str, float],
+    split_by: str | None,
+    sources: Mapping[str, Sequence[str]],
+    arranged: Arranged,
 ) -> list[str]:
     notes = []
     names = " and ".join({"valid": "validation", "test": "test"}[split] for split in missing)
@@ -148,17 +198,22 @@ def cut(
 ) -> tuple[Spans, dict[str, str]]:
     """Deal a text to training and the splits that are missing: the places of each split, and its text.
 
-    A sentence is not cut in two. By blocks, each of `STRETCHES` stretches of the text gives its end to the
-    missing splits; else the whole text does.
+    A line that is a sequence is not cut in two. By lines, all are dealt by a fixed shuffle. By blocks, each
+    of `STRETCHES` stretches of the text gives its end to the missing splits; else the whole text does.
 
     Raises:
         InputError: the text is so short that a split is empty.
     """
-    ends = (
-        [0, *accumulate(map(len, re.findall(r"[^\n]*\n|[^\n]+", text)))]
-        if config.protocol == "sentence"
-        else None
-    )
+    lines = re.findall(r"[^\n]*\n|[^\n]+", text) if config.by_lines else []
+    if config.split_by == "lines":
+        pool = {"train": np.arange(len(lines))}
+        numbers, _ = splits.by_rows(pool, missing, config.name, partial, "lines")
+        # Every split has lines of every file.
+        return (
+            {split: [(0, len(text))] for split in numbers},
+            {split: "".join(lines[i] for i in chosen) for split, chosen in numbers.items()},
+        )
+    ends = [0, *accumulate(map(len, lines))] if config.by_lines else None
     n = len(text) if ends is None else len(ends) - 1
     spans: Spans = {split: [] for split in ("train", *missing)}
     stretches = STRETCHES if config.split_by == "blocks" and missing else 1

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import re
 import string
+import sys
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +147,7 @@ def _wikipedia(
     )
 
 
-# -- the embedded text -----------------------------------------------------------------------------------
+# -- texts of Python itself ---------------------------------------------------------------------------------
 
 _ASCII = str.maketrans(
     {"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "--", "…": "...", "ß": "ss", "°": " degrees"}
@@ -188,6 +190,20 @@ def read_pydoc() -> str:
     return pydoc_text(topics)
 
 
+#: Beginnings of names that follow from the number of the character, as in CJK UNIFIED IDEOGRAPH-4E00.
+_NUMBERED = ("CJK UNIFIED ", "CJK COMPATIBILITY IDEOGRAPH", "HANGUL SYLLABLE", "TANGUT IDEOGRAPH")
+
+
+def read_unicode() -> str:
+    """The names of the characters of Unicode, a line each, in the order of their numbers.
+
+    They vary with the version of Python. Names of ideographs and syllables that only spell a number or a
+    sound are left out.
+    """
+    names = (unicodedata.name(chr(point), "") for point in range(sys.maxunicode + 1))
+    return "".join(f"{name}\n" for name in names if name and not name.startswith(_NUMBERED))
+
+
 # -- the table -------------------------------------------------------------------------------------------
 
 _TEXT8 = text8(TEXT8, TEXT8_SPLIT)
@@ -201,7 +217,34 @@ KNOWN: dict[str, KnownSet[Splits]] = {
     )
 }
 PYDOC = "pydoc"
-PYDOC_NOTE = "the English of Python's help; varies with the version of Python"
+UNICODE = "unicode"
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A text that comes with Python: its license, a note, the source, and what reads it."""
+
+    license: str
+    note: str
+    source: str
+    read: Callable[[], str]
+
+
+#: Texts on every machine, without splits of their own. What reads them is looked up when it is called.
+BUILT_IN = {
+    PYDOC: BuiltIn(
+        "PSF",
+        "the English of Python's help; varies with the version of Python",
+        "pydoc_data.topics",
+        lambda: read_pydoc(),
+    ),
+    UNICODE: BuiltIn(
+        "Unicode",
+        "names of characters, a line each (protocol lines); varies with the version of Python",
+        "unicodedata",
+        lambda: read_unicode(),
+    ),
+}
 
 
 # -- what `dflow data` does ------------------------------------------------------------------------------
@@ -230,7 +273,7 @@ class FileRow:
 def list_sets(folder: str | os.PathLike[str] | None = None) -> list[SetRow]:
     """The known sets and whether their files are in ``folder`` (default: ``DFLOW_DATA``); nothing is read."""
     place = files.data_folder(folder)
-    rows = [SetRow(PYDOC, "built in", "", "PSF", PYDOC_NOTE)]
+    rows = [SetRow(name, "built in", "", text.license, text.note) for name, text in BUILT_IN.items()]
     for data_set in _known_sets().values():
         local = data_set.local(place)
         folder_of_files = str(next(iter(local)).parent) if local else ""
@@ -248,9 +291,9 @@ def check(name: str, folder: str | os.PathLike[str] | None = None) -> list[FileR
         InputError: Unknown set, missing or damaged files.
     """
     place = files.data_folder(folder)
-    if name == PYDOC:
-        data = read_pydoc().encode()
-        return [FileRow("pydoc_data.topics", len(data), files.digest(data))]
+    if name in BUILT_IN:
+        data = BUILT_IN[name].read().encode()
+        return [FileRow(BUILT_IN[name].source, len(data), files.digest(data))]
     data_set = _known_set(name)
     local = data_set.local(place)
     if local is None:
@@ -275,7 +318,7 @@ def prepare(name: str, folder: str | os.PathLike[str] | None = None) -> list[Fil
     Raises:
         InputError: Unknown set, no folder named, no network, or damaged files.
     """
-    if name != PYDOC:
+    if name not in BUILT_IN:
         data_set = _known_set(name)
         if folder is not None:
             Path(folder).expanduser().mkdir(parents=True, exist_ok=True)
@@ -299,7 +342,7 @@ def _known_set(name: str) -> KnownSet[Any]:
         )
     known_sets = _known_sets()
     if name not in known_sets:
-        raise InputError(f"no data set {name!r}; {nearest(name, [PYDOC, *known_sets])}")
+        raise InputError(f"no data set {name!r}; {nearest(name, [*BUILT_IN, *known_sets])}")
     return known_sets[name]
 
 

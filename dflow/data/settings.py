@@ -94,10 +94,12 @@ class DataConfig(_Named):
 
     name: str = setting(
         sets.PYDOC,
-        ", ".join((sets.PYDOC, *sets.KNOWN)) + ", synthetic/LAW, or the path of a text file or folder",
+        ", ".join((*sets.BUILT_IN, *sets.KNOWN)) + ", synthetic/LAW, or the path of a text file or folder",
     )
-    protocol: Literal["stream", "sentence"] | None = setting(
-        None, "stream (default): one long text; sentence: each line on its own, 1 to 288 characters"
+    protocol: Literal["stream", "sentence", "lines"] | None = setting(
+        None,
+        "stream (default): one long text; lines: each line, or record of FASTA, is a sequence with its own "
+        "end, of at most model.length symbols; sentence: as lines, but stripped, of 1 to 288 characters",
     )
     tokenizer: Literal["characters", "bytes", "sentencepiece"] = setting("characters", "the symbols")
     vocab_size: int = setting(512, "number of symbols, for sentencepiece")
@@ -107,13 +109,14 @@ class DataConfig(_Named):
         "folder in which your own text, or hub:OWNER/NAME, is kept as symbols and read as "
         "needed: for texts larger than memory; made on first use",
     )
-    lowercase: bool = setting(False, "lower the case of your own text or of pydoc")
-    valid: float = setting(SHARE, "share for validation, of your own text or of pydoc")
-    test: float = setting(SHARE, "share for the test, of your own text or of pydoc")
-    split_by: Literal["tail", "files", "blocks"] = setting(
-        "tail",
+    lowercase: bool = setting(False, "lower the case of your own text or of one that is built in")
+    valid: float = setting(SHARE, "share for validation, of your own text or of one that is built in")
+    test: float = setting(SHARE, "share for the test, of your own text or of one that is built in")
+    split_by: Literal["tail", "files", "blocks", "lines"] | None = setting(
+        None,
         "what of your own text, where no names tell the splits, is for validation and test: "
-        "tail, the end of the joined text; files, whole files; blocks, ends of 20 stretches of the text",
+        "tail, the end of the joined text; files, whole files; blocks, ends of 20 stretches of the text; "
+        "lines, whole lines by a fixed shuffle (default: tail; lines for protocol lines)",
     )
     parameters: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "parameters of a synthetic law"}
@@ -123,8 +126,15 @@ class DataConfig(_Named):
     )
 
     def __post_init__(self) -> None:
-        """Check the shares and sizes."""
+        """Check the shares and sizes; fill in how splits are dealt."""
         _check_shares(self.valid, self.test)
+        if self.split_by is None:
+            self.split_by = "lines" if self.protocol == "lines" else "tail"
+        if self.split_by == "lines" and not self.by_lines:
+            raise InputError(
+                "split_by=lines deals whole lines: set protocol to lines, or split_by to tail, files or "
+                "blocks"
+            )
         if self.vocab_size < 2:
             raise InputError(f"vocab_size={self.vocab_size} must be at least 2")
         if self.parameters and not synthetic.is_law(self.name):
@@ -134,12 +144,17 @@ class DataConfig(_Named):
             )
 
     @property
+    def by_lines(self) -> bool:
+        """Whether each line is a sequence with its own end."""
+        return self.protocol in ("sentence", "lines")
+
+    @property
     def shares(self) -> dict[str, float]:
         """For validation and for the test."""
         return {"valid": self.valid, "test": self.test}
 
     def _known(self) -> list[str]:
-        return [sets.PYDOC, *sets.KNOWN]
+        return [*sets.BUILT_IN, *sets.KNOWN]
 
     def _of_other_kind(self) -> str:
         if self.name in (image_sets.CHECKERBOARD, *image_sets.KNOWN) or self.name.startswith(HUB):
@@ -220,7 +235,7 @@ class ImageConfig(_Named):
         return [image_sets.CHECKERBOARD, *image_sets.KNOWN]
 
     def _of_other_kind(self) -> str:
-        if self.name in (sets.PYDOC, *sets.KNOWN) or synthetic.is_law(self.name):
+        if self.name in (*sets.BUILT_IN, *sets.KNOWN) or synthetic.is_law(self.name):
             return "a text, and this is a model of images or tables; use a model.family of text"
         return ""
 

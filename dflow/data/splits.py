@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -34,6 +35,8 @@ _ROLES = {
     for end in ("", "set", "data", "ing")
 } | {"trainings": "train"}
 _TEXTS = (".txt", ".text", ".tokens")
+#: Files whose lines are read, beside texts.
+_LINES = (".smi", ".smiles", ".fasta", ".fa", ".fna", ".faa", ".log")
 _PACKED = (".xz", ".gz")
 #: Names that programs leave behind; those that begin with a dot are hidden too.
 _LEFT_BEHIND = {"__macosx", "thumbs.db", "desktop.ini", "__pycache__"}
@@ -113,7 +116,7 @@ def hidden(inside: Path) -> bool:
     return any(name.startswith(".") or name.lower() in _LEFT_BEHIND for name in inside.parts)
 
 
-def is_text(path: Path, split: str | None = None) -> bool:
+def is_text(path: Path, split: str | None = None, of_texts: Sequence[str] = _TEXTS) -> bool:
     """Whether a file of a folder is read as text: by its suffix, or for want of one by the name of a split.
 
     >>> is_text(Path("a.TXT")), is_text(Path("a.txt.gz")), is_text(Path("a.md")), is_text(Path("README"))
@@ -125,8 +128,8 @@ def is_text(path: Path, split: str | None = None) -> bool:
     if suffixes and suffixes[-1] in _PACKED:
         suffixes.pop()
     suffix = suffixes[-1] if suffixes else ""
-    if split is None or suffix in _TEXTS:
-        return suffix in _TEXTS
+    if split is None or suffix in of_texts:
+        return suffix in of_texts
     return suffix in ("", ".raw") or suffix[1:].isdigit() or role(suffix) is not None
 
 
@@ -163,6 +166,19 @@ def texts(root: Path) -> Arranged:
     if not root.is_dir():
         return Arranged(root, {"train": [root]})
     return arrange(root, is_text, "*.txt file", "put the text there or name a file")
+
+
+def lines(root: Path) -> Arranged:
+    """As `texts`; a folder's files of molecules, sequences and logs are read too.
+
+    Raises:
+        InputError: as of `arrange`.
+    """
+    if not root.is_dir():
+        return texts(root)
+    suffixes = (*_TEXTS, *_LINES)
+    is_read = partial(is_text, of_texts=suffixes)
+    return arrange(root, is_read, f"file of lines ({', '.join(suffixes)})", "put one there or name a file")
 
 
 def texts_before(root: Path) -> Arranged:
@@ -299,7 +315,7 @@ def by_files(arranged: Arranged, shares: Mapping[str, float]) -> Arranged:
 
 
 def by_rows(
-    rows: Mapping[str, Array], shares: Mapping[str, float], name: str, partial: bool
+    rows: Mapping[str, Array], shares: Mapping[str, float], name: str, partial: bool, what: str = "rows"
 ) -> tuple[dict[str, Array], str]:
     """The three splits of rows: those missing are taken from the rows to train on, by a fixed shuffle.
 
@@ -311,6 +327,7 @@ def by_rows(
         shares: for validation and test.
         name: of the data, for messages.
         partial: whether a split may be empty.
+        what: the rows are, for messages.
 
     Returns:
         The rows of each split, and a note, empty where no split is missing.
@@ -331,9 +348,9 @@ def by_rows(
     if not partial and not all(map(len, dealt.values())):
         wanted = " and ".join(f"{split}={share}" for split, share in missing.items())
         raise InputError(
-            f"{name}: {len(pool)} rows are too few for {wanted}; give more data, or larger shares"
+            f"{name}: {len(pool)} {what} are too few for {wanted}; give more data, or larger shares"
         )
-    return dealt, f"{' and '.join(missing)} dealt from the rows to train on by a fixed shuffle"
+    return dealt, f"{' and '.join(missing)} dealt from the {what} to train on by a fixed shuffle"
 
 
 def repeated(sources: Mapping[str, Iterable[tuple[str, Path | bytes]]]) -> list[str]:

@@ -26,42 +26,43 @@ MAX_SENTENCE = 288
 Arrange = Callable[[Path], Arranged]
 
 
-def load(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
+def load(config: DataConfig, tokenizer: Tokenizer | None = None, length: int | None = None) -> Corpus:
     """Read, split and encode the text that ``config`` names.
 
     Without ``tokenizer`` one is made: characters are ordered by their frequency in the training text, and
     those of the other splits are part of the alphabet; pieces are learned from the training text alone. With
-    one (that of a trained model), the text is spelled in it, and ``config.tokenizer`` is not read.
+    one (that of a trained model), the text is spelled in it, and ``config.tokenizer`` is not read. Protocol
+    lines leaves out lines of more than ``length`` symbols, where it is given.
 
     Raises:
         InputError: nothing of that name, damaged or undecodable files, too little text, settings that do not
             go together, parameters that a law does not take, another checksum than the config's; and when a
             split is read, a character outside the vocabulary.
     """
+    arrange = splits.lines if config.protocol == "lines" else splits.texts
     return load_either(
         config,
-        lambda: _load(config, tokenizer, splits.texts),
-        lambda: _load(config, tokenizer, splits.texts_before),
+        lambda: _load(config, tokenizer, arrange, length),
+        lambda: _load(config, tokenizer, splits.texts_before, length),
     )
 
 
-def _load(config: DataConfig, tokenizer: Tokenizer | None, arrange: Arrange) -> Corpus:
+def _load(config: DataConfig, tokenizer: Tokenizer | None, arrange: Arrange, length: int | None) -> Corpus:
     law = config.law()
     if law is not None:
         return _drawn(law, config, tokenizer)
     if config.store is not None:
         return _stored(config, tokenizer, arrange)
     protocol = config.protocol or "stream"
-    known_set = sets.KNOWN.get(config.name)
+    named = sets.KNOWN.get(config.name) or sets.BUILT_IN.get(config.name)
     reading = _read(config, arrange, scoring=tokenizer is not None)
     texts = dict(reading.texts)
     training = tokenizer is None
     num_characters = sum(map(len, texts.values()))
     if tokenizer is None:
-        alphabet = known_set.alphabet if known_set is not None else ""
-        alphabet = alphabet or "".join(sorted(set().union(*texts.values())))
+        alphabet = getattr(named, "alphabet", "") or "".join(sorted(set().union(*texts.values())))
         tokenizer = _tokenizer(config, texts["train"], alphabet)
-    encode = _sentences if protocol == "sentence" else _stream
+    notes = own_text.repeated_lines(texts) if protocol == "lines" else []
 
     @functools.cache
     def spelled(split: str) -> Text:
@@ -71,7 +72,11 @@ def _load(config: DataConfig, tokenizer: Tokenizer | None, arrange: Arrange) -> 
         between = "\n" if protocol == "sentence" else ""
         text = between.join(texts.values()) if split == splits.ALL else texts[split]
         try:
-            symbols = encode(split, text, tokenizer)
+            symbols = (
+                _lines(split, text, tokenizer, protocol, length)
+                if config.by_lines
+                else _stream(split, text, tokenizer)
+            )
         except InputError as error:
             raise InputError(f"{config.name} ({split}): {error}") from None
         if split != splits.ALL:
@@ -89,9 +94,9 @@ def _load(config: DataConfig, tokenizer: Tokenizer | None, arrange: Arrange) -> 
         texts={split: functools.partial(spelled, split) for split in (*SPLITS, splits.ALL)},
         num_characters=num_characters,
         checksum=reading.checksum,
-        note=known_set.note if known_set is not None else sets.PYDOC_NOTE * (config.name == sets.PYDOC),
+        note="" if named is None else named.note,
         sources=reading.sources,
-        notes=reading.notes,
+        notes=(*reading.notes, *notes),
         pooled=reading.pooled,
     )
 
@@ -100,22 +105,22 @@ def _read(config: DataConfig, arrange: Arrange, scoring: bool) -> own_text.Readi
     """The text of each split."""
     known_set = sets.KNOWN.get(config.name)
     if known_set is not None:
-        default = DataConfig(config.name)
+        default = DataConfig(config.name, protocol=config.protocol)
         if any(getattr(config, s) != getattr(default, s) for s in ("lowercase", "valid", "test", "split_by")):
             raise InputError(
                 f"{config.name} has splits and a spelling of its own: leave out lowercase, valid, test and "
                 "split_by"
             )
-        if config.protocol == "sentence" and known_set.alphabet:
+        if config.by_lines and known_set.alphabet:
             raise InputError(f"{config.name} has no lines: use protocol 'stream'")
         texts = dict(zip(SPLITS, known_set.read(files.data_folder(config.folder)), strict=True))
         return own_text.Reading(texts, {}, False, files.digest("".join(texts.values()).encode("utf-8")))
-    if config.name == sets.PYDOC:
+    if config.name in sets.BUILT_IN:
         if config.split_by == "files":
             raise InputError(
-                "pydoc is one text: data.split_by: files has no files to deal; choose blocks or tail"
+                f"{config.name} is one text: data.split_by: files has no files to deal; choose blocks or tail"
             )
-        text = sets.read_pydoc()
+        text = sets.BUILT_IN[config.name].read()
         text = text.lower() if config.lowercase else text
         _, texts = own_text.cut(text, config.shares, config, scoring)
         return own_text.Reading(texts, {}, False, files.digest(text.encode("utf-8")))
@@ -127,7 +132,7 @@ def _drawn(law: Law, config: DataConfig, tokenizer: Tokenizer | None) -> Corpus:
     plain = DataConfig(
         config.name, folder=config.folder, parameters=config.parameters, checksum=config.checksum
     )
-    if replace(config, protocol=None) != plain or config.protocol == "sentence":
+    if config.by_lines or replace(config, protocol=None) != plain:
         raise InputError(
             f"{config.name} is drawn: leave out protocol, tokenizer, vocab_size, lowercase, valid, test "
             "and split_by"
@@ -152,10 +157,11 @@ def _drawn(law: Law, config: DataConfig, tokenizer: Tokenizer | None) -> Corpus:
 
 def _stored(config: DataConfig, tokenizer: Tokenizer | None, arrange: Arrange) -> Corpus:
     """A text that is read from the disk as it is needed."""
-    if config.name in sets.KNOWN or config.name == sets.PYDOC or config.protocol == "sentence":
+    if config.name in (*sets.KNOWN, *sets.BUILT_IN) or config.by_lines:
         raise InputError(
-            "data.store is for streams of your own, which rules out a known text and protocol 'sentence'; "
-            f"{config.name}: leave out store, or protocol"
+            "data.store is for streams of your own, which rules out a known text and protocols 'sentence' "
+            f"and 'lines'; {config.name}, protocol {config.protocol or 'stream'!r}: leave out store, or "
+            "protocol"
         )
     arranged = None if config.name.startswith(HUB) else arrange(config.path())
     if config.split_by == "blocks" or (arranged is None and config.split_by != "tail"):
@@ -191,7 +197,7 @@ def _tokenizer(config: DataConfig, train: str, alphabet: str) -> Tokenizer:
         return Bytes()
     if config.tokenizer == "sentencepiece":
         return SentencePiece.train(train, config.vocab_size)
-    if config.protocol == "sentence":
+    if config.by_lines:
         train, alphabet = train.replace("\n", ""), alphabet.replace("\n", "")
     try:
         return Characters.train(train, alphabet)
@@ -204,23 +210,46 @@ def _stream(name: str, text: str, tokenizer: Tokenizer) -> Text:
     return Text(name, torch.from_numpy(codes), None, len(text), starts=tokenizer.starts)
 
 
-def _sentences(name: str, text: str, tokenizer: Tokenizer) -> Text:
-    """One sentence a line, stripped; empty lines, and sentences longer than `MAX_SENTENCE`, are left out."""
-    lines = [line for line in (raw.strip() for raw in text.split("\n")) if line]
-    sentences = [line for line in lines if len(line) <= MAX_SENTENCE]
-    if not sentences:
-        raise InputError(f"no line of 1 to {MAX_SENTENCE} characters; use protocol 'stream'")
-    codes = [tokenizer.codes(sentence) for sentence in sentences]
-    lengths = np.array([len(c) for c in codes])
-    ids = np.zeros((len(codes), int(lengths.max())), dtype=compact(tokenizer.size))
-    ids[np.arange(ids.shape[1]) < lengths[:, None]] = np.concatenate(codes)
-    num_characters = sum(map(len, sentences))
+def _lines(name: str, text: str, tokenizer: Tokenizer, protocol: str, length: int | None) -> Text:
+    """A sequence a line, without those that are empty or too long.
+
+    Protocol sentence strips its lines and takes up to `MAX_SENTENCE` characters; protocol lines takes each as
+    it stands, up to ``length`` symbols.
+    """
+    sentence = protocol == "sentence"
+    rows = text.split("\n")
+    if not rows[-1]:  # behind the last line break
+        rows.pop()
+    lines = [line for line in (row.strip() if sentence else row for row in rows) if line]
+    short = [line for line in lines if not sentence or len(line) <= MAX_SENTENCE]
+    coded = [(line, tokenizer.codes(line)) for line in short]
+    fitting = [(line, codes) for line, codes in coded if sentence or length is None or len(codes) <= length]
+    if not fitting:
+        raise InputError(_nothing_fits(min((len(codes) for _, codes in coded), default=0), sentence, length))
+    lengths = np.array([len(codes) for _, codes in fitting])
+    ids = np.zeros((len(fitting), int(lengths.max())), dtype=compact(tokenizer.size))
+    ids[np.arange(ids.shape[1]) < lengths[:, None]] = np.concatenate([codes for _, codes in fitting])
+    num_characters = sum(len(line) for line, _ in fitting)
     return Text(
         name,
         torch.from_numpy(ids),
         torch.from_numpy(lengths),
         num_characters,
-        len(lines) - len(sentences),
+        len(lines) - len(fitting),
         sum(map(len, lines)) - num_characters,
         tokenizer.starts,
+        "sentences" if sentence else "lines",
+        None if sentence else length,
+        0 if sentence else len(rows) - len(lines),
+    )
+
+
+def _nothing_fits(shortest: int, sentence: bool, length: int | None) -> str:
+    if sentence:
+        return f"no line of 1 to {MAX_SENTENCE} characters; use protocol 'stream'"
+    if not shortest:
+        return "no line with a character in it; give more lines, or a larger share for it"
+    return (
+        f"no line of 1 to {length} symbols, the shortest has {shortest:,}; set model.length to at least "
+        f"{shortest}, or use protocol 'stream'"
     )

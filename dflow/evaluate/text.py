@@ -146,10 +146,11 @@ class _Chunks(Scorer):
     def __init__(self, model: DflowModel, text: Text, limit: int | None, checks: int) -> None:
         explicit = model.config.explicit_length
         if explicit != (text.lengths is not None):
-            modelled, cut = ("sentences", "a stream") if explicit else ("a stream", "sentences")
+            modelled, cut = ("lines", "a stream") if explicit else ("a stream", text.what)
+            protocol = "'sentence' or 'lines'" if explicit else "'stream'"
             raise InputError(
                 f"the model is one of {modelled} and the {text.name} text is cut as {cut}; set the protocol "
-                f"to {'sentence' if explicit else 'stream'!r}"
+                f"to {protocol}"
             )
         self.model, self.what = model, f"likelihood of the {text.name} text"
         self.ids, self.lengths = text.chunks(model.config.length, limit)
@@ -290,4 +291,9 @@ def _protocol(text: Text, length: int, limit: int | None) -> str:
         return (
             f"{limited}chunks of {length:,} symbols, each on its own, tail of {text.tail(length):,} dropped"
         )
-    return f"{limited}sentences, each on its own with its length, {text.dropped:,} too long ones dropped"
+    if text.what == "sentences":
+        return f"{limited}sentences, each on its own with its length, {text.dropped:,} too long ones dropped"
+    return (
+        f"{limited}lines, each on its own with its length, the end counted as a character, {text.dropped:,} "
+        f"too long and {text.empty:,} empty ones left out"
+    )

@@ -48,7 +48,8 @@ def task_of(recipe: Recipe, resume: bool) -> Task:
     """
     if isinstance(recipe.data, ImageConfig):
         return _of_images(recipe, load_images(recipe.data), resume)
-    return _of_text(recipe, load(recipe.data, Tokenizer.load(recipe.output) if resume else None))
+    tokenizer = Tokenizer.load(recipe.output) if resume else None
+    return _of_text(recipe, load(recipe.data, tokenizer, recipe.model.length))
 
 
 def _task(
@@ -62,7 +63,7 @@ def _task(
 def _of_text(recipe: Recipe, corpus: Corpus) -> Task:
     """A model of text, scored exactly."""
     data = Texts(recipe, corpus)
-    explicit = corpus.protocol == "sentence"
+    explicit = corpus.protocol != "stream"
     torch.manual_seed(recipe.train.seed)
     settings = hf.DflowConfig(
         family=recipe.family,
