@@ -95,6 +95,7 @@ def test_probabilities_of_what_is_hidden_sum_to_one_and_steps_agree(name: str, K
         assert law.round_trip(x, given(x, mask))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAWS)
 @torch.no_grad()
 def test_draws_follow_the_law_and_keep_what_is_known(name: str) -> None:

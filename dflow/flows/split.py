@@ -77,7 +77,8 @@ class Split(Distribution):
             None if noise is None else noise.select(index) for index in (self.kept_index, self.rest_index)
         )
         if lengths is None:
-            return Context(given=given, noise=of_kept), Context(given=with_kept, noise=of_rest)
+            of_base = context if noise is None else Context(given=given, noise=of_kept)
+            return of_base, Context(given=with_kept, noise=of_rest)
         total = lengths.clamp(max=self.dim)
         num_kept = (self.kept_index < total[:, None]).sum(1)
         return (

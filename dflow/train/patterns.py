@@ -30,7 +30,7 @@ def pattern(length: int, context: int, shares: Sequence[float], seed: int) -> Te
         seed: decides.
 
     >>> pattern(3, 2, [0, 1, 0, 0], 5).tolist()
-    [True, True, False, False, False]
+    [True, False, False, False]
     """
     choose = random.Random(seed)
     kind = choose.choices(KINDS, shares)[0]
