@@ -144,6 +144,22 @@ def load_model(folder: str, device: torch.device) -> tuple[DflowModel, Tokenizer
     return model, tokenizer
 
 
+def read_text(file: str) -> tuple[str, str]:
+    """Name and content of a file of text in UTF-8, or of standard input where it is -.
+
+    Raises:
+        InputError: it is empty, or no UTF-8.
+    """
+    from dflow.data import files
+
+    name = "standard input" if file == "-" else file
+    data = sys.stdin.buffer.read() if file == "-" else files.read(files.expanded(file))
+    text = files.decode(data, name)
+    if not text:
+        raise InputError(f"{name}: empty; give a text")
+    return name, text
+
+
 def print_table(rows: Sequence[Sequence[str]]) -> None:
     """Columns as wide as their widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

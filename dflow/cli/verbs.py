@@ -14,6 +14,7 @@ FILES = (
     "train",
     "evaluate",
     "export",
+    "score",
     "generate",
     "compare",
     "codecs",
