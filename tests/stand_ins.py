@@ -93,6 +93,8 @@ def write_files(folder: Path) -> None:
     """Texts, pictures and arrays that commands name."""
     for name in ("my.txt", "notes.txt", "other.txt", "README.md"):
         write_text(folder).rename(folder / name)
+    (folder / "letter.txt").write_text("line 1 ____ a text: ____\nline 2 of a text.", encoding="utf-8")
+    (folder / "story.txt").write_text("line 1 of a text: ____", encoding="utf-8")
     (folder / "texts").mkdir()
     (folder / "texts" / "ptb").write_text("ptb", encoding="utf-8")
     (folder / "pictures").mkdir()

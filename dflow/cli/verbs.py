@@ -16,6 +16,7 @@ FILES = (
     "export",
     "score",
     "generate",
+    "fill",
     "compare",
     "codecs",
     "compress",
