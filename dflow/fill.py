@@ -144,34 +144,37 @@ def fill(
     _check_symbols(model, symbols, hidden)
     law, pieces = _law(model, hidden)
     controls = None if controls is None or controls.exact else controls
-    device = model.device
-
-    def draw(numbers: range) -> Iterator[Filled]:
-        x = symbols.to(device).expand(len(numbers), -1).clone()
-        log_prob = torch.zeros(len(x), dtype=torch.float64, device=device)
-        samples = torch.arange(numbers.start, numbers.stop, device=device)
-        for window in pieces:
-            places = torch.arange(window.begin, window.end, device=device)
-            mask = ~window.hidden.to(device)
-            context = Context(known=Known(x[:, places], mask), noise=Noise(seed, samples, places, controls))
-            # A document stops at its end, not behind its chunk.
-            options: dict[str, Any] = {"length": len(places)} if isinstance(law, Documents) else {}
-            x[:, places] = law.sample(len(x), context, **options)
-            log_prob += law.log_prob(x[:, places], Context(known=Known(x[:, places], mask))).double()
-        return map(Filled, x.cpu(), log_prob.tolist())
 
     def draws() -> Iterator[Filled]:
         for start in range(0, n, batch_size):
+            samples = torch.arange(start, min(n, start + batch_size), device=model.device)
             mode = model.training
             model.train(False)
             try:
                 with torch.inference_mode():
-                    filled = draw(range(start, min(n, start + batch_size)))
+                    filled = _draw(
+                        law, pieces, symbols.to(model.device), Noise(seed, samples, None, controls)
+                    )
             finally:
                 model.train(mode)
             yield from filled
 
     return draws()
+
+
+def _draw(law: Distribution, pieces: Sequence[Window], symbols: Tensor, noise: Noise) -> Iterator[Filled]:
+    """The samples of some noise: the windows of a text, one after another."""
+    x = symbols.repeat(len(noise.samples), 1)
+    log_prob = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    for window in pieces:
+        places = torch.arange(window.begin, window.end, device=x.device)
+        mask = ~window.hidden.to(x.device)
+        context = Context(known=Known(x[:, places], mask), noise=noise.select(places))
+        # A document stops at its end, not behind its chunk.
+        options: dict[str, Any] = {"length": len(places)} if isinstance(law, Documents) else {}
+        x[:, places] = law.sample(len(x), context, **options)
+        log_prob += law.log_prob(x[:, places], Context(known=Known(x[:, places], mask))).double()
+    return map(Filled, x.cpu(), log_prob.tolist())
 
 
 def _check_symbols(model: DflowModel, symbols: Tensor, hidden: Tensor) -> None:
