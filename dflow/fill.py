@@ -136,11 +136,7 @@ def fill(
             behind a gap; no gap; a gap longer than the model can take; symbols outside the vocabulary; an
             argument outside its range. At once, not at the first draw.
     """
-    for name, value in (("number of samples", n), ("batch size", batch_size)):
-        if value < 1:
-            raise InputError(f"{name} {value} must be at least 1")
-    if not 0 <= seed < 1 << 63:
-        raise InputError(f"seed {seed} must be from 0 to {(1 << 63) - 1}")
+    _check_numbers(n, batch_size, seed)
     _check_symbols(model, symbols, hidden)
     law, pieces = _law(model, hidden)
     controls = None if controls is None or controls.exact else controls
@@ -177,6 +173,14 @@ def _draw(law: Distribution, pieces: Sequence[Window], symbols: Tensor, noise: N
     return map(Filled, x.cpu(), log_prob.tolist())
 
 
+def _check_numbers(n: int, batch_size: int, seed: int) -> None:
+    for name, value in (("number of samples", n), ("batch size", batch_size)):
+        if value < 1:
+            raise InputError(f"{name} {value} must be at least 1")
+    if not 0 <= seed < 1 << 63:
+        raise InputError(f"seed {seed} must be from 0 to {(1 << 63) - 1}")
+
+
 def _check_symbols(model: DflowModel, symbols: Tensor, hidden: Tensor) -> None:
     if symbols.shape != hidden.shape or (symbols.dtype, symbols.ndim) != (torch.int64, 1):
         raise InputError(
@@ -208,8 +212,8 @@ def _law(model: DflowModel, hidden: Tensor) -> tuple[Distribution, list[Window]]
     if not bool(hidden[len(hidden) - size :].all()):
         raise InputError(
             f"text stands behind a gap, and a {config.family} model reads only what stands before; let the "
-            "text end with its only gap, without a line break behind it, or use a grouped model that was "
-            "trained with a model.context"
+            "text end with its only gap, without a line break behind it, or use a grouped or "
+            "any-order model that was trained with a model.context"
         )
     if documents is None and len(hidden) > config.length:
         raise InputError(

@@ -8,6 +8,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -19,8 +20,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from dflow.config import InputError
+from dflow.core import Context
 from dflow.data import Tokenizer, files, pictures
 from dflow.hf import DflowImageModel, DflowModel
+from dflow.hf.symbols import prompted
 from dflow.ops.noise import Controls, Noise
 from dflow.terminal import shown
 
@@ -82,7 +85,7 @@ def generate(
 
     def draw(numbers: range) -> Tensor:
         samples = torch.arange(numbers.start, numbers.stop, device=model.device)
-        noise = Noise(seed, samples, controls=None if controls is None or controls.exact else controls)
+        noise = Noise(seed, samples, controls=None if _neutral(controls) else controls)
         return model.generate(len(numbers), length=length, prompt=prompt, noise=noise)
 
     return _draw(model, draw, n, batch_size, progress, accelerator)
@@ -206,22 +209,102 @@ def is_picture(shape: Sequence[int]) -> bool:
     return shape[0] in (1, 3) and tuple(shape[1:]) != (1, 1)
 
 
-def spell(ids: Tensor, tokenizer: Tokenizer, kind: Format, number: int = 1, exact: bool = True) -> str:
-    """One sample under a title line, for reading, or as a line of JSON: ``text``, ``num_symbols``, ``exact``.
+@torch.inference_mode()
+def pieces(
+    model: DflowModel,
+    tokenizer: Tokenizer,
+    number: int,
+    *,
+    length: int | None = None,
+    seed: int = 0,
+    prompt: Tensor | None = None,
+    controls: Controls | None = None,
+    stop: str | None = None,
+) -> Iterator[str]:
+    """The text of sample ``number`` of `generate`, piece by piece as chunks are drawn, the prompt first.
 
-    Samples that are a line each need no title.
+    Args:
+        model: one that was trained with a context.
+        tokenizer: that of the model.
+        number: of the sample, from 0.
+        length: number of symbols.
+        seed: as of `generate`.
+        prompt: int64 ``(m,)``, the first symbols.
+        controls: as of `generate`.
+        stop: the text ends before this where it comes up behind the prompt, and nothing more is drawn.
+
+    Raises:
+        InputError: a model without a context.
     """
-    text = tokenizer.decode(ids)
-    if kind == "text":
-        # Samples hold line breaks of their own.
-        return f"{text}\n" if tokenizer.one_line else f"--- sample {number} ---\n{text}\n"
-    values = {"text": text, "num_symbols": int((ids >= 0).sum()), "exact": exact}
-    return json.dumps(values, ensure_ascii=False) + "\n"
+    if model.documents is None:
+        raise InputError("this model was trained without a model.context and draws no text piece by piece")
+    noise = Noise(
+        seed, torch.tensor([number], device=model.device), controls=None if _neutral(controls) else controls
+    )
+    before = 0 if prompt is None else len(prompt)
+    known = None if prompt is None else prompted(prompt.to(model.device), 1)
+    ids = torch.zeros(0, dtype=torch.int64)
+    begin = len(tokenizer.decode(prompt)) if prompt is not None else 0
+    shown_up_to = 0
+    length = before + model.config.length if length is None else length
+    for drawn in model.documents.stream(1, Context(noise=noise, known=known), length=length):
+        ids = torch.cat([ids, drawn[0].cpu()])
+        text = tokenizer.decode(ids)
+        end = cut(text, stop, begin)
+        if end is None and len(ids) < length:
+            # The next piece may complete a character, or what the text stops at.
+            held = len(text) - len(text.rstrip("\ufffd")) if stop is None else len(stop)
+            yield text[shown_up_to : max(shown_up_to, len(text) - held)]
+            shown_up_to = max(shown_up_to, len(text) - held)
+            continue
+        yield text[shown_up_to:end]
+        return
 
 
-def write(
-    samples: Iterator[Tensor], tokenizer: Tokenizer, kind: Format, output: Path | None, exact: bool = True
-) -> None:
+def cut(text: str, stop: str | None, begin: int) -> int | None:
+    """Where ``stop`` comes up first in ``text`` from ``begin`` on, None where it does not."""
+    place = text.find(stop, begin) if stop else -1
+    return None if place < 0 else place
+
+
+def _neutral(controls: Controls | None) -> bool:
+    return controls is None or controls.exact
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How samples are written.
+
+    Attributes:
+        tokenizer: makes text of symbols.
+        format: "text", each sample under a title line (samples that are a line each need no title), or
+            "jsonl", an object a line: ``text``, ``num_symbols`` and ``exact``.
+        exact: whether the samples follow the law of the model.
+        stop: samples end before this text, where it comes up.
+        begin: number of characters of the prompt, in which it does not count.
+    """
+
+    tokenizer: Tokenizer
+    format: Format = "text"
+    exact: bool = True
+    stop: str | None = None
+    begin: int = 0
+
+    def __call__(self, ids: Tensor, number: int = 1) -> str:
+        """Sample ``number``, counted from 1, of its symbols."""
+        text = self.tokenizer.decode(ids)
+        text = text[: cut(text, self.stop, self.begin)]
+        if self.format == "text":
+            return f"{self.title(number)}{text}\n"
+        values = {"text": text, "num_symbols": int((ids >= 0).sum()), "exact": self.exact}
+        return json.dumps(values, ensure_ascii=False) + "\n"
+
+    def title(self, number: int) -> str:
+        """The line above a sample, which may hold line breaks of its own."""
+        return "" if self.tokenizer.one_line else f"--- sample {number} ---\n"
+
+
+def write(samples: Iterator[Tensor], spell: Spelling, output: Path | None) -> None:
     """Write samples to the file ``output``, which appears when all are in it, or to stdout as they come.
 
     Raises:
@@ -230,16 +313,19 @@ def write(
     """
     if output is None:
         for number, ids in enumerate(samples, 1):
-            text = spell(ids, tokenizer, kind, number, exact)
-            # A character that the terminal cannot show must not end a long draw.
-            encoding = sys.stdout.encoding or "utf-8"
-            sys.stdout.write(shown(text.encode(encoding, "replace").decode(encoding), sys.stdout))
-            sys.stdout.flush()
+            say(spell(ids, number))
         return
     check_output(output)
     # An output is whole or absent, so it waits in memory: a million samples of 256 symbols are 256 MB.
-    text = "".join(spell(ids, tokenizer, kind, number, exact) for number, ids in enumerate(samples, 1))
+    text = "".join(spell(ids, number) for number, ids in enumerate(samples, 1))
     write_whole(output, text.encode("utf-8", "replace"))
+
+
+def say(text: str) -> None:
+    """Print text at once; a character that the terminal cannot show does not end a long draw."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(shown(text.encode(encoding, "replace").decode(encoding), sys.stdout))
+    sys.stdout.flush()
 
 
 def check_output(output: Path) -> None:

@@ -95,7 +95,12 @@ def corpus_of(path: Path, protocol: str = "stream") -> Corpus:
 
 
 def make_model(
-    family: str, vocab_size: int, length: int = LENGTH, explicit_length: bool = False, seed: int = 0
+    family: str,
+    vocab_size: int,
+    length: int = LENGTH,
+    explicit_length: bool = False,
+    seed: int = 0,
+    context: int = 0,
 ) -> hf.DflowModel:
     torch.manual_seed(seed)
     config = hf.DflowConfig(
@@ -103,6 +108,7 @@ def make_model(
         vocab_size=vocab_size,
         length=length,
         explicit_length=explicit_length,
+        context=context,
         **SETTINGS[family],
     )
     model = hf.DflowModel(config)

@@ -88,9 +88,10 @@ def test_the_context_goes_to_both_sides() -> None:
 # -- laws ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("family", ["grouped", "any_order"])
 @pytest.mark.parametrize("pattern", ["ab__a", "_b_a_", "ab___", "___ab", "___"])
-def test_a_text_that_fits_into_a_window_is_filled_by_the_conditional_law(pattern: str) -> None:
-    made, hidden = model("grouped", K=2, length=4, context=4), mask_of(pattern)
+def test_a_text_that_fits_into_a_window_is_filled_by_the_conditional_law(family: str, pattern: str) -> None:
+    made, hidden = model(family, K=2, length=4, context=4), mask_of(pattern)
     text = torch.tensor([c == "b" for c in pattern]).long()
     rows = enumerate_all(2, len(hidden))
     rows = rows[(rows == text)[:, ~hidden].all(1)]
@@ -99,8 +100,9 @@ def test_a_text_that_fits_into_a_window_is_filled_by_the_conditional_law(pattern
     check_law(draw(made, text, hidden, NUM_DRAWS), rows, log_prob)
 
 
-def test_several_windows_are_filled_from_left_to_right_each_given_the_last() -> None:
-    made, pattern = model("grouped", K=2, length=2, context=2), "ab__aa__b"
+@pytest.mark.parametrize("family", ["grouped", "any_order"])
+def test_several_windows_are_filled_from_left_to_right_each_given_the_last(family: str) -> None:
+    made, pattern = model(family, K=2, length=2, context=2), "ab__aa__b"
     hidden, text = mask_of(pattern), torch.tensor([c == "b" for c in pattern]).long()
     rows = enumerate_all(2, 9)
     rows = rows[(rows == text)[:, ~hidden].all(1)]

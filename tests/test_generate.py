@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from folders import LENGTH, SETTINGS, make_model
+from folders import LENGTH, SETTINGS, make_model, write_model, write_text
 from torch import Tensor
 
+from dflow.cli import main
 from dflow.config import InputError
 from dflow.data import Bytes, Characters, files
-from dflow.generate import check_output, generate, spell, write, write_whole
+from dflow.generate import Spelling, check_output, generate, pieces, write, write_whole
 from dflow.hf import DflowModel
 
 K = 5
@@ -120,8 +121,8 @@ def test_the_mode_is_restored(training: bool) -> None:
 
 def test_formats() -> None:
     ids = torch.tensor([0, 2, 4, -1])
-    assert spell(ids, TOKENIZER, "text", 7) == "--- sample 7 ---\na\né\n"
-    line = spell(ids, TOKENIZER, "jsonl")
+    assert Spelling(TOKENIZER)(ids, 7) == "--- sample 7 ---\na\né\n"
+    line = Spelling(TOKENIZER, "jsonl")(ids)
     assert line.endswith("\n")
     assert line.count("\n") == 1
     assert json.loads(line) == {"text": "a\né", "num_symbols": 3, "exact": True}
@@ -138,12 +139,12 @@ def test_stdout_gets_samples_as_they_come(capsys: pytest.CaptureFixture[str]) ->
         assert capsys.readouterr().out == "--- sample 1 ---\na\n"
         yield torch.tensor([1])
 
-    write(samples(), TOKENIZER, "text", None)
+    write(samples(), Spelling(TOKENIZER, "text"), None)
     assert capsys.readouterr().out == "--- sample 2 ---\nb\n"
 
 
 def test_a_file_is_whole(tmp_path: Path) -> None:
-    write(some([0, 1], [4]), TOKENIZER, "text", tmp_path / "out.txt")
+    write(some([0, 1], [4]), Spelling(TOKENIZER, "text"), tmp_path / "out.txt")
     assert (tmp_path / "out.txt").read_bytes() == ("--- sample 1 ---\nab\n--- sample 2 ---\né\n".encode())
     assert [p.name for p in tmp_path.iterdir()] == ["out.txt"]
 
@@ -154,7 +155,7 @@ def test_an_interrupted_draw_leaves_nothing(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write(samples(), TOKENIZER, "text", tmp_path / "out.txt")
+        write(samples(), Spelling(TOKENIZER, "text"), tmp_path / "out.txt")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -162,7 +163,7 @@ def test_an_output_that_exists_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "out.txt"
     path.write_text("mine")
     with pytest.raises(InputError, match="exists already"):
-        write(some([0]), TOKENIZER, "text", path)
+        write(some([0]), Spelling(TOKENIZER, "text"), path)
     assert path.read_text() == "mine"
     with pytest.raises(InputError, match="exists already"):
         check_output(tmp_path)
@@ -187,8 +188,50 @@ def test_a_full_disk_names_the_file_and_leaves_nothing(
 
 
 def test_any_bytes_can_be_written(tmp_path: Path) -> None:
-    write(some([255, 65]), Bytes(), "jsonl", tmp_path / "out")
+    write(some([255, 65]), Spelling(Bytes(), "jsonl"), tmp_path / "out")
     assert json.loads((tmp_path / "out").read_text(encoding="utf-8"))["text"] == "\ufffdA"
     surrogates = Characters(["a", "\ud800"])
-    write(some([0, 1]), surrogates, "text", tmp_path / "other")
+    write(some([0, 1]), Spelling(surrogates, "text"), tmp_path / "other")
     assert (tmp_path / "other").read_text(encoding="utf-8") == "--- sample 1 ---\na?\n"
+
+
+# -- texts piece by piece ------------------------------------------------------------------------------------
+
+
+def test_pieces_are_the_sample_and_end_where_they_should() -> None:
+    model = make_model("transformer", 5, context=6)
+    tokenizer = Characters("abcde")
+    prompt = torch.tensor([0, 1, 2])
+    for number, ids in enumerate(generate(model, 3, length=40, seed=2, prompt=prompt)):
+        whole = tokenizer.decode(ids)
+        texts = list(pieces(model, tokenizer, number, length=40, seed=2, prompt=prompt))
+        assert "".join(texts) == whole
+        assert len(texts) > 3
+        stop = whole[20:22]
+        place = whole.find(stop, 3)
+        assert (
+            "".join(pieces(model, tokenizer, number, length=40, seed=2, prompt=prompt, stop=stop))
+            == whole[:place]
+        )
+        assert Spelling(tokenizer, stop=stop, begin=3)(ids, 1) == f"--- sample 1 ---\n{whole[:place]}\n"
+        # In the prompt it does not count.
+        assert Spelling(tokenizer, stop="ab", begin=3)(ids)[17:19] == "ab"
+    with pytest.raises(InputError, match=r"without a model\.context"):
+        next(pieces(make_model("transformer", 5), tokenizer, 0))
+
+
+def test_prompts_come_from_files_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(write_model(tmp_path / "m", "transformer", write_text(tmp_path)))
+    words = ["generate", "--model", model, "--format", "jsonl"]
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("of", encoding="utf-8")
+    assert main([*words, "--prompt", "of"]) == 0
+    first = capsys.readouterr().out
+    assert main([*words, "--prompt-file", str(prompt)]) == 0
+    assert capsys.readouterr().out == first
+    assert main([*words, "--prompt-file", str(prompt), "--prompt", "of"]) == 2
+    assert "leave one of them out" in capsys.readouterr().err
+    prompt.write_bytes(b"\xff")
+    assert main([*words, "--prompt-file", str(prompt)]) == 2
+    assert "is not UTF-8" in capsys.readouterr().err
+    assert main([*words, "--prompt-file", str(tmp_path / "none")]) == 2

@@ -19,7 +19,7 @@ from dflow.data import DataConfig, Draws, Law, Numbers, Tokenizer, check, list_s
 from dflow.data.laws import sequences
 from dflow.data.synthetic import LAWS, Addition, EightGaussians, FullRank, Potts, SetShuffling, SetSummation
 from dflow.evaluate import evaluate, evaluate_law
-from dflow.generate import generate, spell
+from dflow.generate import Spelling, generate
 from dflow.train import load_recipe, train
 
 ROOT = Path(__file__).parent.parent
@@ -256,7 +256,7 @@ def test_numbers_are_spelled_and_read(tmp_path: Path) -> None:
     assert tokenizer.decode([3, 299, -1]) == "3 299"
     tokenizer.save(tmp_path)
     assert Tokenizer.load(tmp_path) == tokenizer
-    assert spell(torch.tensor([1, 2]), tokenizer, "text", 3) == "1 2\n"
+    assert Spelling(tokenizer)(torch.tensor([1, 2]), 3) == "1 2\n"
     for bad in ("300", "-1", "x", "1.5", "²"):
         with pytest.raises(InputError, match=r"no number in 0\.\.299"):
             tokenizer.encode(bad)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from dflow.cli.flags import Verbs, argument, flag
 from dflow.cli.shared import Machine, Results, load_model, show_comparison
@@ -24,6 +25,9 @@ class Compare(Source, Machine, Results):
     )
     batch_size: int = flag("number of samples drawn together where characters a second are measured", 100)
     rounds: int = flag("number of rounds of measuring", 10)
+    protocol: Literal["chunks", "rolling"] = flag(
+        "how the text is scored by all models; see dflow evaluate", "chunks"
+    )
     output: str | None = flag("folder for compare.md, compare.json and compare.png", None, short="-o")
 
 
@@ -53,6 +57,7 @@ def compare(flags: Compare) -> int:
         rounds=flags.rounds,
         limit=flags.limit,
         text=f"{config.name}, {split}",
+        protocol=flags.protocol,
         progress=True,
     )
     show_comparison(flags, comparing, result, folder)

@@ -44,13 +44,25 @@ class Evaluate(Source, Machine, Results):
         "precision in which models of images are computed: float64 (default), float32", None
     )
     seed: int | None = flag("seed of the draws of the dequantizer, or of networks (default: 0)", None)
+    protocol: Literal["chunks", "rolling"] | None = flag(
+        "how a text is scored: in chunks, each without the text before it (default), or rolling, each symbol "
+        "given the text before it (transformer and lstm models)",
+        None,
+    )
+    context: int | None = flag(
+        "least number of symbols before each scored one under --protocol rolling, where there are as many "
+        "(default: half of the model's length)",
+        None,
+    )
 
 
 def evaluate(flags: Evaluate) -> int:
     """`dflow evaluate`; under ``accelerate launch`` the chunks are spread over the processes."""
-    from dflow.hf import DflowClassifier, DflowImageModel, kind_of
+    from dflow.hf import DflowClassifier, DflowImageModel, DflowModel, kind_of
 
     kind = kind_of(flags.model)
+    if kind is not DflowModel:
+        refuse(flags, ("protocol", "context"), f"is for models of text; {flags.model} is of another kind")
     if kind is DflowClassifier:
         return evaluate_classifier(flags)
     device, accelerator = flags.processes()
@@ -86,19 +98,25 @@ def score_text(flags: Evaluate, device: torch.device, options: dict[str, Any]) -
     suit_threads(model, options.get("batch_size", 32))
     result: Evaluation | LawEvaluation
     if isinstance(text, Draws):
+        refuse(
+            flags,
+            ("protocol", "context"),
+            f"is for texts; {corpus.name} is a law of whole sequences, with nothing before them",
+        )
         result = evaluate_law(model, text, **options)
         rows = [*law_rows(result, corpus), ("round trip", verdict(result, "draws"))]
     else:
-        result = run(model, text, **options)
+        result = run(model, text, **options, **provided(flags, "protocol", "context"))
+        chunks = "pieces" if flags.protocol == "rolling" else "chunks"
         rows = [
             ("text", f"{corpus.name}, {split}"),
             ("protocol", result.protocol),
             ("characters scored", f"{result.num_characters:,}{left_out(result, flags.limit)}"),
-            ("symbols scored", f"{result.num_symbols:,} in {result.num_chunks:,} chunks"),
+            ("symbols scored", f"{result.num_symbols:,} in {result.num_chunks:,} {chunks}"),
             ("bits a character", f"{result.bpc:.4f}"),
             ("standard error", figure(result.standard_error)),
             ("kind", result.kind),
-            ("round trip", verdict(result, "chunks")),
+            ("round trip", verdict(result, chunks)),
         ]
     return corpus, split, result, rows, FAILED if result.round_trip is False else ""
 

@@ -6,13 +6,16 @@ import collections
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dflow.cli.flags import Verbs, flag, refuse
 from dflow.cli.shared import Drawing, load_model, suit_threads
 from dflow.config import InputError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dflow.data import Tokenizer
     from dflow.generate import ImageFormat
 
 
@@ -23,6 +26,8 @@ class Generate(Drawing):
     model: str = flag("folder of the model")
     length: int | None = flag("number of symbols of each sample (default: the model's length)", None)
     prompt: str | None = flag("text that each sample begins with, for models that can continue one", None)
+    prompt_file: str | None = flag("file whose text each sample begins with, in place of --prompt", None)
+    stop: str | None = flag("text before which a sample ends, where it comes up behind the prompt", None)
     format: Literal["text", "jsonl", "png", "npy", "csv"] | None = flag(
         "format of text: text (default), or jsonl, a JSON object a line; of images: png (default), a grid, "
         "or npy, csv; of tables: csv (default) or npy",
@@ -37,7 +42,7 @@ class Generate(Drawing):
 
 def generate(flags: Generate) -> int:
     """`dflow generate`; under ``accelerate launch`` the batches are spread over the processes."""
-    from dflow.generate import check_output, write
+    from dflow.generate import Spelling, check_output, pieces, say, write
     from dflow.generate import generate as run
     from dflow.hf import DflowClassifier, DflowImageModel, kind_of
 
@@ -54,30 +59,57 @@ def generate(flags: Generate) -> int:
     model, tokenizer = load_model(flags.model, device)
     suit_threads(model, min(flags.n, flags.batch_size), model.num_calls)
     controls = flags.controls()
-    prompt = None
-    if flags.prompt is not None:
-        try:
-            prompt = tokenizer.encode(flags.prompt)
-        except InputError as error:
-            raise InputError(f"--prompt: {error}") from None
+    prompt = prompt_of(flags, tokenizer)
+    begin = 0 if prompt is None else len(tokenizer.decode(prompt))
+    spell = Spelling(tokenizer, flags.format or "text", controls.exact, flags.stop, begin)
+    options: dict[str, Any] = {
+        "length": flags.length,
+        "seed": flags.seed,
+        "prompt": prompt,
+        "controls": controls,
+    }
     samples = run(
         model,
         flags.n,
-        length=flags.length,
-        seed=flags.seed,
+        **options,
         batch_size=flags.batch_size,
-        prompt=prompt,
-        controls=controls,
         progress=output is not None or not sys.stdout.isatty(),
         accelerator=accelerator,
     )
-    if accelerator is None or accelerator.is_main_process:
-        write(samples, tokenizer, flags.format or "text", output, controls.exact)
+    on_terminal = output is None and sys.stdout.isatty() and accelerator is None and flags.format != "jsonl"
+    if on_terminal and model.documents is not None:
+        for number in range(flags.n):
+            say(spell.title(number + 1))
+            for piece in pieces(model, tokenizer, number, **options, stop=flags.stop):
+                say(piece)
+            say("\n")
+    elif accelerator is None or accelerator.is_main_process:
+        write(samples, spell, output)
     else:
         collections.deque(samples, 0)
     if accelerator is not None:
         accelerator.end_training()
     return 0
+
+
+def prompt_of(flags: Generate, tokenizer: Tokenizer) -> Tensor | None:
+    """The symbols of --prompt or --prompt-file."""
+    if flags.prompt_file is None:
+        if flags.prompt is None:
+            return None
+        name, text = "--prompt", flags.prompt
+    else:
+        if flags.prompt is not None:
+            raise InputError("--prompt-file: --prompt is given too; leave one of them out")
+        name = f"--prompt-file {flags.prompt_file}"
+        try:
+            text = Path(flags.prompt_file).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{name}: is not UTF-8 ({error}); convert it") from None
+    try:
+        return tokenizer.encode(text)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
 
 
 def _format_of(output: str | None, format: ImageFormat | None) -> ImageFormat | None:
@@ -101,7 +133,7 @@ def generate_pictures(flags: Generate) -> int:
 
     refuse(
         flags,
-        ("length", "prompt", "temperature", "top_k", "top_p", "min_p"),
+        ("length", "prompt", "prompt_file", "stop", "temperature", "top_k", "top_p", "min_p"),
         f"is for models of text; {flags.model} is one of images or tables",
     )
     if flags.format == "text" or flags.format == "jsonl":

@@ -19,7 +19,7 @@ from dflow.compress.clock import progress_bar
 from dflow.config import InputError
 from dflow.data import Text
 from dflow.distributions import SequenceCategorical, Walk
-from dflow.evaluate import Evaluation, evaluate
+from dflow.evaluate import Evaluation, Protocol, evaluate
 from dflow.flows import Flow, Split
 from dflow.hf import DflowModel
 from dflow.plot import Curve, frontier, short_names
@@ -83,10 +83,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The table, with what is needed to read it."""
+    """The table, with what is needed to read it; all models are scored by one protocol."""
 
     environment: dict[str, str | int]
     text: str
+    protocol: Protocol
     length: int
     batch_size: int
     rounds: int
@@ -105,6 +106,7 @@ def compare(
     score_batch_size: int = 32,
     seed: int = 0,
     progress: bool = False,
+    protocol: Protocol = "chunks",
 ) -> Comparison:
     """Score every model on the text, then time them all by turns.
 
@@ -122,14 +124,17 @@ def compare(
         score_batch_size: chunks a pass.
         seed: of the draws.
         progress: show bars on stderr.
+        protocol: of `dflow.evaluate.evaluate`, for all models; "rolling" with its default context.
 
     Raises:
-        InputError: no model, two of one name, an argument outside its range, or a length that one of them
-            cannot draw.
+        InputError: no model, two of one name, an argument outside its range, a length that one of them
+            cannot draw, or a protocol that one of them cannot be scored by.
     """
     length = _check(contestants, length, batch_size, rounds)
     scores = [
-        evaluate(c.model, c.text, batch_size=score_batch_size, limit=limit, progress=progress)
+        evaluate(
+            c.model, c.text, batch_size=score_batch_size, limit=limit, progress=progress, protocol=protocol
+        )
         for c in contestants
     ]
     latencies = measure(contestants, 1, length, rounds, seed, progress)
@@ -141,6 +146,7 @@ def compare(
     return Comparison(
         environment(contestants[0].model.device),
         contestants[0].text.name if text is None else text,
+        protocol,
         length,
         batch_size,
         rounds,
@@ -292,7 +298,7 @@ def markdown(comparison: Comparison) -> str:
     head = [
         "model",
         "parameters",
-        "bits/char (exact)",
+        f"bits/char (exact, {comparison.protocol})",
         "network calls",
         "latency, batch 1 (ms)",
         f"chars/s, batch {comparison.batch_size}",
@@ -364,7 +370,7 @@ def plot(comparison: Comparison) -> bytes:
         )
         for name, rows in models.items()
     ]
-    return frontier(curves, comparison.text, comparison.length)
+    return frontier(curves, f"{comparison.text}, {comparison.protocol}", comparison.length)
 
 
 def _characters(row: Row) -> float:

@@ -81,22 +81,25 @@ class AnyOrder(nn.Module):
         section I.1).
 
         With ``sizes`` (calls,), how many entries each call draws, it is the bound for such groups instead:
-        one random order for each sequence, walked to its end.
+        one random order for each sequence, walked to its end. With known entries in the context it is a bound
+        of the others given these: all orders begin with them.
         """
         batch, n = x.shape[:2]
         if sizes is not None and int(sizes.sum()) < n:
             raise ValueError(f"calls of sizes {sizes.tolist()} do not draw all of {n} entries")
-        mask = present(context, batch, n)
+        mask, before = present(context, batch, n), known_in(context)
         noise = torch.rand(batch, n, device=x.device, generator=generator)
-        # Absent entries come last.
+        # Entries that the context knows come first, absent ones last.
+        noise = noise if before is None else noise.masked_fill(before.mask, -1.0)
         rank = (noise if mask is None else noise.masked_fill(~mask, 2.0)).argsort(1).argsort(1)
         if sizes is not None:
             calls = torch.arange(len(sizes), device=x.device).repeat_interleave(sizes.to(x.device))
             return self.log_prob_along(x, calls[rank], len(sizes), context)
-        count = self._count(x, context)
+        known, count = self._known(x, context), self._count(x, context)
         offset = torch.arange(batch, dtype=torch.float64, device=x.device) / max(1, batch)
         position = (offset + torch.rand((), dtype=torch.float64, device=x.device, generator=generator)) % 1
-        t = torch.minimum((position * count).long(), count - 1)
+        hidden = count - known
+        t = known + torch.minimum((position * hidden).long(), hidden - 1)
         return self.elbo_given(x, rank < t[:, None], context)
 
     def elbo_given(self, x: Tensor, known: Tensor, context: Context | None = None) -> Tensor:
@@ -111,7 +114,7 @@ class AnyOrder(nn.Module):
         t = known.sum(1)
         if self.training:
             self._note(t * self.dim // count, -total.detach() / (count - t))
-        return total * (count / (count - t)).to(total.dtype)
+        return total * ((count - self._known(x, context)) / (count - t)).to(total.dtype)
 
     @torch.no_grad()
     def _note(self, t: Tensor, costs: Tensor) -> None:
@@ -126,7 +129,12 @@ class AnyOrder(nn.Module):
     def log_prob_along(
         self, x: Tensor, calls: Tensor, num_calls: int, context: Context | None = None
     ) -> Tensor:
-        """Exact nats (batch,) if call ``calls[b, i]`` draws entry i of sequence b.
+        """Exact nats (batch,), the sum of `terms_along` in float64."""
+        terms = self.terms_along(x, calls, num_calls, context)
+        return terms.sum(1, dtype=torch.float64).to(terms.dtype)
+
+    def terms_along(self, x: Tensor, calls: Tensor, num_calls: int, context: Context | None = None) -> Tensor:
+        """Exact nats of each entry (batch, n) if call ``calls[b, i]`` draws entry i of sequence b.
 
         Args:
             x: symbols ``(batch, n)`` or one-hot rows ``(batch, n, K)``.
@@ -137,8 +145,7 @@ class AnyOrder(nn.Module):
         batch, n = x.shape[:2]
         calls, mask = calls.expand(batch, n), present(context, batch, n)
         at_once = max(1, _ENTRIES // max(1, batch * n))
-        total = torch.zeros(batch, dtype=torch.float64, device=x.device)
-        dtype = torch.float32
+        each = torch.zeros(batch, n, device=x.device)
         for call in torch.arange(num_calls, device=x.device)[:, None, None].split(at_once):
             copies = len(call)
             terms = self._terms(
@@ -147,9 +154,9 @@ class AnyOrder(nn.Module):
                 context and context.repeat(copies),
             ).view(copies, batch, n)
             drawn = calls == call if mask is None else (calls == call) & mask
-            total = total + torch.where(drawn, terms, 0.0).sum((0, 2), dtype=torch.float64)
-            dtype = terms.dtype
-        return total.to(dtype)
+            # One call at most draws an entry, so that this sum is exact.
+            each = each + torch.where(drawn, terms, 0.0).sum(0)
+        return each
 
     @torch.no_grad()
     def measure(
@@ -189,6 +196,14 @@ class AnyOrder(nn.Module):
             return (x * logits.log_softmax(-1)).sum(-1)
         return -F.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="none").view(x.shape)
 
+    def _known(self, x: Tensor, context: Context | None) -> Tensor:
+        """Present entries that the context knows, (batch,)."""
+        before, mask = known_in(context), present(context, *x.shape[:2])
+        if before is None:
+            return torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        known = before.mask[: x.shape[1]].expand(*x.shape[:2])
+        return (known if mask is None else known & mask).sum(1)
+
     def _count(self, x: Tensor, context: Context | None) -> Tensor:
         """Entries present, (batch,)."""
         lengths = lengths_in(context, len(x))
@@ -201,6 +216,8 @@ class Walk(Distribution):
     Symbols of one call are independent given those of earlier calls, so that their probabilities multiply.
     They add up to one because the order does not depend on hidden symbols (DUEL, arXiv 2603.01367).
     """
+
+    by_entry = True
 
     #: Builds the walk of another number of calls from the model and that number; None where it is not known.
     other: Callable[[AnyOrder, int], Walk] | None = None
@@ -295,9 +312,19 @@ class Walk(Distribution):
 
     def log_prob_by_steps(self, x: Tensor, context: Context | None = None) -> Tensor:
         """`log_prob` computed as `sample` draws."""
+        terms = self._terms_by_steps(x, context)
+        return terms.sum(1, dtype=torch.float64).to(terms.dtype)
+
+    def log_prob_each(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """The terms of `log_prob`, ``(batch, n)``; 0 for entries that are absent or known.
+
+        The term of an entry is its log-probability given all that earlier calls draw, and the known entries.
+        """
+        return self._terms_by_steps(x, context)
+
+    def _terms_by_steps(self, x: Tensor, context: Context | None) -> Tensor:
         known = self._begin(len(x), x.shape[1], context, x.device)
-        total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-        dtype = torch.float32
+        each = torch.zeros(x.shape[:2], device=x.device)
         for call in range(self.needed(x.shape[1], context)):
             drawn, logits = self.step(call, x, known, context)
             log_p, seen = logits.log_softmax(-1), x[drawn]
@@ -305,10 +332,9 @@ class Walk(Distribution):
                 terms = (seen * log_p).sum(-1)
             else:
                 terms = log_p.gather(-1, seen[:, None]).squeeze(-1)
-            total = total.index_add(0, drawn.nonzero()[:, 0], terms.double())
+            each = each.to(terms.dtype).masked_scatter(drawn, terms)
             known = known | drawn
-            dtype = terms.dtype
-        return total.to(dtype)
+        return each
 
 
 class Ordered(Walk):
@@ -322,6 +348,8 @@ class Ordered(Walk):
     """
 
     rank: Tensor
+    #: The order over any number of entries in any number of calls, or None: see `calls`.
+    lay: Callable[[int, int], Tensor] | None = None
 
     def __init__(self, model: AnyOrder, order: Tensor, num_calls: int | None = None) -> None:
         """See the class."""
@@ -329,16 +357,14 @@ class Ordered(Walk):
         if num_calls is not None and order.shape[1] != 1:
             raise ValueError(f"num_calls is for orders with one lane, found {order.shape[1]} lanes")
         super().__init__(model, len(order) if num_calls is None else num_calls)
-        row = torch.arange(len(order), device=order.device)[:, None].expand_as(order)
-        rank = torch.empty(model.dim, dtype=torch.int64, device=order.device)
-        rank[order[order < model.dim]] = row[order < model.dim]
         self.merged = num_calls is not None
-        self.register_buffer("rank", rank)
+        self.register_buffer("rank", _ranks(order, model.dim))
 
     def calls(self, context: Context | None = None) -> Tensor:
         """The call that draws each entry, int64 (dim,); -1 for an entry that the context knows.
 
-        Calls that would draw known entries alone are left out.
+        With a way to lay orders one is laid over the other entries, of a sequence of any length; else calls
+        that would draw known entries alone are left out.
         """
         calls = self.rank
         if self.merged:
@@ -348,7 +374,12 @@ class Ordered(Walk):
         if before is None:
             return calls
         hidden = ~before.mask
-        places = torch.unique(calls[: len(hidden)][hidden], return_inverse=True)[1]
+        if self.lay is None:
+            places = torch.unique(calls[: len(hidden)][hidden], return_inverse=True)[1]
+        else:
+            number = int(hidden.sum())
+            rows = self.lay(number, min(number, self.num_calls)).to(hidden.device)
+            places = _ranks(rows, number)
         return torch.full_like(hidden, -1, dtype=torch.int64).masked_scatter(hidden, places)
 
     def needed(self, length: int, context: Context | None = None) -> int:
@@ -364,9 +395,22 @@ class Ordered(Walk):
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact nats (batch,) of symbols ``(batch, n)`` or rows ``(batch, n, K)``, several calls at once."""
+        terms = self.log_prob_each(x, context)
+        return terms.sum(1, dtype=torch.float64).to(terms.dtype)
+
+    def log_prob_each(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """See `Walk.log_prob_each`; several calls at once."""
         self._begin(len(x), x.shape[1], context, x.device)
         calls = self.calls(context)[: x.shape[1]]
-        return self.model.log_prob_along(x, calls, self.needed(x.shape[1], context), context)
+        return self.model.terms_along(x, calls, self.needed(x.shape[1], context), context)
+
+
+def _ranks(order: Tensor, dim: int) -> Tensor:
+    """The row of ``order``, int64 ``(G, S)``, in which each position stands, int64 ``(dim,)``."""
+    row = torch.arange(len(order), device=order.device)[:, None].expand_as(order)
+    rank = torch.empty(dim, dtype=torch.int64, device=order.device)
+    rank[order[order < dim]] = row[order < dim]
+    return rank
 
 
 class Confident(Walk):

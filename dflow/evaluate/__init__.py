@@ -8,7 +8,7 @@ from dflow.evaluate.images import (
     evaluate_images,
 )
 from dflow.evaluate.labels import LabelEvaluation, Score, evaluate_labels
-from dflow.evaluate.text import Evaluation, LawEvaluation, evaluate, evaluate_law
+from dflow.evaluate.text import Evaluation, LawEvaluation, Protocol, evaluate, evaluate_law
 
 __all__ = [
     "Evaluation",
@@ -16,6 +16,7 @@ __all__ = [
     "ImageEvaluation",
     "LabelEvaluation",
     "LawEvaluation",
+    "Protocol",
     "Score",
     "check_data",
     "evaluate",

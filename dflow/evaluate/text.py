@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from dflow.config import InputError
+from dflow.config import InputError, nearest
 from dflow.data import Draws, Text
 from dflow.evaluate.driver import Rows, Scorer, check_positive, share, total
+from dflow.evaluate.rolling import Rolling, rolling
 from dflow.hf import DflowModel
+
+#: Whether each chunk is scored by itself, or each symbol given the text before it; see `evaluate`.
+Protocol = Literal["chunks", "rolling"]
 
 
 @dataclass(frozen=True)
@@ -21,11 +26,11 @@ class Evaluation:
 
     Attributes:
         bpc: bits a character.
-        standard_error: the error of `bpc`, from the spread over chunks; None for a single chunk.
+        standard_error: the error of `bpc`, from the spread over chunks or pieces; None for a single one.
         kind: ``exact``: the likelihood itself, neither a bound nor an estimate.
-        protocol: how the text was cut.
+        protocol: how the text was cut, in words that begin with "rolling" for that protocol.
         num_symbols: number of symbols scored; in the sentence protocol each end counts as one.
-        num_chunks: number of chunks, or sentences, scored.
+        num_chunks: number of chunks, sentences, or pieces of the rolling protocol that were scored.
         characters_per_symbol: a ratio over the scored text; 1 where the symbols are characters.
         round_trip: whether the law draws what it scores, on `num_checked` chunks; None where it offers no
             check.
@@ -57,14 +62,18 @@ def evaluate(
     limit: int | None = None,
     checks: int = 16,
     accelerator: Accelerator | None = None,
+    protocol: Protocol = "chunks",
+    context: int | None = None,
 ) -> Evaluation:
-    r"""Score ``text`` in chunks of the model's length, each without the ones before it.
+    r"""Score ``text`` in chunks of the model's length, each without the ones before it, or rolling.
 
     .. math:: \mathrm{bpc} = \frac{-\sum_c \log_2 p(x_c)}{\sum_c n_c}
 
     with n_c the characters that begin in chunk c; in the sentence protocol a chunk is a sentence, log p(x_c)
     includes its length, and n_c counts its end. The sum is in float64. The standard error is that of a ratio
     of means (Cochran 1977, Sampling Techniques, section 2.11).
+
+    The protocol "rolling" scores every symbol of a stream once, given the text before it; see `rolling`.
 
     Args:
         model: scores and draws; its mode is restored.
@@ -74,13 +83,15 @@ def evaluate(
         limit: score the first ``limit`` chunks only.
         checks: number of chunks that go through the round trip, on each process.
         accelerator: spread the chunks over its processes.
+        protocol: "chunks" or "rolling".
+        context: of the protocol "rolling", below the model's length; default half of it.
 
     Raises:
-        InputError: no chunk to score, a text cut by another protocol than the model's, or a likelihood that
-            is not finite.
+        InputError: no chunk to score, a text, protocol or context that does not fit the model, or a
+            likelihood that is not finite.
     """
     check_positive(batch_size=batch_size, limit=limit)
-    scorer = _Chunks(model, text, limit, checks * share(accelerator)[1])
+    scorer = _scorer(model, text, limit, checks, share(accelerator)[1], protocol, context)
     totals = total(scorer, batch_size, progress, accelerator)
     if not totals.size:
         raise InputError(
@@ -89,21 +100,41 @@ def evaluate(
         )
     bpc, error = totals.bits("nats")
     scored, ends = int(totals.size), 0 if text.lengths is None else len(text.lengths)
-    ids, lengths = scorer.ids, scorer.lengths
-    symbols = ids.numel() if lengths is None else int(lengths.sum()) + len(lengths)
     return Evaluation(
         bpc=bpc,
         standard_error=error,
         kind="exact",
-        protocol=_protocol(text, model.config.length, limit),
-        num_symbols=symbols,
+        protocol=scorer.protocol,
+        num_symbols=scorer.num_symbols,
         num_chunks=int(totals.count),
-        characters_per_symbol=scored / symbols,
+        characters_per_symbol=scored / scorer.num_symbols,
         round_trip=totals.round_trip,
         num_checked=totals.num_checked,
         num_characters=scored,
         num_left=text.num_characters + ends - scored + text.dropped_characters,
     )
+
+
+def _scorer(
+    model: DflowModel,
+    text: Text,
+    limit: int | None,
+    checks: int,
+    processes: int,
+    protocol: Protocol,
+    context: int | None,
+) -> _Chunks | Rolling:
+    """The scorer of a protocol; ``checks`` are for each of the processes."""
+    if protocol not in get_args(Protocol):
+        raise InputError(f"protocol {protocol!r}; {nearest(str(protocol), list(get_args(Protocol)))}")
+    if protocol == "rolling":
+        return rolling(model, text, limit, checks * processes, context, processes)
+    if context is not None:
+        raise InputError(
+            f"context {context}: a chunk is scored without the text before it; use protocol 'rolling', or "
+            "leave context out"
+        )
+    return _Chunks(model, text, limit, checks * processes)
 
 
 class _Chunks(Scorer):
@@ -126,6 +157,10 @@ class _Chunks(Scorer):
         self.characters = text.characters(self.ids, self.lengths) + (self.lengths is not None)
         self.num_rows = len(self.ids)
         self.num_checks = min(checks, self.num_rows)
+        self.num_symbols = self.ids.numel()
+        if self.lengths is not None:
+            self.num_symbols = int(self.lengths.sum()) + len(self.lengths)
+        self.protocol = _protocol(text, model.config.length, limit)
 
     def score(self, rows: slice) -> Rows:
         return Rows({"nats": -self.model.log_prob(*self._batch(rows))}, self.characters[rows])

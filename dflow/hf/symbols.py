@@ -279,22 +279,9 @@ class DflowModel(Pretrained):
         if noise is None:
             noise = Noise.of(generator, num_return_sequences, self.device)
         if documents is not None:
-            known = None
-            if prompt is not None:
-                symbols = prompt.expand(num_return_sequences, -1)
-                known = Known(symbols, torch.ones_like(prompt, dtype=torch.bool))
-            context = Context(noise=noise, known=known)
-            return documents.sample(num_return_sequences, context, length=length)
-        lengths = None
-        if self.config.explicit_length:
-            if length is None:
-                law = self._length_log_prob().clone()
-                # From left to right this is the law of the length given the prompt.
-                law[: 0 if prompt is None else len(prompt)] = -math.inf
-                rows = torch.arange(num_return_sequences, device=self.device)
-                lengths = (law + noise.gumbel(rows, torch.zeros_like(rows), len(law), LENGTHS)).argmax(-1)
-            else:
-                lengths = torch.full((num_return_sequences,), length, device=self.device)
+            known = None if prompt is None else prompted(prompt, num_return_sequences)
+            return documents.sample(num_return_sequences, Context(noise=noise, known=known), length=length)
+        lengths = self._draw_lengths(noise, length, 0 if prompt is None else len(prompt))
         context = Context(lengths=lengths, noise=noise)
         # A law that takes a prompt takes the length too, and may stop there.
         options = {} if self.config.record.prompt == "no" else {"prompt": prompt, "length": length}
@@ -303,6 +290,18 @@ class DflowModel(Pretrained):
             x = x.masked_fill(torch.arange(longest, device=x.device) >= lengths[:, None], -1)
             return x[:, : length or max(1, int(lengths.max()))]
         return x[:, : length or longest]
+
+    def _draw_lengths(self, noise: Noise, length: int | None, prompt_length: int) -> Tensor | None:
+        """Lengths of the sequences, int64 ``(n,)``; None where the model has no law of lengths."""
+        if not self.config.explicit_length:
+            return None
+        rows = torch.arange(len(noise.samples), device=self.device)
+        if length is not None:
+            return torch.full_like(rows, length)
+        law = self._length_log_prob().clone()
+        # From left to right this is the law of the length given the prompt.
+        law[:prompt_length] = -math.inf
+        return (law + noise.gumbel(rows, torch.zeros_like(rows), len(law), LENGTHS)).argmax(-1)
 
     def _prompt(self, prompt: Tensor, length: int) -> Tensor:
         """A prompt of draws of ``length`` symbols, checked, on the device of the model."""
@@ -380,6 +379,11 @@ class DflowModel(Pretrained):
                 f"a {self.config.family} model scores sequences of exactly {longest} symbols, found {n}; "
                 "cut the text into such chunks"
             )
+
+
+def prompted(prompt: Tensor, n: int) -> Known:
+    """The known entries of n documents that begin with ``prompt``, int64 ``(m,)``."""
+    return Known(prompt.expand(n, -1), torch.ones_like(prompt, dtype=torch.bool))
 
 
 AutoModel.register(DflowConfig, DflowModel)

@@ -35,6 +35,19 @@ class _Weights:
 
 
 @dataclass
+class Carried:
+    """Where `LSTM.carry` stops reading a sequence.
+
+    Attributes:
+        before: vector of the last symbol, ``(batch, 1, embedding_size)``.
+        states: hidden and cell state of each layer, ``(1, batch, hidden_size)``.
+    """
+
+    before: Tensor
+    states: list[tuple[Tensor, Tensor]]
+
+
+@dataclass
 class _State:
     """Tensors that a step reads and writes in place; the views are made once, not at every step."""
 
@@ -166,17 +179,46 @@ class LSTM(nn.Module):
         for i, layer in enumerate(self._layers()):
             if self.training and i:
                 h = locked_dropout(h, self.dropout_hidden)
-            h = self._run(layer, h)
+            h, _ = self._run(layer, h)
         if self.training:
             h = locked_dropout(h, self.dropout)
         out: Tensor = self.head(h)
         return out
 
+    def carry(self, x: Tensor, carried: Carried | None = None) -> tuple[Tensor, Carried]:
+        """`forward` in evaluation mode, for a sequence that is read piece by piece.
+
+        Args:
+            x: the next symbols, int64 ``(batch, n)``, n at least 1.
+            carried: the second result for the piece before; None at the beginning of the sequence.
+
+        Returns:
+            Parameters ``(batch, n, num_params)`` of the entries of the piece, given all symbols before each,
+            and where it stops.
+
+        Raises:
+            ValueError: training mode, whose dropout would differ from piece to piece.
+        """
+        if self.training:
+            raise ValueError("a sequence is read piece by piece in evaluation mode; call eval() first")
+        zeros = self.before.new_zeros(1, len(x), self.hidden_size)
+        if carried is None:
+            states = [(zeros, zeros)] * len(self.layers)
+            carried = Carried(self.before.expand(len(x), 1, -1), states)
+        vectors = lookup(x, self.embedding)
+        h, states = torch.cat([carried.before, vectors[:, :-1]], 1), []
+        for layer, state in zip(self._layers(), carried.states, strict=True):
+            h, state = self._run(layer, h, state)
+            states.append(state)
+        return self.head(h), Carried(vectors[:, -1:], states)
+
     def _layers(self) -> list[nn.LSTM]:
         return cast("list[nn.LSTM]", list(self.layers))
 
-    def _run(self, layer: nn.LSTM, h: Tensor) -> Tensor:
-        """One layer over all positions, by the fused kernel."""
+    def _run(
+        self, layer: nn.LSTM, h: Tensor, state: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """One layer over all positions, by the fused kernel; ``state`` before and after, zeros by default."""
         ih, hh, *biases = layer.all_weights[0]
         dropped = nn.functional.dropout(hh, self.weight_drop, self.training)
         zeros = h.new_zeros(1, h.shape[0], self.hidden_size)
@@ -185,7 +227,10 @@ class LSTM(nn.Module):
             warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
             # The kernel's training flag only keeps what a gradient needs; its own dropout is 0.
             keep = torch.is_grad_enabled()
-            return torch.lstm(h, (zeros, zeros), [ih, dropped, *biases], True, 1, 0.0, keep, False, True)[0]
+            out, hidden, cell = torch.lstm(
+                h, state or (zeros, zeros), [ih, dropped, *biases], True, 1, 0.0, keep, False, True
+            )
+        return out, (hidden, cell)
 
     def start(self, batch: int, context: Context | None = None) -> _State:
         """State before the first `step` of ``batch`` sequences."""

@@ -133,6 +133,11 @@ class AnyOrderConfig(TransformerConfig):
         super().__post_init__()
         if not 1 <= self.num_calls <= self.length:
             raise InputError(f"num_calls must lie in 1..{self.length} (length), found {self.num_calls}")
+        if self.schedule == "dp" and self.context:
+            raise InputError(
+                "schedule 'dp' measures costs by how much of a whole sequence is known; with a context use "
+                "uniform"
+            )
         if self.schedule == "dp" and self.order not in ("random", "confidence"):
             raise InputError(
                 f"order {self.order!r} fixes what each call draws; schedule 'dp' is for random and confidence"
@@ -346,7 +351,7 @@ def grouped(config: GroupedConfig, K: int) -> Distribution:
 
 def any_order(config: AnyOrderConfig, K: int) -> Distribution:
     """Hoogeboom et al. 2022 (arXiv 2110.02037), drawn along one order, where the likelihood is exact."""
-    net = MaskedTransformer(K, K, config.length, config.size())
+    net = MaskedTransformer(K, K, config.length + config.context, config.size())
     return walk(config, AnyOrder(net, config.length, K))
 
 
@@ -357,7 +362,9 @@ def walk(config: AnyOrderConfig, model: AnyOrder) -> Walk:
     elif config.schedule == "dp":
         law = Ordered(model, shuffled(config.length, config.length), config.num_calls)
     else:
-        law = Ordered(model, _order(config.order, config.length, config.num_calls))
+        ordered = Ordered(model, _order(config.order, config.length, config.num_calls))
+        ordered.lay = functools.partial(_order, config.order)
+        law = ordered
     law.other = functools.partial(_walk_at, config)
     return law
 
@@ -437,7 +444,7 @@ def _base(config: BipartiteConfig | AutoregressiveConfig, K: int, classes: Tenso
 
 
 register(Family("grouped", "text", GroupedConfig, grouped, prompt="forced", known="anywhere"))
-register(Family("any_order", "text", AnyOrderConfig, any_order, prompt="exact"))
+register(Family("any_order", "text", AnyOrderConfig, any_order, prompt="exact", known="anywhere"))
 register(Family("bipartite", "text", BipartiteConfig, bipartite))
 register(Family("autoregressive", "text", AutoregressiveConfig, autoregressive))
 register(Family("multiscale", "text", MultiscaleConfig, multiscale))
