@@ -134,23 +134,14 @@ def _document(
         before = tokenizer.encode(given)
     except InputError as error:
         raise InputError(f"given: {error}") from None
-    longest, most = model.config.length, len(before) + len(ids)
-    whole = model.documents is not None or most <= longest
-    if not whole and len(before):
-        raise InputError(
-            f"{len(before)} symbols that are given and {len(ids)} of the text are more than the "
-            f"{longest} that this model takes; give less text, or use a model that was trained with a "
-            "model.context"
-        )
-    rows = [ids] if whole else list(ids.split(longest))
+    whole = _whole(model, len(ids), len(before))
+    rows = [ids] if whole else list(ids.split(model.config.length))
     parts: list[Part] = []
     if model.law.by_entry:
         terms = torch.cat(_terms(model, rows, before, batch_size))
         parts = _parts(tokenizer, text, ids, -terms / math.log(2), each)
         nats = -float(terms.sum())
     elif each == "document":
-        if len(before):
-            model.log_prob_each(ids[None], given=before)  # says why it cannot
         nats = -float(torch.cat(_totals(model, rows, batch_size)).sum())
     else:
         raise InputError(
@@ -167,6 +158,29 @@ def _document(
         protocol="document" if whole else "chunks",
         parts=parts,
     )
+
+
+def _whole(model: DflowModel, number: int, num_given: int) -> bool:
+    """Whether so many symbols, given so many, are one document to a model, and not chunks."""
+    family, longest = model.config.family, model.config.length
+    if model.documents is not None:
+        return True
+    if num_given and not model.config.record.left_to_right:
+        raise InputError(
+            f"given: this {family} model was trained without a context, and scores no text given what stands "
+            "before; use one that was trained with a model.context, or a transformer or lstm"
+        )
+    if num_given and num_given + number > longest:
+        raise InputError(
+            f"{num_given} symbols that are given and {number} of the text are more than the {longest} that "
+            "this model takes; give less text, or use a model that was trained with a model.context"
+        )
+    if number % longest and not model.config.record.left_to_right:
+        raise InputError(
+            f"the text has {number} symbols, and a {family} model without a context scores {longest}, or a "
+            "multiple of that; give such a text, or use a model that was trained with a model.context"
+        )
+    return bool(number <= longest)
 
 
 def _lines(

@@ -23,8 +23,9 @@ ROOT = Path(__file__).parent.parent
 
 #: Largest values of settings that make a model large.
 CAPS: dict[str, Any] = {
-    "length": 64, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8,
-    "window": 2, "ngram_rows": 16, "num_flows": 2, "block": 1, "embedding_size": 4, "num_spectra": 2,
+    "length": 64, "context": 16, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
+    "intermediate_size": 8, "window": 2, "ngram_rows": 16, "num_flows": 2, "block": 1, "embedding_size": 4,
+    "num_spectra": 2,
     "dequantizer_hidden_size": 8, "dequantizer_hidden_layers": 1, "dequantizer_flows": 2, "context_size": 2,
     "spline_bins": 3, "mixture_components": 2, "components": 2, "prior_components": 1, "num_levels": 2,
     "groups": 2, "prior_groups": 3,

@@ -199,13 +199,15 @@ def test_what_cannot_be_scored_is_refused() -> None:
         score(model("grouped"), TOKENIZER, "ab\naé")
     with pytest.raises(InputError, match=r"given: symbol 'é'"):
         score(model("grouped"), TOKENIZER, "ab", given="é")
-    with pytest.raises(InputError, match="exactly 8 symbols"):
+    with pytest.raises(
+        InputError, match="the text has 2 symbols, and a grouped model without a context scores 8"
+    ):
         score(make_model("grouped", 5), TOKENIZER, "ab")
     with pytest.raises(InputError, match="more than the 8"):
         score(make_model("lstm", 5), TOKENIZER, "abcdab", given="abc")
     for family in ("bipartite", "grouped"):
-        with pytest.raises(InputError, match="given what stands before"):
-            score(make_model(family, 5), TOKENIZER, "abcdabc", given="a")
+        with pytest.raises(InputError, match="scores no text given what stands before"):
+            score(make_model(family, 5), TOKENIZER, "abcdabcd", given="a")
     for each in ("line", "symbol"):
         with pytest.raises(InputError, match=f"each {each}: a bipartite model .* score the document"):
             score(make_model("bipartite", 5), TOKENIZER, "abcdabcd", each=each)  # type: ignore[arg-type]

@@ -126,4 +126,4 @@ def show(flags: Score, name: str, result: Result) -> None:
     print_table(rows)
 
 
-VERBS: Verbs = (("score", Score, score, "dflow score my.txt --model runs/grouped --each line"),)
+VERBS: Verbs = (("score", Score, score, "dflow score my.txt --model runs/context --each line"),)
