@@ -272,6 +272,19 @@ class Distribution(nn.Module, ABC):
     ) -> Tensor:
         """``n`` exact draws, in the inference dtype of the domain."""
 
+    #: Whether the law has terms by entry, see `log_prob_each`.
+    by_entry: bool = False
+
+    def log_prob_each(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """The terms of `log_prob`, ``(batch, n)`` in nats: one an entry, 0 for those that are not scored.
+
+        Raises:
+            InputError: the law is none `by_entry`.
+        """
+        raise InputError(
+            f"{type(self).__name__} gives whole sequences a probability, and single entries no share in it"
+        )
+
     #: Whether `log_prob` and `sample` read one table of probabilities, so that they cannot disagree.
     one_table: bool = False
 

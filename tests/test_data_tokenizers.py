@@ -58,7 +58,7 @@ def test_long_text_goes_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = Characters.train(text)
     assert parts.symbols == whole.symbols
     assert parts.encode(text).equal(whole.encode(text))
-    with pytest.raises(InputError, match=r"character 32 \(line 2\)"):
+    with pytest.raises(InputError, match=r"character 32 \(line 2, column 1\)"):
         Characters.train(text, "\n").encode(f"{text}\n!")
 
 
@@ -77,8 +77,11 @@ def test_storage_is_compact() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("ab\nb!a", r"symbol '!' \(U\+0021\) at character 5 \(line 2\) is not in the vocabulary of 3"),
-        ("é", r"symbol 'é' \(U\+00E9\) at character 1 \(line 1\)"),
+        (
+            "ab\nb!a",
+            r"symbol '!' \(U\+0021\) at character 5 \(line 2, column 2\) is not in the vocabulary of 3",
+        ),
+        ("é", r"symbol 'é' \(U\+00E9\) at character 1 \(line 1, column 1\)"),
         ("ab😀", r"symbol '😀' \(U\+1F600\) at character 3"),
         ("a\udc80", r"symbol '\\udc80' \(U\+DC80\) at character 2"),
     ],

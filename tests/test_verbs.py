@@ -272,7 +272,7 @@ def test_flags_that_only_the_other_reads_are_refused(capsys: pytest.CaptureFixtu
     assert "--length is a flag of `dflow generate` and `dflow compare`" in said(
         capsys, "codecs", "text", "--length", "100"
     )
-    for flag in ("--each", "--together", "--memory"):
+    for flag in ("--together", "--memory"):
         message = said(capsys, "compare", "m", flag)
         assert f"unknown: {flag}; {flag} is a flag of `dflow codecs`" in message
     assert "unknown: --model n" in said(capsys, "compare", "m", "--model", "n")

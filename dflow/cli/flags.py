@@ -41,12 +41,14 @@ def options_of(f: dataclasses.Field[Any]) -> list[str]:
     return [name for name in names if name]
 
 
-def argument(help: str, default: Any = dataclasses.MISSING, *, many: bool = False) -> Any:
+def argument(
+    help: str, default: Any = dataclasses.MISSING, *, many: bool = False, stdin: bool = False
+) -> Any:
     """A field that is a positional argument, required where it has no default.
 
-    A list takes one word or more, with ``many`` none as well.
+    A list takes one word or more, with ``many`` none as well; with ``stdin`` a file may be standard input, -.
     """
-    metadata = {"help": help, "positional": True}
+    metadata = {"help": help, "positional": True, "stdin": stdin}
     return (
         field(default_factory=list, metadata=metadata) if many else field(default=default, metadata=metadata)
     )
@@ -119,7 +121,11 @@ def read_flags(cls: type[Any], values: dict[str, Any]) -> Any:
         options = [option for option in options_of(fields[name]) if option.startswith("--")]
         spelled = name if fields[name].metadata.get("positional") else " or ".join(options)
         converted[name] = convert(hints[name], value, spelled)
-        if name in _FILES and "-" in (value if isinstance(value, list) else [value]):
+        if (
+            name in _FILES
+            and not fields[name].metadata.get("stdin")
+            and "-" in (value if isinstance(value, list) else [value])
+        ):
             raise InputError(
                 f"{spelled} -: neither standard input nor standard output can be named here; for a file that "
                 "is called - write ./-"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dflow.cli.flags import Verbs, flag, refuse
-from dflow.cli.shared import Machine, load_model, suit_threads
+from dflow.cli.shared import Drawing, load_model, suit_threads
 from dflow.config import InputError
 
 if TYPE_CHECKING:
@@ -20,32 +20,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class Generate(Machine):
+class Generate(Drawing):
     """Draw text, images or rows from a model. The seed fixes each sample, whatever is drawn beside it."""
 
     model: str = flag("folder of the model")
-    n: int = flag(
-        "number of samples (--n is its older name, which torchrun takes for one of its own)",
-        1,
-        long="--samples",
-    )
     length: int | None = flag("number of symbols of each sample (default: the model's length)", None)
-    seed: int = flag("seed of the draws", 0)
-    batch_size: int = flag("number of samples drawn at a time", 100)
     prompt: str | None = flag("text that each sample begins with, for models that can continue one", None)
     prompt_file: str | None = flag("file whose text each sample begins with, in place of --prompt", None)
     stop: str | None = flag("text before which a sample ends, where it comes up behind the prompt", None)
-    temperature: float | None = flag(
-        "number that divides the logits; below 1 likely symbols become likelier (changes the law)", None
-    )
-    top_k: int | None = flag("number of the likeliest symbols that can be drawn (changes the law)", None)
-    top_p: float | None = flag(
-        "probability: the fewest symbols that together have it can be drawn (changes the law)", None
-    )
-    min_p: float | None = flag(
-        "share of the likeliest symbol's probability that a symbol needs to be drawn (changes the law)",
-        None,
-    )
     format: Literal["text", "jsonl", "png", "npy", "csv"] | None = flag(
         "format of text: text (default), or jsonl, a JSON object a line; of images: png (default), a grid, "
         "or npy, csv; of tables: csv (default) or npy",
@@ -63,7 +45,6 @@ def generate(flags: Generate) -> int:
     from dflow.generate import Spelling, check_output, pieces, say, write
     from dflow.generate import generate as run
     from dflow.hf import DflowClassifier, DflowImageModel, kind_of
-    from dflow.ops.noise import Controls
 
     if kind_of(flags.model) is DflowClassifier:
         raise InputError(f"{flags.model}: a model of labels, which draws nothing; give one of text or images")
@@ -77,12 +58,7 @@ def generate(flags: Generate) -> int:
     device, accelerator = flags.processes()
     model, tokenizer = load_model(flags.model, device)
     suit_threads(model, min(flags.n, flags.batch_size), model.num_calls)
-    controls = Controls(
-        1.0 if flags.temperature is None else flags.temperature, flags.top_k, flags.top_p, flags.min_p
-    )
-    if not controls.exact:
-        note = "note: temperature, top-k, top-p and min-p change the law; the draws are not exact"
-        print(note, file=sys.stderr)
+    controls = flags.controls()
     prompt = prompt_of(flags, tokenizer)
     begin = 0 if prompt is None else len(tokenizer.decode(prompt))
     lines = model.config.explicit_length

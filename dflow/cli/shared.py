@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from dflow.data import Tokenizer
     from dflow.hf import DflowModel
+    from dflow.ops.noise import Controls
 
 
 @dataclass(kw_only=True)
@@ -114,6 +115,42 @@ class Machine(Threads):
         return accelerator.device, accelerator
 
 
+@dataclass(kw_only=True)
+class Drawing(Machine):
+    """Flags of every verb that draws."""
+
+    n: int = flag(
+        "number of samples (--n is its older name, which torchrun takes for one of its own)",
+        1,
+        long="--samples",
+    )
+    seed: int = flag("seed of the draws", 0)
+    batch_size: int = flag("number of samples drawn at a time", 100)
+    temperature: float | None = flag(
+        "number that divides the logits; below 1 likely symbols become likelier (changes the law)", None
+    )
+    top_k: int | None = flag("number of the likeliest symbols that can be drawn (changes the law)", None)
+    top_p: float | None = flag(
+        "probability: the fewest symbols that together have it can be drawn (changes the law)", None
+    )
+    min_p: float | None = flag(
+        "share of the likeliest symbol's probability that a symbol needs to be drawn (changes the law)",
+        None,
+    )
+
+    def controls(self) -> Controls:
+        """The changes of the law of text; says so where there are some."""
+        from dflow.ops.noise import Controls
+
+        controls = Controls(
+            1.0 if self.temperature is None else self.temperature, self.top_k, self.top_p, self.min_p
+        )
+        if not controls.exact:
+            note = "note: temperature, top-k, top-p and min-p change the law; the draws are not exact"
+            print(note, file=sys.stderr)
+        return controls
+
+
 def suit_threads(model: Any, batch: int, calls: int = 1) -> None:
     """Threads by the work of a batch of a model of text or of images, drawn in so many network calls."""
     Suited.to(model.config.record.multiplications(model.config.settings(), batch, calls))
@@ -142,6 +179,22 @@ def load_model(folder: str, device: torch.device) -> tuple[DflowModel, Tokenizer
             "restore both files from one run"
         )
     return model, tokenizer
+
+
+def read_text(file: str) -> tuple[str, str]:
+    """Name and content of a file of text in UTF-8, or of standard input where it is -.
+
+    Raises:
+        InputError: it is empty, or no UTF-8.
+    """
+    from dflow.data import files
+
+    name = "standard input" if file == "-" else file
+    data = sys.stdin.buffer.read() if file == "-" else files.read(files.expanded(file))
+    text = files.decode(data, name)
+    if not text:
+        raise InputError(f"{name}: empty; give a text")
+    return name, text
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,17 @@ from dflow.data.arrays import Array
 VOCABULARY = "vocabulary.json"
 #: Characters that are encoded at a time.
 _BLOCK = 1 << 22
+
+
+class UnknownSymbol(InputError):
+    """A symbol in a text that a tokenizer cannot spell."""
+
+    def __init__(self, text: str, position: int, what: str, reason: str) -> None:
+        """Make the message from the place ``position`` in ``text``."""
+        line = text.count("\n", 0, position) + 1
+        column = position - text.rfind("\n", 0, position)
+        super().__init__(f"{what} at character {position + 1} (line {line}, column {column}) {reason}")
+        self.position, self.what, self.reason = position, what, reason
 
 
 class Tokenizer(ABC):
@@ -65,13 +77,17 @@ class Tokenizer(ABC):
     def _spell(self, ids: Array) -> str:
         """The text of valid symbols."""
 
-    def encode(self, text: str) -> Tensor:
-        """The symbols of ``text``: int64 ``(n,)``.
+    def encode(self, text: str, start: int = 0, end: int | None = None) -> Tensor:
+        """The symbols of ``text``, or of a part of it: int64 ``(n,)``.
 
         Raises:
-            InputError: A character that the vocabulary cannot spell.
+            InputError: A character that the vocabulary cannot spell; the message names its place in the text.
         """
-        return torch.from_numpy(self.codes(text).astype(np.int64))
+        try:
+            codes = self.codes(text[start:end])
+        except UnknownSymbol as error:
+            raise UnknownSymbol(text, start + error.position, error.what, error.reason) from None
+        return torch.from_numpy(codes.astype(np.int64))
 
     def decode(self, ids: Tensor | Sequence[int]) -> str:
         """The text of symbols ``(n,)``; negative ones mark absent entries and are passed over.
@@ -250,10 +266,12 @@ class Characters(Tokenizer):
             symbols = self._table[inside]
             if symbols.min(initial=0) < 0:
                 position = start + int((symbols < 0).argmax())
-                symbol, line = text[position], text.count("\n", 0, position) + 1
-                raise InputError(
-                    f"symbol {symbol!r} (U+{ord(symbol):04X}) at character {position + 1} (line {line}) is "
-                    f"not in the vocabulary of {self.size} symbols; remove it, or train on text with it"
+                symbol = text[position]
+                raise UnknownSymbol(
+                    text,
+                    position,
+                    f"symbol {symbol!r} (U+{ord(symbol):04X})",
+                    f"is not in the vocabulary of {self.size} symbols; remove it, or train on text with it",
                 )
             result[start : start + len(block)] = symbols
             start += len(block)
@@ -327,11 +345,11 @@ class Numbers(Tokenizer):
     def codes(self, text: str) -> Array:
         """The numbers in ``text``."""
         words = text.split()
-        for word in words:
+        for match in re.finditer(r"\S+", text):
+            word = match.group()
             if not (word.isascii() and word.isdigit() and int(word) < self.size):
-                raise InputError(
-                    f"{word!r} is no number in 0..{self.size - 1}, which is what this model knows"
-                )
+                reason = f"is no number in 0..{self.size - 1}, which is what this model knows"
+                raise UnknownSymbol(text, match.start(), repr(word), reason)
         return np.array([int(word) for word in words], dtype=compact(self.size))
 
     def _spell(self, ids: Array) -> str:

@@ -129,7 +129,12 @@ class AnyOrder(nn.Module):
     def log_prob_along(
         self, x: Tensor, calls: Tensor, num_calls: int, context: Context | None = None
     ) -> Tensor:
-        """Exact nats (batch,) if call ``calls[b, i]`` draws entry i of sequence b.
+        """Exact nats (batch,), the sum of `terms_along` in float64."""
+        terms = self.terms_along(x, calls, num_calls, context)
+        return terms.sum(1, dtype=torch.float64).to(terms.dtype)
+
+    def terms_along(self, x: Tensor, calls: Tensor, num_calls: int, context: Context | None = None) -> Tensor:
+        """Exact nats of each entry (batch, n) if call ``calls[b, i]`` draws entry i of sequence b.
 
         Args:
             x: symbols ``(batch, n)`` or one-hot rows ``(batch, n, K)``.
@@ -140,8 +145,7 @@ class AnyOrder(nn.Module):
         batch, n = x.shape[:2]
         calls, mask = calls.expand(batch, n), present(context, batch, n)
         at_once = max(1, _ENTRIES // max(1, batch * n))
-        total = torch.zeros(batch, dtype=torch.float64, device=x.device)
-        dtype = torch.float32
+        each = torch.zeros(batch, n, device=x.device)
         for call in torch.arange(num_calls, device=x.device)[:, None, None].split(at_once):
             copies = len(call)
             terms = self._terms(
@@ -150,9 +154,9 @@ class AnyOrder(nn.Module):
                 context and context.repeat(copies),
             ).view(copies, batch, n)
             drawn = calls == call if mask is None else (calls == call) & mask
-            total = total + torch.where(drawn, terms, 0.0).sum((0, 2), dtype=torch.float64)
-            dtype = terms.dtype
-        return total.to(dtype)
+            # One call at most draws an entry, so that this sum is exact.
+            each = each + torch.where(drawn, terms, 0.0).sum(0)
+        return each
 
     @torch.no_grad()
     def measure(
@@ -212,6 +216,8 @@ class Walk(Distribution):
     Symbols of one call are independent given those of earlier calls, so that their probabilities multiply.
     They add up to one because the order does not depend on hidden symbols (DUEL, arXiv 2603.01367).
     """
+
+    by_entry = True
 
     #: Builds the walk of another number of calls from the model and that number; None where it is not known.
     other: Callable[[AnyOrder, int], Walk] | None = None
@@ -306,9 +312,19 @@ class Walk(Distribution):
 
     def log_prob_by_steps(self, x: Tensor, context: Context | None = None) -> Tensor:
         """`log_prob` computed as `sample` draws."""
+        terms = self._terms_by_steps(x, context)
+        return terms.sum(1, dtype=torch.float64).to(terms.dtype)
+
+    def log_prob_each(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """The terms of `log_prob`, ``(batch, n)``; 0 for entries that are absent or known.
+
+        The term of an entry is its log-probability given all that earlier calls draw, and the known entries.
+        """
+        return self._terms_by_steps(x, context)
+
+    def _terms_by_steps(self, x: Tensor, context: Context | None) -> Tensor:
         known = self._begin(len(x), x.shape[1], context, x.device)
-        total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-        dtype = torch.float32
+        each = torch.zeros(x.shape[:2], device=x.device)
         for call in range(self.needed(x.shape[1], context)):
             drawn, logits = self.step(call, x, known, context)
             log_p, seen = logits.log_softmax(-1), x[drawn]
@@ -316,10 +332,9 @@ class Walk(Distribution):
                 terms = (seen * log_p).sum(-1)
             else:
                 terms = log_p.gather(-1, seen[:, None]).squeeze(-1)
-            total = total.index_add(0, drawn.nonzero()[:, 0], terms.double())
+            each = each.to(terms.dtype).masked_scatter(drawn, terms)
             known = known | drawn
-            dtype = terms.dtype
-        return total.to(dtype)
+        return each
 
 
 class Ordered(Walk):
@@ -380,9 +395,14 @@ class Ordered(Walk):
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact nats (batch,) of symbols ``(batch, n)`` or rows ``(batch, n, K)``, several calls at once."""
+        terms = self.log_prob_each(x, context)
+        return terms.sum(1, dtype=torch.float64).to(terms.dtype)
+
+    def log_prob_each(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """See `Walk.log_prob_each`; several calls at once."""
         self._begin(len(x), x.shape[1], context, x.device)
         calls = self.calls(context)[: x.shape[1]]
-        return self.model.log_prob_along(x, calls, self.needed(x.shape[1], context), context)
+        return self.model.terms_along(x, calls, self.needed(x.shape[1], context), context)
 
 
 def _ranks(order: Tensor, dim: int) -> Tensor:

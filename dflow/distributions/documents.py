@@ -24,7 +24,8 @@ class Documents(Distribution):
     the first chunk begins behind them, and it is the law of the others given these.
 
     Args:
-        law: takes known entries that stand before the others, and sequences of up to ``length + context``.
+        law: takes known entries that stand before the others, and sequences of up to ``length + context``;
+            it has terms by entry.
         length: L, symbols of a chunk.
         context: C, symbols before a chunk that it is given, at most.
 
@@ -43,22 +44,32 @@ class Documents(Distribution):
         for begin in range(known, n, self.length):
             yield max(0, begin - self.context), begin, min(n, begin + self.length)
 
+    @property
+    def by_entry(self) -> bool:  # type: ignore[override]
+        """Whether the law of the chunks has terms by entry."""
+        return self.law.by_entry
+
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact nats ``(batch,)`` of those of the symbols, int64 ``(batch, n)``, that are not known."""
+        return self.log_prob_each(x, context).sum(1)
+
+    def log_prob_each(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """The terms of `log_prob`, float64 ``(batch, n)``; 0 for symbols that are known."""
         batch, n = x.shape
         groups: dict[tuple[int, int], list[int]] = {}
         for window, begin, end in self.chunks(n, self._known(context, n)):
             groups.setdefault((begin - window, end - begin), []).append(window)
-        total = torch.zeros(batch, dtype=torch.float64, device=x.device)
+        each = torch.zeros(batch, n, dtype=torch.float64, device=x.device)
         for (before, hidden), starts in groups.items():
             together = max(1, _ENTRIES // (batch * (before + hidden)))
             mask = self._mask(before, hidden, x.device)
             for i in range(0, len(starts), together):
                 some = starts[i : i + together]
                 windows = torch.cat([x[:, start : start + before + hidden] for start in some])
-                log_prob = self.law.log_prob(windows, Context(known=Known(windows, mask)))
-                total = total + log_prob.double().view(len(some), batch).sum(0)
-        return total
+                terms = self.law.log_prob_each(windows, Context(known=Known(windows, mask))).double()
+                for start, chunk in zip(some, terms.split(batch), strict=True):
+                    each[:, start + before : start + before + hidden] = chunk[:, before:]
+        return each
 
     def sample(
         self,

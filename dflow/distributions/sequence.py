@@ -39,6 +39,8 @@ class SequenceCategorical(Distribution):
             and read known entries before; None for a law that is drawn from left to right.
     """
 
+    by_entry = True
+
     order: Tensor
     lay: Callable[[int, int], Tensor] | None = None
 
@@ -162,8 +164,16 @@ class SequenceCategorical(Distribution):
 
         With known entries in the context, which ``x`` holds too, of the others given these.
         """
+        out: Tensor = self.log_prob_each(x, context).sum(1)
+        return out
+
+    def log_prob_each(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """The terms of `log_prob`, ``(batch, n)``; 0 for entries that are absent or known.
+
+        The term of an entry is its log-probability given all earlier groups, and the known entries.
+        """
         if (law := self._of(context)) is not self:
-            return law.log_prob(x, context)
+            return law.log_prob_each(x, context)
         mask = present(context, len(x), x.shape[1])
         logits = self.net(x, context, *self._extra())
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -175,8 +185,8 @@ class SequenceCategorical(Distribution):
             terms = torch.where(mask, terms, 0.0)
         if self._mask is not None:
             terms = torch.where(self._mask[: x.shape[1]], 0.0, terms)
-        out: Tensor = terms.sum(1)
-        return out
+        each: Tensor = terms
+        return each
 
     @torch.no_grad()
     def sample(

@@ -178,6 +178,54 @@ class DflowModel(Pretrained):
             log_prob = log_prob + self._length_log_prob()[lengths]
         return log_prob
 
+    def log_prob_each(
+        self, input_ids: Tensor, lengths: Tensor | None = None, given: Tensor | None = None
+    ) -> Tensor:
+        """The terms of `log_prob` in nats, one for each symbol: ``(batch, n)``, 0 for absent ones.
+
+        With ``config.explicit_length`` a last column has the log-probability of each length. They are those
+        of ``log p(symbol | given, earlier groups)``, with ``given`` the text that stands before.
+
+        Args:
+            input_ids: symbols, int64 ``(batch, n)``.
+            lengths: int64 ``(batch,)``, as of `log_prob`.
+            given: int64 ``(m,)``, symbols that stand before each sequence; for models with a context, and
+                for those that are drawn from left to right, which then take m + n symbols at most.
+
+        Raises:
+            InputError: a family whose law has no terms by entry; the errors of `log_prob`; and given symbols
+                for a model that takes none.
+        """
+        if given is not None and len(given):
+            return self._each_given(input_ids, given)
+        x, lengths = self._whole(input_ids, lengths)
+        law = self.law if self.documents is None or lengths is not None else self.documents
+        self._check_by_entry(law)
+        terms = law.log_prob_each(x, Context(lengths=lengths))
+        if self.config.explicit_length:
+            terms = torch.cat([terms, self._length_log_prob()[lengths][:, None]], 1)
+        return terms
+
+    def _each_given(self, input_ids: Tensor, given: Tensor) -> Tensor:
+        documents, record = self.documents, self.config.record
+        if self.config.explicit_length or (documents is None and not record.left_to_right):
+            raise InputError(
+                f"this {self.config.family} model scores no text given what stands before it; use one that "
+                "was trained on a stream with a model.context, or a transformer or lstm"
+            )
+        x = torch.cat([given.to(input_ids.device).expand(len(input_ids), -1), input_ids], 1)
+        self._check(x, None)
+        mask = torch.arange(x.shape[1], device=x.device) < len(given)
+        law = documents or self.law
+        return law.log_prob_each(x, Context(known=Known(x, mask)))[:, len(given) :]
+
+    def _check_by_entry(self, law: Distribution) -> None:
+        if not law.by_entry:
+            raise InputError(
+                f"a {self.config.family} model gives whole sequences a probability, and single symbols no "
+                "share in it; score the whole"
+            )
+
     def _whole(self, input_ids: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Symbols and lengths, checked, as the law takes them: a flow needs a fixed number of entries."""
         self._check(input_ids, lengths)
