@@ -153,6 +153,8 @@ def only_given(context: Context | None) -> tuple[Tensor, ...]:
         raise InputError(
             "lengths are for models of sequences of symbols; this one takes all entries as present"
         )
+    if context is not None and context.known is not None:
+        raise InputError("known entries are for laws of symbols; this one takes none")
     if context is not None and context.noise is not None:
         raise InputError("noise by address is for laws of symbols; draw from this one with a generator")
     return () if context is None else context.given
@@ -197,14 +199,22 @@ def noise_in(
     return context.noise
 
 
-def present(context: Context | None, batch: int, dim: int) -> Tensor | None:
+def present(context: Context | None, batch: int, dim: int, *, takes_known: bool = False) -> Tensor | None:
     """Bool ``(batch, dim)``, True where an entry is present; None when all are.
+
+    Raises:
+        InputError: known entries, for a law or layer that does not say that it takes them.
 
     >>> present(Context(lengths=torch.tensor([2, 0])), 2, 3)
     tensor([[ True,  True, False],
             [False, False, False]])
     """
     lengths = lengths_in(context, batch)
+    if context is not None and context.known is not None and not takes_known:
+        raise InputError(
+            "this law takes no known entries; grouped and any-order laws take them anywhere, laws drawn from "
+            "left to right before the others"
+        )
     return None if lengths is None else torch.arange(dim, device=lengths.device) < lengths[:, None]
 
 

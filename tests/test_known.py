@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
-from cases import DIMS, any_order, enumerate_all, randomize, transformer
+from cases import BASES, DIMS, any_order, build_base, enumerate_all, randomize, transformer
 from torch import Tensor, nn
 
 from dflow.config import InputError
 from dflow.core import Context, Distribution, Known
-from dflow.distributions import Confident, Ordered, SequenceCategorical
+from dflow.distributions import Confident, Ordered, SequenceCategorical, Walk
 from dflow.nn.lstm import LSTM
 from dflow.ops.noise import Noise
 from dflow.ops.orders import ORDERS, lockstep
@@ -193,3 +193,17 @@ def test_the_bound_of_an_any_order_model_is_one_of_what_is_hidden() -> None:
     terms = model.elbo(many, given(many, mask), torch.Generator().manual_seed(1))
     mean, error = float(terms.mean()), float(terms.std() / len(terms) ** 0.5)
     assert abs(mean - float(torch.stack(exact).mean())) < 4 * error
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_laws_that_take_no_known_entries_say_so(name: str) -> None:
+    """They would score and draw all entries."""
+    K = 3
+    law, x = build_base(name, K).eval(), torch.zeros(2, DIMS[3], dtype=torch.int64)
+    context = given(x, torch.arange(DIMS[3]) < 1)
+    if isinstance(law, (SequenceCategorical, Walk)):
+        assert law.log_prob(x, context).shape == (2,)
+        return
+    for call in (law.log_prob, lambda _, c: law.sample(2, c)):
+        with pytest.raises(InputError, match="this law takes no known entries"):
+            call(x, context)

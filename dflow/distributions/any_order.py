@@ -87,7 +87,7 @@ class AnyOrder(nn.Module):
         batch, n = x.shape[:2]
         if sizes is not None and int(sizes.sum()) < n:
             raise ValueError(f"calls of sizes {sizes.tolist()} do not draw all of {n} entries")
-        mask, before = present(context, batch, n), known_in(context)
+        mask, before = present(context, batch, n, takes_known=True), known_in(context)
         noise = torch.rand(batch, n, device=x.device, generator=generator)
         # Entries that the context knows come first, absent ones last.
         noise = noise if before is None else noise.masked_fill(before.mask, -1.0)
@@ -107,7 +107,7 @@ class AnyOrder(nn.Module):
 
         In training mode it moves `costs`.
         """
-        mask, count = present(context, *x.shape[:2]), self._count(x, context)
+        mask, count = present(context, *x.shape[:2], takes_known=True), self._count(x, context)
         known = known if mask is None else known & mask
         hidden = ~known if mask is None else ~known & mask
         total = torch.where(hidden, self._terms(x, known, context), 0.0).sum(1)
@@ -143,7 +143,7 @@ class AnyOrder(nn.Module):
             context: lengths, or None.
         """
         batch, n = x.shape[:2]
-        calls, mask = calls.expand(batch, n), present(context, batch, n)
+        calls, mask = calls.expand(batch, n), present(context, batch, n, takes_known=True)
         at_once = max(1, _ENTRIES // max(1, batch * n))
         each = torch.zeros(batch, n, device=x.device)
         for call in torch.arange(num_calls, device=x.device)[:, None, None].split(at_once):
@@ -198,7 +198,7 @@ class AnyOrder(nn.Module):
 
     def _known(self, x: Tensor, context: Context | None) -> Tensor:
         """Present entries that the context knows, (batch,)."""
-        before, mask = known_in(context), present(context, *x.shape[:2])
+        before, mask = known_in(context), present(context, *x.shape[:2], takes_known=True)
         if before is None:
             return torch.zeros(len(x), dtype=torch.int64, device=x.device)
         known = before.mask[: x.shape[1]].expand(*x.shape[:2])
@@ -277,7 +277,7 @@ class Walk(Distribution):
             x = torch.where(before.mask, before.symbols, x)
         if prompt is not None:
             x[:, : len(prompt)], known[:, : len(prompt)] = prompt, True
-        lengths, mask = lengths_in(context), present(context, n, dim)
+        lengths, mask = lengths_in(context), present(context, n, dim, takes_known=True)
         longest = dim if length is None else length
         if lengths is not None:
             longest = min(longest, max(1, *lengths.tolist()))
@@ -389,7 +389,7 @@ class Ordered(Walk):
     def step(self, call: int, x: Tensor, known: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
         """See `Walk.step`."""
         drawn = (self.calls(context)[: x.shape[1]] == call) & ~known
-        mask = present(context, *x.shape[:2])
+        mask = present(context, *x.shape[:2], takes_known=True)
         drawn = drawn if mask is None else drawn & mask
         return drawn, self.model.logits(x, known, context)[drawn]
 
@@ -443,7 +443,7 @@ class Confident(Walk):
             done = int(self.model.sizes(self.num_calls)[: call + 1].sum())
         else:
             done = -(-dim * (call + 1) // self.num_calls)
-        mask, lengths = present(context, len(x), n), lengths_in(context)
+        mask, lengths = present(context, len(x), n, takes_known=True), lengths_in(context)
         count = torch.full((len(x),), n, device=x.device) if lengths is None else lengths
         hidden = ~known if mask is None else ~known & mask
         logits = self.model.logits(x, known, context)

@@ -174,7 +174,7 @@ class SequenceCategorical(Distribution):
         """
         if (law := self._of(context)) is not self:
             return law.log_prob_each(x, context)
-        mask = present(context, len(x), x.shape[1])
+        mask = present(context, len(x), x.shape[1], takes_known=True)
         logits = self.net(x, context, *self._extra())
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if x.is_floating_point():
@@ -232,7 +232,7 @@ class SequenceCategorical(Distribution):
             if known is not None:
                 drawn = torch.where(known.mask[positions], known.symbols[:, positions], drawn)
             x[:, positions] = drawn
-        mask = present(context, n, self.dim)
+        mask = present(context, n, self.dim, takes_known=True)
         return x if mask is None else torch.where(mask, x, 0)
 
     def _read(self, known: Known | None, state: Any) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dflow.core import Context, Distribution, agreed, lengths_in
+from dflow.core import Context, Distribution, agreed, lengths_in, present
 
 
 class Split(Distribution):
@@ -49,7 +49,7 @@ class Split(Distribution):
         """``x_a`` with the context of the base, and ``x_b`` with that of the conditional."""
         if x.shape[1] != self.dim:
             raise ValueError(f"expected {self.dim} entries, found x of shape {tuple(x.shape)}")
-        lengths_in(context, len(x))
+        present(context, len(x), self.dim)
         x_a, x_b = x.index_select(1, self.kept_index), x.index_select(1, self.rest_index)
         of_base, of_conditional = self.contexts(x_a, context)
         return (x_a, of_base), (x_b, of_conditional)
@@ -58,7 +58,7 @@ class Split(Distribution):
         self, n: int, context: Context | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
         """``n`` exact draws: x_a from the base, then x_b given x_a."""
-        lengths_in(context, n)
+        present(context, n, self.dim)
         x_a = self.base.sample(n, self.contexts(None, context)[0], generator)
         x_b = self.conditional.sample(n, self.contexts(x_a, context)[1], generator)
         return self.join(x_a, x_b)
