@@ -11,7 +11,7 @@ import pty
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from folders import image_recipe, write_model, write_pictures, write_text
@@ -98,8 +98,10 @@ def test_json_is_one_document_and_alone(
 
 
 def test_every_verb_that_prints_results_has_json() -> None:
-    without = {verb for verb, cls, *_ in VERBS if not issubclass(cls, cli.Results)}
-    assert without == {"train", "generate"}
+    without = {verb: cls for verb, cls, *_ in VERBS if not issubclass(cls, cli.Results)}
+    assert set(without) == {"train", "generate", "fill", "score"}
+    # Those that print texts have JSON lines instead.
+    assert all("jsonl" in str(get_type_hints(without[v])["format"]) for v in ("generate", "fill", "score"))
 
 
 def test_the_last_line_is_json_but_not_on_a_terminal(
