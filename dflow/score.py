@@ -44,7 +44,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Score:
+class TextScore:
     """What a text costs under a model.
 
     Attributes:
@@ -82,7 +82,7 @@ def score(
     each: Each = "document",
     given: str = "",
     batch_size: int = 32,
-) -> Score:
+) -> TextScore:
     r"""The exact bits of a text, ``-log2 p(text | given)``.
 
     A model with a context scores a text of any length as one document, chunk after chunk, each given the
@@ -127,7 +127,7 @@ def score(
 
 def _document(
     model: DflowModel, tokenizer: Tokenizer, text: str, each: Each, given: str, batch_size: int
-) -> Score:
+) -> TextScore:
     """A text of a model of a stream."""
     ids = tokenizer.encode(text)
     try:
@@ -148,7 +148,7 @@ def _document(
             f"each {each}: a {model.config.family} model gives whole sequences a probability, and single "
             "symbols no share in it; score the document"
         )
-    return Score(
+    return TextScore(
         bits=nats / math.log(2),
         num_symbols=len(ids),
         num_characters=len(text),
@@ -185,7 +185,7 @@ def _whole(model: DflowModel, number: int, num_given: int) -> bool:
 
 def _lines(
     model: DflowModel, tokenizer: Tokenizer, text: str, each: Each, given: str, batch_size: int
-) -> Score:
+) -> TextScore:
     """Lines, each of which is a sequence of its own."""
     if given:
         raise InputError(
@@ -216,7 +216,7 @@ def _lines(
             parts.append(Part(i + 1, text[slice(*spans[i])], len(row) + ends, count, float(cost)))
         elif each == "symbol":
             parts += _symbols(tokenizer, row, cost, len(parts))
-    return Score(
+    return TextScore(
         bits=float(torch.cat([cost.flatten() for cost in bits]).sum()),
         num_symbols=sum(map(len, rows)) + ends * len(rows),
         num_characters=sum(characters),

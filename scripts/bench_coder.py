@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 
 from dflow.coding import Coder, integer_counts, logistic_tables
-from dflow.coding.codes import Code, Rows
-from dflow.coding.integers import Logistic
+from dflow.coding.codes import Code, RowsCode
+from dflow.coding.integers import LogisticCode
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from reference_coder import ReferenceCoder
@@ -60,14 +60,14 @@ def logistic(n: int, generator: torch.Generator) -> tuple[Callable[[], Code], to
     a, b = (x - 0.5 - loc) / log_scale.exp(), (x + 0.5 - loc) / log_scale.exp()
     a, b = torch.where(a > 0, -b, a), torch.where(a > 0, -a, b)
     ideal = -float((b.sigmoid() - a.sigmoid()).log2().sum())
-    return lambda: Logistic(logistic_tables(), loc, log_scale), x, ideal
+    return lambda: LogisticCode(logistic_tables(), loc, log_scale), x, ideal
 
 
 def categorical(n: int, K: int, generator: torch.Generator) -> tuple[Callable[[], Code], torch.Tensor, float]:
     law = (2 * torch.randn(n, K, dtype=torch.float64, generator=generator)).softmax(1)
     x = law.multinomial(1, generator=generator).squeeze(1)
     counts = integer_counts(law)
-    return lambda: Rows(counts), x, -float(law.gather(1, x[:, None]).log2().sum())
+    return lambda: RowsCode(counts), x, -float(law.gather(1, x[:, None]).log2().sum())
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ import torch
 from dflow import hf
 from dflow.coding import Coder
 from dflow.coding.bits_back import BitsBack, push, ready
-from dflow.coding.local import Settings
+from dflow.coding.local import CodingSettings
 from dflow.compress.clock import clock
 from dflow.data import ImageConfig, load_images
 from dflow.dequantize import Uniform
@@ -57,7 +57,7 @@ def main() -> None:
     print("|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     rows = []
     for triple in GRIDS:
-        settings = Settings(*triple)
+        settings = CodingSettings(*triple)
         code, coder, bound = BitsBack(model, dim, settings), Coder(stack), -sum(draws) / 8 if draws else 0.0
         seconds = {"encode": 0.0, "decode": 0.0, "all": 0.0}
         for batch in batches:

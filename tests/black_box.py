@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from dflow.coding.codes import Stack, join
-from dflow.coding.densities import Law, density
-from dflow.coding.local import Frame, Settings
-from dflow.coding.normals import Normal
+from dflow.coding.densities import DensityLaw, density
+from dflow.coding.local import CodingSettings, Frame
+from dflow.coding.normals import NormalCode
 from dflow.core import Context
 from dflow.flows import Flow
 
@@ -28,11 +28,11 @@ class BlackBox:
         settings: of these, sigma and grid.
     """
 
-    def __init__(self, law: Flow, frame: Frame, settings: Settings) -> None:
+    def __init__(self, law: Flow, frame: Frame, settings: CodingSettings) -> None:
         """See the class."""
         self.bijector, self.old, dim = law.bijector, frame, len(frame.step)
         self.new, self.sigma = Frame.plain(dim, settings.step), 0.5**settings.sigma
-        self.base: Law = density(law.base, self.new, settings)
+        self.base: DensityLaw = density(law.base, self.new, settings)
 
     def push(self, symbols: Tensor, stack: Stack, context: Context | None) -> None:
         """Push symbols of x ``(n, dim)``."""
@@ -70,17 +70,17 @@ class BlackBox:
         factor = torch.linalg.qr(jacobian.transpose(1, 2), mode="r").R.transpose(1, 2)
         return self.bijector.forward(x, context)[0].detach(), factor
 
-    def _inputs(self, symbols: Tensor, context: Context | None) -> Normal:
+    def _inputs(self, symbols: Tensor, context: Context | None) -> NormalCode:
         x = self.bijector.inverse(self.new.values(symbols), context)[0].detach()
         scale = (self.sigma / self.old.step).expand(x.shape)
-        return Normal(self.old.units(x).flatten(), scale.flatten())
+        return NormalCode(self.old.units(x).flatten(), scale.flatten())
 
     def _at(self, mean: Tensor, factor: Tensor, noise: Tensor, i: int) -> Tensor:
         return mean[:, i] + (factor[:, i, :i] * noise[:, :i]).sum(1)
 
-    def _entry(self, mean: Tensor, factor: Tensor, noise: Tensor, i: int) -> Normal:
+    def _entry(self, mean: Tensor, factor: Tensor, noise: Tensor, i: int) -> NormalCode:
         scale = self.sigma * factor[:, i, i].abs()
-        return Normal(self._at(mean, factor, noise, i) / self.new.step[i], scale / self.new.step[i])
+        return NormalCode(self._at(mean, factor, noise, i) / self.new.step[i], scale / self.new.step[i])
 
     def _tell(self, symbols: Tensor, mean: Tensor, factor: Tensor, noise: Tensor, i: int) -> None:
         z = symbols[:, i].double() * self.new.step[i]

@@ -16,7 +16,7 @@ from PIL import Image
 from dflow import cli, zoo
 from dflow.data import IMAGES, TEXTS
 from dflow.data.files import digest
-from dflow.data.image_sets import Pixels
+from dflow.data.image_sets import SplitPixels
 from dflow.data.known import KnownFile, KnownSet
 
 ROOT = Path(__file__).parent.parent
@@ -79,7 +79,7 @@ def _set(name: str, splits: Any) -> KnownSet[Any]:
     return KnownSet(name, lambda folder: splits, local, lambda folder: {name: content})
 
 
-def _pixels(name: str) -> Pixels:
+def _pixels(name: str) -> SplitPixels:
     """Images of 8 x 8, labels from 0 to 9."""
     rng = np.random.default_rng(0)
     channels, depth = (3, 8) if "cifar" in name else (1, 1 if "binarized" in name else 8)
@@ -87,7 +87,7 @@ def _pixels(name: str) -> Pixels:
     arrays = [(ramp + rng.integers(0, 2, (n, channels, 8, 8))).clip(0, 2**depth - 1) for n in (64, 32, 32)]
     labels = tuple((np.arange(len(a)) % 10).astype(np.uint8) for a in arrays)
     train, valid, test = (a.astype(np.uint8) for a in arrays)
-    return Pixels(train, valid, test, depth, labels)  # type: ignore[arg-type]
+    return SplitPixels(train, valid, test, depth, labels)  # type: ignore[arg-type]
 
 
 def write_files(folder: Path) -> None:

@@ -42,3 +42,15 @@ def test_files_and_functions_are_short_and_local_names_say_something() -> None:
                 assert length <= 60, f"{path}: {node.name} has {length} lines"
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 assert node.id not in VAGUE, f"{path}:{node.lineno}: a variable called {node.id!r}"
+
+
+def test_one_word_is_one_class() -> None:
+    """But for commands, whose flags have the name of the command."""
+    places: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "dflow").rglob("*.py")):
+        if path.parent.name == "cli":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name.lstrip("_"), []).append(path.name)
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}

@@ -25,8 +25,8 @@ from dflow.coding import Coder
 from dflow.coding.bits_back import BitsBack, Stream, middles, pop, push, ready, sizes
 from dflow.coding.densities import density
 from dflow.coding.layers import layers, move
-from dflow.coding.local import Frame, Settings
-from dflow.coding.normals import Normal, logit_normal, logits, normal_tables
+from dflow.coding.local import CodingSettings, Frame
+from dflow.coding.normals import NormalCode, logit_normal, logits, normal_tables
 from dflow.core import Bijector, Context, Distribution, Elementwise
 from dflow.dequantize import (
     Dequantized,
@@ -38,7 +38,7 @@ from dflow.dequantize import (
     Uniform,
 )
 from dflow.distributions import ConditionalNormal, CovarianceNormal, StandardNormal
-from dflow.distributions import Normal as NormalLaw
+from dflow.distributions import NormalCode as NormalLaw
 from dflow.elementwise import Affine, MixtureLogistic, Spline
 from dflow.flows import Flow, Split
 from dflow.nn.densenet import DenseNet
@@ -127,7 +127,7 @@ def frame() -> Frame:
 def test_symbols_and_the_stack_come_back_through_every_bijector(name, inverted):
     bijector = shaken(BIJECTORS[name]())
     # Fine enough for slopes of 1/1000, which splines have.
-    found, out = layers(Inverse(bijector) if inverted else bijector, frame(), Settings(20, 14))
+    found, out = layers(Inverse(bijector) if inverted else bijector, frame(), CodingSettings(20, 14))
     x = torch.randint(-(2**21), 2**21, (5, DIM), generator=torch.Generator().manual_seed(1))
     coder = Coder(LENT[:4096])
     symbols = move(found, x, coder, None, True)
@@ -143,7 +143,7 @@ def test_symbols_and_the_stack_come_back_through_every_bijector(name, inverted):
 
 
 def test_scaling_by_constants_costs_nothing():
-    found, _ = layers(shaken(Chain([ActNorm(SHAPE), Conv1x1(SHAPE)])), frame(), Settings(18, 14))
+    found, _ = layers(shaken(Chain([ActNorm(SHAPE), Conv1x1(SHAPE)])), frame(), CodingSettings(18, 14))
     coder = Coder(LENT[:64])
     symbols = torch.randint(-900, 900, (5, DIM), generator=torch.Generator().manual_seed(1))
     move(found, symbols, coder, None, True)
@@ -171,7 +171,7 @@ def laws() -> dict[str, Distribution]:
 @pytest.mark.parametrize("name", laws())
 def test_a_density_costs_what_it_says(name):
     law = shaken(laws()[name], 0.1)
-    code = density(law, Frame.plain(DIM, 2.0**-12), Settings())
+    code = density(law, Frame.plain(DIM, 2.0**-12), CodingSettings())
     with torch.no_grad():
         x = (law.sample(400, generator=torch.Generator().manual_seed(2)) * 4096).round().long()
         ideal = -law.log_prob(x.double() / 4096).sum() / math.log(2) + x.numel() * 12
@@ -274,7 +274,7 @@ def test_a_model_costs_its_bound_and_gives_everything_back(name, family):
 @pytest.mark.parametrize("family", [None, MixtureLogistic(3)], ids=str)
 def test_black_box_and_layers_agree(family):
     # The one sigma of a black box has to be wide in steps of x, too.
-    law, settings = model(family=family), Settings(16, 8, 12)
+    law, settings = model(family=family), CodingSettings(16, 8, 12)
     code, x = BitsBack(law, DIM, settings), data(law, 24)
     ideal = bound(law, code, x, Coder(LENT))
     whole = BlackBox(law.density, code.frame, settings)
@@ -365,9 +365,9 @@ def test_what_cannot_be_coded_is_refused():
     with pytest.raises(ValueError, match="TruncatedNormal"):
         BitsBack(ready(Dequantized(density_law, TruncatedNormal(Hypercube(), density_law))), DIM)
     with pytest.raises(ValueError, match="Strange"):
-        layers(Strange(), frame(), Settings())
+        layers(Strange(), frame(), CodingSettings())
     with pytest.raises(ValueError, match="Foreign"):
-        density(Foreign(), frame(), Settings())
+        density(Foreign(), frame(), CodingSettings())
     with pytest.raises(ValueError, match="expected int64"):
         BitsBack(model(), DIM).push(torch.zeros(1, DIM), Coder(LENT))
     with pytest.raises(ValueError, match="ready"):
@@ -378,7 +378,7 @@ def test_what_cannot_be_coded_is_refused():
         pop(BitsBack(model(), DIM), 1, LENT[:64], 1 << 60)
     for wrong in ({"grid": 31}, {"sigma": 15}, {"noise": 0}, {"noise": 17}):
         with pytest.raises(ValueError, match="must lie in"):
-            Settings(**wrong)
+            CodingSettings(**wrong)
 
 
 class Strange(Reverse.__base__):  # type: ignore[misc, name-defined]
@@ -396,7 +396,9 @@ class Foreign(StandardNormal.__base__):  # type: ignore[misc, name-defined]
         return torch.zeros(n, 1)
 
 
-@pytest.mark.parametrize("settings", [Settings(10, 6, 6), Settings(14, 8, 10), Settings(12, 8, 16)])
+@pytest.mark.parametrize(
+    "settings", [CodingSettings(10, 6, 6), CodingSettings(14, 8, 10), CodingSettings(12, 8, 16)]
+)
 def test_other_grids(settings):
     law = model("bipartite")
     code, x = BitsBack(law, DIM, settings), data(law, 16)
@@ -441,7 +443,7 @@ def test_normal_codes_cost_little(scale, mean):
     x = x + round(mean)
     assert len(x) < 3000
     loc, s = (torch.full((len(x),), v, dtype=torch.float64) for v in (mean, scale))
-    code = Normal(loc, s)
+    code = NormalCode(loc, s)
     size = code.intervals(x)[1].double() / (1 << 24)
     coder = Coder()
     coder.push(*code.intervals(x))
@@ -451,7 +453,7 @@ def test_normal_codes_cost_little(scale, mean):
         near = x[(x - mean).abs() < 4.9 * scale + 1].double()
         loc, s = loc[: len(near)], s[: len(near)]
         p = torch.special.ndtr((near + 0.5 - loc) / s) - torch.special.ndtr((near - 0.5 - loc) / s)
-        size = Normal(loc, s).intervals(near.long())[1]
+        size = NormalCode(loc, s).intervals(near.long())[1]
         # Intervals of cells and low bits: of each number those that are its own.
         own = size.double().log2().sub(24)
         cells, low = own[: len(near)], own[len(near) :]
@@ -463,9 +465,9 @@ def test_normal_codes_cost_little(scale, mean):
 def test_normal_codes_refuse_what_is_no_law():
     one = torch.ones(2, dtype=torch.float64)
     with pytest.raises(ValueError, match="not finite"):
-        Normal(one, one * math.inf)
+        NormalCode(one, one * math.inf)
     with pytest.raises(ValueError, match="expected"):
-        Normal(one, one[:1])
+        NormalCode(one, one[:1])
 
 
 def test_places_have_their_mass():

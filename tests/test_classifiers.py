@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from dflow import cli, hf, zoo
 from dflow.config import InputError
 from dflow.data import ImageConfig, image_sets, load_images
-from dflow.data.image_sets import Pixels
+from dflow.data.image_sets import SplitPixels
 from dflow.evaluate import evaluate_labels
 from dflow.evaluate.labels import coverage, score
 from dflow.hf import DflowClassifier, DflowClassifierConfig, PackedNetwork
@@ -29,7 +29,7 @@ SMALL = ["model.channels=[3,4]", "model.hidden=[12]", "train.minutes=null", "tra
 SMALL += ["train.batch_size=40", "train.warmup=1", "train.eval_minutes=null"]
 
 
-def fake(folder: Path | None = None) -> Pixels:
+def fake(folder: Path | None = None) -> SplitPixels:
     """Three labels: which third of the image is bright."""
     rng = np.random.default_rng(0)
     sizes = (400, 80, 60)
@@ -40,7 +40,7 @@ def fake(folder: Path | None = None) -> Pixels:
         for image, label in zip(x, part, strict=True):
             image[0, 9 * label : 9 * label + 9] += 90
         images.append(x)
-    return Pixels(*images, labels=(labels[0], labels[1], labels[2]))
+    return SplitPixels(*images, labels=(labels[0], labels[1], labels[2]))
 
 
 @pytest.fixture(autouse=True)

@@ -26,8 +26,8 @@ from dflow.coding import (
     push,
 )
 from dflow.coding.codec import logistic_steps
-from dflow.coding.codes import Bernoulli, Bits, Code, Edges, Golomb, Rows, Shared
-from dflow.coding.integers import Logistic, Mixture
+from dflow.coding.codes import Bernoulli, Bits, Code, Edges, Golomb, RowsCode, Shared
+from dflow.coding.integers import LogisticCode, MixtureCode
 from dflow.coding.tables import sigmoid_counts
 from dflow.core import Context, Distribution, Elementwise
 from dflow.distributions import Categorical, ConditionalCategorical, StandardNormal
@@ -197,7 +197,7 @@ def test_cost_of_the_tails(log2_scale):
     """The rest of the excess: where the window is narrowest in scales."""
     scale = torch.tensor([2.0**log2_scale], dtype=torch.float64)
     loc = torch.tensor([0.3], dtype=torch.float64)
-    code = Logistic(logistic_tables(), loc, scale.log())
+    code = LogisticCode(logistic_tables(), loc, scale.log())
     end, step = 128 << int(code.shift), 1 << max(0, int(code.shift) - 1)
     excess = 0.0
     for x in range(end + 1, end + math.ceil(22 * float(scale)), step):
@@ -259,7 +259,7 @@ def test_rows_and_tables_are_coded_as_the_reference_does(K):
     x = (random(200, seed=1) * K).long()
     # The likeliest and the least likely, at both ends.
     x[:4] = torch.tensor([0, K - 1, K - 1, 0])
-    round_trip(Rows(counts), x)
+    round_trip(RowsCode(counts), x)
     round_trip(Shared(Tables(counts), (random(200, seed=2) * 200).long()), x)
     extreme = integer_counts(torch.eye(K)[[0, K - 1]])
     for index in (0, 1):
@@ -353,7 +353,7 @@ def test_bits_of_any_width_and_golomb_codes():
 def test_golden_bytes():
     """If this fails, streams of before can no longer be read."""
     counts = integer_counts(torch.tensor([[0.5, 0.25, 0.25], [0.125, 0.125, 0.75], [0.0, 1.0, 0.0]]))
-    assert round_trip(Rows(counts), torch.tensor([2, 0, 1])).hex() == "0100c000"
+    assert round_trip(RowsCode(counts), torch.tensor([2, 0, 1])).hex() == "0100c000"
     tables = Tables(counts)
     index = torch.tensor([1, 0, 2, 1, 0, 0, 1, 2])
     assert (
@@ -362,7 +362,7 @@ def test_golden_bytes():
     x = torch.tensor([0, 3, -200, 5000, 1 << 40])
     loc, log_scale = torch.tensor([0.2, 2.6, 0.0, 4500.0, 0.0]), torch.tensor([-2.0, 0.0, 2.0, 5.0, 1.0])
     assert (
-        round_trip(Logistic(logistic_tables(), loc, log_scale), x).hex()
+        round_trip(LogisticCode(logistic_tables(), loc, log_scale), x).hex()
         == "2a0b8b0d9ce161152386f6d9f9ffffff0082ffff"
     )
     assert Coder().to_bytes() == b""
@@ -372,7 +372,7 @@ def test_the_beginning_of_a_stream_holds_what_is_popped_first():
     counts = integer_counts(torch.full((4000, 16), 1 / 16))
     x = (random(4000) * 16).long()
     coder = Coder()
-    coder.push(*Rows(counts).intervals(x))
+    coder.push(*RowsCode(counts).intervals(x))
     data = coder.to_bytes()
     assert torch.equal(Coder(data[:1000]).pop_rows(counts[:1900]), x[:1900])
 
@@ -381,9 +381,9 @@ def test_a_stack_goes_on_from_its_bytes():
     counts = integer_counts(random(50, 5).softmax(1))
     x = (random(100) * 5).long().view(2, 50)
     coder = Coder()
-    coder.push(*Rows(counts).intervals(x[0]))
+    coder.push(*RowsCode(counts).intervals(x[0]))
     coder = Coder(coder.to_bytes())
-    coder.push(*Rows(counts).intervals(x[1]))
+    coder.push(*RowsCode(counts).intervals(x[1]))
     assert torch.equal(coder.pop_rows(counts), x[1])
     assert torch.equal(coder.pop_rows(counts), x[0])
     coder.finish()
@@ -393,7 +393,7 @@ def test_damaged_streams_raise_or_give_other_symbols():
     counts = integer_counts(torch.full((300, 16), 1 / 16))
     x = (random(300) * 16).long()
     coder = Coder()
-    coder.push(*Rows(counts).intervals(x))
+    coder.push(*RowsCode(counts).intervals(x))
     data = coder.to_bytes()
     with pytest.raises(ValueError, match="words of 4 bytes, found"):
         Coder(data[:-1])
@@ -405,7 +405,7 @@ def test_damaged_streams_raise_or_give_other_symbols():
         longer.finish()
     # One that is cut off gives something all the same; that is for a checksum to find.
     assert not torch.equal(Coder(data[:100]).pop_rows(counts), x)
-    code = Logistic(logistic_tables(), torch.zeros(5000), torch.full((5000,), 3.0))
+    code = LogisticCode(logistic_tables(), torch.zeros(5000), torch.full((5000,), 3.0))
     assert code.pop(Coder(data)).shape == (5000,)
     assert code.pop(Coder()).shape == (5000,)
     # Distances that no one codes do not stop it either.
@@ -423,7 +423,7 @@ def test_intervals_are_checked(start, size):
 
 
 def test_arguments_of_codes_are_checked():
-    code = Rows(integer_counts(torch.full((2, 4), 0.25)))
+    code = RowsCode(integer_counts(torch.full((2, 4), 0.25)))
     tables = logistic_tables()
     for x in ([0, 4], [-1, 0]):
         with pytest.raises(ValueError, match=r"symbols must lie in 0\.\.3"):
@@ -432,18 +432,18 @@ def test_arguments_of_codes_are_checked():
         with pytest.raises(ValueError, match=r"int64 \(2,\)"):
             code.intervals(x)
         with pytest.raises(ValueError, match=r"int64 \(2,\)"):
-            Logistic(tables, torch.zeros(2), torch.zeros(2)).intervals(x)
+            LogisticCode(tables, torch.zeros(2), torch.zeros(2)).intervals(x)
     with pytest.raises(ValueError, match=r"2\^40"):
-        Logistic(tables, torch.zeros(1), torch.zeros(1)).intervals(torch.tensor([(1 << 40) + 1]))
+        LogisticCode(tables, torch.zeros(1), torch.zeros(1)).intervals(torch.tensor([(1 << 40) + 1]))
     for counts in (torch.tensor([[TOTAL, 0]]), torch.tensor([[TOTAL - 3, 2]]), torch.ones(1, 2)):
         with pytest.raises(ValueError, match="counts must be"):
             Tables(counts)
         with pytest.raises(ValueError, match="counts must be"):
             Coder().pop_rows(counts)
     with pytest.raises(ValueError, match="three times"):
-        Mixture(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2), torch.zeros(2).long())
+        MixtureCode(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2), torch.zeros(2).long())
     with pytest.raises(ValueError, match="not finite"):
-        Mixture(torch.full((1, 1), math.nan), torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1).long())
+        MixtureCode(torch.full((1, 1), math.nan), torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1).long())
     with pytest.raises(ValueError, match="twice"):
         Coder().push(torch.zeros(2).long(), torch.ones(3).long())
 
@@ -467,10 +467,10 @@ def test_logistic_laws_of_any_scale_and_numbers_anywhere():
     log_scale = random(n, seed=2) * 40 - 20
     x = draw(loc, log_scale.clamp(max=14))
     far = torch.tensor([1 << 40, -(1 << 40), 0, 200, -129, -130, 127, 128, 129])
-    round_trip(Logistic(logistic_tables(), loc, log_scale), x)
-    round_trip(Logistic(logistic_tables(), loc[:9], log_scale[:9]), far)
-    round_trip(Logistic(logistic_tables(), torch.zeros(9), torch.linspace(-5, 14, 9)), far)
-    round_trip(Logistic(logistic_tables(), loc[:0], log_scale[:0]), far[:0])
+    round_trip(LogisticCode(logistic_tables(), loc, log_scale), x)
+    round_trip(LogisticCode(logistic_tables(), loc[:9], log_scale[:9]), far)
+    round_trip(LogisticCode(logistic_tables(), torch.zeros(9), torch.linspace(-5, 14, 9)), far)
+    round_trip(LogisticCode(logistic_tables(), loc[:0], log_scale[:0]), far[:0])
 
 
 def test_length_of_logistic_streams():
@@ -478,10 +478,10 @@ def test_length_of_logistic_streams():
     loc, log_scale = 100 * random(n) - 50, 6 * random(n, seed=1) - 2
     x = draw(loc, log_scale, 2)
     coder = Coder()
-    coder.push(*Logistic(logistic_tables(), loc, log_scale).intervals(x))
+    coder.push(*LogisticCode(logistic_tables(), loc, log_scale).intervals(x))
     ideal = -float(log2_logistic(x, loc, log_scale.exp()).sum())
     assert -0.002 * n < coder.num_bits - ideal < 0.002 * n + 64
-    assert torch.equal(Logistic(logistic_tables(), loc, log_scale).pop(coder), x)
+    assert torch.equal(LogisticCode(logistic_tables(), loc, log_scale).pop(coder), x)
     coder.finish()
 
 
@@ -502,20 +502,20 @@ def test_mixtures_cost_what_they_should(name):
     index = torch.arange(n) % len(loc)
     part = (weights / weights.sum(1, keepdim=True)).double()[index].multinomial(1)
     x = draw(*(v[index].gather(1, part).squeeze(1) for v in (loc, log_scale)))
-    code = Mixture(loc, log_scale, weights.log(), index)
+    code = MixtureCode(loc, log_scale, weights.log(), index)
     p = log2_logistic(x[:, None], loc[index], log_scale[index].exp()) * math.log(2)
     ideal = -torch.logsumexp(
         p + weights[index].log() - weights.sum(1)[index, None].log(), 1
     ).sum() / math.log(2)
     assert abs(float(cost(code, x) - ideal)) < 0.002 * n
-    again = Mixture(loc, log_scale, weights.log(), index)
+    again = MixtureCode(loc, log_scale, weights.log(), index)
     coder = Coder()
     coder.push(*code.intervals(x))
     assert torch.equal(again.pop(coder), x)
     coder.finish()
     far = torch.tensor([-(1 << 40), 1 << 40, 300, -300, 0, 1, 2, 3_000_000])
-    round_trip(Mixture(loc, log_scale, weights.log(), torch.arange(8) % len(loc)), far)
-    round_trip(Mixture(loc, log_scale, weights.log(), torch.zeros(0).long()), far[:0])
+    round_trip(MixtureCode(loc, log_scale, weights.log(), torch.arange(8) % len(loc)), far)
+    round_trip(MixtureCode(loc, log_scale, weights.log(), torch.zeros(0).long()), far[:0])
 
 
 # Distributions

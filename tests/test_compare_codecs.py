@@ -25,7 +25,7 @@ from dflow import cli, hf
 from dflow.compare import codecs, peers
 from dflow.compare.codecs import CodecComparison, compare_codecs, pictures, texts
 from dflow.compare.peers import Codec, Unavailable, picture_codecs, raw_codecs, text_codecs
-from dflow.compare.runner import Clock, ModelCodec, Row, sheet
+from dflow.compare.runner import CodecClock, CodecRow, ModelCodec, sheet
 from dflow.config import InputError
 from dflow.data import image_sets
 
@@ -122,7 +122,7 @@ def stored(name: str = "stored", library: str = "", size: int = 0) -> Codec[Any]
     return Codec(name, "as it is", library, encode, decode)
 
 
-def rows_of(found: CodecComparison, how: str) -> list[Row]:
+def rows_of(found: CodecComparison, how: str) -> list[CodecRow]:
     return [row for row in found.rows if (row.how == "each") == (how == "each")]
 
 
@@ -266,7 +266,7 @@ def test_a_slow_codec_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def model(size: int, made: int, items: int = 1) -> ModelCodec[bytes]:
-    clock = Clock()
+    clock = CodecClock()
 
     def encode(given: Any) -> bytes:
         clock.network += 2.0
@@ -391,7 +391,7 @@ def test_data_sets_by_name(
     code, out, _ = run(capsys, "--data", str(text), "--rounds", "1", "--limit", "300")
     assert code == 0
     assert json.loads(out.splitlines()[-1])["material"] == f"{text}, test"
-    pixels = image_sets.Pixels(*(np.stack([slope(1, 8, 8) % 2 for _ in range(6)]),) * 3, depth=1)
+    pixels = image_sets.SplitPixels(*(np.stack([slope(1, 8, 8) % 2 for _ in range(6)]),) * 3, depth=1)
     known = replace(image_sets.KNOWN["mnist"], read=lambda folder: pixels)
     monkeypatch.setitem(image_sets.KNOWN, "mnist", known)
     found = json.loads(run(capsys, "--data", "mnist", "--rounds", "1", "--limit", "4")[1].splitlines()[-1])

@@ -390,7 +390,7 @@ def test_another_model_or_mode_is_refused(tmp_path):
 def hostile(**changes: object) -> bytes:
     """A file of one picture whose form is not true."""
     form = replace(px.Form("a", px.GREY, 8, (8, 8)), **changes)  # type: ignore[arg-type]
-    meta = image_plan.Plan(0, None, (form,)).to_bytes()
+    meta = image_plan.ImagePlan(0, None, (form,)).to_bytes()
     segment = Segment(0, False, (b"abcd", b"efgh"))
     return container.write(container.Container(container.IMAGES, 0, GREY.fingerprint, meta, (segment,)))
 

@@ -26,7 +26,7 @@ from dflow.compress import (
     describe_images,
     load_image_coder,
 )
-from dflow.compress.coders import Head
+from dflow.compress.coders import FileHead
 from dflow.config import InputError
 
 SMALL = {
@@ -185,7 +185,7 @@ def test_chains_that_are_wrong_behind_right_checksums_give_no_picture(coder, sam
             assert lent == {"lent.bin": LENT[:200]}
 
 
-HEAD = Head(Settings(), 8, 2, 200, "lent.bin", 1)
+HEAD = FileHead(Settings(), 8, 2, 200, "lent.bin", 1)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ HEAD = Head(Settings(), 8, 2, 200, "lent.bin", 1)
     ],
 )
 def test_hostile_heads_are_refused_at_once(coder, sample, head, message):
-    stack = Head.read(container.read(sample).segments[0].levels[0])[1]
+    stack = FileHead.read(container.read(sample).segments[0].levels[0])[1]
     data = with_chain(sample, head.write() + stack)
     with pytest.raises(InputError, match=message):
         decompress_images(data, coder)

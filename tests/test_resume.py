@@ -320,7 +320,7 @@ def test_a_store_goes_by_the_text_not_by_its_time_or_place(
     assert torch.equal(again.test.ids, first.test.ids)
     # It is compared once.
     with monkeypatch.context() as patch:
-        patch.setattr("dflow.data.stores.Source.checksum", lambda self: pytest.fail("read again"))
+        patch.setattr("dflow.data.stores.StoreSource.checksum", lambda self: pytest.fail("read again"))
         load(DataConfig(str(now), store=str(store)))
     changed = TEXT.replace("line", "LINE").encode()
     now.write_bytes(gzip.compress(changed) if change == "packed" else changed)

@@ -158,7 +158,7 @@ def test_laws_that_are_nearly_sure_cost_what_they_say(symbols: int) -> None:
     # A law that is nearly sure tells the others apart still. Tails are another test's.
     symbol = 1 + law[:, 1:-1].multinomial(1, generator=generator).squeeze(1)
     x = (symbol - 1).view(rows, entries) + low
-    code = integers.Window(logits.mT.contiguous().mT, start, low)
+    code = integers.WindowCode(logits.mT.contiguous().mT, start, low)
     coder, reference = Coder(), ReferenceCoder()
     for stack in (coder, reference):
         stack.push(*code.intervals(x.flatten()))
@@ -173,7 +173,7 @@ def test_laws_that_are_nearly_sure_cost_what_they_say(symbols: int) -> None:
     bits[sure] = 23 - others.gather(1, symbol[:, None]).squeeze(1).log2()[sure]
     assert coder.num_bits == pytest.approx(float(bits.sum()), abs=0.02 * x.numel() + 64)
     with pytest.raises(ValueError, match="finite"):
-        integers.Window(logits.index_fill(0, torch.tensor(3), math.nan), start, low)
+        integers.WindowCode(logits.index_fill(0, torch.tensor(3), math.nan), start, low)
 
 
 def test_wrong_arguments_are_named() -> None:

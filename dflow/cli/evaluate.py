@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from dflow.data import Corpus, ImageSet
-    from dflow.evaluate import Evaluation, ExactEvaluation, ImageEvaluation, LawEvaluation, Score
+    from dflow.evaluate import Evaluation, ExactEvaluation, ImageEvaluation, LabelScore, LawEvaluation
 
     #: Data, split, result, rows of the table, and why the result is not valid ("" where it is).
     Scored = tuple[Corpus | ImageSet, str, Any, list[tuple[str, str]], str]
@@ -240,7 +240,7 @@ def image_rows(result: ImageEvaluation, name: str) -> list[tuple[str, str]]:
     return [*rows, ("cells", "intact" if result.intact else "FAILED")]
 
 
-def label_row(score: Score) -> tuple[str, ...]:
+def label_row(score: LabelScore) -> tuple[str, ...]:
     """The line of the table for a network that gives labels."""
     percentages = [f"{100 * share:.2f}" for share in (score.accuracy, score.accuracy_error, score.ece)]
     return score.name, percentages[0], percentages[1], f"{score.nll:.4f}", percentages[2]

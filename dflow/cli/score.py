@@ -15,7 +15,7 @@ from dflow.config import InputError
 
 if TYPE_CHECKING:
     from dflow.score import Part
-    from dflow.score import Score as Result
+    from dflow.score import TextScore
 
 
 @dataclass(kw_only=True)
@@ -87,7 +87,7 @@ def record(kind: str, part: Part | Result) -> dict[str, Any]:
     }
 
 
-def show(flags: Score, name: str, result: Result) -> None:
+def show(flags: Score, name: str, result: TextScore) -> None:
     """Print the parts and the whole as tables."""
     if result.parts:
         rows = [[flags.each, "symbols", "bits", "bits a character", "text"]]

@@ -32,8 +32,8 @@ from dflow.coding.coder import Coder
 from dflow.coding.codes import Bits, Code, Intervals, Stack, join
 from dflow.coding.densities import Independent, density
 from dflow.coding.layers import layers, move
-from dflow.coding.local import Frame, Settings
-from dflow.coding.normals import Normal, Place, logit_normal, logits
+from dflow.coding.local import CodingSettings, Frame
+from dflow.coding.normals import NormalCode, Place, logit_normal, logits
 from dflow.coding.tables import Tables
 from dflow.core import Context
 from dflow.dequantize import Dequantized, Dequantizer, FlowDequantizer, Hypercube, NormalDequantizer, Uniform
@@ -41,7 +41,7 @@ from dflow.dequantize import Dequantized, Dequantizer, FlowDequantizer, Hypercub
 # -- dequantizers ------------------------------------------------------------------------------------------
 
 
-class Noise(Protocol):
+class DequantizerNoise(Protocol):
     """A dequantizer on symbols: ``x 2^noise`` and a place in the cell."""
 
     def pop(self, x: Tensor, stack: Stack) -> Tensor:
@@ -54,7 +54,7 @@ class Noise(Protocol):
 
 
 @singledispatch
-def noise(dequantizer: Dequantizer, dim: int, settings: Settings) -> Noise:
+def noise(dequantizer: Dequantizer, dim: int, settings: CodingSettings) -> DequantizerNoise:
     """What codes a dequantizer of ``dim`` entries. Register others here.
 
     Raises:
@@ -64,12 +64,12 @@ def noise(dequantizer: Dequantizer, dim: int, settings: Settings) -> Noise:
 
 
 @noise.register
-def _(dequantizer: Uniform, dim: int, settings: Settings) -> Noise:
-    return _Independent(lambda x: Bits(torch.full((x.numel(),), settings.noise, dtype=torch.int64)))
+def _(dequantizer: Uniform, dim: int, settings: CodingSettings) -> DequantizerNoise:
+    return _IndependentEntries(lambda x: Bits(torch.full((x.numel(),), settings.noise, dtype=torch.int64)))
 
 
 @noise.register
-def _(dequantizer: NormalDequantizer, dim: int, settings: Settings) -> Noise:
+def _(dequantizer: NormalDequantizer, dim: int, settings: CodingSettings) -> DequantizerNoise:
     if dequantizer.full:
         return _Full(dequantizer, settings.noise)
 
@@ -78,10 +78,10 @@ def _(dequantizer: NormalDequantizer, dim: int, settings: Settings) -> Noise:
         return logit_normal(loc.flatten(), log_scale.exp().flatten(), settings.noise)
 
     # Exact: the places have the mass that the law has on them.
-    return _Independent(code)
+    return _IndependentEntries(code)
 
 
-class _Independent:
+class _IndependentEntries:
     """Places that are independent, by their code given x."""
 
     def __init__(self, code: Callable[[Tensor], Code]) -> None:
@@ -131,7 +131,7 @@ class _Full:
 
 
 @noise.register
-def _(dequantizer: FlowDequantizer, dim: int, settings: Settings) -> Noise:
+def _(dequantizer: FlowDequantizer, dim: int, settings: CodingSettings) -> DequantizerNoise:
     return _FlowNoise(dequantizer, dim, settings)
 
 
@@ -142,7 +142,7 @@ class _FlowNoise:
     of the cell; then z is pushed, normal about the middle of the place.
     """
 
-    def __init__(self, dequantizer: FlowDequantizer, dim: int, settings: Settings) -> None:
+    def __init__(self, dequantizer: FlowDequantizer, dim: int, settings: CodingSettings) -> None:
         self.dequantizer, self.settings = dequantizer, settings
         start = Frame.plain(dim, settings.step)
         self.base = Independent.standard(dim, start, narrow=True)
@@ -165,9 +165,9 @@ class _FlowNoise:
         z = self.frame.values(symbols).flatten()
         return logit_normal(z, self._scales(z)[0], self.settings.noise)
 
-    def _latents(self, place: Tensor) -> Normal:
+    def _latents(self, place: Tensor) -> NormalCode:
         z = middles(place, self.settings.noise).flatten()
-        return Normal(self._units(z, place), self._scales(z)[1] / self._steps(place))
+        return NormalCode(self._units(z, place), self._scales(z)[1] / self._steps(place))
 
     def _units(self, z: Tensor, place: Tensor) -> Tensor:
         return self.frame.units(z.view(place.shape)).flatten()
@@ -204,16 +204,16 @@ class BitsBack:
     Args:
         model: what `ready` gave.
         dim: entries of a row.
-        settings: see `Settings`.
+        settings: see `CodingSettings`.
 
     Raises:
         ValueError: a layer or law that has no local code; cells that are not those of integers; a model
             that is not ready.
     """
 
-    def __init__(self, model: Dequantized, dim: int, settings: Settings | None = None) -> None:
+    def __init__(self, model: Dequantized, dim: int, settings: CodingSettings | None = None) -> None:
         """See the class."""
-        self.settings = settings or Settings()
+        self.settings = settings or CodingSettings()
         if not isinstance(model.partition, Hypercube):
             raise ValueError(
                 f"cells of {type(model.partition).__name__}; local bits-back codes integers in unit cells "
@@ -292,7 +292,7 @@ def push(code: BitsBack, x: Tensor, given: bytes = b"", batch: int = 64) -> Stre
     """
     if batch < 1:
         raise ValueError(f"batch must be at least 1, found {batch}")
-    chain = _Chain(_start(given))
+    chain = _LocalChain(_start(given))
     for rows in x.split(list(sizes(len(x), batch))):
         chain.ensure(len(rows) * code.borrowed)
         code.push(rows, chain)
@@ -341,7 +341,7 @@ def sizes(n: int, batch: int) -> Iterator[int]:
         done += size
 
 
-class _Chain(Coder):
+class _LocalChain(Coder):
     """A stack that never ends: pseudo-random words lie below it, as many as are needed."""
 
     def __init__(self, data: bytes) -> None:

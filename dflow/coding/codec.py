@@ -17,9 +17,9 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
-from dflow.coding.codes import Code, Intervals, Rows, Shared, Stack, join
+from dflow.coding.codes import Code, Intervals, RowsCode, Shared, Stack, join
 from dflow.coding.frozen import Cells, FrozenMixture
-from dflow.coding.integers import Logistic, Mixture, Window
+from dflow.coding.integers import LogisticCode, MixtureCode, WindowCode
 from dflow.coding.tables import Tables, logistic_tables, logit_counts
 from dflow.core import Context, Distribution, present
 from dflow.distributions import categorical
@@ -245,7 +245,7 @@ def _(distribution: ConditionalWindow, n: int, context: Context | None) -> tuple
             logits = distribution.raw(piece)
             _check_rows(min(size, n - start), len(logits))
             places = start * dim + torch.arange(len(logits) * dim, device=low.device)
-            yield places, Window(logits, distribution.start, low)
+            yield places, WindowCode(logits, distribution.start, low)
 
     return distribution.dim, chain()
 
@@ -303,7 +303,7 @@ def logistic_steps(
 
     def chain() -> Steps:
         if log_weights is None:
-            code = Logistic(logistic_tables(), loc.flatten()[index], log_scale.flatten()[index])
+            code = LogisticCode(logistic_tables(), loc.flatten()[index], log_scale.flatten()[index])
             yield places, code
             return
         params = tuple(v.flatten(0, 1) for v in (loc, log_scale, log_weights))
@@ -311,7 +311,7 @@ def logistic_steps(
             laws, rows = params, index[piece]
             if len(loc) == n:
                 laws, rows = tuple(v[piece] for v in params), piece - piece[0]
-            yield piece, Mixture(laws[0], laws[1], laws[2], rows)
+            yield piece, MixtureCode(laws[0], laws[1], laws[2], rows)
 
     return dim, chain()
 
@@ -329,7 +329,7 @@ def _send(chain: Steps, values: Tensor) -> tuple[Tensor, Code] | None:
 
 def _rows(logits: Tensor) -> Code:
     """Code of symbols, each with logits of its own, ``(n, K)``."""
-    return Rows(logit_counts(logits.detach().cpu()))
+    return RowsCode(logit_counts(logits.detach().cpu()))
 
 
 def _places(n: int, dim: int, context: Context | None, device: torch.device) -> Tensor:

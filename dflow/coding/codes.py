@@ -83,7 +83,7 @@ class Shared:
         )
 
 
-class Rows:
+class RowsCode:
     """Symbols that have a law each: `integer_counts`, ``(n, K)``."""
 
     def __init__(self, counts: Tensor) -> None:

@@ -11,15 +11,14 @@ from torch import Tensor
 
 from dflow.coding.codes import Stack, join
 from dflow.coding.layers import Layer, layers, move
-from dflow.coding.local import Frame, Settings
-from dflow.coding.normals import Normal
+from dflow.coding.local import CodingSettings, Frame
+from dflow.coding.normals import NormalCode
 from dflow.core import Context, Distribution
-from dflow.distributions import ConditionalNormal, CovarianceNormal, StandardNormal
-from dflow.distributions import Normal as NormalLaw
+from dflow.distributions import ConditionalNormal, CovarianceNormal, Normal, StandardNormal
 from dflow.flows import Flow, Split
 
 
-class Law(Protocol):
+class DensityLaw(Protocol):
     """A density on symbols."""
 
     def push(self, symbols: Tensor, stack: Stack, context: Context | None) -> None:
@@ -32,7 +31,7 @@ class Law(Protocol):
 
 
 @singledispatch
-def density(law: Distribution, frame: Frame, settings: Settings) -> Law:
+def density(law: Distribution, frame: Frame, settings: CodingSettings) -> DensityLaw:
     """What codes a density of symbols on ``frame``. Register others here.
 
     Raises:
@@ -42,13 +41,13 @@ def density(law: Distribution, frame: Frame, settings: Settings) -> Law:
 
 
 @density.register
-def _(law: Flow, frame: Frame, settings: Settings) -> Law:
+def _(law: Flow, frame: Frame, settings: CodingSettings) -> DensityLaw:
     codes, out = layers(law.bijector, frame, settings)
     return _Flowing(codes, density(law.base, out, settings))
 
 
 class _Flowing:
-    def __init__(self, layers: Sequence[Layer], base: Law) -> None:
+    def __init__(self, layers: Sequence[Layer], base: DensityLaw) -> None:
         self.layers, self.base = layers, base
 
     def push(self, symbols: Tensor, stack: Stack, context: Context | None) -> None:
@@ -59,12 +58,12 @@ class _Flowing:
 
 
 @density.register
-def _(law: Split, frame: Frame, settings: Settings) -> Law:
+def _(law: Split, frame: Frame, settings: CodingSettings) -> DensityLaw:
     return _Factored(law, frame, settings)
 
 
 class _Factored:
-    def __init__(self, law: Split, frame: Frame, settings: Settings) -> None:
+    def __init__(self, law: Split, frame: Frame, settings: CodingSettings) -> None:
         self.law, self.base_index, self.other_index = law, law.kept_index.cpu(), law.rest_index.cpu()
         self.frame = frame.at(self.base_index)
         self.base = density(law.base, self.frame, settings)
@@ -97,33 +96,33 @@ class Independent:
         return cls(lambda context: (0 * one, one), frame, narrow)
 
     def push(self, symbols: Tensor, stack: Stack, context: Context | None) -> None:
-        """See `Law`."""
+        """See `DensityLaw`."""
         stack.push(*self._code(len(symbols), context).intervals(symbols.flatten()))
 
     def pop(self, n: int, stack: Stack, context: Context | None) -> Tensor:
-        """See `Law`."""
+        """See `DensityLaw`."""
         return self._code(n, context).pop(stack).view(n, -1)
 
-    def _code(self, n: int, context: Context | None) -> Normal:
+    def _code(self, n: int, context: Context | None) -> NormalCode:
         loc, scale = self.params(context)
         units = self.frame.units(loc), scale / self.frame.step
         loc, scale = (v.expand(n, -1).flatten() for v in units)
-        return Normal(loc, scale, self.narrow)
+        return NormalCode(loc, scale, self.narrow)
 
 
 @density.register
-def _(law: StandardNormal, frame: Frame, settings: Settings) -> Law:
+def _(law: StandardNormal, frame: Frame, settings: CodingSettings) -> DensityLaw:
     return Independent.standard(law.dim, frame)
 
 
 @density.register
-def _(law: NormalLaw, frame: Frame, settings: Settings) -> Law:
+def _(law: Normal, frame: Frame, settings: CodingSettings) -> DensityLaw:
     L, loc = (v.detach().double() for v in law.conditionals())
     return Independent(lambda context: (loc[None], 1 / L[None]), frame)
 
 
 @density.register
-def _(law: ConditionalNormal, frame: Frame, settings: Settings) -> Law:
+def _(law: ConditionalNormal, frame: Frame, settings: CodingSettings) -> DensityLaw:
     def params(context: Context | None) -> tuple[Tensor, Tensor]:
         loc, log_scale = law.params(context)
         # Beyond any grid all the same.
@@ -133,7 +132,7 @@ def _(law: ConditionalNormal, frame: Frame, settings: Settings) -> Law:
 
 
 @density.register
-def _(law: CovarianceNormal, frame: Frame, settings: Settings) -> Law:
+def _(law: CovarianceNormal, frame: Frame, settings: CodingSettings) -> DensityLaw:
     return _Covaried(law, frame)
 
 
@@ -158,7 +157,7 @@ class _Covaried:
             centred[:, i] = symbols[:, i].double() * self.frame.step[i] + self.frame.offset[i] - self.loc[i]
         return symbols
 
-    def _code(self, centred: Tensor, i: int) -> Normal:
+    def _code(self, centred: Tensor, i: int) -> NormalCode:
         mean = self.loc[i] - (centred[:, i + 1 :] * self.weight[i, i + 1 :]).sum(1)
         step = self.frame.step[i]
-        return Normal((mean - self.frame.offset[i]) / step, (self.scale[i] / step).expand(len(mean)))
+        return NormalCode((mean - self.frame.offset[i]) / step, (self.scale[i] / step).expand(len(mean)))

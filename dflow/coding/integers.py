@@ -20,7 +20,7 @@ _CELLS = 1 << _DIGIT
 _REACH = 8.0
 
 
-class Window:
+class WindowCode:
     """Integers of a window, each with a law of its own, and those beyond it by Golomb codes of order 0.
 
     First comes whether a number is the commonest one, which depends on one logit. The other logits are looked
@@ -137,7 +137,7 @@ class Binned:
         return (cell << self.shift) + self._low.pop(stack) + self.base
 
 
-class Logistic(Binned):
+class LogisticCode(Binned):
     """Integers under discretized logistic laws, by the tables that come nearest: see `LogisticTables`.
 
     Args:
@@ -150,7 +150,7 @@ class Logistic(Binned):
         super().__init__(tables, *tables.locate(loc, log_scale))
 
 
-class Mixture:
+class MixtureCode:
     r"""Integers under mixtures of discretized logistic laws, digit by digit in base 4.
 
     A window holds every component to 8 scales on either side. First comes which of 4 cells of it a number

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dflow.bijectors import ActNorm, Autoregressive, Chain, Conv1x1, Coupling, Inverse, Permute, Reverse
 from dflow.coding.codes import Bits, Stack, join
-from dflow.coding.local import Frame, Map, Settings, carry, local_law
-from dflow.coding.normals import Normal
+from dflow.coding.local import CodingSettings, Frame, Map, carry, local_law
+from dflow.coding.normals import NormalCode
 from dflow.core import Bijector, Context
 
 
@@ -44,13 +44,13 @@ def move(
 
 
 @singledispatch
-def layers(bijector: Bijector, frame: Frame, settings: Settings, inverted: bool = False) -> Layers:
+def layers(bijector: Bijector, frame: Frame, settings: CodingSettings, inverted: bool = False) -> Layers:
     """What codes a bijector of symbols on ``frame``. Register others here.
 
     Args:
         bijector: in float64 and evaluation mode.
         frame: of what goes in.
-        settings: see `Settings`.
+        settings: see `CodingSettings`.
         inverted: code its inverse.
 
     Raises:
@@ -60,7 +60,7 @@ def layers(bijector: Bijector, frame: Frame, settings: Settings, inverted: bool 
 
 
 @layers.register
-def _(bijector: Chain, frame: Frame, settings: Settings, inverted: bool = False) -> Layers:
+def _(bijector: Chain, frame: Frame, settings: CodingSettings, inverted: bool = False) -> Layers:
     codes: list[Layer] = []
     for inner in reversed(list(bijector)) if inverted else bijector:
         more, frame = layers(inner, frame, settings, inverted)
@@ -69,18 +69,18 @@ def _(bijector: Chain, frame: Frame, settings: Settings, inverted: bool = False)
 
 
 @layers.register
-def _(bijector: Inverse, frame: Frame, settings: Settings, inverted: bool = False) -> Layers:
+def _(bijector: Inverse, frame: Frame, settings: CodingSettings, inverted: bool = False) -> Layers:
     return layers(bijector.bijector, frame, settings, not inverted)
 
 
 @layers.register
-def _(bijector: Permute, frame: Frame, settings: Settings, inverted: bool = False) -> Layers:
+def _(bijector: Permute, frame: Frame, settings: CodingSettings, inverted: bool = False) -> Layers:
     index = bijector.permutation.cpu()
     return _ordered(index.argsort() if inverted else index, frame)
 
 
 @layers.register
-def _(bijector: Reverse, frame: Frame, settings: Settings, inverted: bool = False) -> Layers:
+def _(bijector: Reverse, frame: Frame, settings: CodingSettings, inverted: bool = False) -> Layers:
     return _ordered(torch.arange(len(frame.step)).flip(0), frame)
 
 
@@ -102,7 +102,7 @@ class _Order:
 
 
 @layers.register
-def _(bijector: ActNorm, frame: Frame, settings: Settings, inverted: bool = False) -> Layers:
+def _(bijector: ActNorm, frame: Frame, settings: CodingSettings, inverted: bool = False) -> Layers:
     loc, scale = (
         v.detach().double().repeat_interleave(bijector.places)
         for v in (bijector.loc, bijector.log_scale.double().exp())
@@ -113,7 +113,7 @@ def _(bijector: ActNorm, frame: Frame, settings: Settings, inverted: bool = Fals
 
 
 @layers.register
-def _(bijector: Conv1x1, frame: Frame, settings: Settings, inverted: bool = False) -> Layers:
+def _(bijector: Conv1x1, frame: Frame, settings: CodingSettings, inverted: bool = False) -> Layers:
     """``W = P L D U``, D a diagonal, which makes other steps, and ones on the diagonals of L and U."""
     lu = bijector.lu.detach().double()
     diagonal = bijector.sign.double() * lu.diagonal().exp()
@@ -180,7 +180,7 @@ class _Flip:
 _FINER, _COARSER = 2.0**-8, 4.0
 
 
-def _settled(frame: Frame, settings: Settings) -> Layers:
+def _settled(frame: Frame, settings: CodingSettings) -> Layers:
     ratio = frame.step / settings.step
     off = (ratio < _FINER) | (ratio > _COARSER)
     if not bool(off.any()):
@@ -214,7 +214,7 @@ class _Settle:
 
 
 @layers.register
-def _(bijector: Coupling, frame: Frame, settings: Settings, inverted: bool = False) -> Layers:
+def _(bijector: Coupling, frame: Frame, settings: CodingSettings, inverted: bool = False) -> Layers:
     hidden = bijector.hidden_index.cpu()
     new = frame.put(hidden, Frame.plain(len(hidden), settings.step))
     return [_Coupled(bijector, frame, new, settings.width, inverted)], new
@@ -243,7 +243,7 @@ def _maps(bijector: Coupling | Autoregressive, params: Tensor) -> tuple[Map, Map
 
 
 @layers.register
-def _(bijector: Autoregressive, frame: Frame, settings: Settings, inverted: bool = False) -> Layers:
+def _(bijector: Autoregressive, frame: Frame, settings: CodingSettings, inverted: bool = False) -> Layers:
     new = Frame.plain(bijector.dim, settings.step)
     ends = (new, frame) if inverted else (frame, new)
     return [_Sequential(bijector, *ends, settings.width, inverted)], new
@@ -285,11 +285,11 @@ class _Sequential:
         stack.push(*self._latents(x, params).intervals(z.flatten()))
         return x
 
-    def _latents(self, x: Tensor, params: Tensor) -> Normal:
+    def _latents(self, x: Tensor, params: Tensor) -> NormalCode:
         forward, _ = _maps(self.bijector, params)
         return local_law(self.old.values(x), self.width, self.old, self.new, forward, not self.inverted)
 
-    def _entry(self, z: Tensor, params: Tensor, i: int) -> Normal:
+    def _entry(self, z: Tensor, params: Tensor, i: int) -> NormalCode:
         _, inverse = _maps(self.bijector, params[:, i : i + 1])
         index = torch.tensor([i])
         old, new = self.old.at(index), self.new.at(index)

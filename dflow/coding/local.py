@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from dflow.coding.codes import Stack
-from dflow.coding.normals import Normal
+from dflow.coding.normals import NormalCode
 
 #: Values and log of the slope: a map on the entries that it changes.
 Map = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Settings:
+class CodingSettings:
     """How finely reals are taken.
 
     Attributes:
@@ -120,10 +120,10 @@ def carry(
     return moved
 
 
-def local_law(values: Tensor, width: float, old: Frame, new: Frame, f: Map, narrow: bool) -> Normal:
+def local_law(values: Tensor, width: float, old: Frame, new: Frame, f: Map, narrow: bool) -> NormalCode:
     """The law on ``new`` about ``f(values)``, as wide as one of ``width`` on ``old`` by the slope of f."""
     mean, log_slope = f(values)
     # The narrower of both laws has the width, the other one that by the slope in steps; which is beyond all
     # floats where a mixture is flat.
     slope = (log_slope.exp() * (old.step / new.step)).clamp(1, 2.0**60)
-    return Normal(new.units(mean).flatten(), (width * slope).flatten(), narrow)
+    return NormalCode(new.units(mean).flatten(), (width * slope).flatten(), narrow)

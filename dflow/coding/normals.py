@@ -13,7 +13,7 @@ from decimal import Decimal, localcontext
 import torch
 from torch import Tensor
 
-from dflow.coding.codes import Code, Intervals, Rows, Stack, join
+from dflow.coding.codes import Code, Intervals, RowsCode, Stack, join
 from dflow.coding.integers import Binned
 from dflow.coding.tables import LIMIT, Tables, integer_counts
 
@@ -86,7 +86,7 @@ def normal_tables() -> NormalTables:
     return NormalTables()
 
 
-class Normal(Binned):
+class NormalCode(Binned):
     """Integers under normal laws: see `NormalTables`.
 
     Args:
@@ -138,7 +138,7 @@ class Place:
         cells = edges.diff(dim=0).clamp_(min=0)
         # Row by row, so that no library chooses the order.
         total = functools.reduce(torch.add, cells.unbind())
-        return Rows(integer_counts(torch.where(total > 0, cells / total, 0.5**bits).T.contiguous()))
+        return RowsCode(integer_counts(torch.where(total > 0, cells / total, 0.5**bits).T.contiguous()))
 
 
 @functools.cache

@@ -113,7 +113,7 @@ def prepare(law: Distribution, mode: str, tables: Mapping[str, Tensor] | None = 
         return prepared.eval().requires_grad_(False)
     for owner in _owners(prepared):
         if mode == "float32" or any(not isinstance(module, _ANY_BATCH) for module in owner.net.modules()):
-            owner.net = _Row(owner.net)
+            owner.net = _RowNet(owner.net)
     return prepared.eval().requires_grad_(False)
 
 
@@ -182,7 +182,7 @@ def in_pieces(law: Distribution, rows: int) -> Distribution:
                 "push and pop that many rows at a time"
             )
     for owner in _owners(law):
-        if not isinstance(owner.net, _Row):
+        if not isinstance(owner.net, _RowNet):
             owner.net = _Pieces(owner.net.net if isinstance(owner.net, _Pieces) else owner.net, rows)
     return law.eval()
 
@@ -214,7 +214,7 @@ class _Pieces(nn.Module):
         return torch.cat([self.net(x[i:j], *(c and c.rows(i, j) for c in context)) for i, j in ends])
 
 
-class _Row(_Pieces):
+class _RowNet(_Pieces):
     """A network of rows, one at a time whatever is asked for."""
 
     def __init__(self, net: nn.Module) -> None:

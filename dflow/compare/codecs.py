@@ -16,7 +16,7 @@ from dflow.compare import memory as memories
 from dflow.compare import results
 from dflow.compare.models import environment
 from dflow.compare.peers import Array, Codec, T, picture_codecs, raw_codecs, text_codecs
-from dflow.compare.runner import ModelCodec, Row, Runner, opened
+from dflow.compare.runner import CodecRow, ModelCodec, Runner, opened
 from dflow.compare.runner import together as all_in_one
 from dflow.compress.clock import progress_bar
 from dflow.config import InputError
@@ -28,7 +28,7 @@ PATIENCE = 30.0
 
 
 @dataclass(frozen=True)
-class Material(Generic[T]):
+class CodecMaterial(Generic[T]):
     """What is compressed.
 
     Attributes:
@@ -56,10 +56,10 @@ class CodecComparison:
     raw: float
     unit: str
     units: int
-    rows: tuple[Row, ...]
+    rows: tuple[CodecRow, ...]
 
 
-def pictures(name: str, items: Sequence[Array], depth: int | None = None) -> Material[Array]:
+def pictures(name: str, items: Sequence[Array], depth: int | None = None) -> CodecMaterial[Array]:
     """Pictures to compress; ``depth`` is that of their values, default what the type holds.
 
     Raises:
@@ -70,10 +70,10 @@ def pictures(name: str, items: Sequence[Array], depth: int | None = None) -> Mat
     arrays = tuple(np.ascontiguousarray(item) for item in items)
     units = sum(item.size for item in arrays)
     raw = sum(item.size * (depth or 8 * item.itemsize) for item in arrays) / 8
-    return Material(name, arrays, units, "dimension", raw)
+    return CodecMaterial(name, arrays, units, "dimension", raw)
 
 
-def texts(name: str, items: Sequence[bytes]) -> Material[bytes]:
+def texts(name: str, items: Sequence[bytes]) -> CodecMaterial[bytes]:
     """Texts to compress; the unit is a character where all are UTF-8, else a byte.
 
     Raises:
@@ -86,11 +86,11 @@ def texts(name: str, items: Sequence[bytes]) -> Material[bytes]:
         units, unit = sum(len(item.decode()) for item in items), "character"
     except UnicodeDecodeError:
         units, unit = raw, "byte"
-    return Material(name, tuple(items), units, unit, raw)
+    return CodecMaterial(name, tuple(items), units, unit, raw)
 
 
 def compare_codecs(
-    material: Material[T],
+    material: CodecMaterial[T],
     models: Sequence[ModelCodec[T]] = (),
     *,
     each: bool = True,
@@ -142,7 +142,7 @@ def compare_codecs(
 
 
 def _makers(
-    material: Material[T],
+    material: CodecMaterial[T],
     models: Sequence[ModelCodec[T]],
     each: bool,
     together: bool,
@@ -183,7 +183,7 @@ def _run(makers: Sequence[Callable[[], Runner]], rounds: int, memory: bool, prog
     return runners
 
 
-def _break_even(row: Row, rows: Sequence[Row], raw: float) -> Row:
+def _break_even(row: CodecRow, rows: Sequence[CodecRow], raw: float) -> CodecRow:
     """Of a model: weights + N b_model / raw < N b_best / raw from N = weights raw / (b_best - b_model) on."""
     peers = [r.bytes for r in rows if r.size is None and r.bytes and (r.how == "each") == (row.how == "each")]
     if row.size is None or row.bytes is None or not peers or min(peers) <= row.bytes:
@@ -200,7 +200,7 @@ def markdown(comparison: CodecComparison) -> str:
     most = max((row.rounds for row in c.rows), default=0)
     notes = [
         results.environment_note(c.environment),
-        f"Material: {c.material}; {c.items:,} items, {c.raw:,.0f} bytes raw, {c.units:,} {c.unit}s. "
+        f"CodecMaterial: {c.material}; {c.items:,} items, {c.raw:,.0f} bytes raw, {c.units:,} {c.unit}s. "
         f"Speed: raw bytes, median of {most} rounds by turns (of one where a round takes {PATIENCE:.0f} s). "
         "Every file was decoded and compared.",
     ]
@@ -214,7 +214,7 @@ def markdown(comparison: CodecComparison) -> str:
     return results.document(head, 3, [_cells(row, len(head)) for row in c.rows], notes)
 
 
-def _cells(row: Row, columns: int) -> list[str]:
+def _cells(row: CodecRow, columns: int) -> list[str]:
     words = [row.name, " ".join(filter(None, (row.settings, f"({row.version})"))), row.how]
     if row.error is not None:
         return [*words, row.error, *["-"] * (columns - 4)]
@@ -223,7 +223,7 @@ def _cells(row: Row, columns: int) -> list[str]:
     return [*words, f"{row.bytes:,}", f"{row.bits:.4f}", f"{row.ratio:.3f}", *rates, memory][:columns]
 
 
-def _note(row: Row, unit: str) -> str:
+def _note(row: CodecRow, unit: str) -> str:
     """What else there is to say of a model."""
     shares = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in (row.seconds or {}).items())
     pays = "never" if row.break_even is None else f"from {row.break_even:,} raw bytes on"

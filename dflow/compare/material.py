@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from dflow import hf
-from dflow.compare.codecs import Material, pictures, texts
+from dflow.compare.codecs import CodecMaterial, pictures, texts
 from dflow.compare.peers import Array
-from dflow.compare.runner import Clock, ModelCodec
+from dflow.compare.runner import CodecClock, ModelCodec
 from dflow.compress import (
     TextCoder,
     compress_images,
@@ -33,7 +33,7 @@ from dflow.data.known import HUB
 _PICTURES = SUFFIXES | {".npy"}
 
 
-def of_files(paths: Sequence[Path], limit: int | None = None) -> Material[Array] | Material[bytes]:
+def of_files(paths: Sequence[Path], limit: int | None = None) -> CodecMaterial[Array] | CodecMaterial[bytes]:
     """Pictures and arrays, or texts; of pictures the first ``limit``, of each text as many bytes.
 
     Raises:
@@ -61,7 +61,7 @@ def of_files(paths: Sequence[Path], limit: int | None = None) -> Material[Array]
 
 def of_data(
     name: str, split: str, folder: str | None = None, limit: int | None = None
-) -> Material[Array] | Material[bytes]:
+) -> CodecMaterial[Array] | CodecMaterial[bytes]:
     """A split of a data set, or all of it.
 
     Of images ``limit`` random ones, of a text as many characters from its start.
@@ -105,7 +105,7 @@ def image_model(folder: str, mode: str) -> ModelCodec[Array]:
         InputError: as of `load_image_coder`.
     """
     # A file for each item shows what it takes, even where that is more than the values.
-    coder, clock = replace(load_image_coder(folder, mode), larger=True), Clock()
+    coder, clock = replace(load_image_coder(folder, mode), larger=True), CodecClock()
 
     def encode(items: Sequence[Array]) -> bytes:
         with tempfile.TemporaryDirectory() as place:
@@ -129,7 +129,7 @@ def text_model(folder: str) -> ModelCodec[bytes]:
     Raises:
         InputError: as of `TextCoder.load`.
     """
-    coder, clock = TextCoder.load(folder), Clock()
+    coder, clock = TextCoder.load(folder), CodecClock()
 
     def encode(items: Sequence[bytes]) -> bytes:
         data, report = compress_text({str(i): item for i, item in enumerate(items)}, coder, verify=False)

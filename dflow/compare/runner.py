@@ -19,7 +19,7 @@ from dflow.compress import clock as clocks
 
 
 @dataclass
-class Clock:
+class CodecClock:
     """Seconds of a model's network and of its coder so far, and bytes that it borrowed."""
 
     network: float = 0.0
@@ -51,12 +51,12 @@ class ModelCodec(Generic[T]):
     size: int
     encode: Callable[[Sequence[T]], bytes]
     decode: Callable[[bytes], Sequence[T]]
-    clock: Clock = field(default_factory=Clock)
+    clock: CodecClock = field(default_factory=CodecClock)
     again: Callable[[], ModelCodec[T]] | None = None
 
 
 @dataclass(frozen=True)
-class Row:
+class CodecRow:
     """A line of the table.
 
     Attributes:
@@ -122,7 +122,7 @@ def _same(back: Any, item: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class _Opened:
+class _OpenedCodec:
     """See `dflow.compare.memory.Opened`."""
 
     jobs: list[Job]
@@ -135,9 +135,9 @@ class _Opened:
             raise Unavailable("ROUND TRIP FAILED")
 
 
-def opened(make: Callable[[], Any], items: list[Any]) -> _Opened:
+def opened(make: Callable[[], Any], items: list[Any]) -> _OpenedCodec:
     """The codec that ``make`` makes, at work on items: what `dflow.compare.memory.measure` takes."""
-    return _Opened(jobs(make(), items))
+    return _OpenedCodec(jobs(make(), items))
 
 
 @dataclass
@@ -151,10 +151,10 @@ class Runner:
         clock: of a model.
     """
 
-    row: Row
+    row: CodecRow
     jobs: list[Job]
     source: tuple[Callable[[], Any] | None, list[Any]] = (None, [])
-    clock: Clock | None = None
+    clock: CodecClock | None = None
     encode: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
     shares: list[tuple[float, ...]] = field(default_factory=list)
@@ -171,14 +171,14 @@ class Runner:
         name = codec.name, codec.settings
         is_known = any((c.name, c.settings) == name for c in every())
         again = partial(find, *name) if is_known else None
-        return Runner(Row(*name, release, how), jobs(codec, items), (again, items))
+        return Runner(CodecRow(*name, release, how), jobs(codec, items), (again, items))
 
     @staticmethod
     def of_model(model: ModelCodec[Any], each: bool, items: tuple[Any, ...]) -> Runner:
         """A model that makes a file of ``each`` item, or one of all."""
         groups: list[Any] = [(item,) for item in items] if each else [items]
         how = "each" if each else "together"
-        row = Row(model.name, model.settings, dflow.__version__, how, size=model.size)
+        row = CodecRow(model.name, model.settings, dflow.__version__, how, size=model.size)
         return Runner(row, jobs(model, groups), (model.again, groups), model.clock)
 
     def attempt(self, warm_up: bool = False) -> None:
@@ -217,7 +217,7 @@ class Runner:
     def _seconds(self) -> tuple[float, ...]:
         return (self.clock.network, self.clock.coder) if self.clock else ()
 
-    def finish(self, raw: float, units: int) -> Row:
+    def finish(self, raw: float, units: int) -> CodecRow:
         """The row with figures, of ``raw`` bytes and as many units of material."""
         if self.row.error is not None:
             return self.row

@@ -32,7 +32,7 @@ Array = NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
-class Symbols:
+class ChunkSymbols:
     """A text as symbols of the model, and planes: see `dflow.compress.planes`.
 
     Attributes:
@@ -50,13 +50,13 @@ class Symbols:
     counts: Counts
 
 
-def spell(data: bytes, coder: TextCoder) -> Symbols | None:
+def spell(data: bytes, coder: TextCoder) -> ChunkSymbols | None:
     """What the model codes of ``data``; None where its vocabulary cannot spell it."""
     alphabet = coder.alphabet
     if alphabet is not None:
         points, latin = _points(data)
         stream, cuts, values, counts = alphabet.split(points)
-        return None if len(counts.points) > planes.MOST else Symbols(latin, stream, cuts, values, counts)
+        return None if len(counts.points) > planes.MOST else ChunkSymbols(latin, stream, cuts, values, counts)
     if isinstance(coder.tokenizer, Bytes):
         stream = np.frombuffer(data, np.uint8).astype(np.int64)
     else:
@@ -66,7 +66,7 @@ def spell(data: bytes, coder: TextCoder) -> Symbols | None:
             return None
         if _spelled(coder, stream) != data:
             return None
-    return Symbols(False, stream, np.zeros(0, np.int64), [], Counts())
+    return ChunkSymbols(False, stream, np.zeros(0, np.int64), [], Counts())
 
 
 def _spelled(coder: TextCoder, stream: Array) -> bytes:
@@ -110,7 +110,7 @@ class Chunks:
     lengths: Tensor
 
     @staticmethod
-    def of(symbols: Symbols, coder: TextCoder) -> Chunks:
+    def of(symbols: ChunkSymbols, coder: TextCoder) -> Chunks:
         """The chunks of a stream.
 
         Sentences are lines, in pieces of ``length`` of which the last is shorter than that: a piece of full
@@ -129,7 +129,7 @@ class Chunks:
         return Chunks(torch.from_numpy(x), torch.from_numpy(lengths.astype(np.int64)))
 
     def plan(
-        self, files: tuple[tuple[str, int], ...], symbols: Symbols, coder: TextCoder, most: int
+        self, files: tuple[tuple[str, int], ...], symbols: ChunkSymbols, coder: TextCoder, most: int
     ) -> TextPlan:
         """What the header says of them, where up to ``most`` are coded together."""
         n = len(self.x)
@@ -172,7 +172,7 @@ def _length_code(law: Tensor, n: int) -> Shared:
 
 
 def push(
-    stack: Coder, coder: TextCoder, plan: TextPlan, symbols: Symbols, chunks: Chunks, progress: bool
+    stack: Coder, coder: TextCoder, plan: TextPlan, symbols: ChunkSymbols, chunks: Chunks, progress: bool
 ) -> float:
     """Push planes, then the text from its end, then lengths: popped in turn. Returns the bits of planes."""
     if coder.alphabet is not None:

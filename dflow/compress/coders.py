@@ -16,7 +16,7 @@ from dflow import hf
 from dflow.coding import bits_back, codec, container, levels
 from dflow.coding.bits_back import BitsBack
 from dflow.coding.container import Damaged, Reader, crc32, varint
-from dflow.coding.local import Settings
+from dflow.coding.local import CodingSettings
 from dflow.coding.normals import normal_tables
 from dflow.coding.numeric import MODES, Fingerprint, fingerprint, in_pieces, prepare
 from dflow.compress.dfl import BATCH, name_bytes, read_name
@@ -52,7 +52,7 @@ class ImageCoder:
     fingerprint: bytes
     where: str = "the model"
     batch: int = BATCH
-    settings: Settings = field(default_factory=Settings)
+    settings: CodingSettings = field(default_factory=CodingSettings)
     lend: tuple[str, bytes] | None = None
     larger: bool = False
 
@@ -118,7 +118,7 @@ class ImageCoder:
 
 
 @dataclass(frozen=True)
-class Head:
+class FileHead:
     """What stands before the stack of a chain, see `dflow.coding.bits_back`.
 
     Attributes:
@@ -130,7 +130,7 @@ class Head:
         crc: CRC-32 of its name and these bytes.
     """
 
-    settings: Settings
+    settings: CodingSettings
     batch: int
     random: int
     given: int = 0
@@ -146,7 +146,7 @@ class Head:
         return data
 
     @classmethod
-    def read(cls, data: bytes) -> tuple[Head, bytes]:
+    def read(cls, data: bytes) -> tuple[FileHead, bytes]:
         """The head and what follows it.
 
         Raises:
@@ -154,7 +154,7 @@ class Head:
             ValueError: settings that are out of range.
         """
         reader = Reader(data)
-        settings = Settings(*(reader.varint(64) for _ in range(3)))
+        settings = CodingSettings(*(reader.varint(64) for _ in range(3)))
         batch, random, given = reader.varint(1 << 32), reader.varint(1 << 40), reader.varint(1 << 60)
         name = read_name(reader) if given else ""
         crc = int.from_bytes(reader.take(4), "little") if given else 0
@@ -187,7 +187,7 @@ class BitsBackCoder(ImageCoder):
         coder.code(coder.settings)
         return coder
 
-    def code(self, settings: Settings) -> BitsBack:
+    def code(self, settings: CodingSettings) -> BitsBack:
         """The code on some grids."""
         return self._code if settings == self.settings else BitsBack(self.law, self.dim, settings)
 
@@ -216,12 +216,12 @@ class BitsBackCoder(ImageCoder):
         if not given:
             name = ""
         crc = crc32(name.encode() + given)
-        head = Head(self.settings, self.batch, stream.random // 32, len(given), name, crc)
+        head = FileHead(self.settings, self.batch, stream.random // 32, len(given), name, crc)
         return [head.write() + stream.data]
 
     def pop(self, n: int, coded: Sequence[bytes]) -> tuple[Tensor, dict[str, bytes]]:
         """See `ImageCoder`."""
-        head, data = Head.read(coded[0])
+        head, data = FileHead.read(coded[0])
         code = self.code(head.settings)
         rows, given = bits_back.pop(code, n, data, head.given, head.batch, 32 * head.random)
         if not given:
@@ -236,7 +236,7 @@ class BitsBackCoder(ImageCoder):
         Raises:
             InputError: it is larger than the values as they are, and nobody said that it may be.
         """
-        head, _ = Head.read(coded[0])
+        head, _ = FileHead.read(coded[0])
         size, plain = len(coded[0]) - head.given, ceil(values * self.bits / 8)
         if size < plain or self.larger:
             return True

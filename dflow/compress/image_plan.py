@@ -29,7 +29,7 @@ def machine() -> int:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ImagePlan:
     """What the header says of the files.
 
     Attributes:
@@ -59,7 +59,7 @@ class Plan:
         return varint(self.tiles * 2 + is_packed) + (packed if is_packed else data)
 
     @staticmethod
-    def read(parsed: Container) -> Plan:
+    def read(parsed: Container) -> ImagePlan:
         """The inverse; `Damaged` where the header is not one of images."""
         if len(parsed.meta) > _META:
             raise Damaged("its list of files is too long")
@@ -78,13 +78,13 @@ class Plan:
         reader.finish()
         if not forms:
             raise Damaged("holds no files")
-        return Plan(tiles, stamp, tuple(forms.values()))
+        return ImagePlan(tiles, stamp, tuple(forms.values()))
 
 
-def parse(data: bytes, prefix: bool = False) -> tuple[Container, Plan]:
+def parse(data: bytes, prefix: bool = False) -> tuple[Container, ImagePlan]:
     """A ``.dfl`` of images; `Damaged` for any other file."""
     parsed = dfl.parse(data, "images", (container.IMAGES, container.BITS_BACK), prefix=prefix)
-    return parsed, Plan.read(parsed)
+    return parsed, ImagePlan.read(parsed)
 
 
 def _form_bytes(form: Form) -> bytes:

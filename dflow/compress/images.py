@@ -24,9 +24,9 @@ from dflow.coding.container import Container, Damaged
 from dflow.coding.numeric import MODES
 from dflow.compress import dfl, image_plan, pixels, segments
 from dflow.compress.clock import Clock
-from dflow.compress.coders import Head, ImageCoder, load_image_coder
+from dflow.compress.coders import FileHead, ImageCoder, load_image_coder
 from dflow.compress.dfl import BATCH, LIMIT, BaseReport, Description
-from dflow.compress.image_plan import Plan
+from dflow.compress.image_plan import ImagePlan
 from dflow.compress.pixels import Form, Picture
 from dflow.compress.segments import Restored
 from dflow.compress.tiles import depth_of, grid
@@ -179,7 +179,7 @@ def _verify(
     """Decode the result, and read the files by another way: `InputError` where they are not the same."""
     reason = ""
     try:
-        restored = segments.decode(parsed, Plan.read(parsed), coder, None, 1 << 62, progress)
+        restored = segments.decode(parsed, ImagePlan.read(parsed), coder, None, 1 << 62, progress)
         pairs = zip(files, pictures, restored.pictures, strict=True)
         wrong = [file for file, picture, back in pairs if not picture.same(back)]
     except Damaged as error:
@@ -295,7 +295,7 @@ def _borrowed(parsed: Container) -> tuple[int, int, list[str]]:
         return 0, 0, []
     chains = (segment.levels[0] for segment in parsed.segments if segment.levels and not segment.raw)
     try:
-        heads = [Head.read(chain)[0] for chain in chains]
+        heads = [FileHead.read(chain)[0] for chain in chains]
     except ValueError as error:
         raise Damaged(str(error)) from None
     given, random = sum(head.given for head in heads), sum(4 * head.random for head in heads)

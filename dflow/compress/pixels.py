@@ -189,7 +189,7 @@ def _other_type(values: Array) -> str:
     return f"save its bits as array.view(numpy.{bits}), of which .view(array.dtype) gives the array back"
 
 
-def _picture(path: Path, stored: formats.Stored) -> Picture:
+def _picture(path: Path, stored: formats.StoredFormat) -> Picture:
     depth, plane, alpha = stored.depth, stored.alpha, None
     if depth == 16:
         # A picture of 16 bits often has fewer; but one of 8 would come back as another.

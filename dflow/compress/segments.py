@@ -20,7 +20,7 @@ from dflow.compress import dfl, image_plan
 from dflow.compress.beside import extra, extra_size, finished, pack, read_extra, to_bytes, unpack
 from dflow.compress.clock import Clock, clock, progress_bar
 from dflow.compress.coders import ImageCoder
-from dflow.compress.image_plan import Plan
+from dflow.compress.image_plan import ImagePlan
 from dflow.compress.pixels import Form, Picture
 from dflow.compress.tiles import Grid, depth_of, from_model, grid, to_model
 from dflow.config import InputError
@@ -62,7 +62,7 @@ def encode(
     if beside:
         levels = (*[b""] * (coder.num_levels - 1), zlib.compress(beside, 9))
         segments.append(Segment(crc32(beside), True, levels))
-    plan = Plan(
+    plan = ImagePlan(
         0 if total <= tiles else tiles,
         image_plan.machine() if coder.mode == "float32" else None,
         tuple(picture.form for picture in pictures),
@@ -131,7 +131,7 @@ class Restored(NamedTuple):
 
 
 def decode(
-    parsed: Container, plan: Plan, coder: ImageCoder, levels: int | None, limit: int, progress: bool
+    parsed: Container, plan: ImagePlan, coder: ImageCoder, levels: int | None, limit: int, progress: bool
 ) -> Restored:
     """The pictures of a file, of its first ``levels`` where that is not None.
 
@@ -163,7 +163,7 @@ def decode(
     return Restored(pictures, lent, seconds)
 
 
-def _check_coder(parsed: Container, plan: Plan, coder: ImageCoder, levels: int | None) -> None:
+def _check_coder(parsed: Container, plan: ImagePlan, coder: ImageCoder, levels: int | None) -> None:
     """`Damaged` where ``coder`` does not decode the file, or there are not so many levels of it."""
     if parsed.kind != coder.kind:
         raise Damaged(
@@ -180,7 +180,7 @@ def _check_coder(parsed: Container, plan: Plan, coder: ImageCoder, levels: int |
         raise Damaged(f"has {parsed.present} whole levels of {parsed.num_levels}; {levels} were asked for")
 
 
-def _grids(parsed: Container, plan: Plan, coder: ImageCoder, limit: int) -> tuple[list[Grid], int]:
+def _grids(parsed: Container, plan: ImagePlan, coder: ImageCoder, limit: int) -> tuple[list[Grid], int]:
     """How the files lie in tiles, and the tiles of a segment; `Damaged` where that does not fit the file."""
     try:
         grids = [grid(form, coder.shape) for form in plan.forms]

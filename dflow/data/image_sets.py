@@ -28,7 +28,7 @@ CHECKERBOARD_NOTE = "(0, 1) or (1, 0), equally likely: exactly 1 bit"
 
 
 @dataclass(frozen=True, eq=False)
-class Pixels:
+class SplitPixels:
     """Images of three splits, uint8 ``(n, C, H, W)``, in ``depth`` bits; labels of each, uint8 ``(n,)``.
 
     Images from the user's files have more: ``sources``, the names of the files of each split; ``notes`` for
@@ -76,14 +76,14 @@ def from_idx(data: bytes) -> Array:
     return np.frombuffer(data, np.uint8, offset=4 + 4 * ndim).reshape(sizes)
 
 
-def mnist(idx_files: Sequence[KnownFile], num_valid: int) -> KnownSet[Pixels]:
+def mnist(idx_files: Sequence[KnownFile], num_valid: int) -> KnownSet[SplitPixels]:
     """MNIST from its four idx files, or from the hub: images of 28 x 28 pixels of 8 bits.
 
     The last ``num_valid`` images of the training file validate.
     """
     wanted = "{train,t10k}-images-idx3-ubyte and {train,t10k}-labels-idx1-ubyte (or .gz, .xz)"
 
-    def decode(contents: Mapping[KnownFile, bytes]) -> Pixels:
+    def decode(contents: Mapping[KnownFile, bytes]) -> SplitPixels:
         train, train_labels, test, test_labels = map(from_idx, contents.values())
         return _last_validate(train[:, None], test[:, None], train_labels, test_labels, num_valid)
 
@@ -107,10 +107,10 @@ def mnist(idx_files: Sequence[KnownFile], num_valid: int) -> KnownSet[Pixels]:
 
 def _last_validate(
     train: Array, test: Array, train_labels: Array, test_labels: Array, num_valid: int
-) -> Pixels:
+) -> SplitPixels:
     """Images of which the last ``num_valid`` of the training images validate."""
     labels = train_labels[:-num_valid], train_labels[-num_valid:], test_labels
-    return Pixels(train[:-num_valid], train[-num_valid:], test, labels=labels)
+    return SplitPixels(train[:-num_valid], train[-num_valid:], test, labels=labels)
 
 
 # -- binarized MNIST -------------------------------------------------------------------------------------
@@ -157,16 +157,16 @@ binarized_mnist_packbits.npz 54880000 sha256:07ad6da6ba6894a550cb68ae290ff3deb00
 )
 
 
-def binarized_mnist(bits: KnownFile, texts: Sequence[KnownFile]) -> KnownSet[Pixels]:
+def binarized_mnist(bits: KnownFile, texts: Sequence[KnownFile]) -> KnownSet[SplitPixels]:
     """MNIST binarized once and for all (Larochelle and Murray 2011), 0 and 1, and split by its authors.
 
     It is read from one file of bits, or from a text file a split; the test rows are sorted by class.
     """
     valid, test, _ = np.cumsum([file.size // 784 for file in texts])
 
-    def decode(contents: Mapping[KnownFile, bytes]) -> Pixels:
+    def decode(contents: Mapping[KnownFile, bytes]) -> SplitPixels:
         images = np.frombuffer(b"".join(contents.values()), np.uint8).reshape(-1, 1, 28, 28)
-        return Pixels(images[:valid], images[valid:test], images[test:], depth=1)
+        return SplitPixels(images[:valid], images[valid:test], images[test:], depth=1)
 
     return set_of_files(
         "binarized_mnist",
@@ -207,7 +207,7 @@ SUBSET_NUM_VALID = 200
 
 def cifar10(
     archive: KnownFile, batches: Sequence[KnownFile], sums: tuple[int, ...], num_valid: int
-) -> KnownSet[Pixels]:
+) -> KnownSet[SplitPixels]:
     """CIFAR-10 from its archive, from the six files in it, or from the hub: 3 x 32 x 32 pixels of 8 bits.
 
     The last ``num_valid`` images of the training files validate, as in arXiv 2001.11235. The pickled version
@@ -215,7 +215,7 @@ def cifar10(
     """
     wanted = f"{archive.name} of https://www.cs.toronto.edu/~kriz/cifar.html"
 
-    def decode(contents: Mapping[KnownFile, bytes]) -> Pixels:
+    def decode(contents: Mapping[KnownFile, bytes]) -> SplitPixels:
         if archive in contents:
             with tarfile.open(fileobj=io.BytesIO(contents[archive]), mode="r:gz") as tar:
                 members = (tar.extractfile(f"cifar-10-batches-bin/{file.name}") for file in batches)
@@ -265,13 +265,13 @@ def _check_cifar10(train: Array, test: Array, expected: tuple[int, ...]) -> None
         )
 
 
-def cifar10_subset(file: KnownFile, num_valid: int) -> KnownSet[Pixels]:
+def cifar10_subset(file: KnownFile, num_valid: int) -> KnownSet[SplitPixels]:
     """3,500 images of CIFAR-10 in one file: *not* comparable with published figures of CIFAR-10."""
 
-    def decode(contents: Mapping[KnownFile, bytes]) -> Pixels:
+    def decode(contents: Mapping[KnownFile, bytes]) -> SplitPixels:
         arrays = np.load(io.BytesIO(contents[file]))
         train, test = (arrays[name].transpose(0, 3, 1, 2) for name in ("x_train", "x_valid"))
-        return Pixels(train[:-num_valid], train[-num_valid:], test)
+        return SplitPixels(train[:-num_valid], train[-num_valid:], test)
 
     return set_of_files(
         "cifar10-subset",
@@ -287,7 +287,7 @@ def cifar10_subset(file: KnownFile, num_valid: int) -> KnownSet[Pixels]:
 # -- the table -------------------------------------------------------------------------------------------
 
 #: Images by name.
-KNOWN: dict[str, KnownSet[Pixels]] = {
+KNOWN: dict[str, KnownSet[SplitPixels]] = {
     data_set.name: data_set
     for data_set in (
         mnist(MNIST, NUM_VALID),

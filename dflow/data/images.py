@@ -9,7 +9,7 @@ import numpy as np
 
 from dflow.config import InputError
 from dflow.data import files, image_sets, own_images, splits, tables
-from dflow.data.image_sets import CHECKERBOARD, Pixels
+from dflow.data.image_sets import CHECKERBOARD, SplitPixels
 from dflow.data.known import HUB
 from dflow.data.samples import ImageSet, Samples, image_set, tensor_of
 from dflow.data.settings import ImageConfig, load_either
@@ -61,7 +61,7 @@ def _load(config: ImageConfig, partial: bool, before: bool) -> ImageSet:
     return _pictures(pixels, config, note)
 
 
-def _pictures(pixels: Pixels, config: ImageConfig, note: str) -> ImageSet:
+def _pictures(pixels: SplitPixels, config: ImageConfig, note: str) -> ImageSet:
     """Grey, patch and bits, of any images."""
     bits = pixels.depth if config.bits is None else config.bits
     if bits > pixels.depth:

@@ -69,7 +69,7 @@ def known_files(table: str, content: Callable[[Path, int], bytes] | None = None)
 class KnownSet(Generic[T]):
     """A set that is known by name.
 
-    ``read`` gives its three splits from local files or the hub: three texts, or `image_sets.Pixels`.
+    ``read`` gives its three splits from local files or the hub: three texts, or `image_sets.SplitPixels`.
     ``local`` gives the set's files in a folder (None: not complete; empty: the set needs no files) and
     ``fetch`` the files to write into a folder.
     """

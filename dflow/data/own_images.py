@@ -12,7 +12,7 @@ import numpy as np
 from dflow.config import InputError
 from dflow.data import formats, splits
 from dflow.data.arrays import Array
-from dflow.data.image_sets import Pixels
+from dflow.data.image_sets import SplitPixels
 from dflow.data.known import from_hub, repository_of
 from dflow.data.settings import ImageConfig
 from dflow.data.splits import SPLITS, Arranged
@@ -26,7 +26,7 @@ _HUB_SPLITS = {"train": "train", "validation": "valid", "valid": "valid", "val":
 
 
 @dataclass(frozen=True)
-class _Picture:
+class _OwnPicture:
     """An image file, decoded.
 
     Attributes:
@@ -77,7 +77,7 @@ def centre(images: Array, size: Sequence[int], setting: str, name: str) -> Array
     return images[..., y : y + h, x : x + w]
 
 
-def from_folder(path: Path, config: ImageConfig, partial: bool, before: bool) -> tuple[Pixels, str]:
+def from_folder(path: Path, config: ImageConfig, partial: bool, before: bool) -> tuple[SplitPixels, str]:
     """The images of a folder, and a note on how they were read; see `load_images`."""
     if before:
         arranged = _arrange_before(path)
@@ -105,7 +105,7 @@ def _arrange_before(path: Path) -> Arranged:
     return Arranged(path, paths, named, (splits.BEFORE,))
 
 
-def from_repository(config: ImageConfig, partial: bool) -> tuple[Pixels, str]:
+def from_repository(config: ImageConfig, partial: bool) -> tuple[SplitPixels, str]:
     """The images of a data set on the hub, and a note on how they were read; see `load_images`."""
 
     def files_of(split: Any, name: str, column: str) -> Iterator[File]:
@@ -115,7 +115,7 @@ def from_repository(config: ImageConfig, partial: bool) -> tuple[Pixels, str]:
                 raise InputError(f"{row_name}: has no image; choose a data set without gaps")
             yield row_name, cell["bytes"] or Path(cell["path"]).read_bytes()
 
-    def read(hub_splits: Any) -> tuple[Pixels, str]:
+    def read(hub_splits: Any) -> tuple[SplitPixels, str]:
         from datasets import Image
 
         # Splits of other names are neither trained on nor scored.
@@ -142,9 +142,9 @@ def from_repository(config: ImageConfig, partial: bool) -> tuple[Pixels, str]:
 
 def _from_files(
     sources: Mapping[str, Iterable[File]], config: ImageConfig, partial: bool
-) -> tuple[Pixels, str]:
+) -> tuple[SplitPixels, str]:
     """Image files by split; a split that is missing is dealt from the images to train on."""
-    pictures: list[_Picture] = []
+    pictures: list[_OwnPicture] = []
     rows = {}
     for split, files in sources.items():
         if split != "train" and getattr(config, split) is not None:
@@ -172,7 +172,7 @@ def _from_files(
     empty = _tiles(pictures[0].values, config.tiles, False)[:0]
     train, valid, test = (_stacked(chosen[split], config.tiles, split == "train", empty) for split in SPLITS)
     everything = [picture for split in SPLITS for picture in chosen[split]]
-    pixels = Pixels(
+    pixels = SplitPixels(
         train,
         valid,
         test,
@@ -185,7 +185,7 @@ def _from_files(
     return pixels, note
 
 
-def _decode(name: str, source: Path | bytes, config: ImageConfig) -> _Picture:
+def _decode(name: str, source: Path | bytes, config: ImageConfig) -> _OwnPicture:
     """An image file, in grey and cropped where the settings say so."""
     data = source if isinstance(source, bytes) else source.read_bytes()
     stored = formats.read(data, name, f"{formats.WAY} of 8 bits")
@@ -210,10 +210,10 @@ def _decode(name: str, source: Path | bytes, config: ImageConfig) -> _Picture:
         raise InputError(
             f"tiles={config.tiles} are larger than {name}, which has {H} x {W} pixels; set them smaller"
         )
-    return _Picture(name, source, values, 1 if stored.depth == 1 else 8, stored.layout.orientation != 1)
+    return _OwnPicture(name, source, values, 1 if stored.depth == 1 else 8, stored.layout.orientation != 1)
 
 
-def _check_alike(picture: _Picture, other: _Picture, config: ImageConfig) -> None:
+def _check_alike(picture: _OwnPicture, other: _OwnPicture, config: ImageConfig) -> None:
     """Raise `InputError` unless two images have the same number of channels and, without tiles, one size."""
     (C, H, W), (c, h, w) = picture.values.shape, other.values.shape
     ways = ["set data.grey to true, or turn all into colours"] if c != C else []
@@ -235,6 +235,8 @@ def _tiles(image: Array, size: Sequence[int] | None, overlap: bool) -> Array:
     return windows.transpose(1, 2, 0, 3, 4).reshape(-1, len(image), *size)
 
 
-def _stacked(pictures: Iterable[_Picture], size: Sequence[int] | None, overlap: bool, empty: Array) -> Array:
+def _stacked(
+    pictures: Iterable[_OwnPicture], size: Sequence[int] | None, overlap: bool, empty: Array
+) -> Array:
     """The tiles of all images; ``empty`` where there are no images."""
     return np.concatenate([empty, *(_tiles(picture.values, size, overlap) for picture in pictures)])

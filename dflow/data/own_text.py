@@ -25,7 +25,7 @@ _SHOWN = 40
 
 
 @dataclass(frozen=True)
-class Reading:
+class TextReading:
     """A text by split.
 
     Attributes:
@@ -43,7 +43,7 @@ class Reading:
     notes: tuple[str, ...] = ()
 
 
-def of_files(arranged: Arranged, config: DataConfig, partial: bool) -> Reading:
+def of_files(arranged: Arranged, config: DataConfig, partial: bool) -> TextReading:
     """Read and join the files of a text; a split that has no files is taken from the training text.
 
     Files of a split are joined by line breaks, in the order of their names.
@@ -81,7 +81,7 @@ def of_files(arranged: Arranged, config: DataConfig, partial: bool) -> Reading:
         )
     notes += splits.repeated(named)
     borders = seal({split: len(text) for split, text in texts.items()}) if arranged.named else ""
-    return Reading(
+    return TextReading(
         texts,
         sources,
         pooled="test" in missing,

@@ -73,7 +73,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Source:
+class StoreSource:
     """A text that is read more than once, in pieces of a few million characters.
 
     Attributes:
@@ -187,7 +187,7 @@ def _documents(name: str) -> Iterator[str]:
     yield "".join(documents)
 
 
-def open_store(folder: Path, source: Source, tokenizer: Tokenizer | None) -> Stored:
+def open_store(folder: Path, source: StoreSource, tokenizer: Tokenizer | None) -> Stored:
     """The text in the store ``folder``; a store that does not exist is made, whole or not at all.
 
     Characters are ordered by their frequency in the whole text; pieces are learned from its first 67 million
@@ -237,7 +237,7 @@ def _mapped(path: Path, num_symbols: int, vocab_size: int) -> Tensor:
     return torch.from_numpy(np.memmap(path, dtype, "c"))
 
 
-def _check_source(folder: Path, about: About, source: Source) -> None:
+def _check_source(folder: Path, about: About, source: StoreSource) -> None:
     """Raise `InputError` unless the store is one of this text.
 
     A text that was copied, moved or touched is read once to compare its checksum; the store then notes the
@@ -271,7 +271,7 @@ def _wait(folder: Path) -> None:
         time.sleep(0.2)
 
 
-def _make(folder: Path, source: Source, tokenizer: Tokenizer | None) -> None:
+def _make(folder: Path, source: StoreSource, tokenizer: Tokenizer | None) -> None:
     stamp = source.stamp()
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -294,7 +294,7 @@ def _make(folder: Path, source: Source, tokenizer: Tokenizer | None) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _sizes_of_splits(source: Source, sizes: Counter[str]) -> dict[str, int]:
+def _sizes_of_splits(source: StoreSource, sizes: Counter[str]) -> dict[str, int]:
     """Characters of each split, in the order in which they are read."""
     missing = {split: share for split, share in source.config.shares.items() if split not in sizes}
     cut = {split: int(sizes["train"] * share) for split, share in missing.items()}
@@ -307,7 +307,7 @@ def _sizes_of_splits(source: Source, sizes: Counter[str]) -> dict[str, int]:
     return {split: characters[split] for split in own_text.order(missing)}
 
 
-def _survey(source: Source, crlf: Counter[str]) -> tuple[Counter[str], Tokenizer]:
+def _survey(source: StoreSource, crlf: Counter[str]) -> tuple[Counter[str], Tokenizer]:
     """Characters of each split that there is, and a tokenizer for the text."""
     sizes, counts, sample = Counter[str](), dict[int, int](), list[str]()
     for split, piece in _with_progress(source.pieces(crlf), "read"):
@@ -332,7 +332,7 @@ def _survey(source: Source, crlf: Counter[str]) -> tuple[Counter[str], Tokenizer
 
 
 def _spell(
-    folder: Path, source: Source, tokenizer: Tokenizer, characters: dict[str, int]
+    folder: Path, source: StoreSource, tokenizer: Tokenizer, characters: dict[str, int]
 ) -> tuple[dict[str, int], str]:
     """Write the symbols of each split; how many they are, and the checksum of the text."""
     symbols, digest = dict.fromkeys(SPLITS, 0), hashlib.sha256()

@@ -95,7 +95,7 @@ def read(path: Path, continuous: Sequence[str] | None = None, whole: bool = Fals
 
 
 @dataclass(frozen=True)
-class Units:
+class ColumnUnits:
     """Mean and standard deviation of each real column, None of a discrete one.
 
     Attributes:
@@ -111,7 +111,7 @@ class Units:
     note: str = ""
 
 
-def units(path: Path, table: Table, values: NDArray[np.float64]) -> Units:
+def units(path: Path, table: Table, values: NDArray[np.float64]) -> ColumnUnits:
     """The units of a table's real columns over ``values``, the rows to train on.
 
     No density can be learned on a real column whose values are all the same, few, or differ by less than
@@ -126,14 +126,14 @@ def units(path: Path, table: Table, values: NDArray[np.float64]) -> Units:
         if deviation is None:
             continue
         if reason := _unfit(column, deviation):
-            return Units(loc, scale, unfit=f"{path}: the real column {name!r} {reason}")
+            return ColumnUnits(loc, scale, unfit=f"{path}: the real column {name!r} {reason}")
         distinct, counts = np.unique(column, return_counts=True)
         if 2 * counts.max() > len(column):
             share, value = 100 * counts.max() / len(column), distinct[counts.argmax()]
             notes.append(f"the real column {name!r} is {value} in {share:.0f} % of the rows")
     notes += _dependent(table, values, loc, scale)
     warning = ": a density can grow there without limit, so that its bits mean little"
-    return Units(loc, scale, note="; ".join(note + warning for note in notes))
+    return ColumnUnits(loc, scale, note="; ".join(note + warning for note in notes))
 
 
 def _moments(column: NDArray[np.float64]) -> tuple[float, float]:

@@ -101,7 +101,7 @@ def _load(config: DataConfig, tokenizer: Tokenizer | None, arrange: Arrange, len
     )
 
 
-def _read(config: DataConfig, arrange: Arrange, scoring: bool) -> own_text.Reading:
+def _read(config: DataConfig, arrange: Arrange, scoring: bool) -> own_text.TextReading:
     """The text of each split."""
     known_set = sets.KNOWN.get(config.name)
     if known_set is not None:
@@ -114,7 +114,7 @@ def _read(config: DataConfig, arrange: Arrange, scoring: bool) -> own_text.Readi
         if config.by_lines and known_set.alphabet:
             raise InputError(f"{config.name} has no lines: use protocol 'stream'")
         texts = dict(zip(SPLITS, known_set.read(files.data_folder(config.folder)), strict=True))
-        return own_text.Reading(texts, {}, False, files.digest("".join(texts.values()).encode("utf-8")))
+        return own_text.TextReading(texts, {}, False, files.digest("".join(texts.values()).encode("utf-8")))
     if config.name in sets.BUILT_IN:
         if config.split_by == "files":
             raise InputError(
@@ -123,7 +123,7 @@ def _read(config: DataConfig, arrange: Arrange, scoring: bool) -> own_text.Readi
         text = sets.BUILT_IN[config.name].read()
         text = text.lower() if config.lowercase else text
         _, texts = own_text.cut(text, config.shares, config, scoring)
-        return own_text.Reading(texts, {}, False, files.digest(text.encode("utf-8")))
+        return own_text.TextReading(texts, {}, False, files.digest(text.encode("utf-8")))
     return own_text.of_files(arrange(config.path()), config, scoring)
 
 
@@ -171,7 +171,9 @@ def _stored(config: DataConfig, tokenizer: Tokenizer | None, arrange: Arrange) -
         )
     if arranged is not None and config.split_by == "files":
         arranged = splits.by_files(arranged, config.shares)
-    stored = stores.open_store(files.expanded(str(config.store)), stores.Source(config, arranged), tokenizer)
+    stored = stores.open_store(
+        files.expanded(str(config.store)), stores.StoreSource(config, arranged), tokenizer
+    )
     about = stored.about
     starts = stored.tokenizer.starts
     texts = {s: Text(s, stored.ids[s], None, about.characters[s], starts=starts) for s in SPLITS}

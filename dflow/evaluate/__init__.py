@@ -7,7 +7,7 @@ from dflow.evaluate.images import (
     evaluate_exact,
     evaluate_images,
 )
-from dflow.evaluate.labels import LabelEvaluation, Score, evaluate_labels
+from dflow.evaluate.labels import LabelEvaluation, LabelScore, evaluate_labels
 from dflow.evaluate.text import Evaluation, LawEvaluation, Protocol, evaluate, evaluate_law
 
 __all__ = [
@@ -15,9 +15,9 @@ __all__ = [
     "ExactEvaluation",
     "ImageEvaluation",
     "LabelEvaluation",
+    "LabelScore",
     "LawEvaluation",
     "Protocol",
-    "Score",
     "check_data",
     "evaluate",
     "evaluate_exact",

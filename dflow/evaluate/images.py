@@ -117,7 +117,8 @@ def evaluate_images(
     check_positive(draws=draws, batch_size=batch_size, limit=limit)
     if not 0 <= seed < 1 << 62:
         raise InputError(f"seed {seed} must be from 0 to {(1 << 62) - 1}")
-    scorer = _Bounds(_copy(model, precision), data.subset(limit or data.num_rows), draws, batch_size, seed)
+    rows = data.subset(limit or data.num_rows)
+    scorer = _BoundScorer(_copy(model, precision), rows, draws, batch_size, seed)
     totals = total(scorer, batch_size, progress, accelerator)
     dims = 1 if unit == "bits" else model.dim
     (vi, vi_error), (nll, nll_error) = totals.bits("vi", dims), totals.bits("nll", dims)
@@ -139,7 +140,7 @@ def evaluate_images(
     )
 
 
-class _Bounds(Scorer):
+class _BoundScorer(Scorer):
     """Bounds of the likelihood of images from draws of the dequantizer."""
 
     model: DflowImageModel
@@ -234,7 +235,7 @@ def evaluate_exact(
             likelihood, or a likelihood that is not finite.
     """
     check_positive(batch_size=batch_size, limit=limit)
-    scorer = _Likelihood(_copy(model, precision), data, limit, checks)
+    scorer = _LikelihoodScorer(_copy(model, precision), data, limit, checks)
     totals = total(scorer, batch_size, progress, accelerator)
     nll, nll_error = totals.bits("nats", 1 if unit == "bits" else model.dim)
     return ExactEvaluation(
@@ -249,7 +250,7 @@ def evaluate_exact(
     )
 
 
-class _Likelihood(Scorer):
+class _LikelihoodScorer(Scorer):
     """The likelihood of images itself."""
 
     model: DflowImageModel

@@ -21,7 +21,7 @@ _BINS = 15
 
 
 @dataclass(frozen=True)
-class Score:
+class LabelScore:
     """One network, or an ensemble, on the data.
 
     Attributes:
@@ -53,7 +53,7 @@ class LabelEvaluation:
         kind: "exact": the figures are those of the networks, and ensembles are of seeded draws.
     """
 
-    scores: list[Score]
+    scores: list[LabelScore]
     coverage: list[tuple[float, float]] | None
     num_rows: int
     num_estimated: int
@@ -134,7 +134,7 @@ def _networks(
         yield "", model.binarized(estimated_on, "sample", generator)
 
 
-def score(name: str, probabilities: Tensor, labels: Tensor) -> Score:
+def score(name: str, probabilities: Tensor, labels: Tensor) -> LabelScore:
     """Figures of predicted ``probabilities`` ``(n, classes)`` for ``labels`` ``(n,)``."""
     check_lengths(labels, len(probabilities), "labels")
     confidence, predicted = probabilities.max(1)
@@ -143,7 +143,7 @@ def score(name: str, probabilities: Tensor, labels: Tensor) -> Score:
     log = probabilities.gather(1, labels[:, None]).log()
     bins = (confidence * _BINS).long().clamp(max=_BINS - 1)
     gaps = torch.zeros(_BINS, dtype=torch.float64).index_add_(0, bins, confidence.double() - right)
-    return Score(
+    return LabelScore(
         name=name,
         accuracy=accuracy,
         accuracy_error=math.sqrt(accuracy * (1 - accuracy) / len(labels)),

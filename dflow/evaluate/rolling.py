@@ -48,7 +48,7 @@ class Rolling(Scorer):
         return F.pad(ids, (0, stop - start - len(ids)), value=-1)
 
 
-class _Windows(Rolling):
+class _WindowScorer(Rolling):
     """Windows that overlap by ``context`` symbols; each scores the others, the first window all of its own.
 
     For networks that are drawn from left to right and read at most a window.
@@ -106,7 +106,7 @@ class _Windows(Rolling):
         return ids, x, Context(lengths=lengths, known=Known(x, mask) if known else None)
 
 
-class _Chunked(Rolling):
+class _DocumentScorer(Rolling):
     """Chunks of a model that was trained with a context: each is given up to ``context`` symbols before it.
 
     It is the law of `dflow.distributions.documents.Documents`: every symbol is scored given at least so many
@@ -161,7 +161,7 @@ class _Chunked(Rolling):
         return batches
 
 
-class _Stream(Rolling):
+class _StreamScorer(Rolling):
     """One sequence that an `LSTM` reads piece by piece, with its state carried from piece to piece.
 
     Batches come in the order of the text, since one process scores them all.
@@ -234,14 +234,14 @@ def rolling(
     law, family = model.law, model.config.family
     carries = isinstance(law, SequenceCategorical) and isinstance(law.net, LSTM)
     if model.documents is not None and not carries:
-        return _Chunked(model, law, text, limit, checks, context)
+        return _DocumentScorer(model, law, text, limit, checks, context)
     if not (model.config.record.left_to_right and isinstance(law, SequenceCategorical) and law.lay is None):
         raise InputError(
             f"a {family} model scores chunks only: it has not been trained to read the text before what it "
             "scores; use protocol 'chunks', a transformer or lstm model, or train it with a model.context"
         )
     if not isinstance(law.net, LSTM):
-        return _Windows(model, law, text, limit, checks, context)
+        return _WindowScorer(model, law, text, limit, checks, context)
     if context is not None:
         raise InputError(
             f"context {context}: a {family} model is scored given all symbols before each one, since its "
@@ -252,4 +252,4 @@ def rolling(
             f"a {family} model carries its state over the whole text, which one process does; run dflow "
             "without a launcher"
         )
-    return _Stream(model, law, text, limit, checks)
+    return _StreamScorer(model, law, text, limit, checks)

@@ -123,7 +123,7 @@ def _scorer(
     processes: int,
     protocol: Protocol,
     context: int | None,
-) -> _Chunks | Rolling:
+) -> _ChunkScorer | Rolling:
     """The scorer of a protocol; ``checks`` are for each of the processes."""
     if protocol not in get_args(Protocol):
         raise InputError(f"protocol {protocol!r}; {nearest(str(protocol), list(get_args(Protocol)))}")
@@ -134,10 +134,10 @@ def _scorer(
             f"context {context}: a chunk is scored without the text before it; use protocol 'rolling', or "
             "leave context out"
         )
-    return _Chunks(model, text, limit, checks * processes)
+    return _ChunkScorer(model, text, limit, checks * processes)
 
 
-class _Chunks(Scorer):
+class _ChunkScorer(Scorer):
     """Chunks of a text, or sentences, each without the ones before it."""
 
     model: DflowModel

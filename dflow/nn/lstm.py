@@ -25,7 +25,7 @@ def locked_dropout(x: Tensor, rate: float) -> Tensor:
 
 
 @dataclass
-class _Weights:
+class _LstmWeights:
     """The weights in the layout of `LSTM.step`, and a copy of the parameters that they were computed from."""
 
     snapshot: list[Tensor]
@@ -48,10 +48,10 @@ class Carried:
 
 
 @dataclass
-class _State:
+class _LstmState:
     """Tensors that a step reads and writes in place; the views are made once, not at every step."""
 
-    weights: _Weights
+    weights: _LstmWeights
     start: Tensor
     inputs: list[Tensor]
     hidden: list[Tensor]
@@ -158,7 +158,7 @@ class LSTM(nn.Module):
         nn.init.zeros_(self.head.bias)
         if tied:
             self.head.weight = self.embedding
-        self._laid_out: _Weights | None = None
+        self._laid_out: _LstmWeights | None = None
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Parameters ``(batch, dim, num_params)`` of every entry, in one pass.
@@ -232,7 +232,7 @@ class LSTM(nn.Module):
             )
         return out, (hidden, cell)
 
-    def start(self, batch: int, context: Context | None = None) -> _State:
+    def start(self, batch: int, context: Context | None = None) -> _LstmState:
         """State before the first `step` of ``batch`` sequences."""
         only_lengths(context, batch)
         # Tensors made in inference mode could not be updated outside of it, so they are made outside.
@@ -242,7 +242,7 @@ class LSTM(nn.Module):
             new = weights.table.new_zeros
             hidden, gates = new(batch, layers * size), new(batch, 4 * size)
             i, f, o, g = gates.chunk(4, 1)
-            return _State(
+            return _LstmState(
                 weights=weights,
                 start=torch.full((batch,), self.K, device=hidden.device),
                 inputs=[hidden[:, max(i - 1, 0) * size : (i + 1) * size] for i in range(layers)],
@@ -255,7 +255,7 @@ class LSTM(nn.Module):
             )
 
     @torch.no_grad()
-    def step(self, x: Tensor | None, state: _State) -> Tensor:
+    def step(self, x: Tensor | None, state: _LstmState) -> Tensor:
         """Parameters ``(batch, 1, num_params)`` of the next entry; ``state`` is updated in place.
 
         Args:
@@ -275,7 +275,7 @@ class LSTM(nn.Module):
         out: Tensor = self.head(state.hidden[-1])
         return out[:, None]
 
-    def _layout(self) -> _Weights:
+    def _layout(self) -> _LstmWeights:
         """The weights in the layout of `step`, computed anew only when a parameter has changed."""
         parameters = [*self.parameters()]
         old = self._laid_out
@@ -297,5 +297,5 @@ class LSTM(nn.Module):
         input_weight = self._layers()[0].all_weights[0][0][order]
         table = torch.addmm(biases[0], torch.cat([self.embedding, self.before[None]]), input_weight.t())
         snapshot = [p.detach().clone() for p in parameters]
-        self._laid_out = _Weights(snapshot, table, recurrent, biases)
+        self._laid_out = _LstmWeights(snapshot, table, recurrent, biases)
         return self._laid_out

@@ -23,7 +23,7 @@ from dflow.ops.orders import check_order
 
 
 @dataclass
-class _Weights:
+class _BlockWeights:
     """The parameters of one block as `GroupCausalTransformer.step` reads them."""
 
     norm_attention: Tensor
@@ -54,7 +54,7 @@ class State:
     plan: Plan
     lengths: Tensor | None
     symbols: Tensor
-    weights: list[_Weights]
+    weights: list[_BlockWeights]
     keys: list[Tensor]
     values: list[Tensor]
     hidden: Tensor
@@ -240,7 +240,7 @@ class GroupCausalTransformer(nn.Module):
             None if lengths is None else lengths[:, None],
             symbols,
             [
-                _Weights(
+                _BlockWeights(
                     block.norm_attention.weight,
                     block.attention.qkv.weight,
                     block.attention.out.weight,

@@ -75,7 +75,7 @@ class Progress:
         return (self.step if unit == "steps" else self.elapsed) >= self.next_eval
 
 
-class Damaged(Exception):
+class DamagedState(Exception):
     """A file of a training state that cannot be used."""
 
 
@@ -118,7 +118,7 @@ class States:
         for path in paths:
             try:
                 return self._with_best(self._restore(path))
-            except Damaged as error:
+            except DamagedState as error:
                 self.say(str(error))
         raise InputError(
             f"{paths[0]}: truncated or foreign; the model folder itself may be whole, but this run cannot "
@@ -156,7 +156,7 @@ class States:
             if self.accelerator.scaler and about["scaler"]:
                 self.accelerator.scaler.load_state_dict(about["scaler"])
         except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise Damaged(f"{path}: not a state of this run ({error})") from None
+            raise DamagedState(f"{path}: not a state of this run ({error})") from None
         metrics = self.output / METRICS
         if self.accelerator.is_main_process and metrics.is_file():
             _cut_metrics(metrics, progress.step)
@@ -212,9 +212,9 @@ def _about(path: Path) -> dict[str, Any]:
         hf.verify(path.parent, [path.name])
         return _metadata(path)
     except InputError as error:
-        raise Damaged(str(error)) from None
+        raise DamagedState(str(error)) from None
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise Damaged(f"{path}: {error}") from None
+        raise DamagedState(f"{path}: {error}") from None
 
 
 def _cut_metrics(metrics: Path, step: int) -> None:

@@ -45,7 +45,7 @@ _BRANDS = {
 
 
 @dataclass(frozen=True, eq=False)
-class Stored:
+class StoredFormat:
     """A picture as its file holds it.
 
     Attributes:
@@ -63,7 +63,7 @@ class Stored:
     notes: tuple[str, ...]
 
 
-def read(data: bytes, name: str, way: str = WAY) -> Stored:
+def read(data: bytes, name: str, way: str = WAY) -> StoredFormat:
     """The picture in a file.
 
     Args:
@@ -77,7 +77,7 @@ def read(data: bytes, name: str, way: str = WAY) -> Stored:
     return _read(data, name, way, _samples)
 
 
-def read_again(data: bytes, name: str, way: str = WAY) -> Stored:
+def read_again(data: bytes, name: str, way: str = WAY) -> StoredFormat:
     """The same by another way, where there is one.
 
     PNG (but for its filters), BMP and PNM are read by readers of dflow, TIFF by Pillow; PNG of 16 bits in
@@ -90,7 +90,7 @@ def read_again(data: bytes, name: str, way: str = WAY) -> Stored:
     return _read(data, name, way, _samples_again)
 
 
-def _read(data: bytes, name: str, way: str, samples: Callable[[bytes, Layout], Array]) -> Stored:
+def _read(data: bytes, name: str, way: str, samples: Callable[[bytes, Layout], Array]) -> StoredFormat:
     with _errors(name, way):
         layout = _layout(data)
         H, W = layout.size
@@ -204,7 +204,7 @@ def _pillow(data: bytes, layout: Layout) -> Array:
 # -- values ----------------------------------------------------------------------------------------------
 
 
-def _picture(layout: Layout, samples: Array) -> Stored:
+def _picture(layout: Layout, samples: Array) -> StoredFormat:
     """The picture of samples: palettes, transparent colours and values that count from white are resolved."""
     notes, values, depth, alpha = layout.losses, samples, layout.depth, None
     if layout.kind != "PNG":
@@ -227,4 +227,4 @@ def _picture(layout: Layout, samples: Array) -> Stored:
             notes.append(f"its values of {layout.depth} bits became 8 bits, each times {scale}")
     if values.shape[2] in (2, 4):
         values, alpha = values[..., :-1], values[..., -1]
-    return Stored(layout, values, depth, alpha, tuple(notes))
+    return StoredFormat(layout, values, depth, alpha, tuple(notes))
