@@ -14,8 +14,7 @@ from dflow.cli.shared import Machine, finite, load_model, print_table, read_text
 from dflow.config import InputError
 
 if TYPE_CHECKING:
-    from dflow.score import Part
-    from dflow.score import TextScore
+    from dflow.score import Part, TextScore
 
 
 @dataclass(kw_only=True)
@@ -73,7 +72,7 @@ def score(flags: Score) -> int:
     return 0
 
 
-def record(kind: str, part: Part | Result) -> dict[str, Any]:
+def record(kind: str, part: Part | TextScore) -> dict[str, Any]:
     """What a part or the whole costs; the whole has neither number nor text."""
     return {
         "part": kind,

@@ -117,8 +117,7 @@ def evaluate_images(
     check_positive(draws=draws, batch_size=batch_size, limit=limit)
     if not 0 <= seed < 1 << 62:
         raise InputError(f"seed {seed} must be from 0 to {(1 << 62) - 1}")
-    rows = data.subset(limit or data.num_rows)
-    scorer = _BoundScorer(_copy(model, precision), rows, draws, batch_size, seed)
+    scorer = _Estimates(_copy(model, precision), data.subset(limit or data.num_rows), draws, batch_size, seed)
     totals = total(scorer, batch_size, progress, accelerator)
     dims = 1 if unit == "bits" else model.dim
     (vi, vi_error), (nll, nll_error) = totals.bits("vi", dims), totals.bits("nll", dims)
@@ -140,7 +139,7 @@ def evaluate_images(
     )
 
 
-class _BoundScorer(Scorer):
+class _Estimates(Scorer):
     """Bounds of the likelihood of images from draws of the dequantizer."""
 
     model: DflowImageModel
