@@ -38,7 +38,7 @@ from dflow.dequantize import (
     Uniform,
 )
 from dflow.distributions import ConditionalNormal, CovarianceNormal, StandardNormal
-from dflow.distributions import NormalCode as NormalLaw
+from dflow.distributions import Normal as NormalLaw
 from dflow.elementwise import Affine, MixtureLogistic, Spline
 from dflow.flows import Flow, Split
 from dflow.nn.densenet import DenseNet
