@@ -14,7 +14,7 @@ import torch
 from dflow import hf
 from dflow.cli import main
 from dflow.coding import container
-from dflow.coding.bits_back import Settings
+from dflow.coding.bits_back import CodingSettings
 from dflow.coding.container import Segment
 from dflow.compare.codecs import compare_codecs, markdown, pictures
 from dflow.compare.material import image_model
@@ -127,7 +127,7 @@ def test_a_single_picture_is_refused_unless_told(tmp_path, coder):
 
 
 def test_other_grids_are_told_by_the_file(coder, file):
-    by = replace(coder, settings=Settings(16, 11, 10), larger=True)
+    by = replace(coder, settings=CodingSettings(16, 11, 10), larger=True)
     data, _ = compress_images([file], by)
     assert np.array_equal(decompress_images(data, coder).pictures[0].values[..., 0], values())
 
@@ -185,7 +185,7 @@ def test_chains_that_are_wrong_behind_right_checksums_give_no_picture(coder, sam
             assert lent == {"lent.bin": LENT[:200]}
 
 
-HEAD = FileHead(Settings(), 8, 2, 200, "lent.bin", 1)
+HEAD = FileHead(CodingSettings(), 8, 2, 200, "lent.bin", 1)
 
 
 @pytest.mark.parametrize(

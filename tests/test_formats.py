@@ -30,7 +30,7 @@ GREY, RGB, RGBA = noise(9, 13), noise(9, 13, 3), noise(9, 13, 4)
 WIDE = noise(9, 13, 3, top=1 << 16, dtype=np.uint16)
 
 
-def both(data: bytes) -> formats.Stored:
+def both(data: bytes) -> formats.StoredFormat:
     """A file as it is read, which is the same by both ways."""
     one, other = formats.read(data, "a"), formats.read_again(data, "a")
     assert one.values.dtype == other.values.dtype
@@ -42,7 +42,7 @@ def both(data: bytes) -> formats.Stored:
     return one
 
 
-def whole(stored: formats.Stored) -> np.ndarray:
+def whole(stored: formats.StoredFormat) -> np.ndarray:
     """Values with alpha, ``(H, W)`` of one channel."""
     parts = [stored.values] if stored.alpha is None else [stored.values, stored.alpha[..., None]]
     values = np.concatenate(parts, -1)
