@@ -82,8 +82,8 @@ class Context:
         lengths = None if self.lengths is None else self.lengths[start:end]
         noise = None if self.noise is None else self.noise.rows(start, end)
         known = self.known and replace(self.known, symbols=self.known.symbols[start:end])
-        given = tuple(item[start:end] for item in self.given)
-        return Context(lengths=lengths, given=given, noise=noise, known=known)
+        features = tuple(item[start:end] for item in self.given)
+        return Context(lengths=lengths, given=features, noise=noise, known=known)
 
     def repeat(self, times: int) -> Context:
         """The context of ``times`` copies of the batch, one after another."""
@@ -289,7 +289,7 @@ class Distribution(nn.Module, ABC):
         """The terms of `log_prob`, ``(batch, n)`` in nats: one an entry, 0 for those that are not scored.
 
         Raises:
-            InputError: the law is none `by_entry`.
+            InputError: the law is not `by_entry`: it has no terms for single entries.
         """
         raise InputError(
             f"{type(self).__name__} gives whole sequences a probability, and single entries no share in it"

@@ -244,11 +244,11 @@ def test_batch_threads_and_library_do_not_matter(tmp_path, mode):
         try:
             by = coder((3, 8, 8), mode, num_levels=3, batch=batch)
             assert compress_images(files, by, verify=False)[0] == data
-            found = decompress_images(data, by).pictures
+            pictures = decompress_images(data, by).pictures
         finally:
             torch.backends.mkldnn.set_flags(known)
             torch.set_num_threads(before)
-        assert all(p.same(px.read(f)) for p, f in zip(found, files, strict=True))
+        assert all(p.same(px.read(f)) for p, f in zip(pictures, files, strict=True))
 
 
 def test_float32_is_for_the_same_machine(tmp_path, monkeypatch):
@@ -369,10 +369,10 @@ def test_streams_that_are_wrong_behind_right_checksums_give_no_picture(tmp_path)
         segments[n] = replace(segment, levels=tuple(map(bytes, levels)))
         again = container.write(replace(file, segments=tuple(segments)))
         try:
-            found = decompress_images(again, COLOUR).pictures
+            pictures = decompress_images(again, COLOUR).pictures
             # There are several ways to deflate the same.
             assert segment.raw
-            assert all(p.same(q) for p, q in zip(found, originals, strict=True))
+            assert all(p.same(q) for p, q in zip(pictures, originals, strict=True))
         except InputError as error:
             assert "segment" in str(error) or "beside" in str(error)  # noqa: PT017
     assert all(p.same(q) for p, q in zip(decompress_images(data, COLOUR).pictures, originals, strict=True))
@@ -542,9 +542,9 @@ def test_files_of_one_stem_come_back_by_names_of_their_own(tmp_path):
     values = {"x.png": GREYS, "x.bmp": GREYS // 2, "y.tif": GREYS // 3, "y.bmp": GREYS // 4, "x.npy": GREYS}
     files = [save(tmp_path, name, each) for name, each in values.items()]
     data, report = compress_images(files, GREY)
-    found = {p.form.file: p for p in decompress_images(data, GREY).pictures}
-    assert list(found) == ["x.png", "x.bmp.png", "y.tif.png", "y.bmp.png", "x.npy"]
-    for picture, file in zip(found.values(), files, strict=True):
+    pictures = {p.form.file: p for p in decompress_images(data, GREY).pictures}
+    assert list(pictures) == ["x.png", "x.bmp.png", "y.tif.png", "y.bmp.png", "x.npy"]
+    for picture, file in zip(pictures.values(), files, strict=True):
         assert np.array_equal(picture.values, px.read(file).values)
     assert any(
         "comes back as x.bmp.png, since another file comes back as x.png" in n for _, n in report.notes

@@ -64,9 +64,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def coder(folder):
-    found = load_image_coder(folder, batch=8)
-    assert isinstance(found, BitsBackCoder)
-    return found
+    loaded = load_image_coder(folder, batch=8)
+    assert isinstance(loaded, BitsBackCoder)
+    return loaded
 
 
 @pytest.fixture(scope="module")

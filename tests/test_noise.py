@@ -31,8 +31,8 @@ K = 5
 def test_philox_gives_the_known_answers(counter: list[int], key: list[int], words: str) -> None:
     """Those of the reference implementation (Random123)."""
     tensors = [torch.tensor([word]) for word in counter]
-    found = philox((tensors[0], tensors[1], tensors[2], tensors[3]), (key[0], key[1]))
-    assert " ".join(f"{int(word):08x}" for word in found) == words
+    random_words = philox((tensors[0], tensors[1], tensors[2], tensors[3]), (key[0], key[1]))
+    assert " ".join(f"{int(word):08x}" for word in random_words) == words
 
 
 def test_uniform_numbers_are_even_and_never_0_or_1() -> None:

@@ -251,7 +251,7 @@ _FEW_DRAWS = 10
 
 
 def figure(value: float | None) -> str:
-    """A number with four digits, or a dash where there is none."""
+    """A number with four digits; a dash for None."""
     return "-" if value is None else f"{value:.4f}"
 
 

@@ -164,7 +164,7 @@ def _makers(
 
 
 def _run(makers: Sequence[Callable[[], Runner]], rounds: int, memory: bool, progress: bool) -> list[Runner]:
-    """Runners that have gone their rounds, by turns."""
+    """The runners, after all of their rounds; the runners take turns, one round each."""
     runners: list[Runner] = []
     with progress_bar(len(makers) * (rounds + 1 + memory), "round", "codecs", progress) as bar:
         for make in makers:

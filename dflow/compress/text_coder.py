@@ -94,7 +94,7 @@ class TextCoder:
         extra = json.dumps(
             [tokenizer.describe(), model.config.length, None if lengths is None else lengths.tolist()]
         )
-        # Of all budgets: which of them is in use is told by the number of calls.
+        # Of the model with all of its numbers of calls; a file names the number that it uses.
         digest = fingerprint(model.distribution, tables, cls.mode, extra.encode())[: container.FINGERPRINT]
         return cls(prepared, tokenizer, model.config.length, lengths, calls, digest, where)
 

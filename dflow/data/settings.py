@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import Field, dataclass, field, replace
@@ -27,7 +28,7 @@ class _WithChecksum(Protocol):
 T = TypeVar("T", bound=_WithChecksum)
 
 
-class _Named:
+class _Named(ABC):
     """What the settings of texts and of images share: a name, of known data or of a path."""
 
     name: str
@@ -40,13 +41,13 @@ class _Named:
     #: Beginnings of names that are no paths.
     _prefixes: ClassVar[tuple[str, ...]]
 
+    @abstractmethod
     def _known(self) -> list[str]:
         """Names of data for this kind of model."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _of_other_kind(self) -> str:
         """What to say of the name of data for another kind of model; empty for other names."""
-        raise NotImplementedError
 
     @property
     def is_path(self) -> bool:

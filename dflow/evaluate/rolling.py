@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,6 +12,7 @@ from dflow.config import InputError
 from dflow.core import Context, Distribution, Known
 from dflow.data import Draws, Text
 from dflow.distributions import SequenceCategorical
+from dflow.distributions.documents import Documents
 from dflow.evaluate.driver import Rows, Scorer
 from dflow.hf import DflowModel
 from dflow.nn.lstm import LSTM, Carried
@@ -48,7 +51,25 @@ class Rolling(Scorer):
         return F.pad(ids, (0, stop - start - len(ids)), value=-1)
 
 
-class _WindowScorer(Rolling):
+class _Windowed(Rolling):
+    """Windows of a stream, each the symbols to score and known ones before them."""
+
+    law: Distribution
+
+    @abstractmethod
+    def _batches(self, rows: slice) -> list[tuple[Tensor, Tensor, Context]]:
+        """Windows of one shape together: the characters scored in each, the symbols, the context."""
+
+    def score(self, rows: slice) -> Rows:
+        batches = self._batches(rows)
+        nats = [-self.law.log_prob(x, context) for _, x, context in batches]
+        return Rows({"nats": torch.cat(nats)}, torch.cat([characters for characters, _, _ in batches]))
+
+    def check(self, rows: slice) -> bool | None:
+        return all(bool(self.law.round_trip(x, context)) for _, x, context in self._batches(rows))
+
+
+class _WindowScorer(_Windowed):
     """Windows that overlap by ``context`` symbols; each scores the others, the first window all of its own.
 
     For networks that are drawn from left to right and read at most a window.
@@ -79,19 +100,8 @@ class _WindowScorer(Rolling):
             f"{self.context:,} before, the first window all"
         )
 
-    def score(self, rows: slice) -> Rows:
-        nats, characters = [], []
-        for ids, x, context in self._batches(rows):
-            nats.append(-self.law.log_prob(x, context))
-            scored = ids if context.known is None else ids.masked_fill(context.known.mask.cpu(), -1)
-            characters.append(self.text.characters(scored))
-        return Rows({"nats": torch.cat(nats)}, torch.cat(characters))
-
-    def check(self, rows: slice) -> bool | None:
-        return all(bool(self.law.round_trip(x, context)) for _, x, context in self._batches(rows))
-
     def _batches(self, rows: slice) -> list[tuple[Tensor, Tensor, Context]]:
-        """Windows, what the law takes of them, and its context; nothing is known of the first window."""
+        """See `_Windowed`; nothing is known of the first window."""
         start, stop = rows.start, rows.stop
         if start == 0 and self.context:
             return [self._batch(0, 1, 0), *([self._batch(1, stop, self.context)] if stop > 1 else [])]
@@ -103,10 +113,11 @@ class _WindowScorer(Rolling):
         x, mask = ids.clamp(min=0).to(device), torch.arange(self.length, device=device) < known
         # The last window may reach beyond the end of the text.
         lengths = (ids >= 0).sum(1).to(device)
-        return ids, x, Context(lengths=lengths, known=Known(x, mask) if known else None)
+        characters = self.text.characters(ids.masked_fill(mask.cpu(), -1))
+        return characters, x, Context(lengths=lengths, known=Known(x, mask) if known else None)
 
 
-class _DocumentScorer(Rolling):
+class _DocumentScorer(_Windowed):
     """Chunks of a model that was trained with a context: each is given up to ``context`` symbols before it.
 
     It is the law of `dflow.distributions.documents.Documents`: every symbol is scored given at least so many
@@ -130,28 +141,18 @@ class _DocumentScorer(Rolling):
                 f"context {self.context} is not in 0..{trained}: the model was trained to read up to "
                 f"{trained} symbols before a chunk (model.context)"
             )
-        self.num_rows = -(-self.num_symbols // self.length)
+        self.chunks = list(Documents(law, self.length, self.context).chunks(self.num_symbols))
+        self.num_rows = len(self.chunks)
         self.num_checks = min(checks, self.num_rows)
         self.protocol += (
             f": chunks of {self.length:,} symbols, each given the {self.context:,} symbols before it"
         )
 
-    def score(self, rows: slice) -> Rows:
-        batches = self._batches(rows)
-        nats = [-self.law.log_prob(x, context) for _, x, context in batches]
-        return Rows({"nats": torch.cat(nats)}, torch.cat([characters for characters, _, _ in batches]))
-
-    def check(self, rows: slice) -> bool | None:
-        return all(bool(self.law.round_trip(x, context)) for _, x, context in self._batches(rows))
-
     def _batches(self, rows: slice) -> list[tuple[Tensor, Tensor, Context]]:
-        """The characters of chunks, their windows and contexts; together where windows are alike."""
+        """See `_Windowed`; the windows of the first chunks and of the last one are shorter."""
         groups: dict[tuple[int, int], list[Tensor]] = {}
-        for row in range(rows.start, rows.stop):
-            begin = row * self.length
-            known, end = min(self.context, begin), min(begin + self.length, self.num_symbols)
-            ids = self.symbols(begin - known, end)
-            groups.setdefault((known, end - begin), []).append(ids)
+        for window, begin, end in self.chunks[rows]:
+            groups.setdefault((begin - window, end - begin), []).append(self.symbols(window, end))
         batches = []
         for (known, _), windows in groups.items():
             ids = torch.stack(windows)

@@ -275,7 +275,7 @@ class Run:
         x, lengths = batch = self.batch(step)
         known = self.task.data.known(mix(config.seed, step))
         # Of the entries of the batch, the share that the loss is of.
-        share_hidden = 1.0 if known is None else float((~known).float().mean())
+        share_hidden = 1.0 if known is None else int((~known).sum()) / len(known)
         entries = self.task.data.entries(batch) * share_hidden
         share = slice(self.rank, None, self.world)
         xs = x[share].chunk(config.accumulation)
