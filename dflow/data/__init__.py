@@ -1,5 +1,6 @@
 """Text, images and tables for flows: known sets, the user's own, synthetic laws; tokenizers, pictures."""
 
+from dflow.data.counting import count
 from dflow.data.corpus import Corpus, Draws, Text
 from dflow.data.image_sets import KNOWN as IMAGES
 from dflow.data.images import load_images
@@ -36,6 +37,7 @@ __all__ = [
     "Text",
     "Tokenizer",
     "check",
+    "count",
     "grid",
     "list_sets",
     "load",

@@ -20,6 +20,7 @@ from dflow.coding import fingerprint, frozen_tables
 from dflow.config import InputError
 from dflow.core import Distribution
 from dflow.hf.binary import DflowClassifier
+from dflow.hf.counts import COUNTS
 from dflow.hf.images import DflowImageModel
 from dflow.hf.limits import AllocationLimit
 from dflow.hf.manifest import replacing, verify
@@ -116,12 +117,13 @@ def load(
         )
     file = path / "config.json"
     weights: list[Path] = weight_files(path)
-    verify(path, [file.name, *(weight.name for weight in weights), *COMPANIONS])
+    stored = [*weights, *path.glob(COUNTS)]
+    verify(path, [file.name, *(f.name for f in stored), *COMPANIONS])
     try:
         config = kind.config_class.from_pretrained(path)
         config.settings()
         # Settings that belong to other weights may ask for any amount of memory.
-        with AllocationLimit(sum(weight.stat().st_size for weight in weights)), _quiet():
+        with AllocationLimit(sum(f.stat().st_size for f in stored)), _quiet():
             pair: Any = kind.from_pretrained(path, config=config, output_loading_info=True)
         model, info = pair
     except InputError as error:

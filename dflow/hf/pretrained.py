@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from dflow.hf import counts
 from dflow.hf.manifest import remove, replacing
 
 #: File of the coding tables.
@@ -48,12 +49,15 @@ class Pretrained(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """See transformers; the model carries the files of its vocabulary."""
+        """See transformers; the model carries the files of its vocabulary, and its counts."""
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if pretrained_model_name_or_path is not None:
             place = {name: kwargs[name] for name in _OF_A_PLACE if name in kwargs}
-            model.companions = _companions(os.fspath(pretrained_model_name_or_path), place)
+            source = os.fspath(pretrained_model_name_or_path)
+            paths = _beside(source, place)
+            counts.load(model, paths.pop(counts.COUNTS, None), source)
+            model.companions = {file: path.read_bytes() for file, path in paths.items()}
         return loaded
 
     def save_pretrained(  # type: ignore[override]
@@ -77,6 +81,7 @@ class Pretrained(PreTrainedModel):
             super().save_pretrained(temporary, state_dict=state_dict, **kwargs)
             for name, data in self.companions.items():
                 (temporary / name).write_bytes(data)
+            counts.save(self, temporary)
             new = {path.name for path in temporary.iterdir()}
         old = {path.name for path in folder.iterdir() if _WEIGHT_FILE.fullmatch(path.name)}
         if any(_WEIGHT_FILE.fullmatch(name) for name in new):
@@ -89,13 +94,14 @@ class Pretrained(PreTrainedModel):
             self.push_to_hub(of_the_hub.pop("repo_id", folder.name), **of_the_hub)
 
 
-def _companions(name: str, place: Mapping[str, Any]) -> dict[str, bytes]:
-    """Files of `COMPANIONS` in a folder or in a repository of the hub."""
+def _beside(name: str, place: Mapping[str, Any]) -> dict[str, Path]:
+    """The files beside the weights in a folder or in a repository of the hub, by name, those that exist."""
+    files = (*COMPANIONS, counts.COUNTS)
     if os.path.isdir(name):
         folder = Path(name) / (place.get("subfolder") or "")
-        paths = {file: folder / file for file in COMPANIONS}
+        paths = {file: folder / file for file in files}
     else:
         quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
-        cached = {file: cached_file(name, file, **place, **quiet) for file in COMPANIONS}
+        cached = {file: cached_file(name, file, **place, **quiet) for file in files}
         paths = {file: Path(path) for file, path in cached.items() if path is not None}
-    return {file: path.read_bytes() for file, path in paths.items() if path.is_file()}
+    return {file: path for file, path in paths.items() if path.is_file()}

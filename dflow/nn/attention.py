@@ -29,6 +29,9 @@ class TransformerSize:
         ngram_size: longest n-gram with a table.
         ngram_dropout: share of the n-grams left out in training, see `dflow.nn.embed`.
         dropout: rate for the outputs of attention and perceptrons.
+        counts: longest context, in symbols, of the counts of the training text that the law of an entry is mixed
+            with, see `dflow.nn.counted`; 0 for none.
+        counts_dropout: share of the entries for which nothing is counted in training.
 
     Raises:
         ValueError: a value out of its range.
@@ -43,6 +46,8 @@ class TransformerSize:
     ngram_size: int = 4
     ngram_dropout: float = 0.0
     dropout: float = 0.0
+    counts: int = 0
+    counts_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.num_attention_heads < 1 or self.hidden_size % (2 * self.num_attention_heads):

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from dflow.core import Context, only_lengths
 from dflow.nn.attention import TransformerSize, initialize, ngrams, rotations
+from dflow.nn.counted import Counted, neighbours
 from dflow.nn.embed import Neighbours
 from dflow.nn.plans import FAR, GAPS, buckets
 from dflow.ops.memo import Memo
@@ -151,6 +152,7 @@ class MaskedTransformer(nn.Module):
         self.norm = nn.LayerNorm(size.hidden_size, bias=False)
         self.head = nn.Linear(size.hidden_size, num_params)
         initialize(self, size.num_hidden_layers)
+        self.counted = Counted.of(size, K, both_sides=True)
 
     def forward(self, x: Tensor, known: Tensor, context: Context | None = None) -> Tensor:
         """Parameters (batch, n, num_params) of every entry given the known ones.
@@ -184,7 +186,10 @@ class MaskedTransformer(nn.Module):
         rotation = self._rotations(line, h.dtype)
         for block in self.blocks:
             h = block(h, rotation, mask)
-        out: Tensor = self.head(self.norm(h))
+        h = self.norm(h)
+        out: Tensor = self.head(h)
+        if self.counted is not None:
+            out = self.counted(out, neighbours(symbols, self.counted.offsets, self.K), h)
         return out
 
     def _gaps(self, known: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dflow.core import Context, only_lengths
+from dflow.nn.counted import Counted, neighbours
+from dflow.ops.counts import patterns_of
 from dflow.ops.lookup import lookup
 
 
@@ -41,10 +43,12 @@ class Carried:
     Attributes:
         before: vector of the last symbol, ``(batch, 1, embedding_size)``.
         states: hidden and cell state of each layer, ``(1, batch, hidden_size)``.
+        recent: the last symbols, ``(batch, counts)``; K where there is none.
     """
 
     before: Tensor
     states: list[tuple[Tensor, Tensor]]
+    recent: Tensor
 
 
 @dataclass
@@ -60,6 +64,7 @@ class _LstmState:
     sigmoids: Tensor
     parts: tuple[Tensor, ...]
     activated: Tensor
+    recent: Tensor
 
 
 class LSTM(nn.Module):
@@ -88,6 +93,8 @@ class LSTM(nn.Module):
         weight_drop: DropConnect rate of the hidden-to-hidden weights.
         tied: share the embedding with the output (Press and Wolf 2017, arXiv 1608.05859); needs
             ``num_params == K`` and ``embedding_size == hidden_size``.
+        counts: longest context of counts of the training text, see `dflow.nn.counted`; 0 for none.
+        counts_dropout: share of the entries for which nothing is counted in training.
 
     Raises:
         ValueError: A size below 1, a rate outside [0, 1), or ``tied`` with sizes that differ.
@@ -112,6 +119,8 @@ class LSTM(nn.Module):
         dropout_embedding: float = 0.0,
         weight_drop: float = 0.1,
         tied: bool = False,
+        counts: int = 0,
+        counts_dropout: float = 0.0,
     ) -> None:
         """See the class."""
         super().__init__()
@@ -158,6 +167,10 @@ class LSTM(nn.Module):
         nn.init.zeros_(self.head.bias)
         if tied:
             self.head.weight = self.embedding
+        self.counts = counts
+        self.counted = (
+            Counted(K, hidden_size, *patterns_of(counts, False), counts_dropout) if counts else None
+        )
         self._laid_out: _LstmWeights | None = None
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
@@ -183,6 +196,9 @@ class LSTM(nn.Module):
         if self.training:
             h = locked_dropout(h, self.dropout)
         out: Tensor = self.head(h)
+        if self.counted is not None:
+            symbols = x.argmax(-1) if x.is_floating_point() else x
+            out = self.counted(out, neighbours(symbols, self.counted.offsets, self.K), h)
         return out
 
     def carry(self, x: Tensor, carried: Carried | None = None) -> tuple[Tensor, Carried]:
@@ -204,13 +220,19 @@ class LSTM(nn.Module):
         zeros = self.before.new_zeros(1, len(x), self.hidden_size)
         if carried is None:
             states = [(zeros, zeros)] * len(self.layers)
-            carried = Carried(self.before.expand(len(x), 1, -1), states)
+            recent = x.new_full((len(x), self.counts), self.K)
+            carried = Carried(self.before.expand(len(x), 1, -1), states, recent)
         vectors = lookup(x, self.embedding)
         h, states = torch.cat([carried.before, vectors[:, :-1]], 1), []
         for layer, state in zip(self._layers(), carried.states, strict=True):
             h, state = self._run(layer, h, state)
             states.append(state)
-        return self.head(h), Carried(vectors[:, -1:], states)
+        out: Tensor = self.head(h)
+        symbols = torch.cat([carried.recent, x], 1)
+        if self.counted is not None:
+            around = neighbours(symbols, self.counted.offsets, self.K)[:, self.counts :]
+            out = self.counted(out, around, h)
+        return out, Carried(vectors[:, -1:], states, symbols[:, x.shape[1] :])
 
     def _layers(self) -> list[nn.LSTM]:
         return cast("list[nn.LSTM]", list(self.layers))
@@ -252,6 +274,7 @@ class LSTM(nn.Module):
                 sigmoids=gates[:, : 3 * size],
                 parts=(i, f, o, g),
                 activated=new(batch, size),
+                recent=torch.full((batch, self.counts), self.K, device=hidden.device),
             )
 
     @torch.no_grad()
@@ -273,6 +296,9 @@ class LSTM(nn.Module):
             torch.tanh(c, out=state.activated)
             torch.mul(o, state.activated, out=state.hidden[n])
         out: Tensor = self.head(state.hidden[-1])
+        if self.counted is not None:
+            state.recent = torch.cat([state.recent[:, 1:], symbols[:, None]], 1)
+            out = self.counted(out, state.recent, state.hidden[-1])
         return out[:, None]
 
     def _layout(self) -> _LstmWeights:

@@ -64,6 +64,8 @@ class Plan:
         mask: which slot attends to which, (slots, slots); None when each sees the slots before it and itself.
         ascending: whether the positions of the slots ascend.
         dim: entries of the sequence.
+        around: positions (dim, columns) of the symbols around each entry from which contexts are read that are counted;
+            ``dim`` where a symbol is not drawn before the entry. None where nothing is counted.
         known: positions (known,) of the entries that are known before the first call. Each has a slot, among
             the first, which carries its symbol and predicts nothing; these see each other, and all see them.
     """
@@ -77,6 +79,7 @@ class Plan:
     mask: Tensor | None
     ascending: bool
     dim: int
+    around: Tensor | None
     known: Tensor
 
 
@@ -90,12 +93,14 @@ class Reach:
         offsets: offsets of the neighbours that are read, (neighbours,).
         gaps_row: the first row of the embedding for distances to the nearest known symbols; None where the
             network does not read these.
+        counted: offsets of the symbols from which counted contexts are read, (columns,), or None.
     """
 
     dim: int
     block: int
     offsets: Tensor
     gaps_row: int | None
+    counted: Tensor | None = None
 
     def reading(
         self, drawn: Tensor, positions: Tensor, row: Tensor, carried: Tensor, slots: Tensor, cuts: list[int]
@@ -184,6 +189,7 @@ def make_plan(
         None if lanes == 1 and not len(known) else group_of_slot[:, None] >= group_of_slot,
         lanes == 1 and not len(known) and bool((slots.positions.diff() > 0).all()),
         n,
+        None if reach.counted is None else _around(drawn, reach.counted),
         known,
     )
 
@@ -195,6 +201,15 @@ def _after(reach: Reach, drawn: Tensor, known: Tensor, slots: Reading) -> Readin
     line = torch.arange(len(known), device=known.device)
     before = reach.reading(drawn, known, torch.zeros_like(known), carried, line, [])
     return replace(_joined([before, slots]), cuts=[0, *(len(known) + cut for cut in slots.cuts[1:])])
+
+
+def _around(drawn: Tensor, offsets: Tensor) -> Tensor:
+    """Positions (n, offsets) of the symbols around each entry, n where one is not drawn in an earlier row."""
+    n = len(drawn) - 1
+    line = torch.arange(n, device=drawn.device)[:, None]
+    around = line + offsets
+    around = around.masked_fill((around < 0) | (around > n), n)
+    return around.masked_fill(drawn[around] >= drawn[line], n)
 
 
 def _cuts(entries: Tensor) -> list[int]:

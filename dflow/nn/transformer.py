@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from dflow.core import Context, only_lengths
 from dflow.nn.attention import Block, TransformerSize, initialize, ngrams
+from dflow.nn.counted import Counted
 from dflow.nn.embed import Neighbours
 from dflow.nn.plans import GAPS, Plan, Reach, Reading, make_plan
 from dflow.ops.memo import Memo
@@ -156,6 +157,7 @@ class GroupCausalTransformer(nn.Module):
         initialize(self, size.num_hidden_layers)
         if zero_head:
             nn.init.zeros_(self.head.weight)
+        self.counted = Counted.of(size, K, ahead > 0)
 
     def plan(self, order: Tensor, known: Tensor | None = None, dim: int | None = None) -> Plan:
         """How to walk ``order``, another one, over sequences of ``dim`` entries (default: the network's).
@@ -163,7 +165,10 @@ class GroupCausalTransformer(nn.Module):
         The positions ``known``, int64 ``(known,)``, are read before the first call, and are not in the order.
         """
         gaps_row = self.embed.extra_row if self.gaps else None
-        reach = Reach(self.dim if dim is None else dim, self.block, self.offsets, gaps_row)
+        counted = None
+        if self.counted is not None:
+            counted = torch.tensor(self.counted.offsets, device=self.offsets.device)
+        reach = Reach(self.dim if dim is None else dim, self.block, self.offsets, gaps_row, counted)
         return make_plan(order, reach, self.size.head_size, self.norm.weight.dtype, known)
 
     def _own_plan(self) -> Plan:
@@ -218,7 +223,10 @@ class GroupCausalTransformer(nn.Module):
         if self.inner is not None:
             later = self.inner(h[:, plan.later.slots], self._read(x, symbols, plan.later))
             features = torch.cat([features, later], 1)
-        out: Tensor = self.head(self.norm(features[:, plan.inverse[:n]]))
+        features = self.norm(features[:, plan.inverse[:n]])
+        out: Tensor = self.head(features)
+        if self.counted is not None and plan.around is not None:
+            out = self.counted(out, symbols[:, plan.around[:n]], features)
         return out
 
     def start(self, batch: int, context: Context | None = None, plan: Plan | None = None) -> State:
@@ -283,7 +291,10 @@ class GroupCausalTransformer(nn.Module):
             gaps = None if entries.gaps is None else entries.gaps[members]
             h = self.inner(h, self.embed(state.symbols[:, entries.sources[members]], gaps))
         h = F.layer_norm(h, (self.size.hidden_size,), self.norm.weight)
-        return F.linear(h, self.head.weight, self.head.bias)
+        out = F.linear(h, self.head.weight, self.head.bias)
+        if self.counted is not None and plan.around is not None:
+            out = self.counted(out, state.symbols[:, plan.around[entries.positions[members]]], h)
+        return out
 
     @torch.no_grad()
     def read(self, x: Tensor, state: State) -> None:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dflow import hf, zoo
 from dflow.config import InputError
 from dflow.data import Corpus, ImageConfig, ImageSet, dealt, files, pictures
+from dflow.train.folds import Folds
 from dflow.train.patterns import pattern
 from dflow.train.recipe import Recipe
 
@@ -88,6 +89,7 @@ class Texts(Material):
     """Sequences of symbols: chunks of a stream, or sentences."""
 
     unit, short, things = "bits a character", "bits/char", "chars"
+    folds: Folds | None = None
 
     def __init__(self, recipe: Recipe, corpus: Corpus) -> None:
         self.config, self.corpus, self.length = recipe.train, corpus, recipe.model.length
@@ -104,6 +106,12 @@ class Texts(Material):
         head = f"{corpus.name} ({corpus.protocol}): {corpus.train.amount}, {corpus.tokenizer.size} different"
         self.summary = "\n".join([head, *dealt.lines(corpus.about())])
 
+    def count_text(self, model: nn.Module, settings: Any) -> None:
+        """Count the training text for a model that reads counts."""
+        if getattr(settings, "counts", 0):
+            self.folds = Folds(model, self.corpus.train, settings, self.corpus.tokenizer.size)
+            self.summary += f"\n{self.folds.summary}"
+
     def known(self, seed: int) -> Tensor | None:
         if not self.context:
             return None
@@ -114,7 +122,8 @@ class Texts(Material):
     def batch(self, seed: int) -> Batch:
         generator, known = torch.Generator().manual_seed(seed), self.known(seed)
         length = self.length if known is None else len(known)
-        return self.corpus.train.crops(self.config.batch_size, length, generator)
+        text = self.corpus.train if self.folds is None else self.folds.text(mix(seed, 2))
+        return text.crops(self.config.batch_size, length, generator)
 
     def entries(self, batch: Batch) -> int:
         x, lengths = batch

@@ -72,6 +72,7 @@ def _of_text(recipe: Recipe, corpus: Corpus) -> Task:
         **asdict(recipe.model),
     )
     model = hf.DflowModel(settings)
+    data.count_text(model, recipe.model)
     base = innermost(model.distribution)
     if isinstance(base, (Categorical, Mixture)):
         base.initialize(corpus.train.marginals(corpus.tokenizer.size))

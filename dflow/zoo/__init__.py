@@ -1,7 +1,7 @@
 """Models by name: for each family a settings dataclass, and the builder that turns it into a model.
 
 This is the only floor that reads settings of a model; the floors below take named arguments. Families of
-symbols (text) are in `dflow.zoo.text`, those of images and tables in `dflow.zoo.images` (dequantized) and
+symbols (text) are in `dflow.zoo.text` and `dflow.zoo.baselines`, those of images and tables in `dflow.zoo.images` (dequantized) and
 `dflow.zoo.integer` and `dflow.zoo.modular` (exact), classifiers in `dflow.zoo.binary`.
 """
 
@@ -14,6 +14,8 @@ from torch import nn
 from dflow.config import InputError, parse
 from dflow.core import Distribution
 from dflow.dequantize import Dequantized
+from dflow.nn.counted import Counted
+from dflow.zoo import baselines as baselines
 from dflow.zoo.binary import UNIFORM, PBNetConfig, Rule, to_deterministic, transfer
 from dflow.zoo.family import (
     BOUNDS,
@@ -93,8 +95,15 @@ def settings(family: object, values: dict[str, Any], where: str = "model") -> An
 
 
 def build(family: str, config: ModelConfig, K: int) -> Distribution:
-    """The distribution over sequences of symbols in Z/K that ``config`` describes."""
+    """The distribution over sequences of symbols in Z/K that ``config`` describes.
+
+    Raises:
+        InputError: the settings ask for counts, and the family reads none.
+    """
     built: Distribution = find(family, "text").model(config, K)
+    counts = getattr(config, "counts", 0)
+    if counts and not any(isinstance(module, Counted) for module in built.modules()):
+        raise InputError(f"model.counts {counts}: a {family} model reads no counts; set it to 0")
     return built
 
 

@@ -30,7 +30,6 @@ from dflow.elementwise import DISCRETE
 from dflow.flows import Flow, Split
 from dflow.nn.attention import TransformerSize
 from dflow.nn.infill import InfillTransformer, MaskedTransformer
-from dflow.nn.lstm import LSTM
 from dflow.nn.perceptron import InfillPerceptron
 from dflow.nn.table import LARGEST, InfillTable, PrefixTable
 from dflow.nn.transformer import GroupCausalTransformer
@@ -57,9 +56,21 @@ class ModelConfig:
     hidden_size: int = setting(128, "width of the network", least=1)
     num_hidden_layers: int = setting(3, "layers of the network (of each network, in a flow)", least=1)
     dropout: float = setting(0.0, "dropout in the network")
+    counts: int = setting(
+        0,
+        "longest context, in symbols, of the counts of the training text that the law of a symbol is mixed with; 0 for "
+        "none",
+        least=0,
+    )
+    counts_dropout: float = setting(0.3, "share of the symbols for which nothing is counted in training")
+    counts_megabytes: int = setting(
+        128, "most megabytes of counts, the rarest of the longest contexts are left out", least=1
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if not 0 <= self.counts_dropout < 1:
+            raise InputError(f"counts_dropout must lie in [0, 1), found {self.counts_dropout}")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout must lie in [0, 1), found {self.dropout}")
 
@@ -219,19 +230,6 @@ class MultiscaleConfig(AttentionConfig):
             )
 
 
-@dataclass
-class LstmConfig(ModelConfig):
-    """Baseline: the regularised LSTM of Merity et al., one network call a symbol."""
-
-    num_hidden_layers: int = setting(2, "layers", least=1)
-    hidden_size: int = setting(384, "cells of a layer", least=1)
-    embedding_size: int = setting(128, "features of a symbol")
-    dropout_hidden: float = setting(0.0, "locked dropout between layers")
-    dropout_input: float = setting(0.0, "locked dropout of the embedded symbols")
-    dropout_embedding: float = setting(0.0, "dropout of whole symbols of the embedding")
-    weight_drop: float = setting(0.0, "DropConnect of the recurrent weights")
-
-
 def bipartite(config: BipartiteConfig, K: int) -> Distribution:
     """Tran et al. 2019 (arXiv 1905.10347), couplings; ranks as in Lindt and Hoogeboom 2021."""
     estimator = StraightThrough()
@@ -261,12 +259,14 @@ def autoregressive(config: AutoregressiveConfig, K: int) -> Distribution:
             _check_table(sum(K**n for n in range(config.length)), elementwise.num_params)
             net: nn.Module = PrefixTable(K, elementwise.num_params, config.length)
         else:
-            net = _causal(config, K, elementwise.num_params, zero_head=True)
+            # Later layers read latents, which are no text that could have been counted.
+            counts = config.counts if i == 0 and elementwise.predicts else 0
+            net = _causal(config, K, elementwise.num_params, zero_head=True, counts=counts)
         layers += [Reverse()] * (i > 0)
         layers.append(Autoregressive(elementwise, net, config.length, config.inversion))
     if config.base == "autoregressive":
         order = lockstep(config.length, config.length)
-        base: Distribution = SequenceCategorical(_causal(config, K, K), order, config.length)
+        base: Distribution = SequenceCategorical(_causal(config, K, K, counts=0), order, config.length)
     else:
         # The first entries of the last layer have little context, so each of them has a separate law.
         base = _base(config, K, torch.arange(config.length).clamp(max=config.base_classes - 1))
@@ -379,26 +379,11 @@ def transformer(config: TransformerConfig, K: int) -> Distribution:
     return SequenceCategorical(_causal(config, K, K), order, config.length)
 
 
-def lstm(config: LstmConfig, K: int) -> Distribution:
-    """Merity, Keskar and Socher 2018 (arXiv 1708.02182)."""
-    net = LSTM(
-        K,
-        K,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_hidden_layers,
-        embedding_size=config.embedding_size,
-        dropout=config.dropout,
-        dropout_hidden=config.dropout_hidden,
-        dropout_input=config.dropout_input,
-        dropout_embedding=config.dropout_embedding,
-        weight_drop=config.weight_drop,
-    )
-    return SequenceCategorical(net, lockstep(config.length, config.length), config.length)
-
-
-def _causal(config: TransformerConfig, K: int, num_params: int, zero_head: bool = False) -> nn.Module:
-    order = lockstep(config.length, config.length)
-    return GroupCausalTransformer(K, num_params, order, config.length, config.size(), zero_head=zero_head)
+def _causal(config: TransformerConfig, K: int, num_params: int, **options: Any) -> nn.Module:
+    """A causal network; ``options`` are ``zero_head``, and fields of its size in place of those of ``config``."""
+    order, zero_head = lockstep(config.length, config.length), options.pop("zero_head", False)
+    size = config.size(**options)
+    return GroupCausalTransformer(K, num_params, order, config.length, size, zero_head=zero_head)
 
 
 def _infill(config: BipartiteConfig, K: int, num_params: int, known: Tensor, hidden: Tensor) -> nn.Module:
@@ -457,18 +442,5 @@ register(
         prompt="exact",
         known="before",
         left_to_right=True,
-    )
-)
-register(
-    Family(
-        "lstm",
-        "text",
-        LstmConfig,
-        lstm,
-        prompt="exact",
-        known="before",
-        left_to_right=True,
-        baseline=True,
-        recurrent=True,
     )
 )

@@ -1,0 +1,96 @@
+"""Tables of counts, made from a text in one pass for each pattern."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dflow.ops.counts import CountTable, Pattern, factor, symbol_bits
+
+
+def count(
+    text: Tensor,
+    K: int,
+    patterns: Sequence[Pattern],
+    budget: int | None = None,
+    tick: Callable[[], object] = lambda: None,
+) -> CountTable:
+    """How often each symbol stands in each context of a text.
+
+    Args:
+        text: symbols, integers ``(n,)``; K stands between sequences, and no context reaches across it.
+        K: size of the alphabet.
+        patterns: patterns of the contexts.
+        budget: bytes that the table may take. If it takes more, the rarest contexts are left out, of the longest
+            patterns first.
+        tick: called after each pattern.
+
+    >>> table = count(torch.tensor([0, 1, 0, 1, 1]), 2, [(), (-1,)])
+    >>> sorted(table.totals().tolist())
+    [2, 2, 5]
+    """
+    symbols, tables = text.numpy(), list[tuple[int, CountTable]]()
+    for pattern in sorted(patterns, key=len):
+        tables.append((len(pattern), _of_pattern(symbols, K, pattern)))
+        if budget is not None:
+            _trim(tables, budget)
+        tick()
+    return _joined([table for _, table in tables])
+
+
+def _of_pattern(text: NDArray[np.integer], K: int, pattern: Pattern) -> CountTable:
+    """The contexts of one pattern."""
+    before, after = -min((0, *pattern)), max((0, *pattern))
+    n, bits = max(0, len(text) - before - after), symbol_bits(K)
+    entry = text[before : before + n].astype(np.int64)
+    whole, keys = entry < K, np.zeros(n, np.int64)
+    for offset in pattern:
+        neighbour = text[before + offset : before + offset + n].astype(np.int64)
+        whole &= neighbour < K
+        keys += (neighbour + 1) * factor(offset)
+    # The symbol in the lowest bits: one sort orders contexts, and symbols in each.
+    keys = (keys >> bits << bits | entry)[whole]
+    keys.sort()
+    starts = _starts(keys)
+    pairs, counts = keys[starts], np.diff(starts, append=len(keys))
+    contexts = pairs >> bits
+    firsts = _starts(contexts)
+    symbols = (pairs & (1 << bits) - 1).astype(
+        np.uint8 if K <= 1 << 8 else np.int16 if K <= 1 << 15 else np.int32
+    )
+    sizes = np.diff(firsts, append=len(contexts)).astype(np.int32)
+    tensors = contexts[firsts], sizes, symbols, counts.astype(np.int32)
+    return CountTable(*map(torch.from_numpy, tensors))
+
+
+def _starts(ordered: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where each run of equal numbers begins."""
+    return np.flatnonzero(np.concatenate([np.ones(min(1, len(ordered)), bool), ordered[1:] != ordered[:-1]]))
+
+
+def _trim(tables: list[tuple[int, CountTable]], budget: int) -> None:
+    """Leave out the rarest contexts, of the longest patterns first, until all tables fit into the budget."""
+    least = 1
+    while sum(table.num_bytes for _, table in tables) > budget and any(len(t.keys) for _, t in tables):
+        least += 1
+        for i in reversed(range(len(tables))):
+            length, table = tables[i]
+            tables[i] = (length, table.where(table.totals() >= least))
+            if sum(table.num_bytes for _, table in tables) <= budget:
+                break
+
+
+def _joined(tables: Sequence[CountTable]) -> CountTable:
+    """Tables of several patterns as one."""
+    keys, sizes, symbols, counts = (
+        torch.cat(parts) for parts in zip(*(t.tensors().values() for t in tables))
+    )
+    order = torch.from_numpy(np.argsort(keys.numpy(), kind="stable"))
+    begins, sizes = (sizes.cumsum(0) - sizes)[order], sizes[order]
+    context = torch.repeat_interleave(sizes)
+    pairs = (begins - sizes.cumsum(0) + sizes)[context] + torch.arange(len(context))
+    return CountTable(keys[order], sizes, symbols[pairs], counts[pairs])

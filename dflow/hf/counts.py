@@ -1,0 +1,75 @@
+"""Counts of the training text beside the weights of a model of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from dflow.config import InputError
+from dflow.nn.counted import Counted
+from dflow.ops.counts import CountsError, CountTable
+
+#: File of the counts.
+COUNTS = "counts.safetensors"
+
+
+def counted(model: nn.Module) -> Iterator[Counted]:
+    """The modules of a model that read counts."""
+    return (module for module in model.modules() if isinstance(module, Counted))
+
+
+def set_counts(model: nn.Module, table: CountTable) -> None:
+    """Let all modules of ``model`` that read counts read these."""
+    for module in counted(model):
+        module.use(table)
+
+
+def num_bytes(model: nn.Module) -> int:
+    """Size of the counts of ``model``, 0 for none."""
+    return max((module.table.num_bytes for module in counted(model) if module.has_table), default=0)
+
+
+def save(model: nn.Module, folder: Path) -> None:
+    """Write the counts of ``model``, if it has any."""
+    table = next((module.table for module in counted(model) if module.has_table), None)
+    if table is not None:
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in table.tensors().items()}
+        save_file(tensors, folder / COUNTS)
+
+
+def load(model: nn.Module, file: Path | None, source: str) -> None:
+    """Read the counts of ``model``, where it was saved with any.
+
+    Args:
+        model: with the digest of its counts among its weights.
+        file: the file of counts, or None where there is none.
+        source: the folder or repository of the model, for messages.
+
+    Raises:
+        InputError: no file, a damaged one, or the counts of another model.
+    """
+    modules = [module for module in counted(model) if bool(module.digest.any())]
+    if not modules:
+        return
+    if file is None:
+        raise InputError(
+            f"{source}: no {COUNTS}, and the model reads counts of its training text; restore it, or train again"
+        )
+    try:
+        tensors = load_file(file)
+        table = CountTable(**tensors)
+    except (SafetensorError, OSError, CountsError, TypeError) as error:
+        raise InputError(f"{file}: truncated or damaged ({error}); restore it, or train again") from None
+    if any(bytes(module.digest.tolist()) != table.digest() for module in modules):
+        raise InputError(f"{file}: the counts of another model; restore weights and counts from one training")
+    largest = min(module.K for module in modules)
+    if len(table.symbols) and int(table.symbols.max()) >= largest:
+        raise InputError(
+            f"{file}: a symbol {int(table.symbols.max())} in an alphabet of {largest}; restore it"
+        )
+    for module in modules:
+        module.use(table)

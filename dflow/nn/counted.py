@@ -1,0 +1,165 @@
+"""The law of an entry as a mixture of what a network says and of what was counted in the training text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dflow.config import InputError
+from dflow.nn.attention import TransformerSize
+from dflow.ops.counts import ContextReader, CountTable, Pattern, patterns_of
+
+#: Numbers that the gate reads of each pattern.
+_FEATURES = 5
+#: Width of the gate.
+_WIDTH = 96
+
+
+def neighbours(symbols: Tensor, offsets: Sequence[int], K: int) -> Tensor:
+    """The symbols at ``offsets`` from each entry of ``symbols`` (batch, n): (batch, n, offsets), K beyond the ends."""
+    before, after = -min((0, *offsets)), max((0, *offsets))
+    windows = F.pad(symbols, (before, after), value=K).unfold(1, before + 1 + after, 1)
+    return windows[..., torch.tensor(offsets, device=symbols.device) + before]
+
+
+class Counted(nn.Module):
+    r"""Mixes the law that a network gives an entry with counts of the training text.
+
+    .. math:: p(x) = w_0 \operatorname{softmax}(z)_x + \sum_j w_j \frac{n_j(x)}{n_j}
+
+    Pattern j of offsets is met where the symbols at all of its offsets are known and stand there ``n_j >= 1`` times
+    in the training text, with x in their middle ``n_j(x)`` times. The weights w are a soft-max over the network and
+    the patterns that are met. A perceptron gives them, the gate: it reads the network's features, how sure the network
+    is, and of each pattern how often it was met, with how many symbols, how many of them once, and how often with the
+    commonest. So p is exactly normalised, whatever was counted.
+
+    What is trained to read counts must not have been counted: it would learn to trust them too much. Training sets
+    `left_out` to the table of the part that a batch comes from, whose counts are subtracted in training mode.
+
+    Args:
+        K: size of the alphabet.
+        hidden_size: features that the network has for an entry, 0 for none.
+        offsets: offsets from an entry of the columns of symbols that are read.
+        patterns: patterns over these offsets.
+        dropout: in training, share of the entries for which nothing is counted: there the network learns to stand
+            alone, as it must where no pattern is met.
+
+    Source: the mixture of orders by learned weights is that of interpolated n-grams (Jelinek and Mercer 1980), with
+    weights by the context as in the mixing of PAQ (Mahoney 2005).
+    """
+
+    digest: Tensor
+
+    def __init__(
+        self,
+        K: int,
+        hidden_size: int,
+        offsets: Sequence[int],
+        patterns: Sequence[Pattern],
+        dropout: float = 0.0,
+    ) -> None:
+        """See the class."""
+        super().__init__()
+        self.K, self.offsets, self.patterns, self.dropout = K, tuple(offsets), tuple(patterns), dropout
+        self._read = ContextReader(K, offsets, patterns)
+        self.features = nn.Linear(len(patterns) * _FEATURES + 2, _WIDTH)
+        self.hidden = nn.Linear(hidden_size, _WIDTH, bias=False) if hidden_size else None
+        self.inner = nn.Linear(_WIDTH, _WIDTH)
+        self.weights = nn.Linear(_WIDTH, 1 + len(patterns))
+        nn.init.zeros_(self.weights.weight)
+        nn.init.zeros_(self.weights.bias)
+        #: SHA-256 of the table, saved with the weights: these counts and no others belong to the model.
+        self.register_buffer("digest", torch.zeros(32, dtype=torch.uint8))
+        self._table: CountTable | None = None
+        self.left_out: CountTable | None = None
+
+    @classmethod
+    def of(cls, size: TransformerSize, K: int, both_sides: bool) -> Counted | None:
+        """The mixture for a Transformer of symbols; None where its size counts nothing."""
+        if not size.counts:
+            return None
+        return cls(K, size.hidden_size, *patterns_of(size.counts, both_sides), size.counts_dropout)
+
+    @property
+    def table(self) -> CountTable:
+        """The counts of the training text.
+
+        Raises:
+            InputError: there are none yet.
+        """
+        if self._table is None:
+            raise InputError(
+                "this model reads counts of its training text, and has none yet; train it by `dflow train`, load it "
+                "from its folder, or set the table of its Counted modules"
+            )
+        return self._table
+
+    @property
+    def has_table(self) -> bool:
+        """Whether there are counts."""
+        return self._table is not None
+
+    def use(self, table: CountTable) -> None:
+        """Read these counts, and no others from now on: their digest is saved with the weights."""
+        self._table = table
+        self.digest.copy_(torch.frombuffer(bytearray(table.digest()), dtype=torch.uint8))
+
+    def forward(self, logits: Tensor, symbols: Tensor, h: Tensor | None = None) -> Tensor:
+        """Log-probabilities ``(..., K)``.
+
+        Args:
+            logits: what the network says, ``(..., K)``.
+            symbols: the symbols around each entry, int64 ``(..., columns)``; K where there is none or it is not known.
+            h: features of the network, ``(..., hidden_size)``; None where it has none.
+        """
+        counts = self._counts(symbols)
+        log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        counts = counts.to(log_p.dtype)
+        total, most = counts.sum(-1), counts.amax(-1)
+        met = total > 0
+        times = total.clamp(min=1)
+        features = torch.stack(
+            [
+                total.log1p() / 4,
+                (counts > 0).sum(-1).to(log_p.dtype).log1p() / 2,
+                (counts == 1).sum(-1) / times,
+                most / times,
+                met.to(log_p.dtype),
+            ],
+            -1,
+        )
+        sure = torch.stack([(log_p.exp() * log_p).sum(-1), log_p.amax(-1)], -1)
+        gate = self.features(torch.cat([features.flatten(-2), sure], -1).to(logits.dtype))
+        if self.hidden is not None and h is not None:
+            gate = gate + self.hidden(h)
+        weights = self.weights(F.gelu(self.inner(F.gelu(gate)))).to(log_p.dtype)
+        weights = weights.masked_fill(~F.pad(met, (1, 0), value=True), -torch.inf).log_softmax(-1)
+        counted = (weights[..., 1:].exp() / times)[..., None, :] @ counts
+        tiny = torch.finfo(log_p.dtype).tiny
+        return torch.logaddexp(weights[..., :1] + log_p, counted[..., 0, :].clamp(min=tiny).log())
+
+    def _counts(self, symbols: Tensor) -> Tensor:
+        """Counts of all symbols in the contexts of entries, float32 ``(..., patterns, K)``."""
+        keys, present = self._read(symbols)
+        if self.training and self.dropout:
+            present = present & (
+                torch.rand(present.shape[:-1], device=present.device)[..., None] >= self.dropout
+            )
+        counts = self._on(self.table, symbols.device).dense(keys, present, self.K)
+        if self.training and self.left_out is not None:
+            counts -= self._on(self.left_out, symbols.device).dense(keys, present, self.K)
+        return counts
+
+    def _on(self, table: CountTable, device: torch.device) -> CountTable:
+        """The table on the device of the symbols; it is no buffer, since it is never trained nor exchanged."""
+        if table.keys.device == device:
+            return table
+        moved = table.to(device)
+        if table is self._table:
+            self._table = moved
+        else:
+            self.left_out = moved
+        return moved

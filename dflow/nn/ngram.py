@@ -1,0 +1,68 @@
+"""Counts alone as a network: every order of n-grams, trusted as much as a gate says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dflow.core import Context, only_lengths
+from dflow.nn.counted import Counted, neighbours
+from dflow.ops.counts import patterns_of
+
+
+@dataclass
+class NgramState:
+    """The last symbols drawn, ``(batch, counts)``; K where there is none yet."""
+
+    recent: Tensor
+
+
+class NgramNet(nn.Module):
+    """K logits of each entry from how often symbols followed the ones before it in the training text.
+
+    It is the mixture of `Counted` without a network beside it: the share of a network belongs to the uniform law.
+    Absent entries come after all present ones and so influence none of them.
+
+    Args:
+        K: size of the alphabet.
+        counts: longest context, in symbols.
+    """
+
+    def __init__(self, K: int, counts: int) -> None:
+        """See the class."""
+        super().__init__()
+        if counts < 1:
+            raise ValueError(f"counts must be at least 1, found {counts}")
+        self.K, self.counts = K, counts
+        self.counted = Counted(K, 0, *patterns_of(counts, False))
+
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """Logits ``(batch, n, K)`` of symbols int64 ``(batch, n)`` or one-hot rows ``(batch, n, K)``."""
+        only_lengths(context, len(x))
+        return self._logits(
+            neighbours(x.argmax(-1) if x.is_floating_point() else x, self.counted.offsets, self.K)
+        )
+
+    def start(self, batch: int, context: Context | None = None) -> NgramState:
+        """State before the first `step` of ``batch`` sequences."""
+        only_lengths(context, batch)
+        return NgramState(torch.full((batch, self.counts), self.K, device=self.counted.digest.device))
+
+    @torch.no_grad()
+    def step(self, x: Tensor | None, state: NgramState) -> Tensor:
+        """Logits ``(batch, 1, K)`` of the next entry, given the symbol just drawn, int64 ``(batch, 1)``."""
+        if x is not None:
+            state.recent = torch.cat([state.recent[:, 1:], x], 1)
+        return self._logits(state.recent[:, None])
+
+    @torch.no_grad()
+    def read(self, x: Tensor, state: NgramState) -> None:
+        """Take the first symbols ``x``, int64 ``(batch, p)``; the next `step` is given the last of them."""
+        state.recent = torch.cat([state.recent, x[:, :-1]], 1)[:, -self.counts :]
+
+    def _logits(self, symbols: Tensor) -> Tensor:
+        uniform = self.counted.weights.weight.new_zeros(*symbols.shape[:-1], self.K)
+        out: Tensor = self.counted(uniform, symbols)
+        return out

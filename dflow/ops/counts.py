@@ -1,0 +1,206 @@
+"""Counts of the symbols that stand in a context, for contexts of many patterns, counted once and looked up.
+
+A *pattern* is a tuple of offsets from an entry, as (-1, -2, -3) for the three symbols before it, and (-1, 1) for its
+two neighbours; a *context* is a pattern and the symbols at its offsets. The contexts of all patterns are in one table,
+by 64-bit hashes of theirs, so that one search finds them all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Pattern = tuple[int, ...]
+
+
+class CountsError(ValueError):
+    """Tensors that are no table of counts."""
+
+
+def factor(offset: int) -> int:
+    """An odd number of 64 bits, as a signed one, by which the symbol at an offset counts in a hash (SplitMix64)."""
+    z = (2 * abs(offset) + (offset > 0)) * 0x9E3779B97F4A7C15 % (1 << 64)
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % (1 << 64)
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % (1 << 64)
+    z = (z ^ z >> 31) | 1
+    return z - (1 << 64) if z >> 63 else z
+
+
+def symbol_bits(K: int) -> int:
+    """Bits of a symbol; the hash of a context has the others of 64."""
+    return max(1, (K - 1).bit_length())
+
+
+def patterns_of(longest: int, both_sides: bool) -> tuple[list[int], list[Pattern]]:
+    """Offsets of the symbols that are read around an entry, and the patterns of its contexts.
+
+    They are the empty pattern, those of up to ``longest`` symbols before the entry, and with ``both_sides`` those of
+    symbols after it, and of about as many before as after it. The latter are shorter: of two sides, fewer symbols say
+    as much.
+
+    >>> patterns_of(2, True)
+    ([-2, -1, 1, 2], [(), (-1,), (-1, -2), (1,), (1, 2), (-1, 1)])
+    """
+    before = [tuple(range(-1, -n - 1, -1)) for n in range(longest + 1)]
+    if not both_sides:
+        return list(range(-longest, 0)), before
+    after = [tuple(range(1, n + 1)) for n in range(1, min(longest, _LONGEST_AFTER) + 1)]
+    around = [a + b for a in before[1:] for b in after if len(a + b) <= min(longest, _LONGEST_AROUND)]
+    around = [
+        p for p in around if abs(sum(offset < 0 for offset in p) - sum(offset > 0 for offset in p)) <= 1
+    ]
+    last = max(offset for p in (*after, *around, (0,)) for offset in p)
+    return [*range(-longest, 0), *range(1, last + 1)], before + after + around
+
+
+#: Symbols of the longest contexts after an entry, and around it.
+_LONGEST_AFTER, _LONGEST_AROUND = 6, 8
+
+
+@dataclass(frozen=True, eq=False)
+class CountTable:
+    """How often each symbol stands in each context.
+
+    Args:
+        keys: hashes of the contexts, int64 ``(contexts,)``, ascending.
+        sizes: number of different symbols in each context, int32 ``(contexts,)``, at least 1.
+        symbols: the symbols of one context after another, ascending in each, uint8, int16 or int32 ``(pairs,)``.
+        counts: how often each of these stands there, int32 ``(pairs,)``, at least 1.
+
+    Raises:
+        CountsError: tensors of other dtypes or shapes, or with other values.
+    """
+
+    keys: Tensor
+    sizes: Tensor
+    symbols: Tensor
+    counts: Tensor
+
+    def __post_init__(self) -> None:
+        """Check the tensors, and find the first pair of each context."""
+        for name, dtypes in _DTYPES.items():
+            tensor = getattr(self, name)
+            if tensor.ndim != 1 or tensor.dtype not in dtypes:
+                raise CountsError(
+                    f"{name} must be a vector of {dtypes[0]}, found {tensor.dtype} {tuple(tensor.shape)}"
+                )
+        if len(self.keys) != len(self.sizes) or len(self.symbols) != len(self.counts):
+            raise CountsError(
+                f"{len(self.keys)} keys, {len(self.sizes)} sizes, {len(self.symbols)} symbols and {len(self.counts)} "
+                "counts do not belong together"
+            )
+        if bool((self.sizes < 1).any()) or int(self.sizes.sum()) != len(self.symbols):
+            raise CountsError(f"the sizes of the contexts do not add up to {len(self.symbols)} symbols")
+        if bool((self.counts < 1).any()) or bool((self.symbols < 0).any()):
+            raise CountsError("a count below 1, or a symbol below 0")
+        if bool((self.keys.diff() < 0).any()):
+            raise CountsError("keys that do not ascend")
+        starts = torch.cat([self.sizes.new_zeros(1, dtype=torch.int64), self.sizes.cumsum(0)])
+        object.__setattr__(self, "_starts", starts)
+
+    _starts: Tensor = None  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: object) -> CountTable:
+        """The table itself: nothing changes it."""
+        return self
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensors."""
+        return sum(t.nbytes for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that make the table."""
+        return {name: getattr(self, name) for name in _DTYPES}
+
+    def digest(self) -> bytes:
+        """SHA-256 of the table."""
+        digest = hashlib.sha256()
+        for name, tensor in self.tensors().items():
+            digest.update(f"{name} {len(tensor)} ".encode())
+            digest.update(memoryview(tensor.cpu().contiguous().view(torch.uint8).numpy()))
+        return digest.digest()
+
+    def to(self, device: torch.device) -> CountTable:
+        """The table on a device."""
+        if self.keys.device == device:
+            return self
+        return CountTable(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+    def dense(self, keys: Tensor, present: Tensor, K: int) -> Tensor:
+        """Counts of all K symbols in contexts, float32 ``(..., K)``; zeros where a context is not in the table.
+
+        Args:
+            keys: hashes of contexts, int64 ``(...)``.
+            present: bool ``(...)``, False where the symbols of a context are not all known.
+            K: size of the alphabet.
+        """
+        out = torch.zeros(keys.numel() * K, device=keys.device)
+        if len(self.keys):
+            flat = keys.flatten()
+            index = torch.searchsorted(self.keys, flat).clamp_(max=len(self.keys) - 1)
+            rows = ((self.keys[index] == flat) & present.flatten()).nonzero()[:, 0]
+            index = index[rows]
+            begins, sizes = self._starts[index], self.sizes[index]
+            # Pair p of all contexts one after the other belongs to context `of[p]`, and is pair `pairs[p]` of the table.
+            of = torch.repeat_interleave(sizes)
+            pairs = (begins - sizes.cumsum(0) + sizes)[of] + torch.arange(len(of), device=keys.device)
+            out[rows[of] * K + self.symbols[pairs].long()] = self.counts[pairs].float()
+        return out.view(*keys.shape, K)
+
+    def within(self, other: CountTable) -> CountTable:
+        """The contexts that are in ``other`` too."""
+        if not len(other.keys):
+            return self.where(torch.zeros_like(self.keys, dtype=torch.bool))
+        index = torch.searchsorted(other.keys, self.keys).clamp_(max=len(other.keys) - 1)
+        return self.where(other.keys[index] == self.keys)
+
+    def totals(self) -> Tensor:
+        """How often each context was met, int64 ``(contexts,)``."""
+        sums = torch.cat([self.counts.new_zeros(1, dtype=torch.int64), self.counts.cumsum(0)])
+        return sums[self._starts].diff()
+
+    def where(self, contexts: Tensor) -> CountTable:
+        """The contexts of a mask."""
+        pairs = torch.repeat_interleave(contexts, self.sizes)
+        return CountTable(self.keys[contexts], self.sizes[contexts], self.symbols[pairs], self.counts[pairs])
+
+
+_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "keys": (torch.int64,),
+    "sizes": (torch.int32,),
+    "symbols": (torch.uint8, torch.int16, torch.int32),
+    "counts": (torch.int32,),
+}
+
+
+class ContextReader:
+    """The hashes of the contexts of entries, from the symbols around each.
+
+    Args:
+        K: size of the alphabet.
+        offsets: offsets of the columns of symbols.
+        patterns: patterns over these offsets.
+    """
+
+    def __init__(self, K: int, offsets: Sequence[int], patterns: Sequence[Pattern]) -> None:
+        self.K, self.bits = K, symbol_bits(K)
+        self.factors = torch.tensor(
+            [[factor(offset) if offset in pattern else 0 for pattern in patterns] for offset in offsets]
+        )
+
+    def __call__(self, symbols: Tensor) -> tuple[Tensor, Tensor]:
+        """Hashes of the contexts, int64 ``(..., patterns)``, and whether all symbols of each are known.
+
+        Args:
+            symbols: int64 ``(..., columns)``, K where there is no symbol or it is not known.
+        """
+        if self.factors.device != symbols.device:
+            self.factors = self.factors.to(symbols.device)
+        keys = ((symbols + 1)[..., None] * self.factors).sum(-2) >> self.bits
+        absent = ((symbols == self.K)[..., None] & (self.factors != 0)).any(-2)
+        return keys, ~absent
