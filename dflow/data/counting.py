@@ -17,6 +17,7 @@ def count(
     K: int,
     patterns: Sequence[Pattern],
     budget: int | None = None,
+    entries: range | None = None,
     tick: Callable[[], object] = lambda: None,
 ) -> CountTable:
     """How often each symbol stands in each context of a text.
@@ -25,8 +26,9 @@ def count(
         text: symbols, integers ``(n,)``; K stands between sequences, and no context reaches across it.
         K: size of the alphabet.
         patterns: patterns of the contexts.
-        budget: bytes that the table may take. If it takes more, the rarest contexts are left out, of the longest
-            patterns first.
+        budget: bytes that the table may take. If it takes more, the rarest contexts are left out, of the
+            longest patterns first.
+        entries: count only the symbols at these places, whose contexts may lie outside of them; default all.
         tick: called after each pattern.
 
     >>> table = count(torch.tensor([0, 1, 0, 1, 1]), 2, [(), (-1,)])
@@ -34,22 +36,23 @@ def count(
     [2, 2, 5]
     """
     symbols, tables = text.numpy(), list[tuple[int, CountTable]]()
+    places = range(len(text)) if entries is None else entries
     for pattern in sorted(patterns, key=len):
-        tables.append((len(pattern), _of_pattern(symbols, K, pattern)))
+        tables.append((len(pattern), _of_pattern(symbols, K, pattern, places)))
         if budget is not None:
             _trim(tables, budget)
         tick()
     return _joined([table for _, table in tables])
 
 
-def _of_pattern(text: NDArray[np.integer], K: int, pattern: Pattern) -> CountTable:
+def _of_pattern(text: NDArray[np.integer], K: int, pattern: Pattern, places: range) -> CountTable:
     """The contexts of one pattern."""
-    before, after = -min((0, *pattern)), max((0, *pattern))
-    n, bits = max(0, len(text) - before - after), symbol_bits(K)
-    entry = text[before : before + n].astype(np.int64)
+    first = max(places.start, -min((0, *pattern)))
+    n, bits = max(0, min(places.stop, len(text) - max((0, *pattern))) - first), symbol_bits(K)
+    entry = text[first : first + n].astype(np.int64)
     whole, keys = entry < K, np.zeros(n, np.int64)
     for offset in pattern:
-        neighbour = text[before + offset : before + offset + n].astype(np.int64)
+        neighbour = text[first + offset : first + offset + n].astype(np.int64)
         whole &= neighbour < K
         keys += (neighbour + 1) * factor(offset)
     # The symbol in the lowest bits: one sort orders contexts, and symbols in each.
@@ -65,6 +68,10 @@ def _of_pattern(text: NDArray[np.integer], K: int, pattern: Pattern) -> CountTab
     sizes = np.diff(firsts, append=len(contexts)).astype(np.int32)
     tensors = contexts[firsts], sizes, symbols, counts.astype(np.int32)
     return CountTable(*map(torch.from_numpy, tensors))
+
+
+def _symbol_type(K: int) -> type[np.integer]:
+    return np.uint8 if K <= 1 << 8 else np.int16 if K <= 1 << 15 else np.int32
 
 
 def _starts(ordered: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -87,7 +94,7 @@ def _trim(tables: list[tuple[int, CountTable]], budget: int) -> None:
 def _joined(tables: Sequence[CountTable]) -> CountTable:
     """Tables of several patterns as one."""
     keys, sizes, symbols, counts = (
-        torch.cat(parts) for parts in zip(*(t.tensors().values() for t in tables))
+        torch.cat(parts) for parts in zip(*(t.tensors().values() for t in tables), strict=True)
     )
     order = torch.from_numpy(np.argsort(keys.numpy(), kind="stable"))
     begins, sizes = (sizes.cumsum(0) - sizes)[order], sizes[order]

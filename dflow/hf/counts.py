@@ -57,7 +57,8 @@ def load(model: nn.Module, file: Path | None, source: str) -> None:
         return
     if file is None:
         raise InputError(
-            f"{source}: no {COUNTS}, and the model reads counts of its training text; restore it, or train again"
+            f"{source}: no {COUNTS}, and the model reads counts of its training text; restore it, or train "
+            "again"
         )
     try:
         tensors = load_file(file)

@@ -117,7 +117,7 @@ def load(
         )
     file = path / "config.json"
     weights: list[Path] = weight_files(path)
-    stored = [*weights, *path.glob(COUNTS)]
+    stored: list[Path] = [*weights, *path.glob(COUNTS)]
     verify(path, [file.name, *(f.name for f in stored), *COMPANIONS])
     try:
         config = kind.config_class.from_pretrained(path)

@@ -29,8 +29,8 @@ class TransformerSize:
         ngram_size: longest n-gram with a table.
         ngram_dropout: share of the n-grams left out in training, see `dflow.nn.embed`.
         dropout: rate for the outputs of attention and perceptrons.
-        counts: longest context, in symbols, of the counts of the training text that the law of an entry is mixed
-            with, see `dflow.nn.counted`; 0 for none.
+        counts: longest context, in symbols, of the counts of the training text that the law of an entry is
+            mixed with, see `dflow.nn.counted`; 0 for none.
         counts_dropout: share of the entries for which nothing is counted in training.
 
     Raises:

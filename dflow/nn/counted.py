@@ -19,7 +19,7 @@ _WIDTH = 96
 
 
 def neighbours(symbols: Tensor, offsets: Sequence[int], K: int) -> Tensor:
-    """The symbols at ``offsets`` from each entry of ``symbols`` (batch, n): (batch, n, offsets), K beyond the ends."""
+    """The symbols at ``offsets`` from each entry, (batch, n, offsets), of (batch, n); K beyond the ends."""
     before, after = -min((0, *offsets)), max((0, *offsets))
     windows = F.pad(symbols, (before, after), value=K).unfold(1, before + 1 + after, 1)
     return windows[..., torch.tensor(offsets, device=symbols.device) + before]
@@ -30,25 +30,26 @@ class Counted(nn.Module):
 
     .. math:: p(x) = w_0 \operatorname{softmax}(z)_x + \sum_j w_j \frac{n_j(x)}{n_j}
 
-    Pattern j of offsets is met where the symbols at all of its offsets are known and stand there ``n_j >= 1`` times
-    in the training text, with x in their middle ``n_j(x)`` times. The weights w are a soft-max over the network and
-    the patterns that are met. A perceptron gives them, the gate: it reads the network's features, how sure the network
-    is, and of each pattern how often it was met, with how many symbols, how many of them once, and how often with the
-    commonest. So p is exactly normalised, whatever was counted.
+    Pattern j of offsets is met where the symbols at all of its offsets are known and stand there ``n_j >= 1``
+    times in the training text, with x in their middle ``n_j(x)`` times. The weights w are a soft-max over the
+    network and the patterns that are met. A perceptron gives them, the gate: it reads the network's features,
+    how sure the network is, and of each pattern how often it was met, with how many symbols, how many of them
+    once, and how often with the commonest. So p is exactly normalised, whatever was counted.
 
-    What is trained to read counts must not have been counted: it would learn to trust them too much. Training sets
-    `left_out` to the table of the part that a batch comes from, whose counts are subtracted in training mode.
+    What is trained to read counts must not have been counted: it would learn to trust them too much. Training
+    sets `left_out` to the table of the part that a batch comes from, whose counts are subtracted in training
+    mode.
 
     Args:
         K: size of the alphabet.
         hidden_size: features that the network has for an entry, 0 for none.
         offsets: offsets from an entry of the columns of symbols that are read.
         patterns: patterns over these offsets.
-        dropout: in training, share of the entries for which nothing is counted: there the network learns to stand
-            alone, as it must where no pattern is met.
+        dropout: in training, share of the entries for which nothing is counted: there the network learns to
+            stand alone, as it must where no pattern is met.
 
-    Source: the mixture of orders by learned weights is that of interpolated n-grams (Jelinek and Mercer 1980), with
-    weights by the context as in the mixing of PAQ (Mahoney 2005).
+    Source: the mixture of orders by learned weights is that of interpolated n-grams (Jelinek and Mercer
+    1980), with weights by the context as in the mixing of PAQ (Mahoney 2005).
     """
 
     digest: Tensor
@@ -92,8 +93,8 @@ class Counted(nn.Module):
         """
         if self._table is None:
             raise InputError(
-                "this model reads counts of its training text, and has none yet; train it by `dflow train`, load it "
-                "from its folder, or set the table of its Counted modules"
+                "this model reads counts of its training text, and has none yet; train it by `dflow train`, "
+                "or load it from its folder"
             )
         return self._table
 
@@ -112,7 +113,8 @@ class Counted(nn.Module):
 
         Args:
             logits: what the network says, ``(..., K)``.
-            symbols: the symbols around each entry, int64 ``(..., columns)``; K where there is none or it is not known.
+            symbols: the symbols around each entry, int64 ``(..., columns)``; K where there is none or it is
+                not known.
             h: features of the network, ``(..., hidden_size)``; None where it has none.
         """
         counts = self._counts(symbols)
@@ -154,7 +156,7 @@ class Counted(nn.Module):
         return counts
 
     def _on(self, table: CountTable, device: torch.device) -> CountTable:
-        """The table on the device of the symbols; it is no buffer, since it is never trained nor exchanged."""
+        """The table on a device. It is no buffer, which processes would exchange at each step."""
         if table.keys.device == device:
             return table
         moved = table.to(device)

@@ -22,8 +22,8 @@ class NgramState:
 class NgramNet(nn.Module):
     """K logits of each entry from how often symbols followed the ones before it in the training text.
 
-    It is the mixture of `Counted` without a network beside it: the share of a network belongs to the uniform law.
-    Absent entries come after all present ones and so influence none of them.
+    It is the mixture of `Counted` without a network beside it: the share of a network belongs to the uniform
+    law. Absent entries come after all present ones and so influence none of them.
 
     Args:
         K: size of the alphabet.

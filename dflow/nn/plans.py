@@ -64,8 +64,8 @@ class Plan:
         mask: which slot attends to which, (slots, slots); None when each sees the slots before it and itself.
         ascending: whether the positions of the slots ascend.
         dim: entries of the sequence.
-        around: positions (dim, columns) of the symbols around each entry from which contexts are read that are counted;
-            ``dim`` where a symbol is not drawn before the entry. None where nothing is counted.
+        around: positions (dim, columns) of the symbols around each entry from which contexts are read that
+            are counted; ``dim`` where a symbol is not drawn before the entry. None where nothing is counted.
         known: positions (known,) of the entries that are known before the first call. Each has a slot, among
             the first, which carries its symbol and predicts nothing; these see each other, and all see them.
     """

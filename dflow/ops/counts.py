@@ -1,8 +1,8 @@
 """Counts of the symbols that stand in a context, for contexts of many patterns, counted once and looked up.
 
-A *pattern* is a tuple of offsets from an entry, as (-1, -2, -3) for the three symbols before it, and (-1, 1) for its
-two neighbours; a *context* is a pattern and the symbols at its offsets. The contexts of all patterns are in one table,
-by 64-bit hashes of theirs, so that one search finds them all.
+A *pattern* is a tuple of offsets from an entry, as (-1, -2, -3) for the three symbols before it, and (-1, 1)
+for its two neighbours; a *context* is a pattern and the symbols at its offsets. The contexts of all patterns
+are in one table, by 64-bit hashes of theirs, so that one search finds them all.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class CountsError(ValueError):
 
 
 def factor(offset: int) -> int:
-    """An odd number of 64 bits, as a signed one, by which the symbol at an offset counts in a hash (SplitMix64)."""
+    """An odd number of 64 bits, as a signed one: the weight of an offset in hashes (SplitMix64)."""
     z = (2 * abs(offset) + (offset > 0)) * 0x9E3779B97F4A7C15 % (1 << 64)
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % (1 << 64)
     z = (z ^ z >> 27) * 0x94D049BB133111EB % (1 << 64)
@@ -38,9 +38,9 @@ def symbol_bits(K: int) -> int:
 def patterns_of(longest: int, both_sides: bool) -> tuple[list[int], list[Pattern]]:
     """Offsets of the symbols that are read around an entry, and the patterns of its contexts.
 
-    They are the empty pattern, those of up to ``longest`` symbols before the entry, and with ``both_sides`` those of
-    symbols after it, and of about as many before as after it. The latter are shorter: of two sides, fewer symbols say
-    as much.
+    They are the empty pattern, those of up to ``longest`` symbols before the entry, and with ``both_sides``
+    those of symbols after it, and of about as many before as after it. The latter are shorter: of two sides,
+    fewer symbols say as much.
 
     >>> patterns_of(2, True)
     ([-2, -1, 1, 2], [(), (-1,), (-1, -2), (1,), (1, 2), (-1, 1)])
@@ -58,7 +58,7 @@ def patterns_of(longest: int, both_sides: bool) -> tuple[list[int], list[Pattern
 
 
 #: Symbols of the longest contexts after an entry, and around it.
-_LONGEST_AFTER, _LONGEST_AROUND = 6, 8
+_LONGEST_AFTER, _LONGEST_AROUND = 4, 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +68,8 @@ class CountTable:
     Args:
         keys: hashes of the contexts, int64 ``(contexts,)``, ascending.
         sizes: number of different symbols in each context, int32 ``(contexts,)``, at least 1.
-        symbols: the symbols of one context after another, ascending in each, uint8, int16 or int32 ``(pairs,)``.
+        symbols: the symbols of one context after another, ascending in each, uint8, int16 or int32
+            ``(pairs,)``.
         counts: how often each of these stands there, int32 ``(pairs,)``, at least 1.
 
     Raises:
@@ -90,8 +91,8 @@ class CountTable:
                 )
         if len(self.keys) != len(self.sizes) or len(self.symbols) != len(self.counts):
             raise CountsError(
-                f"{len(self.keys)} keys, {len(self.sizes)} sizes, {len(self.symbols)} symbols and {len(self.counts)} "
-                "counts do not belong together"
+                f"{len(self.keys)} keys, {len(self.sizes)} sizes, {len(self.symbols)} symbols and "
+                f"{len(self.counts)} counts do not belong together"
             )
         if bool((self.sizes < 1).any()) or int(self.sizes.sum()) != len(self.symbols):
             raise CountsError(f"the sizes of the contexts do not add up to {len(self.symbols)} symbols")
@@ -122,7 +123,7 @@ class CountTable:
         digest = hashlib.sha256()
         for name, tensor in self.tensors().items():
             digest.update(f"{name} {len(tensor)} ".encode())
-            digest.update(memoryview(tensor.cpu().contiguous().view(torch.uint8).numpy()))
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.digest()
 
     def to(self, device: torch.device) -> CountTable:
@@ -132,7 +133,7 @@ class CountTable:
         return CountTable(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
     def dense(self, keys: Tensor, present: Tensor, K: int) -> Tensor:
-        """Counts of all K symbols in contexts, float32 ``(..., K)``; zeros where a context is not in the table.
+        """Counts of all K symbols in contexts, float32 ``(..., K)``; zeros for contexts not in the table.
 
         Args:
             keys: hashes of contexts, int64 ``(...)``.
@@ -141,12 +142,14 @@ class CountTable:
         """
         out = torch.zeros(keys.numel() * K, device=keys.device)
         if len(self.keys):
-            flat = keys.flatten()
-            index = torch.searchsorted(self.keys, flat).clamp_(max=len(self.keys) - 1)
-            rows = ((self.keys[index] == flat) & present.flatten()).nonzero()[:, 0]
-            index = index[rows]
+            rows = present.flatten().nonzero()[:, 0]
+            wanted = keys.flatten()[rows]
+            index = torch.searchsorted(self.keys, wanted).clamp_(max=len(self.keys) - 1)
+            met = self.keys[index] == wanted
+            rows, index = rows[met], index[met]
             begins, sizes = self._starts[index], self.sizes[index]
-            # Pair p of all contexts one after the other belongs to context `of[p]`, and is pair `pairs[p]` of the table.
+            # Pair p of all contexts one after the other belongs to context `of[p]`, and is pair `pairs[p]` of
+            # the table.
             of = torch.repeat_interleave(sizes)
             pairs = (begins - sizes.cumsum(0) + sizes)[of] + torch.arange(len(of), device=keys.device)
             out[rows[of] * K + self.symbols[pairs].long()] = self.counts[pairs].float()

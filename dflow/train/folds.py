@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ _FOLDS = 8
 class Folds:
     """The counts of a training text, and of each of its folds.
 
-    All of the text is counted, and the model keeps these counts. In training, a batch comes from one fold, whose
-    counts are left out.
+    All of the text is counted, and the model keeps these counts. In training, a batch comes from one fold,
+    whose counts are left out.
 
     Args:
         model: its modules that read counts are given those of ``text``.
@@ -37,19 +38,18 @@ class Folds:
     def __init__(self, model: nn.Module, text: Text, settings: Any, K: int) -> None:
         if isinstance(text, Draws):
             raise InputError(
-                f"model.counts {settings.counts}: these data are drawn afresh for each batch, so that there is nothing "
-                "to count; set it to 0"
+                f"model.counts {settings.counts}: these data are drawn afresh for each batch, so that nothing "
+                "can be counted; set it to 0"
             )
         self.modules: list[Counted] = list(counts.counted(model))
         patterns = sorted({pattern for module in self.modules for pattern in module.patterns}, key=len)
-        self.texts = _folds(text, settings.length + settings.context)
-        budget = settings.counts_megabytes * 1000**2
-        with tqdm(
-            total=len(patterns) * (1 + len(self.texts)), unit="pattern", desc="count", delay=1, leave=False
-        ) as bar:
-            table = count(_line(text, K), K, patterns, budget, bar.update)
+        self.texts, line = _folds(text, settings.length + settings.context), _line(text, K)
+        cuts = [0, *torch.tensor([len(_line(fold, K)) for fold in self.texts]).cumsum(0).tolist()]
+        with tqdm(total=len(patterns) * len(cuts), unit="pattern", desc="count", delay=1, leave=False) as bar:
+            table = count(line, K, patterns, settings.counts_megabytes * 1000**2, tick=bar.update)
             self.tables = [
-                count(_line(fold, K), K, patterns, None, bar.update).within(table) for fold in self.texts
+                count(line, K, patterns, entries=range(a, b), tick=bar.update).within(table)
+                for a, b in pairwise(cuts)
             ]
         counts.set_counts(model, table)
         self.summary = (
@@ -67,18 +67,17 @@ class Folds:
 
 def _folds(text: Text, length: int) -> list[Text]:
     """The text in parts of equal size, each long enough for a batch."""
-    stream = text.lengths is None
-    most = len(text.ids) // (2 * length if stream else 1)
-    if most < 2:
+    least, what = (2 * length, "symbols") if text.lengths is None else (1, text.what)
+    number = min(_FOLDS, len(text.ids) // least)
+    if number < 2:
         raise InputError(
-            f"model.counts: the training text has {len(text.ids):,} {'symbols' if stream else text.what}, too few to be "
-            f"counted in two folds of {2 * length if stream else 1:,}; give more text, or set model.counts to 0"
+            f"model.counts: the training text has {len(text.ids):,} {what}, and counts take two folds of at "
+            f"least {least:,}; give more text, or set model.counts to 0"
         )
-    number = min(_FOLDS, most)
     cuts = [len(text.ids) * i // number for i in range(number + 1)]
     return [
         replace(text, ids=text.ids[a:b], lengths=None if text.lengths is None else text.lengths[a:b])
-        for a, b in zip(cuts, cuts[1:], strict=False)
+        for a, b in pairwise(cuts)
     ]
 
 

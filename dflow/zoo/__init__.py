@@ -1,8 +1,9 @@
 """Models by name: for each family a settings dataclass, and the builder that turns it into a model.
 
 This is the only floor that reads settings of a model; the floors below take named arguments. Families of
-symbols (text) are in `dflow.zoo.text` and `dflow.zoo.baselines`, those of images and tables in `dflow.zoo.images` (dequantized) and
-`dflow.zoo.integer` and `dflow.zoo.modular` (exact), classifiers in `dflow.zoo.binary`.
+symbols (text) are in `dflow.zoo.text` and `dflow.zoo.baselines`, those of images and tables in
+`dflow.zoo.images` (dequantized) and `dflow.zoo.integer` and `dflow.zoo.modular` (exact), classifiers in
+`dflow.zoo.binary`.
 """
 
 from __future__ import annotations

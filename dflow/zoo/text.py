@@ -58,8 +58,8 @@ class ModelConfig:
     dropout: float = setting(0.0, "dropout in the network")
     counts: int = setting(
         0,
-        "longest context, in symbols, of the counts of the training text that the law of a symbol is mixed with; 0 for "
-        "none",
+        "longest context, in symbols, of the counts of the training text that the law of a symbol is mixed "
+        "with; 0 for none",
         least=0,
     )
     counts_dropout: float = setting(0.3, "share of the symbols for which nothing is counted in training")
@@ -380,7 +380,7 @@ def transformer(config: TransformerConfig, K: int) -> Distribution:
 
 
 def _causal(config: TransformerConfig, K: int, num_params: int, **options: Any) -> nn.Module:
-    """A causal network; ``options`` are ``zero_head``, and fields of its size in place of those of ``config``."""
+    """A causal network; ``options`` are ``zero_head``, and fields of its size other than in ``config``."""
     order, zero_head = lockstep(config.length, config.length), options.pop("zero_head", False)
     size = config.size(**options)
     return GroupCausalTransformer(K, num_params, order, config.length, size, zero_head=zero_head)
