@@ -19,6 +19,7 @@ from dflow.bijectors import (
     squeeze,
 )
 from dflow.core import Bijector, Context, Distribution, Elementwise
+from dflow.data import count
 from dflow.distributions import (
     AnyOrder,
     Categorical,
@@ -32,11 +33,13 @@ from dflow.distributions import (
 from dflow.elementwise import Affine, IntegerShift, MixtureLogistic, ModAffine, ModRank, ModShift, Spline
 from dflow.flows import Flow, Split
 from dflow.nn.attention import TransformerSize
+from dflow.nn.counted import Counted
 from dflow.nn.densenet import DenseNet
 from dflow.nn.infill import InfillTransformer, MaskedTransformer
 from dflow.nn.lstm import LSTM
 from dflow.nn.made import MADE
 from dflow.nn.masked_conv import MaskedConv
+from dflow.nn.ngram import NgramNet
 from dflow.nn.perceptron import InfillPerceptron, Perceptron
 from dflow.nn.table import InfillTable, PrefixTable
 from dflow.nn.transformer import GroupCausalTransformer
@@ -172,6 +175,45 @@ def any_order(K: int, dim: int, ngram_rows: int = 0) -> AnyOrder:
     return AnyOrder(MaskedTransformer(K, K, dim, size), dim, K)
 
 
+def counting(law: Distribution, K: int) -> Distribution:
+    """The law with counts of a random text in which some contexts are common and others are missing."""
+    text = torch.randint(0, K, (60,), generator=torch.Generator().manual_seed(K)) // torch.randint(
+        1, 3, (60,), generator=torch.Generator().manual_seed(K + 1)
+    )
+    for module in law.modules():
+        if isinstance(module, Counted):
+            module.use(count(text, K, module.patterns))
+    return law
+
+
+def counting_grouped(K: int, dim: int, calls: int, block: int = 1, ahead: int = 2) -> SequenceCategorical:
+    matrix = lockstep(dim, min(dim, calls * block))
+    law = SequenceCategorical(transformer(K, K, matrix, dim, block, ahead, counts=3), matrix, dim, block)
+    law.lay = lockstep
+    counting(law, K)
+    return law
+
+
+def counting_any_order(K: int, dim: int) -> Ordered:
+    net = MaskedTransformer(K, K, dim, TransformerSize(**SMALL, counts=3))
+    law = Ordered(AnyOrder(net, dim, K), lockstep(dim, 2))
+    law.lay = lockstep
+    counting(law, K)
+    return law
+
+
+def counting_causal(K: int, dim: int, name: str) -> SequenceCategorical:
+    order = lockstep(dim, dim)
+    nets: dict[str, Callable[[], nn.Module]] = {
+        "transformer": lambda: transformer(K, K, order, dim, counts=3),
+        "lstm": lambda: LSTM(K, K, hidden_size=8, num_layers=1, embedding_size=4, counts=3).eval(),
+        "ngram": lambda: NgramNet(K, 3),
+    }
+    law = SequenceCategorical(nets[name](), order, dim)
+    counting(law, K)
+    return law
+
+
 def permutation(K: int, dim: int) -> Permute:
     return Permute(torch.randperm(dim, generator=torch.Generator().manual_seed(dim)))
 
@@ -280,6 +322,12 @@ BASES: dict[str, Callable[[int, int], Distribution]] = {
     "lstm": lambda K, dim: SequenceCategorical(
         LSTM(K, K, hidden_size=8, num_layers=2, embedding_size=4).eval(), lockstep(dim, dim), dim
     ),
+    "counts, grouped": lambda K, dim: counting_grouped(K, dim, 2),
+    "counts, blocks": lambda K, dim: counting_grouped(K, dim, 2, 2),
+    "counts, any order": counting_any_order,
+    "counts, transformer": lambda K, dim: counting_causal(K, dim, "transformer"),
+    "counts, lstm": lambda K, dim: counting_causal(K, dim, "lstm"),
+    "counts, ngram": lambda K, dim: counting_causal(K, dim, "ngram"),
     "split": split,
     "split flow": split_flow,
     "spectra": lambda K, dim: split_spectra(ModRank(K), K, dim, 3),

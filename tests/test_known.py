@@ -7,7 +7,18 @@ import math
 
 import pytest
 import torch
-from cases import BASES, DIMS, any_order, build_base, enumerate_all, randomize, transformer
+from cases import (
+    BASES,
+    DIMS,
+    any_order,
+    build_base,
+    counting_any_order,
+    counting_causal,
+    counting_grouped,
+    enumerate_all,
+    randomize,
+    transformer,
+)
 from torch import Tensor, nn
 
 from dflow.config import InputError
@@ -46,6 +57,9 @@ ANYWHERE = {
     "any order, restricted": lambda K, dim: Ordered(any_order(K, dim), lockstep(dim, 2)),
     "any order, merged": lambda K, dim: Ordered(any_order(K, dim), lockstep(dim, dim), 2),
     "confident": lambda K, dim: Confident(any_order(K, dim), 2),
+    "counts, grouped": lambda K, dim: counting_grouped(K, dim, 2),
+    "counts, blocks": lambda K, dim: counting_grouped(K, dim, 2, block=2),
+    "counts, any order": counting_any_order,
 }
 #: Laws that take known entries at the beginning.
 LEFT_TO_RIGHT = {
@@ -53,6 +67,10 @@ LEFT_TO_RIGHT = {
         transformer(K, K, lockstep(dim, dim), dim), lockstep(dim, dim), dim
     ),
     "lstm": lambda K, dim: causal(LSTM(K, K, hidden_size=8, num_layers=1, embedding_size=4), dim),
+    **{
+        f"counts, {net}": lambda K, dim, net=net: counting_causal(K, dim, net)
+        for net in ("transformer", "lstm", "ngram")
+    },
 }
 LAWS = ANYWHERE | LEFT_TO_RIGHT
 
