@@ -480,6 +480,11 @@ def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_(generator=generator)
+        for gate in module.modules():
+            # Its layers are wide: with weights of 1 nearly every choice would be one of probability 0.
+            if isinstance(gate, Counted):
+                for layer in (gate.features, gate.inner, gate.weights):
+                    layer.weight.div_(layer.in_features**0.5)
     return module
 
 
