@@ -23,6 +23,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "multiscale": {"num_attention_heads": 1, "hidden_size": 8, "window": 2, "num_spectra": 2},
     "transformer": {"num_attention_heads": 1, "hidden_size": 8, "num_hidden_layers": 1},
     "lstm": {"hidden_size": 8, "num_hidden_layers": 2, "embedding_size": 4},
+    "ngram": {"counts": 3},
 }
 
 

@@ -38,8 +38,8 @@ class Folds:
     def __init__(self, model: nn.Module, text: Text, settings: Any, K: int) -> None:
         if isinstance(text, Draws):
             raise InputError(
-                f"model.counts {settings.counts}: these data are drawn afresh for each batch, so that nothing "
-                "can be counted; set it to 0"
+                f"model.counts {settings.counts}: these data are drawn afresh for each batch, so that "
+                "nothing can be counted; set it to 0"
             )
         self.modules: list[Counted] = list(counts.counted(model))
         patterns = sorted({pattern for module in self.modules for pattern in module.patterns}, key=len)
