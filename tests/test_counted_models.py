@@ -72,13 +72,13 @@ def test_the_commands_take_them(
                 "--model",
                 folder,
                 "--output",
-                str(tmp_path / "back.txt"),
+                str(tmp_path / "back"),
             ],
             ["check", folder],
         ):
             assert cli.main(words) == 0, words
-        assert (tmp_path / "back.txt").read_text(encoding="utf-8") == TEXT[:640]
-        (tmp_path / "back.txt").unlink()
+        assert (tmp_path / "back" / "file.txt").read_text(encoding="utf-8") == TEXT[:640]
+        shutil.rmtree(tmp_path / "back")
         (tmp_path / "file.dfl").unlink()
     assert COUNTS in capsys.readouterr().out
 
@@ -171,7 +171,7 @@ def test_what_cannot_be_counted_is_refused_before_any_work(tmp_path: Path) -> No
     with pytest.raises(InputError, match=r"the training text has [0-9,]* symbols, and counts take two folds"):
         run(path, "model.context=2500")
     with pytest.raises(InputError, match="drawn afresh for each batch, so that nothing can be counted"):
-        run(path, "data={name: eight_gaussians}", "model.length=2")
+        run(path, "data={name: synthetic/set_summation}")
     with pytest.raises(InputError, match="counts must be at least 1, found 0"):
         run(path, "model.counts=0")
     model = hf.DflowModel(hf.DflowConfig(family="ngram", vocab_size=5, length=8))
