@@ -117,13 +117,13 @@ def load(
         )
     file = path / "config.json"
     weights: list[Path] = weight_files(path)
-    stored: list[Path] = [*weights, *path.glob(COUNTS)]
-    verify(path, [file.name, *(f.name for f in stored), *COMPANIONS])
+    stored = [*weights, path / COUNTS] if (path / COUNTS).is_file() else weights
+    verify(path, [file.name, *(stored_file.name for stored_file in stored), *COMPANIONS])
     try:
         config = kind.config_class.from_pretrained(path)
         config.settings()
         # Settings that belong to other weights may ask for any amount of memory.
-        with AllocationLimit(sum(f.stat().st_size for f in stored)), _quiet():
+        with AllocationLimit(sum(stored_file.stat().st_size for stored_file in stored)), _quiet():
             pair: Any = kind.from_pretrained(path, config=config, output_loading_info=True)
         model, info = pair
     except InputError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,12 +11,77 @@ from torch.nn import functional as F
 
 from dflow.config import InputError
 from dflow.nn.attention import TransformerSize
-from dflow.ops.counts import ContextReader, CountTable, Pattern, patterns_of
+from dflow.ops.counts import ContextReader, CountTable, Pattern, Row, RowReader, patterns_of
 
 #: Numbers that the gate reads of each pattern.
 _FEATURES = 5
 #: Width of the gate.
 _WIDTH = 96
+
+
+#: Most entries whose counts are looked up one by one.
+_FEW = 16
+
+
+class _Many:
+    """The counts of many entries, (..., patterns, K): what the gate reads of them, and their mixture."""
+
+    def __init__(self, counts: Tensor) -> None:
+        self.counts = counts
+        total = counts.sum(-1)
+        self.met, self.times = total > 0, total.clamp(min=1)
+        self.features = torch.stack(
+            [
+                total.log1p() / 4,
+                (counts > 0).sum(-1).to(counts.dtype).log1p() / 2,
+                (counts == 1).sum(-1) / self.times,
+                counts.amax(-1) / self.times,
+                self.met.to(counts.dtype),
+            ],
+            -1,
+        )
+
+    def mixture(self, weights: Tensor) -> Tensor:
+        """Sum of the relative frequencies of the patterns, weighted, (..., K)."""
+        return ((weights / self.times)[..., None, :] @ self.counts)[..., 0, :]
+
+
+class _Few:
+    """The same for a few entries, each with a row of counts, or None, for each pattern."""
+
+    def __init__(self, entries: list[list[Row | None]], K: int) -> None:
+        self.K = K
+        self.rows = [[(j, row, sum(row.counts)) for j, row in enumerate(rows) if row] for rows in entries]
+        shape, features = (
+            (len(entries), len(entries[0])),
+            [0.0] * (len(entries) * len(entries[0]) * _FEATURES),
+        )
+        met = [False] * (shape[0] * shape[1])
+        for i, rows in enumerate(self.rows):
+            for j, (symbols, counts), total in rows:
+                place = i * shape[1] + j
+                met[place] = True
+                features[place * _FEATURES : (place + 1) * _FEATURES] = [
+                    math.log1p(total) / 4,
+                    math.log1p(len(symbols)) / 2,
+                    counts.count(1) / total,
+                    max(counts) / total,
+                    1.0,
+                ]
+        self.met = torch.tensor(met)
+        self.features = torch.tensor(features, dtype=torch.float64)
+
+    def mixture(self, weights: Tensor) -> Tensor:
+        """Sum of the relative frequencies of the patterns, weighted, (entries, K)."""
+        mixed = []
+        for rows, shares in zip(self.rows, weights.flatten(0, -2).tolist(), strict=True):
+            p = [0.0] * self.K
+            for j, (symbols, counts), total in rows:
+                share = shares[j] / total
+                for symbol, times in zip(symbols, counts, strict=True):
+                    p[symbol] += share * times
+            mixed.append(p)
+        return torch.tensor(mixed, dtype=torch.float64)
 
 
 def neighbours(symbols: Tensor, offsets: Sequence[int], K: int) -> Tensor:
@@ -76,6 +142,8 @@ class Counted(nn.Module):
         self.register_buffer("digest", torch.zeros(32, dtype=torch.uint8))
         self._table: CountTable | None = None
         self.left_out: CountTable | None = None
+        #: What looks up single contexts, and the table that it reads.
+        self._rows: tuple[CountTable, RowReader] | None = None
 
     @classmethod
     def of(cls, size: TransformerSize, K: int, both_sides: bool) -> Counted | None:
@@ -117,31 +185,32 @@ class Counted(nn.Module):
                 not known.
             h: features of the network, ``(..., hidden_size)``; None where it has none.
         """
-        counts = self._counts(symbols)
         log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        counts = counts.to(log_p.dtype)
-        total, most = counts.sum(-1), counts.amax(-1)
-        met = total > 0
-        times = total.clamp(min=1)
-        features = torch.stack(
-            [
-                total.log1p() / 4,
-                (counts > 0).sum(-1).to(log_p.dtype).log1p() / 2,
-                (counts == 1).sum(-1) / times,
-                most / times,
-                met.to(log_p.dtype),
-            ],
-            -1,
-        )
+        entries = symbols.shape[:-1]
+        few = not self.training and symbols.device.type == "cpu" and entries.numel() <= _FEW
+        if few and not torch.is_grad_enabled():
+            read: _Few | _Many = self._few(symbols.reshape(-1, symbols.shape[-1]).tolist())
+        else:
+            read = _Many(self._counts(symbols).to(log_p.dtype))
+        features = read.features.to(log_p).view(*entries, -1)
         sure = torch.stack([(log_p.exp() * log_p).sum(-1), log_p.amax(-1)], -1)
-        gate = self.features(torch.cat([features.flatten(-2), sure], -1).to(logits.dtype))
+        gate = self.features(torch.cat([features, sure], -1).to(logits.dtype))
         if self.hidden is not None and h is not None:
             gate = gate + self.hidden(h)
         weights = self.weights(F.gelu(self.inner(F.gelu(gate)))).to(log_p.dtype)
-        weights = weights.masked_fill(~F.pad(met, (1, 0), value=True), -torch.inf).log_softmax(-1)
-        counted = (weights[..., 1:].exp() / times)[..., None, :] @ counts
+        met = F.pad(read.met.view(*entries, -1), (1, 0), value=True)
+        weights = weights.masked_fill(~met, -torch.inf).log_softmax(-1)
+        counted = read.mixture(weights[..., 1:].exp()).to(log_p).view(log_p.shape)
         tiny = torch.finfo(log_p.dtype).tiny
-        return torch.logaddexp(weights[..., :1] + log_p, counted[..., 0, :].clamp(min=tiny).log())
+        return torch.logaddexp(weights[..., :1] + log_p, counted.clamp(min=tiny).log())
+
+    def _few(self, entries: list[list[int]]) -> _Few:
+        """The counts of single entries, without tensors."""
+        if self._rows is None or self._rows[0] is not self.table:
+            self._rows = self.table, RowReader(self.table)
+        reader = self._rows[1]
+        contexts = [self._read.one(symbols) for symbols in entries]
+        return _Few([[None if key is None else reader(key) for key in keys] for keys in contexts], self.K)
 
     def _counts(self, symbols: Tensor) -> Tensor:
         """Counts of all symbols in the contexts of entries, float32 ``(..., patterns, K)``."""

@@ -8,8 +8,10 @@ are in one table, by 64-bit hashes of theirs, so that one search finds them all.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,6 +74,9 @@ class CountTable:
             ``(pairs,)``.
         counts: how often each of these stands there, int32 ``(pairs,)``, at least 1.
 
+    Attributes:
+        starts: the first pair of each context, and the number of pairs, int64 ``(contexts + 1,)``.
+
     Raises:
         CountsError: tensors of other dtypes or shapes, or with other values.
     """
@@ -101,9 +106,9 @@ class CountTable:
         if bool((self.keys.diff() < 0).any()):
             raise CountsError("keys that do not ascend")
         starts = torch.cat([self.sizes.new_zeros(1, dtype=torch.int64), self.sizes.cumsum(0)])
-        object.__setattr__(self, "_starts", starts)
+        object.__setattr__(self, "starts", starts)
 
-    _starts: Tensor = None  # type: ignore[assignment]
+    starts: Tensor = None  # type: ignore[assignment]
 
     def __deepcopy__(self, memo: object) -> CountTable:
         """The table itself: nothing changes it."""
@@ -147,7 +152,7 @@ class CountTable:
             index = torch.searchsorted(self.keys, wanted).clamp_(max=len(self.keys) - 1)
             met = self.keys[index] == wanted
             rows, index = rows[met], index[met]
-            begins, sizes = self._starts[index], self.sizes[index]
+            begins, sizes = self.starts[index], self.sizes[index]
             # Pair p of all contexts one after the other belongs to context `of[p]`, and is pair `pairs[p]` of
             # the table.
             of = torch.repeat_interleave(sizes)
@@ -165,7 +170,7 @@ class CountTable:
     def totals(self) -> Tensor:
         """How often each context was met, int64 ``(contexts,)``."""
         sums = torch.cat([self.counts.new_zeros(1, dtype=torch.int64), self.counts.cumsum(0)])
-        return sums[self._starts].diff()
+        return sums[self.starts].diff()
 
     def where(self, contexts: Tensor) -> CountTable:
         """The contexts of a mask."""
@@ -195,6 +200,13 @@ class ContextReader:
         self.factors = torch.tensor(
             [[factor(offset) if offset in pattern else 0 for pattern in patterns] for offset in offsets]
         )
+        #: For each pattern an earlier one that it goes on from, and the further columns with their factors.
+        self._steps: list[tuple[int, list[tuple[int, int]]]] = []
+        for j, pattern in enumerate(patterns):
+            earlier = [i for i in range(j) if patterns[i] == pattern[: len(patterns[i])]]
+            parent = max(earlier, key=lambda i: len(patterns[i]), default=-1)
+            more = pattern[len(patterns[parent]) if earlier else 0 :]
+            self._steps.append((parent, [(list(offsets).index(offset), factor(offset)) for offset in more]))
 
     def __call__(self, symbols: Tensor) -> tuple[Tensor, Tensor]:
         """Hashes of the contexts, int64 ``(..., patterns)``, and whether all symbols of each are known.
@@ -207,3 +219,60 @@ class ContextReader:
         keys = ((symbols + 1)[..., None] * self.factors).sum(-2) >> self.bits
         absent = ((symbols == self.K)[..., None] & (self.factors != 0)).any(-2)
         return keys, ~absent
+
+    def one(self, symbols: Sequence[int]) -> list[int | None]:
+        """The same for one entry: the hash of each context, or None where a symbol is not known."""
+        sums: list[int | None] = []
+        for parent, columns in self._steps:
+            total = sums[parent] if parent >= 0 else 0
+            for column, weight in columns:
+                if total is None or symbols[column] == self.K:
+                    total = None
+                    break
+                total += (symbols[column] + 1) * weight
+            sums.append(total)
+        return [None if total is None else _signed(total) >> self.bits for total in sums]
+
+
+def _signed(number: int) -> int:
+    """An integer modulo 2^64, as int64 has it."""
+    number &= (1 << 64) - 1
+    return number - (1 << 64) if number >> 63 else number
+
+
+class Row(NamedTuple):
+    """The counts of one context: its symbols, and how often each stands there."""
+
+    symbols: list[int]
+    counts: list[int]
+
+
+class RowReader:
+    """Looks up single contexts of a table without tensors, whose overhead would be most of the time.
+
+    Rows are remembered, since the shorter contexts come again and again.
+    """
+
+    def __init__(self, table: CountTable) -> None:
+        self._keys, self._symbols, self._counts, self._starts = (
+            tensor.numpy().data for tensor in (table.keys, table.symbols, table.counts, table.starts)
+        )
+        self._memo: dict[int, Row | None] = {}
+
+    def __call__(self, key: int) -> Row | None:
+        """The row of a context by its hash; None where the context is not in the table."""
+        memo = self._memo
+        if key in memo:
+            return memo[key]
+        if len(memo) >= _REMEMBERED:
+            memo.clear()
+        i, row = bisect_left(self._keys, key), None
+        if i < len(self._keys) and self._keys[i] == key:
+            pairs = slice(self._starts[i], self._starts[i + 1])
+            row = Row(self._symbols[pairs].tolist(), self._counts[pairs].tolist())
+        memo[key] = row
+        return row
+
+
+#: Rows that a reader remembers.
+_REMEMBERED = 1 << 16
