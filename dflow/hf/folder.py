@@ -117,13 +117,12 @@ def load(
         )
     file = path / "config.json"
     weights: list[Path] = weight_files(path)
-    stored = [*weights, path / COUNTS] if (path / COUNTS).is_file() else weights
-    verify(path, [file.name, *(stored_file.name for stored_file in stored), *COMPANIONS])
+    num_bytes = _verified(path, weights)
     try:
         config = kind.config_class.from_pretrained(path)
         config.settings()
         # Settings that belong to other weights may ask for any amount of memory.
-        with AllocationLimit(sum(stored_file.stat().st_size for stored_file in stored)), _quiet():
+        with AllocationLimit(num_bytes), _quiet():
             pair: Any = kind.from_pretrained(path, config=config, output_loading_info=True)
         model, info = pair
     except InputError as error:
@@ -150,6 +149,14 @@ def load(
             )
         return loaded.at(calls)
     return loaded
+
+
+def _verified(folder: Path, weights: list[Path]) -> int:
+    """The bytes of the weights and of the counts beside them, once all files are found to be undamaged."""
+    counts = folder / COUNTS
+    stored = [*weights, counts] if counts.is_file() else weights
+    verify(folder, ["config.json", *(file.name for file in stored), *COMPANIONS])
+    return sum(file.stat().st_size for file in stored)
 
 
 def weight_files(folder: Path) -> list[Path]:
