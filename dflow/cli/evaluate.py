@@ -54,6 +54,10 @@ class Evaluate(Source, Machine, Results):
         "(default: half of the model's length)",
         None,
     )
+    adapt: bool | None = flag(
+        "under --protocol rolling, let the counts of the model go on counting the text that has been scored",
+        None,
+    )
 
 
 def evaluate(flags: Evaluate) -> int:
@@ -62,7 +66,11 @@ def evaluate(flags: Evaluate) -> int:
 
     kind = kind_of(flags.model)
     if kind is not DflowModel:
-        refuse(flags, ("protocol", "context"), f"is for models of text; {flags.model} is of another kind")
+        refuse(
+            flags,
+            ("protocol", "context", "adapt"),
+            f"is for models of text; {flags.model} is of another kind",
+        )
     if kind is DflowClassifier:
         return evaluate_classifier(flags)
     device, accelerator = flags.processes()
@@ -100,13 +108,13 @@ def score_text(flags: Evaluate, device: torch.device, options: dict[str, Any]) -
     if isinstance(text, Draws):
         refuse(
             flags,
-            ("protocol", "context"),
+            ("protocol", "context", "adapt"),
             f"is for texts; {corpus.name} is a law of whole sequences, with nothing before them",
         )
         result = evaluate_law(model, text, **options)
         rows = [*law_rows(result, corpus), ("round trip", verdict(result, "draws"))]
     else:
-        result = run(model, text, **options, **provided(flags, "protocol", "context"))
+        result = run(model, text, **options, **provided(flags, "protocol", "context", "adapt"))
         chunks = "pieces" if flags.protocol == "rolling" else "chunks"
         rows = [
             ("text", f"{corpus.name}, {split}"),

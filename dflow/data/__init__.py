@@ -1,7 +1,7 @@
 """Text, images and tables for flows: known sets, the user's own, synthetic laws; tokenizers, pictures."""
 
 from dflow.data.corpus import Corpus, Draws, Text
-from dflow.data.counting import count
+from dflow.data.counting import GrowingCounts, count
 from dflow.data.image_sets import KNOWN as IMAGES
 from dflow.data.images import load_images
 from dflow.data.known import KnownFile, KnownSet
@@ -25,6 +25,7 @@ __all__ = [
     "DataConfig",
     "Draws",
     "FileRow",
+    "GrowingCounts",
     "ImageConfig",
     "ImageSet",
     "KnownFile",

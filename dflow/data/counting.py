@@ -101,3 +101,43 @@ def _joined(tables: Sequence[CountTable]) -> CountTable:
     context = torch.repeat_interleave(sizes)
     pairs = (begins - sizes.cumsum(0) + sizes)[context] + torch.arange(len(context))
     return CountTable(keys[order], sizes, symbols[pairs], counts[pairs])
+
+
+class GrowingCounts:
+    """Counts of a text that goes on, as a reader of it knows them.
+
+    The text is in blocks, each with a table; two blocks of about the same size become one, so that there are
+    few.
+
+    Args:
+        K: size of the alphabet.
+        patterns: patterns of the contexts.
+        weight: each symbol is counted so many times: the text at hand says more than that of the training.
+    """
+
+    def __init__(self, K: int, patterns: Sequence[Pattern], weight: int = 1) -> None:
+        self.K, self.patterns, self.weight = K, patterns, weight
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all of the text."""
+        self.text = torch.zeros(0, dtype=torch.int32)
+        self._blocks: list[tuple[range, CountTable]] = []
+
+    def extend(self, symbols: Tensor) -> None:
+        """Count further symbols, int64 ``(n,)``; contexts reach into the text before them."""
+        begin = len(self.text)
+        self.text = torch.cat([self.text, symbols.cpu().int()])
+        block = range(begin, len(self.text))
+        while self._blocks and len(self._blocks[-1][0]) <= len(block):
+            block = range(self._blocks.pop()[0].start, block.stop)
+        self._blocks.append((block, count(self.text, self.K, self.patterns, entries=block)))
+
+    def dense(self, keys: Tensor, present: Tensor, K: int) -> Tensor:
+        """As `CountTable.dense`, of the text so far."""
+        counts = torch.zeros(*keys.shape, K, device=keys.device)
+        for i, (block, table) in enumerate(self._blocks):
+            moved = table.to(keys.device)
+            self._blocks[i] = (block, moved)
+            counts += moved.dense(keys, present, K)
+        return self.weight * counts

@@ -10,12 +10,18 @@ from torch.nn import functional as F
 
 from dflow.config import InputError
 from dflow.core import Context, Distribution, Known
-from dflow.data import Draws, Text
+from dflow.data import Draws, GrowingCounts, Text
 from dflow.distributions import SequenceCategorical
 from dflow.distributions.documents import Documents
 from dflow.evaluate.driver import Rows, Scorer
 from dflow.hf import DflowModel
+from dflow.hf.counts import counted
 from dflow.nn.lstm import LSTM, Carried
+
+#: How often each symbol of the text at hand counts beside those of the training text. Measured on the
+#: validation part of PTB: n-grams alone 1.4796 bits without, 1.4595, 1.4554 and 1.4549 with weights of 1, 3
+#: and 5.
+_WEIGHT = 3
 
 
 class Rolling(Scorer):
@@ -39,6 +45,51 @@ class Rolling(Scorer):
         self.length, self.what = model.config.length, f"likelihood of the {text.name} text"
         self.num_symbols = len(text.ids) if limit is None else min(len(text.ids), limit * self.length)
         self.protocol = "rolling" if limit is None else f"rolling over the first {self.num_symbols:,} symbols"
+        #: Counts of what has been scored, which the model reads beside those of its training text.
+        self.growing: GrowingCounts | None = None
+
+    @abstractmethod
+    def _score(self, rows: slice) -> Rows:
+        """The figures of rows, given counts that do not change."""
+
+    @abstractmethod
+    def _scored(self, row: int) -> tuple[int, int]:
+        """The first symbol that a row scores, and the one behind its last."""
+
+    def score(self, rows: slice) -> Rows:
+        """See `Scorer`; counts that grow do so from row to row."""
+        if self.growing is None:
+            return self._score(rows)
+        pieces = []
+        for row in range(rows.start, rows.stop):
+            pieces.append(self._score(slice(row, row + 1)))
+            self._count(row)
+        values = torch.cat([piece.values["nats"] for piece in pieces])
+        return Rows({"nats": values}, torch.cat([piece.sizes for piece in pieces if piece.sizes is not None]))
+
+    def adapt(self) -> None:
+        """Let the counts of the model go on counting what has been scored.
+
+        Raises:
+            InputError: the model reads no counts.
+        """
+        modules = list(counted(self.model))
+        if not modules:
+            raise InputError(
+                f"a {self.model.config.family} model without counts has none that could adapt; train it with "
+                "model.counts, or leave adapt out"
+            )
+        patterns = sorted({pattern for module in modules for pattern in module.patterns}, key=len)
+        self.growing = GrowingCounts(self.model.config.vocab_size, patterns, _WEIGHT)
+        for module in modules:
+            module.also = self.growing
+        self.protocol += f"; counts go on with the text scored so far, each symbol {_WEIGHT} times"
+
+    def _count(self, row: int) -> None:
+        """Count what a row has scored."""
+        if self.growing is not None:
+            begin, end = self._scored(row)
+            self.growing.extend(self.symbols(begin, min(end, self.num_symbols)))
 
     def symbols(self, start: int, stop: int) -> Tensor:
         """The symbols from ``start`` to before ``stop``, int64, on the CPU; absent ones are -1."""
@@ -60,7 +111,7 @@ class _Windowed(Rolling):
     def _batches(self, rows: slice) -> list[tuple[Tensor, Tensor, Context]]:
         """Windows of one shape together: the characters scored in each, the symbols, the context."""
 
-    def score(self, rows: slice) -> Rows:
+    def _score(self, rows: slice) -> Rows:
         batches = self._batches(rows)
         nats = [-self.law.log_prob(x, context) for _, x, context in batches]
         return Rows({"nats": torch.cat(nats)}, torch.cat([characters for characters, _, _ in batches]))
@@ -99,6 +150,10 @@ class _WindowScorer(_Windowed):
             f": windows of {length:,} symbols, each scores its last {self.stride:,} given the "
             f"{self.context:,} before, the first window all"
         )
+
+    def _scored(self, row: int) -> tuple[int, int]:
+        end = row * self.stride + self.length
+        return (end - self.stride if row else 0), end
 
     def _batches(self, rows: slice) -> list[tuple[Tensor, Tensor, Context]]:
         """See `_Windowed`; nothing is known of the first window."""
@@ -148,6 +203,10 @@ class _DocumentScorer(_Windowed):
             f": chunks of {self.length:,} symbols, each given the {self.context:,} symbols before it"
         )
 
+    def _scored(self, row: int) -> tuple[int, int]:
+        _, begin, end = self.chunks[row]
+        return begin, end
+
     def _batches(self, rows: slice) -> list[tuple[Tensor, Tensor, Context]]:
         """See `_Windowed`; the windows of the first chunks and of the last one are shorter."""
         groups: dict[tuple[int, int], list[Tensor]] = {}
@@ -182,7 +241,10 @@ class _StreamScorer(Rolling):
         self.drawing = self.net.start(1)
         self.drawn: Tensor | None = None
 
-    def score(self, rows: slice) -> Rows:
+    def _scored(self, row: int) -> tuple[int, int]:
+        return row * self.length, (row + 1) * self.length
+
+    def _score(self, rows: slice) -> Rows:
         ids = self.symbols(rows.start * self.length, rows.stop * self.length)
         x = ids[ids >= 0].to(self.model.device)[None]
         logits, self.carried = self.net.carry(x, self.carried)
@@ -196,15 +258,26 @@ class _StreamScorer(Rolling):
     def check(self, rows: slice) -> bool | None:
         stepped = torch.zeros(rows.stop - rows.start, self.length, dtype=torch.float64)
         ids = self.symbols(rows.start * self.length, rows.stop * self.length)
+        if rows.start == 0 and self.growing is not None:
+            self.growing.clear()
         for i, symbol in enumerate(ids[ids >= 0].to(self.model.device)):
+            if i and i % self.length == 0:
+                self._count(rows.start + i // self.length - 1)
             logits = self.net.step(self.drawn, self.drawing)[0, 0]
             stepped.view(-1)[i] = F.cross_entropy(logits.double(), symbol)
             self.drawn = symbol.view(1, 1)
+        self._count(rows.stop - 1)
         return torch.allclose(stepped.sum(1), self.scored[rows], rtol=1e-4, atol=1e-3)
 
 
 def rolling(
-    model: DflowModel, text: Text, limit: int | None, checks: int, context: int | None, processes: int
+    model: DflowModel,
+    text: Text,
+    limit: int | None,
+    checks: int,
+    context: int | None,
+    processes: int,
+    adapt: bool = False,
 ) -> Rolling:
     """The scorer of a stream for the family of ``model``, which gives every symbol the text before it.
 
@@ -217,11 +290,27 @@ def rolling(
         checks: number of windows or pieces that go through the round trip.
         context: symbols before those that a window scores; default half of a window.
         processes: among which the rows are spread.
+        adapt: let the model's counts go on counting the text that has been scored.
 
     Raises:
         InputError: sentences, draws from a law, a model that is not drawn from left to right, a context out
-            of range or one for an LSTM, or an LSTM on several processes.
+            of range or one for an LSTM, an LSTM or ``adapt`` on several processes, or a model without counts
+            that should adapt.
     """
+    scorer = _rolling(model, text, limit, checks, context, processes)
+    if adapt:
+        if processes > 1:
+            raise InputError(
+                "counts adapt to all of the text before, which one process scores; run dflow without a "
+                "launcher"
+            )
+        scorer.adapt()
+    return scorer
+
+
+def _rolling(
+    model: DflowModel, text: Text, limit: int | None, checks: int, context: int | None, processes: int
+) -> Rolling:
     if text.lengths is not None or model.config.explicit_length:
         raise InputError(
             "sentences are scored each on its own, with nothing before them, so that there is no rolling "

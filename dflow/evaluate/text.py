@@ -15,6 +15,7 @@ from dflow.data import Draws, Text
 from dflow.evaluate.driver import Rows, Scorer, check_positive, share, total
 from dflow.evaluate.rolling import Rolling, rolling
 from dflow.hf import DflowModel
+from dflow.hf.counts import counted
 
 #: Whether each chunk is scored by itself, or each symbol given the text before it; see `evaluate`.
 Protocol = Literal["chunks", "rolling"]
@@ -64,6 +65,7 @@ def evaluate(
     accelerator: Accelerator | None = None,
     protocol: Protocol = "chunks",
     context: int | None = None,
+    adapt: bool = False,
 ) -> Evaluation:
     r"""Score ``text`` in chunks of the model's length, each without the ones before it, or rolling.
 
@@ -85,14 +87,19 @@ def evaluate(
         accelerator: spread the chunks over its processes.
         protocol: "chunks" or "rolling".
         context: of the protocol "rolling", below the model's length; default half of it.
+        adapt: of the protocol "rolling": the model's counts go on counting the text that has been scored.
 
     Raises:
         InputError: no chunk to score, a text, protocol or context that does not fit the model, or a
             likelihood that is not finite.
     """
     check_positive(batch_size=batch_size, limit=limit)
-    scorer = _scorer(model, text, limit, checks, share(accelerator)[1], protocol, context)
-    totals = total(scorer, batch_size, progress, accelerator)
+    scorer = _scorer(model, text, limit, checks, share(accelerator)[1], protocol, context, adapt)
+    try:
+        totals = total(scorer, batch_size, progress, accelerator)
+    finally:
+        for module in counted(model):
+            module.also = None
     if not totals.size:
         raise InputError(
             f"no character begins in the scored chunks of the {text.name} text; raise the limit, or give "
@@ -123,17 +130,20 @@ def _scorer(
     processes: int,
     protocol: Protocol,
     context: int | None,
+    adapt: bool,
 ) -> _ChunkScorer | Rolling:
     """The scorer of a protocol; ``checks`` are for each of the processes."""
     if protocol not in get_args(Protocol):
         raise InputError(f"protocol {protocol!r}; {nearest(str(protocol), list(get_args(Protocol)))}")
     if protocol == "rolling":
-        return rolling(model, text, limit, checks * processes, context, processes)
+        return rolling(model, text, limit, checks * processes, context, processes, adapt)
     if context is not None:
         raise InputError(
             f"context {context}: a chunk is scored without the text before it; use protocol 'rolling', or "
             "leave context out"
         )
+    if adapt:
+        raise InputError("adapt: each chunk is scored on its own; use protocol 'rolling', or leave adapt out")
     return _ChunkScorer(model, text, limit, checks * processes)
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dflow.config import InputError
 from dflow.nn.attention import TransformerSize
-from dflow.ops.counts import ContextReader, CountTable, Pattern, Row, RowReader, patterns_of
+from dflow.ops.counts import ContextReader, Counts, CountTable, Pattern, Row, RowReader, patterns_of
 
 #: Numbers that the gate reads of each pattern.
 _FEATURES = 5
@@ -142,6 +142,8 @@ class Counted(nn.Module):
         self.register_buffer("digest", torch.zeros(32, dtype=torch.uint8))
         self._table: CountTable | None = None
         self.left_out: CountTable | None = None
+        #: Counts to add in evaluation mode, such as those of the text before what is scored.
+        self.also: Counts | None = None
         #: What looks up single contexts, and the table that it reads.
         self._rows: tuple[CountTable, RowReader] | None = None
 
@@ -187,7 +189,12 @@ class Counted(nn.Module):
         """
         log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         entries = symbols.shape[:-1]
-        few = not self.training and symbols.device.type == "cpu" and entries.numel() <= _FEW
+        few = (
+            not self.training
+            and self.also is None
+            and symbols.device.type == "cpu"
+            and entries.numel() <= _FEW
+        )
         if few and not torch.is_grad_enabled():
             read: _Few | _Many = self._few(symbols.reshape(-1, symbols.shape[-1]).tolist())
         else:
@@ -222,6 +229,8 @@ class Counted(nn.Module):
         counts = self._on(self.table, symbols.device).dense(keys, present, self.K)
         if self.training and self.left_out is not None:
             counts -= self._on(self.left_out, symbols.device).dense(keys, present, self.K)
+        if not self.training and self.also is not None:
+            counts += self.also.dense(keys, present, self.K)
         return counts
 
     def _on(self, table: CountTable, device: torch.device) -> CountTable:

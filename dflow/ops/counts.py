@@ -11,7 +11,7 @@ import hashlib
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -61,6 +61,14 @@ def patterns_of(longest: int, both_sides: bool) -> tuple[list[int], list[Pattern
 
 #: Symbols of the longest contexts after an entry, and around it.
 _LONGEST_AFTER, _LONGEST_AROUND = 4, 8
+
+
+class Counts(Protocol):
+    """What counts can be read from."""
+
+    def dense(self, keys: Tensor, present: Tensor, K: int) -> Tensor:
+        """Counts of all K symbols in contexts, see `CountTable.dense`."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
