@@ -4,9 +4,7 @@ from dflow.compare import codecs, material
 from dflow.compare.models import (
     FILES,
     Comparison,
-    Contestant,
     Row,
-    Speed,
     check_folder,
     compare,
     environment,
@@ -17,6 +15,8 @@ from dflow.compare.models import (
     record,
     write,
 )
+from dflow.compare.texts import TextRow, Texts, compare_texts
+from dflow.compare.timing import Contestant, Speed
 
 __all__ = [
     "FILES",
@@ -24,9 +24,12 @@ __all__ = [
     "Contestant",
     "Row",
     "Speed",
+    "TextRow",
+    "Texts",
     "check_folder",
     "codecs",
     "compare",
+    "compare_texts",
     "environment",
     "markdown",
     "material",

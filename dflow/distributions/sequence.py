@@ -215,8 +215,9 @@ class SequenceCategorical(Distribution):
         if known is not None:
             x = torch.where(known.mask, known.symbols, x)
         ahead: list[Tensor] = []
-        begin = self._read(known, state)
+        begin = self._num_read(known)
         if begin and known is not None:
+            self.net.read(known.symbols[:, :begin], state)
             drawn = known.symbols[:, begin - 1 : begin]
         for g, positions in enumerate(calls[begin:], start=begin):
             logits = self.net.step(drawn, state)
@@ -235,14 +236,11 @@ class SequenceCategorical(Distribution):
         mask = present(context, n, self.dim, takes_known=True)
         return x if mask is None else torch.where(mask, x, 0)
 
-    def _read(self, known: Known | None, state: Any) -> int:
-        """Let the network read entries at the beginning in one call; returns how many rows that spares."""
+    def _num_read(self, known: Known | None) -> int:
+        """Known entries at the beginning that the network reads in one call, in place of a call for each."""
         if known is None or self._slots is not None or not hasattr(self.net, "read"):
             return 0
-        before = int(known.mask.sum())
-        if before:
-            self.net.read(known.symbols[:, :before], state)
-        return before
+        return int(known.mask.sum())
 
     def start(
         self, n: int, context: Context | None = None, length: int | None = None
@@ -253,9 +251,12 @@ class SequenceCategorical(Distribution):
             longest = min(longest, max(lengths.tolist(), default=0))
         return self._drawn(longest), self.net.start(n, context, *self._extra())
 
-    def needed(self, length: int) -> int:
-        """Network calls after which the first ``length`` entries are drawn."""
-        return -(-len(self._drawn(length)) // self.block)
+    def needed(self, length: int, context: Context | None = None) -> int:
+        """Network calls after which the first ``length`` entries are drawn; one reads what is known."""
+        if (law := self._of(context)) is not self:
+            return law.needed(length, context)
+        read = self._num_read(known_in(context))
+        return min(1, read) + -(-(len(self._drawn(length)) - read) // self.block)
 
     def _drawn(self, length: int) -> list[Tensor]:
         """Positions of each row, up to the last that holds one below ``length``: later ones need no call."""
