@@ -15,17 +15,17 @@ from dflow.compare.models import (
     record,
     write,
 )
-from dflow.compare.texts import TextRow, Texts, compare_texts
+from dflow.compare.texts import LongTexts, TextRow, compare_texts
 from dflow.compare.timing import Contestant, Speed
 
 __all__ = [
     "FILES",
     "Comparison",
     "Contestant",
+    "LongTexts",
     "Row",
     "Speed",
     "TextRow",
-    "Texts",
     "check_folder",
     "codecs",
     "compare",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dflow.bijectors import Autoregressive
 from dflow.compare import results
-from dflow.compare.texts import Texts, check_texts, compare_texts, texts_markdown
+from dflow.compare.texts import LongTexts, check_texts, compare_texts, texts_markdown
 from dflow.compare.timing import Contestant, Speed, thread_count, timed
 from dflow.config import InputError
 from dflow.distributions import SequenceCategorical, Walk
@@ -73,7 +73,7 @@ class Comparison:
     reference: str
     rows: tuple[Row, ...]
     #: Texts longer than all models draw together, where such a length is asked for.
-    texts: Texts | None = None
+    texts: LongTexts | None = None
 
 
 def compare(

@@ -30,7 +30,7 @@ class TextRow:
         num_calls: sequential network calls for the text; one reads the symbols before a chunk.
         ratio: how many times more characters a second than the reference.
         memory: bytes of the tensors that are made for the text, those that exist together at the peak.
-        memory_growth: by how many bytes that exceeds the peak of a text of `Texts.shorter` symbols.
+        memory_growth: by how many bytes that exceeds the peak of a text of `LongTexts.shorter` symbols.
     """
 
     name: str
@@ -44,7 +44,7 @@ class TextRow:
 
 
 @dataclass(frozen=True)
-class Texts:
+class LongTexts:
     """The table of texts.
 
     Attributes:
@@ -71,7 +71,7 @@ def compare_texts(
     rounds: int,
     seed: int = 0,
     progress: bool = False,
-) -> Texts:
+) -> LongTexts:
     """Time, by turns, what ``dflow generate --prompt ... --length`` does for one text.
 
     The prompt is the beginning of the text that the models are scored on, as many symbols as the smallest
@@ -118,7 +118,7 @@ def compare_texts(
                 memory_growth=memory - at_shorter,
             )
         )
-    return Texts(length, before, shorter, rounds, contestants[reference].name, tuple(rows))
+    return LongTexts(length, before, shorter, rounds, contestants[reference].name, tuple(rows))
 
 
 def _prompt(contestant: Contestant, before: int) -> Tensor:
@@ -161,7 +161,7 @@ def check_texts(contestants: Sequence[Contestant], length: int) -> tuple[int, li
     return before, documents
 
 
-def texts_markdown(texts: Texts) -> str:
+def texts_markdown(texts: LongTexts) -> str:
     """The table in Markdown, with a line on how to read it."""
     head = [
         f"model, text of {texts.length:,} symbols",

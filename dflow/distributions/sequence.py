@@ -214,11 +214,10 @@ class SequenceCategorical(Distribution):
         known = known_in(context)
         if known is not None:
             x = torch.where(known.mask, known.symbols, x)
-        ahead: list[Tensor] = []
-        begin = self._num_read(known)
+        begin = self._read(known, state, context)
         if begin and known is not None:
-            self.net.read(known.symbols[:, :begin], state)
             drawn = known.symbols[:, begin - 1 : begin]
+        ahead: list[Tensor] = []
         for g, positions in enumerate(calls[begin:], start=begin):
             logits = self.net.step(drawn, state)
             if not ahead:
@@ -241,6 +240,20 @@ class SequenceCategorical(Distribution):
         if known is None or self._slots is not None or not hasattr(self.net, "read"):
             return 0
         return int(known.mask.sum())
+
+    def _read(self, known: Known | None, state: Any, context: Context | None) -> int:
+        """Let the network read what is known before the first call; returns how many rows that spares.
+
+        What is known alike of all sequences is read once, and the state copied.
+        """
+        if known is None or not hasattr(self.net, "read"):
+            return 0
+        begin, symbols = self._num_read(known), known.symbols[:, known.mask]
+        once = len(symbols) > 1 and symbols.shape[1] > 0 and lengths_in(context) is None
+        once = once and bool((symbols == symbols[:1]).all())
+        if begin or once:
+            self.net.read(symbols[:1] if once else symbols, state)
+        return begin
 
     def start(
         self, n: int, context: Context | None = None, length: int | None = None
