@@ -50,7 +50,13 @@ def score(flags: Score) -> int:
     suit_threads(model, flags.batch_size)
     try:
         result = run(
-            model, tokenizer, text, each=flags.each, given=flags.given or "", batch_size=flags.batch_size
+            model,
+            tokenizer,
+            text,
+            each=flags.each,
+            given=flags.given or "",
+            batch_size=flags.batch_size,
+            progress=True,
         )
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
