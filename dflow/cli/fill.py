@@ -75,5 +75,5 @@ def fill(flags: Fill) -> int:
 
 
 VERBS: Verbs = (
-    ("fill", Fill, fill, "dflow fill letter.txt --model runs/context --size 20 --samples 5 --rank"),
+    ("fill", Fill, fill, "dflow fill letter.txt --model runs/grouped --size 20 --samples 5 --rank"),
 )

@@ -131,4 +131,4 @@ def show(flags: Score, name: str, result: TextScore) -> None:
     print_table(rows)
 
 
-VERBS: Verbs = (("score", Score, score, "dflow score my.txt --model runs/context --each line"),)
+VERBS: Verbs = (("score", Score, score, "dflow score my.txt --model runs/grouped --each line"),)
