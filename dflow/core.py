@@ -311,8 +311,11 @@ class Distribution(nn.Module, ABC):
         """Sequential network evaluations that one `sample` costs."""
         return 0
 
-    def needed(self, length: int) -> int:
-        """Network evaluations after which the first ``length`` entries of a sequence are drawn."""
+    def needed(self, length: int, context: Context | None = None) -> int:
+        """Network evaluations after which the first ``length`` entries of one sequence are drawn.
+
+        With known entries in the context: of the others given these.
+        """
         return self.num_calls
 
     @property

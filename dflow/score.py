@@ -6,14 +6,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from dflow.config import InputError
 from dflow.data import Tokenizer
+from dflow.distributions.documents import Documents
 from dflow.hf import DflowModel
 
 Each = Literal["line", "symbol", "document"]
@@ -82,6 +84,7 @@ def score(
     each: Each = "document",
     given: str = "",
     batch_size: int = 32,
+    progress: bool = False,
 ) -> TextScore:
     r"""The exact bits of a text, ``-log2 p(text | given)``.
 
@@ -98,6 +101,7 @@ def score(
         each: also give the bits of each line or symbol.
         given: what stands before the text; for models with a context, or that are drawn from left to right.
         batch_size: number of lines or chunks a pass.
+        progress: show a bar on stderr.
 
     Raises:
         InputError: an empty text, a symbol outside the vocabulary, a text that the model cannot score: too
@@ -110,12 +114,11 @@ def score(
         raise InputError("the text is empty, so that there is nothing to score")
     mode = model.training
     model.train(False)
+    by_line = model.config.explicit_length or tokenizer.one_line
+    bar = tqdm(unit="symbol", desc="score", delay=1, mininterval=1, disable=not progress)
     try:
-        with torch.inference_mode():
-            if model.config.explicit_length or tokenizer.one_line:
-                result = _lines(model, tokenizer, text, each, given, batch_size)
-            else:
-                result = _document(model, tokenizer, text, each, given, batch_size)
+        with torch.inference_mode(), bar:
+            result = (_lines if by_line else _document)(model, tokenizer, text, each, given, batch_size, bar)
     finally:
         model.train(mode)
     if not math.isfinite(result.bits):
@@ -126,7 +129,13 @@ def score(
 
 
 def _document(
-    model: DflowModel, tokenizer: Tokenizer, text: str, each: Each, given: str, batch_size: int
+    model: DflowModel,
+    tokenizer: Tokenizer,
+    text: str,
+    each: Each,
+    given: str,
+    batch_size: int,
+    bar: tqdm[Any],
 ) -> TextScore:
     """A text of a model of a stream."""
     ids = tokenizer.encode(text)
@@ -138,11 +147,14 @@ def _document(
     rows = [ids] if whole else list(ids.split(model.config.length))
     parts: list[Part] = []
     if model.law.by_entry:
-        terms = torch.cat(_terms(model, rows, before, batch_size))
+        if model.documents is None:
+            terms = torch.cat(_terms(model, rows, before, batch_size, bar))
+        else:
+            terms = _document_terms(model, model.documents, ids, before, batch_size, bar)
         parts = _parts(tokenizer, text, ids, -terms / math.log(2), each)
         nats = -float(terms.sum())
     elif each == "document":
-        nats = -float(torch.cat(_totals(model, rows, batch_size)).sum())
+        nats = -float(torch.cat(_totals(model, rows, batch_size, bar)).sum())
     else:
         raise InputError(
             f"each {each}: a {model.config.family} model gives whole sequences a probability, and single "
@@ -184,7 +196,13 @@ def _whole(model: DflowModel, number: int, num_given: int) -> bool:
 
 
 def _lines(
-    model: DflowModel, tokenizer: Tokenizer, text: str, each: Each, given: str, batch_size: int
+    model: DflowModel,
+    tokenizer: Tokenizer,
+    text: str,
+    each: Each,
+    given: str,
+    batch_size: int,
+    bar: tqdm[Any],
 ) -> TextScore:
     """Lines, each of which is a sequence of its own."""
     if given:
@@ -203,9 +221,9 @@ def _lines(
     ends = int(model.config.explicit_length)
     bits: list[Tensor]
     if each == "symbol":
-        bits = [-terms / math.log(2) for terms in _terms(model, rows, rows[0][:0], batch_size)]
+        bits = [-terms / math.log(2) for terms in _terms(model, rows, rows[0][:0], batch_size, bar)]
     else:
-        bits = [-total / math.log(2) for total in _totals(model, rows, batch_size)]
+        bits = [-total / math.log(2) for total in _totals(model, rows, batch_size, bar)]
     parts: list[Part] = []
     characters = [
         (len(row) if tokenizer.one_line else end - start) + ends
@@ -228,19 +246,39 @@ def _lines(
     )
 
 
-def _terms(model: DflowModel, rows: Sequence[Tensor], before: Tensor, batch_size: int) -> list[Tensor]:
+def _document_terms(
+    model: DflowModel, law: Documents, ids: Tensor, before: Tensor, batch_size: int, bar: tqdm[Any]
+) -> Tensor:
+    """The log-probability of each symbol of a document, in nats, float64; as many chunks at a time."""
+    whole, start, terms = torch.cat([before, ids]).to(model.device), len(before), []
+    bar.reset(len(ids))
+    for piece in ids.split(batch_size * law.length):
+        # What a chunk is given ends with the last symbols before it; no more are read.
+        given = whole[max(0, start - law.context) : start]
+        terms.append(model.log_prob_each(piece[None].to(model.device), given=given)[0].double().cpu())
+        start += len(piece)
+        bar.update(len(piece))
+    return torch.cat(terms)
+
+
+def _terms(
+    model: DflowModel, rows: Sequence[Tensor], before: Tensor, batch_size: int, bar: tqdm[Any]
+) -> list[Tensor]:
     """The log-probability of each symbol of each row, and of its end where it has one, in nats, float64."""
     before = before.to(model.device)
-    return _batched(lambda x: model.log_prob_each(x.to(model.device), given=before), rows, batch_size)
+    return _batched(lambda x: model.log_prob_each(x.to(model.device), given=before), rows, batch_size, bar)
 
 
-def _totals(model: DflowModel, rows: Sequence[Tensor], batch_size: int) -> list[Tensor]:
+def _totals(model: DflowModel, rows: Sequence[Tensor], batch_size: int, bar: tqdm[Any]) -> list[Tensor]:
     """The log-probability of each row, in nats, float64 ``(1,)``."""
-    return _batched(lambda x: model.log_prob(x.to(model.device))[:, None], rows, batch_size)
+    return _batched(lambda x: model.log_prob(x.to(model.device))[:, None], rows, batch_size, bar)
 
 
-def _batched(log_prob: Callable[[Tensor], Tensor], rows: Sequence[Tensor], batch_size: int) -> list[Tensor]:
+def _batched(
+    log_prob: Callable[[Tensor], Tensor], rows: Sequence[Tensor], batch_size: int, bar: tqdm[Any]
+) -> list[Tensor]:
     """A result for each row, float64, of ``log_prob`` of as many rows of one length at a time."""
+    bar.reset(sum(map(len, rows)))
     results: dict[int, Tensor] = {}
     for _, group in groupby(sorted(range(len(rows)), key=lambda i: len(rows[i])), lambda i: len(rows[i])):
         numbers = list(group)
@@ -248,6 +286,7 @@ def _batched(log_prob: Callable[[Tensor], Tensor], rows: Sequence[Tensor], batch
             batch = numbers[start : start + batch_size]
             scored = log_prob(torch.stack([rows[i] for i in batch])).double().cpu()
             results |= dict(zip(batch, scored, strict=True))
+            bar.update(sum(len(rows[i]) for i in batch))
     return [results[i] for i in range(len(rows))]
 
 

@@ -23,14 +23,16 @@ from dflow.compare import (
     Comparison,
     Contestant,
     compare,
+    compare_texts,
     markdown,
     measure,
-    models,
     num_calls,
     plot,
     record,
+    timing,
     write,
 )
+from dflow.compare.memory import TensorMemory
 from dflow.config import InputError
 from dflow.data import Text
 from dflow.distributions import AnyOrder, ConditionalCategorical, SequenceCategorical, Spectra
@@ -113,7 +115,7 @@ class Slow(DflowModel):
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
-    monkeypatch.setattr(models, "time", found)
+    monkeypatch.setattr(timing, "time", found)
     return found
 
 
@@ -149,7 +151,7 @@ def test_threads_and_modes_are_restored_after_an_error(text: Text, clock: Clock)
     assert a.model.training
 
 
-def made(model: DflowModel, length: int) -> int:
+def made(model: DflowModel, length: int, prompt: Tensor | None = None) -> int:
     """Calls of networks that a draw takes, counted where they are made."""
     count, steps = 0, []
 
@@ -158,9 +160,9 @@ def made(model: DflowModel, length: int) -> int:
 
         def counted(*args: Any) -> Any:
             nonlocal count
-            steps.append(net)
+            steps.append((net, name))
             # A call draws as many rows as a block has.
-            count += (steps.count(net) - 1) % block == 0
+            count += (steps.count((net, name)) - 1) % block == 0
             return method(*args)
 
         setattr(net, name, counted)
@@ -170,6 +172,8 @@ def made(model: DflowModel, length: int) -> int:
             spy(module, "logits", 1)
         elif isinstance(module, SequenceCategorical):
             spy(module.net, "step", module.block)
+            if hasattr(module.net, "read"):
+                spy(module.net, "read", 1)
         elif isinstance(module, Autoregressive):
             spy(module.net, "step", 1)
             spy(module, "params", 1)
@@ -177,7 +181,7 @@ def made(model: DflowModel, length: int) -> int:
             spy(module, "_params", 1)
         elif isinstance(module, ConditionalCategorical | Spectra):
             spy(module.net, "forward", 1)
-    model.generate(1, length=length, generator=torch.Generator().manual_seed(0))
+    model.generate(1, length=length, generator=torch.Generator().manual_seed(0), prompt=prompt)
     return count
 
 
@@ -322,3 +326,62 @@ def test_calls_that_hang_on_the_sample_are_counted():
     net = model.distribution.bijector[0].net
     torch.nn.init.constant_(net.head.bias[:1], -9.0)
     assert num_calls(model, LENGTH, rounds=3) == 2
+
+
+# -- texts of any length -------------------------------------------------------------------------------------
+
+
+def with_context(text: Text, *families: str, context: int = 6) -> list[Contestant]:
+    K = int(text.ids.max()) + 1
+    return [Contestant(f, make_model(f, K, context=context), text) for f in families]
+
+
+def test_texts_are_timed_after_a_prompt_beside_the_plain_loop(text: Text) -> None:
+    torch.set_num_threads(1)
+    models = with_context(text, "grouped", "lstm", "any_order", "transformer")
+    found = compare(models, length=43, batch_size=1, rounds=1, limit=2)
+    assert (found.length, found.reference) == (LENGTH, "lstm")
+    texts = found.texts
+    assert texts is not None
+    assert (texts.length, texts.prompt, texts.shorter, texts.rounds) == (43, 6, 19, 1)
+    assert texts.reference == "transformer"
+    for row, c in zip(texts.rows, models, strict=True):
+        assert row.name == c.name
+        assert row.num_calls == made(c.model, 43, text.ids[:6].long())
+        assert row.ratio == pytest.approx(row.characters_per_second / texts.rows[3].characters_per_second)
+        assert row.characters_per_second == pytest.approx(37e3 / row.milliseconds)
+    assert "| model, text of 43 symbols |" in markdown(found)
+    assert "the first 6 of the scored text as its prompt" in markdown(found)
+    assert json.loads(record(found))["texts"]["rows"][0]["num_calls"] == texts.rows[0].num_calls
+    # Without a plain loop the baseline is the reference.
+    assert compare_texts(models[:2], 20, 1, 1).reference == "lstm"
+
+
+@pytest.mark.parametrize("family", ["grouped", "any_order", "transformer", "lstm"])
+def test_memory_does_not_grow_with_the_length_beyond_the_text(family: str, text: Text) -> None:
+    torch.set_num_threads(1)
+    texts = compare_texts(with_context(text, family), 94, 0, 1)
+    # The chunks and the text that they are joined to, int64 each.
+    assert texts.shorter == 30
+    assert 0 < texts.rows[0].memory_growth <= 2 * 8 * (94 - 30)
+
+    # A law that keeps all of the text in mind is noticed.
+    [c] = with_context(text, family, context=200)
+    peaks = []
+    for length in (30, 30, 94):
+        with TensorMemory() as memory:
+            c.model.generate(1, length=length, prompt=text.ids[:6].long())
+        peaks.append(memory.peak)
+    assert peaks[2] - peaks[1] > 10 * texts.rows[0].memory_growth
+
+
+def test_texts_that_cannot_be_drawn_are_refused(text: Text) -> None:
+    models = [*with_context(text, "grouped"), Contestant("runs/old", make_model("lstm", 30), text)]
+    with pytest.raises(InputError, match=r"length 9: runs/old draws .* 1 to 8 .*without a model\.context"):
+        compare(models, length=9)
+    long = with_context(text, "transformer", context=50)
+    with pytest.raises(InputError, match="the prompt has 50 symbols; take a larger"):
+        compare(long, length=50)
+    short = [replace(c, text=replace(c.text, ids=c.text.ids[:40])) for c in long]
+    with pytest.raises(InputError, match=r"takes the first 50 symbols .* fewer for transformer"):
+        compare(short, length=60)

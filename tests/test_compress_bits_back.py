@@ -119,8 +119,13 @@ def test_segments_are_chains_of_their_own(coder, file):
 
 def test_a_single_picture_is_refused_unless_told(tmp_path, coder):
     np.save(tmp_path / "one.npy", values(1)[0])
-    with pytest.raises(InputError, match=r"too few pictures.*--auxiliary.*--allow-larger"):
+    with pytest.raises(InputError, match=r"too few share them.*--auxiliary.*--allow-larger"):
         compress_images([tmp_path / "one.npy"], coder)
+    # Where a file is lent already, the way out is another.
+    with pytest.raises(InputError, match=r"beyond the 20 bytes that lent\.bin lends.* of a larger file"):
+        compress_images([tmp_path / "one.npy"], replace(coder, lend=("lent.bin", LENT[:20])))
+    with pytest.raises(InputError, match=r"worse than that\. Compress more of them together, use an int"):
+        compress_images([tmp_path / "one.npy"], replace(coder, lend=("lent.bin", LENT)))
     for by in (replace(coder, larger=True), replace(coder, lend=("lent.bin", LENT), larger=True)):
         data, _ = compress_images([tmp_path / "one.npy"], by)
         assert np.array_equal(decompress_images(data, coder).pictures[0].values[0, ..., 0], values(1)[0])

@@ -25,7 +25,7 @@ NOT_RUN = {
 #: Flags that make a training or a measurement short; they follow those of the page.
 SHORT = {
     "train": ["--set", "train.steps=2"],
-    "compare": ["--rounds", "1", "--batch-size", "2"],
+    "compare": ["--rounds", "1", "--batch-size", "2", "--threads", "1"],
     "codecs": ["--rounds", "1"],
 }
 

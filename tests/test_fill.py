@@ -6,6 +6,7 @@ import io
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from folders import make_model, write_text
 from test_score import TOKENIZER, model
 from torch import Tensor
 
+from dflow import fill as filling
 from dflow import hf
 from dflow.cli import main
 from dflow.config import InputError
@@ -241,6 +243,26 @@ def test_the_command(
     causal = write(tmp_path, "lstm")
     assert main(["fill", "-", "--model", str(causal), "--gap", "#", "--size", "40"]) == 0
     assert len(capsys.readouterr().out) == 42
+
+
+def test_samples_are_written_as_they_are_drawn_unless_they_are_ranked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, path = write(tmp_path, "grouped"), tmp_path / "a.txt"
+    path.write_text("line ____ of a", encoding="utf-8")
+    draw, written = filling._draw, list[int]()
+
+    def noted(*arguments: Any) -> Any:
+        written.append(capsys.readouterr().out.count("--- sample"))
+        return draw(*arguments)
+
+    monkeypatch.setattr(filling, "_draw", noted)
+    words = ["fill", str(path), "--model", str(folder), "--size", "3", "--samples", "5", "--batch-size", "2"]
+    assert main(words) == 0
+    assert [*written, capsys.readouterr().out.count("--- sample")] == [0, 2, 2, 1]
+    written.clear()
+    assert main([*words, "--rank"]) == 0
+    assert [*written, capsys.readouterr().out.count("--- sample")] == [0, 0, 0, 5]
 
 
 def test_the_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

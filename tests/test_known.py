@@ -225,3 +225,33 @@ def test_laws_that_take_no_known_entries_say_so(name: str) -> None:
     for call in (law.log_prob, lambda _, c: law.sample(2, c)):
         with pytest.raises(InputError, match="this law takes no known entries"):
             call(x, context)
+
+
+@pytest.mark.parametrize("name", ["grouped", "one call", "blocks", "shuffled", "transformer", "lstm"])
+@torch.no_grad()
+def test_what_is_known_alike_of_all_sequences_is_read_once(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    law, K, rows = build(name, 3), 3, list[int]()
+    dim, read = DIMS[K], law.net.read
+    monkeypatch.setattr(law.net, "read", lambda x, state: (rows.append(len(x)), read(x, state)))
+
+    def draw(x: Tensor, mask: Tensor, numbers: list[int], lengths: Tensor | None = None) -> Tensor:
+        rows.clear()
+        noise = Noise(1, torch.tensor(numbers))
+        return law.sample(len(x), Context(known=Known(x, mask), noise=noise, lengths=lengths))
+
+    for mask in masks(name, K):
+        alike = torch.randint(0, K, (1, dim), generator=torch.Generator().manual_seed(2)).repeat(4, 1)
+        alike[:, ~mask] = torch.arange(4)[:, None] % K  # what is not known is never read
+        drawn = draw(alike, mask, [0, 1, 2, 3])
+        assert rows == [1]
+        assert torch.equal(drawn, torch.cat([draw(alike[i : i + 1], mask, [i]) for i in range(4)]))
+        other = alike.clone()
+        other[3, mask] = (other[3, mask] + 1) % K
+        before_others = name in LEFT_TO_RIGHT
+        drawn = draw(other, mask, [0, 1, 2, 3])
+        assert rows == ([4] if before_others else [])
+        assert torch.equal(drawn, torch.cat([draw(other[i : i + 1], mask, [i]) for i in range(4)]))
+        draw(alike, mask, [0, 1, 2, 3], torch.tensor([dim, dim - 1, dim, dim]))
+        assert rows == ([4] if before_others else [])

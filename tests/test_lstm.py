@@ -44,6 +44,17 @@ def test_step_by_step_is_the_full_pass(layers: int, batch: int) -> None:
     assert torch.allclose(stepped(net, x), net(x), atol=1e-12)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_is_read_in_one_call_is_what_steps_read(rows: int) -> None:
+    net = make().train()  # a step drops nothing, and neither does a read
+    for length in (1, 2, 5):
+        x = torch.randint(0, K, (rows, length + 1), generator=torch.Generator().manual_seed(length))
+        state = net.start(3)
+        net.read(x[:, :length], state)
+        rest = torch.cat([net.step(x[:, i : i + 1].expand(3, 1), state) for i in (length - 1, length)], 1)
+        torch.testing.assert_close(rest, stepped(net, F.pad(x, (0, 1)).expand(3, -1))[:, length:])
+
+
 def test_parameters_depend_on_all_earlier_symbols_and_on_no_other() -> None:
     net, x = make(), every(4)
     out = net(x)

@@ -300,6 +300,7 @@ def test_evaluate_refuses(
 def test_laws_and_images_have_no_text_before_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "law"
     argv = ["data.name=synthetic/eight_gaussians", "model.length=2", "train.steps=1", f"output={folder}"]
+    argv.append("model.context=0")
     recipe = Path(__file__).parent.parent / "recipes" / "lstm.yaml"
     assert main(["train", str(recipe), *(f"--set={value}" for value in argv)]) == 0
     assert cli.main(["evaluate", "--model", str(folder), "--protocol", "rolling"]) == 2

@@ -7,13 +7,15 @@ import io
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cases import DIMS, enumerate_all, randomize
-from folders import SETTINGS, make_model, write_model, write_text
+from folders import LENGTH, SETTINGS, make_model, write_model, write_text
 from test_documents import given
 from test_known import LAWS, build
+from tqdm import tqdm
 
 from dflow import hf
 from dflow.cli import main
@@ -190,6 +192,36 @@ def test_symbols_that_are_no_characters_belong_to_the_line_in_which_they_begin()
     assert [part.text for part in result.parts] == ["a line\n", "of words\n"]
     assert result.bits == pytest.approx(sum(part.bits for part in result.parts))
     assert sum(part.num_symbols for part in result.parts) == result.num_symbols
+
+
+@pytest.mark.parametrize("context", [0, 3])
+def test_a_bar_shows_how_much_of_a_text_is_scored(context: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[Any] = []
+
+    class Bar(tqdm):  # type: ignore[type-arg]
+        steps: list[float]
+
+        def __init__(self, **options: Any) -> None:
+            assert (options["unit"], options["disable"]) == ("symbol", False)
+            self.steps = []
+            bars.append(self)
+            super().__init__(**options)
+
+        def update(self, n: float | None = 1) -> None:
+            self.steps.append(n or 0)
+
+    monkeypatch.setattr("dflow.score.tqdm", Bar)
+    tokenizer, text = Characters(" abcd"), "abcd ab" * 10
+    made = make_model("transformer", 5, context=context)
+    result = score(made, tokenizer, text, given="ab" * 9 if context else "", batch_size=2, progress=True)
+    [bar] = bars
+    assert (bar.total, sum(bar.steps)) == (70, 70)
+    assert max(bar.steps) == 2 * LENGTH
+    if context:
+        ids, before = tokenizer.encode(text), tokenizer.encode("ab" * 9)
+        with torch.no_grad():
+            nats = -float(made.log_prob_each(ids[None], given=before).double().sum())
+        assert result.bits == pytest.approx(nats / math.log(2), rel=1e-6)
 
 
 def test_what_cannot_be_scored_is_refused() -> None:

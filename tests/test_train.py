@@ -3,6 +3,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -628,6 +629,20 @@ def test_settings_that_would_fail_later_are_refused_at_once(setting, message, te
     with pytest.raises(InputError, match=message):
         run(recipe_file(tmp_path, text), setting)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "scripts").glob("*.py")))
+def test_a_script_shows_its_help_and_does_nothing(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "scripts" / f"{script}.py"), run_name="__main__")
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: ")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_scripts_are_the_same_command(text, tmp_path):

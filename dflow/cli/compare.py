@@ -16,12 +16,16 @@ from dflow.cli.source import Source
 class Compare(Source, Machine, Results):
     """Compare bits, network calls and speed of several models.
 
-    Where an LSTM is among them, the table has ratios to it.
+    Where an LSTM is among them, the table has ratios to it. With a --length beyond that of the models, a
+    second table has time and memory of one text of that length, drawn after a prompt by models with a
+    context, as ratios to the first causal Transformer among them.
     """
 
     models: list[str] = argument("folders of the models")
     length: int | None = flag(
-        "number of symbols of a drawn sample (default: the longest that all models can draw)", None
+        "number of symbols of a drawn sample, or of a longer text that models with a context draw after the "
+        "beginning of the scored text (default: the longest that all models draw at once)",
+        None,
     )
     batch_size: int = flag("number of samples drawn together where characters a second are measured", 100)
     rounds: int = flag("number of rounds of measuring", 10)

@@ -37,7 +37,7 @@ def fill(flags: Fill) -> int:
     """`dflow fill`."""
     from dflow.fill import fill as run
     from dflow.fill import gapped, spell
-    from dflow.generate import check_output, write_whole
+    from dflow.generate import check_output, say, write_whole
 
     if not flags.size:
         raise InputError("--size is missing: give the number of symbols of each gap, or one for all")
@@ -48,30 +48,32 @@ def fill(flags: Fill) -> int:
     name, text = read_text(flags.file)
     model, tokenizer = load_model(flags.model, flags.settle())
     suit_threads(model, min(flags.n, flags.batch_size), model.num_calls)
+    lines = []
     try:
         symbols, hidden = gapped(tokenizer, text, flags.gap, flags.size)
         options = {"seed": flags.seed, "batch_size": flags.batch_size}
-        samples = list(run(model, symbols, hidden, flags.n, controls=controls, **options))
+        samples = run(model, symbols, hidden, flags.n, controls=controls, **options)
+        if flags.rank:
+            samples = iter(sorted(samples, key=lambda filled: -filled.log_prob))
+        for number, filled in enumerate(samples, 1):
+            if flags.format == "jsonl":
+                line = spell(filled, hidden, tokenizer, controls.exact) + "\n"
+            else:
+                # One text alone is as the file is, filled.
+                title = f"--- sample {number}, log-probability {filled.log_prob:.4f} nats ---\n"
+                written = tokenizer.decode(filled.ids)
+                line = title + written + "\n" if flags.n > 1 else written
+            if output is None:
+                say(line)
+            else:
+                lines.append(line)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
-    if flags.rank:
-        samples.sort(key=lambda filled: -filled.log_prob)
-    lines = []
-    for number, filled in enumerate(samples, 1):
-        if flags.format == "jsonl":
-            lines.append(spell(filled, hidden, tokenizer, controls.exact) + "\n")
-            continue
-        # One text alone is as the file is, filled.
-        title = f"--- sample {number}, log-probability {filled.log_prob:.4f} nats ---\n"
-        written = tokenizer.decode(filled.ids)
-        lines.append(title + written + "\n" if flags.n > 1 else written)
-    if output is None:
-        print("".join(lines), end="")
-    else:
+    if output is not None:
         write_whole(output, "".join(lines).encode("utf-8", "replace"))
     return 0
 
 
 VERBS: Verbs = (
-    ("fill", Fill, fill, "dflow fill letter.txt --model runs/context --size 20 --samples 5 --rank"),
+    ("fill", Fill, fill, "dflow fill letter.txt --model runs/grouped --size 20 --samples 5 --rank"),
 )

@@ -50,7 +50,13 @@ def score(flags: Score) -> int:
     suit_threads(model, flags.batch_size)
     try:
         result = run(
-            model, tokenizer, text, each=flags.each, given=flags.given or "", batch_size=flags.batch_size
+            model,
+            tokenizer,
+            text,
+            each=flags.each,
+            given=flags.given or "",
+            batch_size=flags.batch_size,
+            progress=True,
         )
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
@@ -125,4 +131,4 @@ def show(flags: Score, name: str, result: TextScore) -> None:
     print_table(rows)
 
 
-VERBS: Verbs = (("score", Score, score, "dflow score my.txt --model runs/context --each line"),)
+VERBS: Verbs = (("score", Score, score, "dflow score my.txt --model runs/grouped --each line"),)

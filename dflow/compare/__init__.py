@@ -4,9 +4,7 @@ from dflow.compare import codecs, material
 from dflow.compare.models import (
     FILES,
     Comparison,
-    Contestant,
     Row,
-    Speed,
     check_folder,
     compare,
     environment,
@@ -17,16 +15,21 @@ from dflow.compare.models import (
     record,
     write,
 )
+from dflow.compare.texts import LongTexts, TextRow, compare_texts
+from dflow.compare.timing import Contestant, Speed
 
 __all__ = [
     "FILES",
     "Comparison",
     "Contestant",
+    "LongTexts",
     "Row",
     "Speed",
+    "TextRow",
     "check_folder",
     "codecs",
     "compare",
+    "compare_texts",
     "environment",
     "markdown",
     "material",

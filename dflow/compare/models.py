@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import platform
-import statistics
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from dflow.bijectors import Autoregressive
-from dflow.coding import one_thread
 from dflow.compare import results
-from dflow.compress.clock import progress_bar
+from dflow.compare.texts import LongTexts, check_texts, compare_texts, texts_markdown
+from dflow.compare.timing import Contestant, Speed, thread_count, timed
 from dflow.config import InputError
-from dflow.data import Text
 from dflow.distributions import SequenceCategorical, Walk
 from dflow.evaluate import Evaluation, Protocol, evaluate
 from dflow.flows import Flow, Split
@@ -28,25 +26,6 @@ from dflow.plot import Curve, frontier, short_names
 _Symbols = (SequenceCategorical, Walk)
 
 FILES = ("compare.json", "compare.md", "compare.png")
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """A model under its name, and the text that all are scored on, spelled in its vocabulary."""
-
-    name: str
-    model: DflowModel
-    text: Text
-
-
-@dataclass(frozen=True)
-class Speed:
-    """The median over rounds, at the number of threads that was best for this model."""
-
-    seconds: float
-    characters: float
-    threads: int
-    rounds: int
 
 
 @dataclass(frozen=True)
@@ -93,6 +72,8 @@ class Comparison:
     rounds: int
     reference: str
     rows: tuple[Row, ...]
+    #: Texts longer than all models draw together, where such a length is asked for.
+    texts: LongTexts | None = None
 
 
 def compare(
@@ -116,7 +97,8 @@ def compare(
 
     Args:
         contestants: the models.
-        length: symbols a sample; default the longest that all can draw.
+        length: symbols a sample; default the longest that all can draw together. A larger one is that of a
+            text, which is measured beside samples of the default length: see `compare_texts`.
         batch_size: samples drawn together where characters a second are measured.
         rounds: for the latency; half as many (at least 3) for characters a second.
         limit: score the first ``limit`` chunks only.
@@ -127,22 +109,19 @@ def compare(
         protocol: of `dflow.evaluate.evaluate`, for all models; "rolling" with its default context.
 
     Raises:
-        InputError: no model, two of one name, an argument outside its range, a length that one of them
-            cannot draw, or a protocol that one of them cannot be scored by.
+        InputError: no model, two of one name, an argument outside its range, or a length or protocol that
+            one of them cannot be drawn or scored by.
     """
-    length = _check(contestants, length, batch_size, rounds)
-    scores = [
-        evaluate(
-            c.model, c.text, batch_size=score_batch_size, limit=limit, progress=progress, protocol=protocol
-        )
-        for c in contestants
-    ]
+    length, text_length = _check(contestants, length, batch_size, rounds)
+    options: dict[str, Any] = {"limit": limit, "progress": progress, "protocol": protocol}
+    scores = [evaluate(c.model, c.text, batch_size=score_batch_size, **options) for c in contestants]
     latencies = measure(contestants, 1, length, rounds, seed, progress)
     batches = latencies
     if batch_size > 1:
         batches = measure(contestants, batch_size, length, max(3, rounds // 2), seed, progress)
     reference = next((i for i, c in enumerate(contestants) if c.model.config.record.baseline), 0)
     calls = [num_calls(c.model, length, rounds, seed) for c in contestants]
+    texts = text_length and compare_texts(contestants, text_length, reference, rounds, seed, progress)
     return Comparison(
         environment(contestants[0].model.device),
         contestants[0].text.name if text is None else text,
@@ -152,6 +131,7 @@ def compare(
         rounds,
         contestants[reference].name,
         _rows(contestants, scores, calls, latencies, batches, reference),
+        texts or None,
     )
 
 
@@ -183,8 +163,10 @@ def _rows(
     )
 
 
-def _check(contestants: Sequence[Contestant], length: int | None, batch_size: int, rounds: int) -> int:
-    """The length of samples; `InputError` as of `compare`."""
+def _check(
+    contestants: Sequence[Contestant], length: int | None, batch_size: int, rounds: int
+) -> tuple[int, int | None]:
+    """The length of samples, and that of texts; `InputError` as of `compare`."""
     if not contestants:
         raise InputError("name at least one model to compare")
     names = [c.name for c in contestants]
@@ -195,10 +177,13 @@ def _check(contestants: Sequence[Contestant], length: int | None, batch_size: in
             raise InputError(f"{what} {value} must be at least 1")
     shortest = min(contestants, key=lambda c: c.model.config.length)
     longest: int = shortest.model.config.length
+    if length is not None and length > longest:
+        check_texts(contestants, length)
+        return longest, length
     length = longest if length is None else length
-    if not 1 <= length <= longest:
+    if length < 1:
         raise InputError(f"length {length}: {shortest.name} draws sequences of 1 to {longest} symbols")
-    return length
+    return length, None
 
 
 def num_calls(model: DflowModel, length: int, rounds: int = 1, seed: int = 0) -> int:
@@ -230,48 +215,12 @@ def num_calls(model: DflowModel, length: int, rounds: int = 1, seed: int = 0) ->
 def measure(
     contestants: Sequence[Contestant], batch_size: int, length: int, rounds: int, seed: int, progress: bool
 ) -> list[Speed]:
-    """Time draws of ``batch_size`` samples, models by turns, after one draw of each to warm up.
+    """Time draws of ``batch_size`` samples; see `dflow.compare.timing.timed`."""
 
-    Timed is everything from the call of `generate` to the symbols on the CPU.
-    """
-    most = torch.get_num_threads()
-    settings = sorted({1, most}) if contestants[0].model.device.type == "cpu" else [most]
-    turns = [(i, threads) for i in range(len(contestants)) for threads in settings]
-    seconds: dict[tuple[int, int], list[float]] = {turn: [] for turn in turns}
-    characters: list[list[float]] = [[] for _ in contestants]
-    bar = progress_bar(len(turns) * (rounds + 1), "draw", f"time, batch {batch_size}", progress)
-    # Each draw sets its number of threads; that of before comes back at the end.
-    with bar, one_thread(), torch.inference_mode(), _evaluating(contestants):
-        for r in range(-1, rounds):
-            for turn in turns:
-                i, threads = turn
-                torch.set_num_threads(threads)
-                model = contestants[i].model
-                generator = torch.Generator(model.device).manual_seed(seed + r + 1)
-                begin = time.perf_counter()
-                ids = model.generate(batch_size, length=length, generator=generator).cpu()
-                duration = time.perf_counter() - begin
-                bar.update()
-                if r >= 0:
-                    seconds[turn].append(duration)
-                    characters[i].append(float(contestants[i].text.characters(ids).sum()))
-    result = []
-    for i in range(len(contestants)):
-        median, threads = min((statistics.median(seconds[i, t]), t) for t in settings)
-        result.append(Speed(median, statistics.median(characters[i]), threads, rounds))
-    return result
+    def draw(contestant: Contestant, generator: torch.Generator) -> Tensor:
+        return contestant.model.generate(batch_size, length=length, generator=generator)
 
-
-@contextmanager
-def _evaluating(contestants: Sequence[Contestant]) -> Iterator[None]:
-    modes = [c.model.training for c in contestants]
-    for c in contestants:
-        c.model.train(False)
-    try:
-        yield
-    finally:
-        for c, mode in zip(contestants, modes, strict=True):
-            c.model.train(mode)
+    return timed(contestants, draw, rounds, seed, f"time, batch {batch_size}" if progress else None)
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
@@ -315,8 +264,8 @@ def markdown(comparison: Comparison) -> str:
                 f"{row.num_parameters:,}",
                 f"{e.bpc:.4f}{error}",
                 f"{row.num_calls:,}",
-                f"{row.latency_ms:.2f} ({_threads(row.latency_threads)})",
-                f"{row.characters_per_second:,.0f} ({_threads(row.throughput_threads)})",
+                f"{row.latency_ms:.2f} ({thread_count(row.latency_threads)})",
+                f"{row.characters_per_second:,.0f} ({thread_count(row.throughput_threads)})",
                 f"{row.latency_ratio:.2f}x",
                 f"{row.throughput_ratio:.2f}x",
             ]
@@ -339,7 +288,8 @@ def markdown(comparison: Comparison) -> str:
     unchecked = [row.name for row in comparison.rows if row.evaluation.round_trip is None]
     if unchecked:
         notes.append(f"Round trip not checked: {', '.join(unchecked)}.")
-    return results.document(head, 1, rows, notes)
+    table = results.document(head, 1, rows, notes)
+    return table if comparison.texts is None else f"{table}\n{texts_markdown(comparison.texts)}"
 
 
 def record(comparison: Comparison) -> str:
@@ -386,7 +336,3 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
     """Write table, figures and plot into a folder; each file whole or not at all."""
     contents = [(record(comparison) + "\n").encode(), markdown(comparison).encode(), plot(comparison)]
     return results.write(folder, dict(zip(FILES, contents, strict=True)))
-
-
-def _threads(n: int) -> str:
-    return f"{n} thread" if n == 1 else f"{n} threads"

@@ -240,10 +240,21 @@ class BitsBackCoder(ImageCoder):
         size, plain = len(coded[0]) - head.given, ceil(values * self.bits / 8)
         if size < plain or self.larger:
             return True
+        random, way = 4 * head.random, "Compress more of them together"
+        if not random:
+            why = "the model codes these pictures worse than that"
+        elif head.given:
+            why = (
+                f"{random:,} of them are random bits that the first pictures need beyond the {head.given:,} "
+                f"bytes that {head.name} lends, and too few pictures share them"
+            )
+            way += ", lend the bits of a larger file (--auxiliary)"
+        else:
+            why = f"{random:,} of them are random bits that the first pictures need, and too few share them"
+            way += ", lend the bits of a file (--auxiliary)"
         raise InputError(
-            f"{size:,} bytes for values of {plain:,}: {4 * head.random:,} of them are random bits that the "
-            "first pictures need, and too few pictures share them. Compress more of them together, lend the "
-            "bits of a file (--auxiliary), use an integer flow, or take it so (--allow-larger)"
+            f"{size:,} bytes for values of {plain:,}: {why}. {way}, use an integer flow, or take it so "
+            "(--allow-larger)"
         )
 
     @torch.no_grad()

@@ -110,6 +110,15 @@ class Documents(Distribution):
             yield drawn[:, begin - window :]
             tail = drawn
 
+    def needed(self, length: int, context: Context | None = None) -> int:
+        """Network evaluations in which one document of ``length`` symbols is drawn, chunk after chunk."""
+        device, total = next(self.law.parameters()).device, 0
+        for window, begin, end in self.chunks(length, self._known(context, length)):
+            mask = self._mask(begin - window, end - begin, device)
+            known = Known(torch.zeros(1, end - window, dtype=torch.int64, device=device), mask)
+            total += self.law.needed(end - window, Context(known=known))
+        return total
+
     def _mask(self, before: int, hidden: int, device: torch.device) -> Tensor:
         return torch.arange(before + hidden, device=device) < before
 

@@ -214,10 +214,10 @@ class SequenceCategorical(Distribution):
         known = known_in(context)
         if known is not None:
             x = torch.where(known.mask, known.symbols, x)
-        ahead: list[Tensor] = []
-        begin = self._read(known, state)
+        begin = self._read(known, state, context)
         if begin and known is not None:
             drawn = known.symbols[:, begin - 1 : begin]
+        ahead: list[Tensor] = []
         for g, positions in enumerate(calls[begin:], start=begin):
             logits = self.net.step(drawn, state)
             if not ahead:
@@ -235,14 +235,25 @@ class SequenceCategorical(Distribution):
         mask = present(context, n, self.dim, takes_known=True)
         return x if mask is None else torch.where(mask, x, 0)
 
-    def _read(self, known: Known | None, state: Any) -> int:
-        """Let the network read entries at the beginning in one call; returns how many rows that spares."""
+    def _num_read(self, known: Known | None) -> int:
+        """Known entries at the beginning that the network reads in one call, in place of a call for each."""
         if known is None or self._slots is not None or not hasattr(self.net, "read"):
             return 0
-        before = int(known.mask.sum())
-        if before:
-            self.net.read(known.symbols[:, :before], state)
-        return before
+        return int(known.mask.sum())
+
+    def _read(self, known: Known | None, state: Any, context: Context | None) -> int:
+        """Let the network read what is known before the first call; returns how many rows that spares.
+
+        What is known alike of all sequences is read once, and the state copied.
+        """
+        if known is None or not hasattr(self.net, "read"):
+            return 0
+        begin, symbols = self._num_read(known), known.symbols[:, known.mask]
+        once = len(symbols) > 1 and symbols.shape[1] > 0 and lengths_in(context) is None
+        once = once and bool((symbols == symbols[:1]).all())
+        if begin or once:
+            self.net.read(symbols[:1] if once else symbols, state)
+        return begin
 
     def start(
         self, n: int, context: Context | None = None, length: int | None = None
@@ -253,9 +264,12 @@ class SequenceCategorical(Distribution):
             longest = min(longest, max(lengths.tolist(), default=0))
         return self._drawn(longest), self.net.start(n, context, *self._extra())
 
-    def needed(self, length: int) -> int:
-        """Network calls after which the first ``length`` entries are drawn."""
-        return -(-len(self._drawn(length)) // self.block)
+    def needed(self, length: int, context: Context | None = None) -> int:
+        """Network calls after which the first ``length`` entries are drawn; one reads what is known."""
+        if (law := self._of(context)) is not self:
+            return law.needed(length, context)
+        read = self._num_read(known_in(context))
+        return min(1, read) + -(-(len(self._drawn(length)) - read) // self.block)
 
     def _drawn(self, length: int) -> list[Tensor]:
         """Positions of each row, up to the last that holds one below ``length``: later ones need no call."""

@@ -192,7 +192,7 @@ class LSTM(nn.Module):
         for i, layer in enumerate(self._layers()):
             if self.training and i:
                 h = locked_dropout(h, self.dropout_hidden)
-            h, _ = self._run(layer, h)
+            h, _ = self._run(layer, h, dropout=self.weight_drop if self.training else 0.0)
         if self.training:
             h = locked_dropout(h, self.dropout)
         out: Tensor = self.head(h)
@@ -238,11 +238,18 @@ class LSTM(nn.Module):
         return cast("list[nn.LSTM]", list(self.layers))
 
     def _run(
-        self, layer: nn.LSTM, h: Tensor, state: tuple[Tensor, Tensor] | None = None
+        self,
+        layer: nn.LSTM,
+        h: Tensor,
+        state: tuple[Tensor, Tensor] | None = None,
+        dropout: float = 0.0,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """One layer over all positions, by the fused kernel; ``state`` before and after, zeros by default."""
+        """One layer over all positions, by the fused kernel; ``state`` before and after, zeros by default.
+
+        ``dropout`` is the rate of DropConnect on the hidden-to-hidden weights.
+        """
         ih, hh, *biases = layer.all_weights[0]
-        dropped = nn.functional.dropout(hh, self.weight_drop, self.training)
+        dropped = nn.functional.dropout(hh, dropout) if dropout else hh
         zeros = h.new_zeros(1, h.shape[0], self.hidden_size)
         with warnings.catch_warnings():
             # cuDNN packs the weights anew at each call, which cannot be avoided: dropout changes them.
@@ -300,6 +307,18 @@ class LSTM(nn.Module):
             state.recent = torch.cat([state.recent[:, 1:], symbols[:, None]], 1)
             out = self.counted(out, state.recent, state.hidden[-1])
         return out[:, None]
+
+    @torch.no_grad()
+    def read(self, x: Tensor, state: _LstmState) -> None:
+        """Read the first symbols ``x``, int64 ``(batch or 1, p)``, in one call, before the first step.
+
+        One row is read once for the whole batch. The next `step` is given the last symbol.
+        """
+        h = torch.cat([self.before.expand(len(x), 1, -1), lookup(x[:, :-1], self.embedding)], 1)
+        for n, layer in enumerate(self._layers()):
+            h, (hidden, cell) = self._run(layer, h)
+            state.hidden[n].copy_(hidden[0].expand_as(state.hidden[n]))
+            state.cells[n].copy_(cell[0].expand_as(state.cells[n]))
 
     def _layout(self) -> _LstmWeights:
         """The weights in the layout of `step`, computed anew only when a parameter has changed."""

@@ -7,7 +7,7 @@ steps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -49,6 +49,7 @@ class State:
         values: values of each block, in the same way.
         hidden: features of the slots of the present call.
         row: number of steps so far.
+        read: slots that were read before the first step, see `GroupCausalTransformer.read`.
     """
 
     batch: int
@@ -60,6 +61,7 @@ class State:
     values: list[Tensor]
     hidden: Tensor
     row: int = 0
+    read: int = 0
 
 
 class Inner(nn.Module):
@@ -280,7 +282,7 @@ class GroupCausalTransformer(nn.Module):
             state.symbols[:, positions] = x
         g, j = divmod(state.row, self.block)
         state.row += 1
-        begin = plan.slots.cuts[g]
+        begin = max(plan.slots.cuts[g], state.read)
         if j == 0:
             state.hidden = self._call(state, begin, plan.slots.cuts[g + 1])
         h, entries = state.hidden, plan.entries[j]
@@ -298,17 +300,30 @@ class GroupCausalTransformer(nn.Module):
 
     @torch.no_grad()
     def read(self, x: Tensor, state: State) -> None:
-        """Take the first symbols ``x``, int64 ``(batch, p)``, of an order from left to right, in one call.
+        """Read known symbols in one call, before the first step.
 
-        The next `step` is given the last of them. Only before the first step.
+        In an order from left to right they are the first symbols ``x``, int64 ``(batch or 1, p)``, and the
+        next `step` is given the last of them. In a plan with known entries they are those of the state, of
+        which ``x`` gives the number of rows. One row is read once for the whole batch, whose sequences then
+        have no lengths.
         """
-        n = x.shape[1]
-        state.symbols[:, : n - 1] = x[:, :-1]
-        if state.lengths is not None:
-            line = torch.arange(n - 1, device=x.device)
-            state.symbols[:, : n - 1].masked_fill_(line >= state.lengths, self.K)
-        self._call(state, 0, state.plan.slots.cuts[n])
-        state.row = n
+        plan, n = state.plan, x.shape[1]
+        if not len(plan.known):
+            state.symbols[:, : n - 1] = x[:, :-1]
+            if state.lengths is not None:
+                line = torch.arange(n - 1, device=x.device)
+                state.symbols[:, : n - 1].masked_fill_(line >= state.lengths, self.K)
+            state.row = n
+        state.read = len(plan.known) or plan.slots.cuts[n]
+        if len(x) == state.batch:
+            self._call(state, 0, state.read)
+            return
+        # The first sequence of the batch, as views into its state.
+        keys, values = ([t[:1] for t in tensors] for tensors in (state.keys, state.values))
+        first = replace(state, batch=1, symbols=state.symbols[:1], keys=keys, values=values)
+        self._call(first, 0, state.read)
+        for tensor in (*state.keys, *state.values):
+            tensor[1:, :, : state.read] = tensor[:1, :, : state.read]
 
     def _call(self, state: State, begin: int, end: int) -> Tensor:
         """Features (batch, slots, hidden) of the slots of the next group.

@@ -260,7 +260,9 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, output: st
             raise InputError(f"{path}: larger than {_LONGEST:,} bytes; name a recipe, a YAML file")
         values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such recipe; recipes/ holds some to start from") from None
+        beside = [other.name for other in Path(path).parent.glob("*.yaml")]
+        hint = nearest(Path(path).name, beside) if beside else "recipes/ holds some to start from"
+        raise InputError(f"{path}: no such recipe; {hint}") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         if isinstance(error, InputError):
             raise
