@@ -315,6 +315,8 @@ class LSTM(nn.Module):
         One row is read once for the whole batch. The next `step` is given the last symbol.
         """
         h = torch.cat([self.before.expand(len(x), 1, -1), lookup(x[:, :-1], self.embedding)], 1)
+        before = x[:, :-1].expand(len(state.recent), -1)
+        state.recent = torch.cat([state.recent, before], 1)[:, before.shape[1] :]
         for n, layer in enumerate(self._layers()):
             h, (hidden, cell) = self._run(layer, h)
             state.hidden[n].copy_(hidden[0].expand_as(state.hidden[n]))

@@ -59,8 +59,9 @@ class NgramNet(nn.Module):
 
     @torch.no_grad()
     def read(self, x: Tensor, state: NgramState) -> None:
-        """Take the first symbols ``x``, int64 ``(batch, p)``; the next `step` is given the last of them."""
-        state.recent = torch.cat([state.recent, x[:, :-1]], 1)[:, -self.counts :]
+        """Read the first symbols ``x``, int64 ``(batch or 1, p)``; the next `step` is given the last one."""
+        before = x[:, :-1].expand(len(state.recent), -1)
+        state.recent = torch.cat([state.recent, before], 1)[:, before.shape[1] :]
 
     def _logits(self, symbols: Tensor) -> Tensor:
         uniform = self.counted.weights.weight.new_zeros(*symbols.shape[:-1], self.K)
