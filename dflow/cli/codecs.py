@@ -30,6 +30,11 @@ class Codecs(Machine, Results):
         None,
     )
     model: list[str] = flag("folders of models to compress with", many=True)
+    prime: str | None = flag(
+        "text that PPMd and zstd have read before, as a model has read its training text: a file, or train "
+        "for the training part of --data",
+        None,
+    )
     mode: Literal["float64", "fixed", "float32"] | None = flag(
         "kind of numbers that models of images compute in (default: float64)", None
     )
@@ -44,6 +49,7 @@ def codecs(flags: Codecs) -> int:
     """`dflow codecs`."""
     from dflow.compare import codecs as comparing
     from dflow.compare import material
+    from dflow.compare.primed import primed_codecs
     from dflow.hf import DflowImageModel, kind_of, split_calls
 
     folder = None if flags.output is None else Path(flags.output)
@@ -67,6 +73,11 @@ def codecs(flags: Codecs) -> int:
         models.append(
             material.text_model(name) if is_text else material.image_model(name, flags.mode or "float64")
         )
+    primed: Any = ()
+    if flags.prime is not None:
+        if not is_text:
+            raise InputError(f"--prime {flags.prime}: only codecs of texts are primed; leave it out")
+        primed = primed_codecs(material.priming(flags.prime, flags.data, flags.folder))
     unspecified = flags.each == flags.together
     result = comparing.compare_codecs(
         stock,
@@ -74,6 +85,7 @@ def codecs(flags: Codecs) -> int:
         each=flags.each or unspecified,
         together=flags.together or unspecified,
         rounds=flags.rounds,
+        primed=primed,
         memory=flags.memory,
         progress=True,
     )

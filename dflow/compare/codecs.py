@@ -97,6 +97,7 @@ def compare_codecs(
     together: bool = True,
     rounds: int = 3,
     codecs: Sequence[Codec[T]] | None = None,
+    primed: Sequence[Codec[T]] = (),
     memory: bool = False,
     progress: bool = False,
 ) -> CodecComparison:
@@ -115,6 +116,7 @@ def compare_codecs(
         together: all in one.
         rounds: of measuring.
         codecs: the classical ones; default all of `dflow.compare.peers`.
+        primed: further ones that have read a training text, see `dflow.compare.primed`.
         memory: measure that too, by two more processes a row; other codecs than the default ones have no
             such figures.
         progress: show a bar on stderr.
@@ -127,7 +129,9 @@ def compare_codecs(
         raise InputError(f"rounds {rounds} must be at least 1")
     if not (each or together):
         raise InputError("compress each item or all together, or both")
-    makers = _makers(material, models, each, together and (len(material.items) > 1 or not each), codecs)
+    makers = _makers(
+        material, models, each, together and (len(material.items) > 1 or not each), codecs, primed
+    )
     runners = _run(makers, rounds, memory, progress)
     rows = [runner.finish(material.raw, material.units) for runner in runners]
     return CodecComparison(
@@ -147,11 +151,12 @@ def _makers(
     each: bool,
     together: bool,
     codecs: Sequence[Codec[T]] | None,
+    primed: Sequence[Codec[T]],
 ) -> list[Callable[[], Runner]]:
     """What makes a runner for each row of the table."""
     items = material.items
-    is_text = isinstance(items[0], bytes)
-    classical: Sequence[Any] = codecs or (text_codecs() if is_text else picture_codecs())
+    is_text: bool = isinstance(items[0], bytes)
+    classical: Sequence[Any] = (*(codecs or (text_codecs() if is_text else picture_codecs())), *primed)
     solid: Sequence[Any] = () if is_text else raw_codecs()
     makers: list[Callable[[], Runner]] = []
     if each:
@@ -210,7 +215,7 @@ def markdown(comparison: CodecComparison) -> str:
             "imported dflow and holds what is compressed. Libraries of the codec, weights and tables are in "
             "it."
         )
-    notes += [_note(row, c.unit) for row in c.rows if row.seconds is not None]
+    notes += [_note(row, c.unit) for row in c.rows if row.size is not None and row.bytes]
     return results.document(head, 3, [_cells(row, len(head)) for row in c.rows], notes)
 
 
@@ -224,7 +229,7 @@ def _cells(row: CodecRow, columns: int) -> list[str]:
 
 
 def _note(row: CodecRow, unit: str) -> str:
-    """What else there is to say of a model."""
+    """What else there is to say of a model or a primed codec."""
     shares = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in (row.seconds or {}).items())
     pays = "never" if row.break_even is None else f"from {row.break_even:,} raw bytes on"
     if row.auxiliary and row.bytes and row.bits:
@@ -233,9 +238,12 @@ def _note(row: CodecRow, unit: str) -> str:
             f"; net {net:.4f}, auxiliary {row.bits - net:.4f}, gross {row.bits:.4f} bits a {unit} "
             "(auxiliary bits are random here, and could be those of other data)"
         )
+    name, what = row.name, f"{shares}; weights"
+    if row.seconds is None:
+        name, what = f"{row.name}, {row.settings}", "its times include reading the training text, which takes"
     return (
-        f"{row.name} ({row.how}): {shares}; weights {row.size:,} bytes, with which it is "
-        f"smaller than the best classical codec {pays}."
+        f"{name} ({row.how}): {what} {row.size:,} bytes, with which it is smaller than the best classical "
+        f"codec {pays}."
     )
 
 

@@ -87,6 +87,24 @@ def of_data(
     return texts(f"{name}, {split}", [text[:limit].encode()])
 
 
+def priming(prime: str, data: str | None, folder: str | None) -> bytes:
+    """The text that codecs are primed with: that of a file, or with "train" the training part of a data set.
+
+    Raises:
+        InputError: "train" without a data set, or an empty text.
+        OSError: no such file.
+    """
+    if prime != "train":
+        text = Path(prime).expanduser().read_bytes()
+    elif data is None or holds_images(data):
+        raise InputError("--prime train is the training part of a text in --data; name a file to prime with")
+    else:
+        text = b"".join(map(bytes, of_data(data, "train", folder).items))
+    if not text:
+        raise InputError(f"--prime {prime}: an empty text")
+    return text
+
+
 def holds_images(name: str) -> bool:
     """Whether a name is that of images, not of a text."""
     path = Path(name).expanduser()

@@ -26,7 +26,7 @@ T = TypeVar("T", bytes, Array)
 INSTALL = "not installed (pip install dflow[codecs])"
 
 #: The largest window that zstandard takes unasked.
-_ZSTD_LOG = 27
+ZSTD_LOG = 27
 
 
 class Unavailable(Exception):
@@ -44,6 +44,9 @@ class Codec(Generic[T]):
         encode: data to bytes.
         decode: bytes to data, given data without entries of the same kind: what every format records for
             itself is how large a picture is, not all record whether it was grey.
+        beside: bytes of what the decoder has beside the file: a training text, as the codec compresses it.
+        beside: bytes of what the decoder has beside the file, a training text in its own words; None for
+            nothing.
     """
 
     name: str
@@ -51,9 +54,11 @@ class Codec(Generic[T]):
     library: str
     encode: Callable[[T], bytes]
     decode: Callable[[bytes, T], T]
+    beside: Callable[[], int] | None = None
 
 
-def _library(name: str) -> Any:
+def library(name: str) -> Any:
+    """A library of codecs; `Unavailable` where it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -68,32 +73,32 @@ def _xz(data: bytes) -> bytes:
 
 
 def _zstd(data: bytes) -> bytes:
-    z = _library("zstandard")
+    z = library("zstandard")
     options = z.ZstdCompressionParameters.from_level(
-        22, source_size=len(data), window_log=_ZSTD_LOG, enable_ldm=True
+        22, source_size=len(data), window_log=ZSTD_LOG, enable_ldm=True
     )
     return bytes(z.ZstdCompressor(compression_params=options).compress(data))
 
 
 def _unzstd(data: bytes) -> bytes:
-    decoder = _library("zstandard").ZstdDecompressor(max_window_size=1 << _ZSTD_LOG)
+    decoder = library("zstandard").ZstdDecompressor(max_window_size=1 << ZSTD_LOG)
     return bytes(decoder.decompress(data))
 
 
 def _brotli(data: bytes) -> bytes:
-    b = _library("brotli")
+    b = library("brotli")
     return bytes(b.compress(data, mode=b.MODE_TEXT, quality=11, lgwin=24))
 
 
 def _ppmd(order: int) -> Codec[bytes]:
     def encode(data: bytes) -> bytes:
-        coder = _library("pyppmd").Ppmd7Encoder(order, _PPMD_MEMORY)
+        coder = library("pyppmd").Ppmd7Encoder(order, PPMD_MEMORY)
         # The stream itself does not say how long it is.
         return len(data).to_bytes(4, "little") + bytes(coder.encode(data) + coder.flush())
 
     def decode(data: bytes, _: bytes) -> bytes:
         size = int.from_bytes(data[:4], "little")
-        coder = _library("pyppmd").Ppmd7Decoder(order, _PPMD_MEMORY)
+        coder = library("pyppmd").Ppmd7Decoder(order, PPMD_MEMORY)
         text = bytes(coder.decode(data[4:], size)) if size else b""
         # The library may ask for one byte more than the encoder wrote.
         while len(text) < size and not coder.eof and coder.needs_input:
@@ -103,7 +108,8 @@ def _ppmd(order: int) -> Codec[bytes]:
     return Codec("PPMd", f"variant H, order {order}, 256 MiB", "pyppmd", encode, decode)
 
 
-_PPMD_MEMORY = 1 << 28
+#: Memory of PPMd, bytes.
+PPMD_MEMORY = 1 << 28
 
 
 def raw_codecs() -> tuple[Codec[Array], ...]:
@@ -126,13 +132,13 @@ def text_codecs() -> tuple[Codec[bytes], ...]:
         Codec("gzip", "-9", "", lambda d: gzip.compress(d, 9, mtime=0), lambda d, _: gzip.decompress(d)),
         Codec("bzip2", "-9", "", lambda d: bz2.compress(d, 9), lambda d, _: bz2.decompress(d)),
         Codec("xz", "-9e", "", _xz, lambda d, _: lzma.decompress(d)),
-        Codec("zstd", f"--ultra -22 --long={_ZSTD_LOG}", "zstandard", _zstd, lambda d, _: _unzstd(d)),
+        Codec("zstd", f"--ultra -22 --long={ZSTD_LOG}", "zstandard", _zstd, lambda d, _: _unzstd(d)),
         Codec(
             "brotli",
             "quality 11, window 2^24, mode text",
             "brotli",
             _brotli,
-            lambda d, _: bytes(_library("brotli").decompress(d)),
+            lambda d, _: bytes(library("brotli").decompress(d)),
         ),
         *map(_ppmd, (4, 6, 8, 12)),
     )
@@ -166,7 +172,7 @@ def _png(picture: Array) -> bytes:
 
 
 def _oxipng(picture: Array) -> bytes:
-    o = _library("oxipng")
+    o = library("oxipng")
     return bytes(o.optimize_from_memory(_png(picture), level=6, strip=o.StripChunks.all()))
 
 
@@ -177,15 +183,15 @@ def _webp(picture: Array) -> bytes:
 
 
 def _imagecodecs(codec: str, picture: Array, **options: Any) -> bytes:
-    library = _library("imagecodecs")
-    if not getattr(library, codec.upper()).available:
+    installed = library("imagecodecs")
+    if not getattr(installed, codec.upper()).available:
         raise Unavailable(f"this build of imagecodecs is without {codec}")
-    return bytes(getattr(library, f"{codec}_encode")(picture, **options))
+    return bytes(getattr(installed, f"{codec}_encode")(picture, **options))
 
 
 def _decoder(codec: str) -> Callable[[bytes, Array], Array]:
     def decode(data: bytes, like: Array) -> Array:
-        values: Array = np.asarray(getattr(_library("imagecodecs"), f"{codec}_decode")(data))
+        values: Array = np.asarray(getattr(library("imagecodecs"), f"{codec}_decode")(data))
         return values
 
     return decode

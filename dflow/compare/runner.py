@@ -71,12 +71,12 @@ class CodecRow:
         decode: the same of decoding.
         rounds: that were timed.
         seconds: of a model: network and coder, encoding and decoding, in a round.
-        size: of a model: bytes of its weights.
+        size: of a model: bytes of its weights; of a primed codec: bytes of the text that it is primed with.
         auxiliary: of a model by bits back: bytes of all files that are random bits it borrowed.
         memory: bytes by which a process that encodes, and one that decodes, raises the peak of its resident
             memory: libraries and weights are in it, what is compressed and dflow itself are not.
-        break_even: of a model: raw bytes of such material from which on weights and file are smaller than
-            what the best classical codec makes of it; None where they never are.
+        break_even: of a model or a primed codec: raw bytes of such material from which on that and the file
+            are smaller than what the best classical codec makes of it; None where they never are.
         error: why there are no figures.
     """
 
@@ -171,7 +171,8 @@ class Runner:
         name = codec.name, codec.settings
         is_known = any((c.name, c.settings) == name for c in every())
         again = partial(find, *name) if is_known else None
-        return Runner(CodecRow(*name, release, how), jobs(codec, items), (again, items))
+        size = codec.beside() if codec.beside and release else None
+        return Runner(CodecRow(*name, release, how, size=size), jobs(codec, items), (again, items))
 
     @staticmethod
     def of_model(model: ModelCodec[Any], each: bool, items: tuple[Any, ...]) -> Runner:
