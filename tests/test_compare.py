@@ -362,8 +362,9 @@ def test_memory_does_not_grow_with_the_length_beyond_the_text(family: str, text:
     torch.set_num_threads(1)
     texts = compare_texts(with_context(text, family), 94, 0, 1)
     # The chunks and the text that they are joined to, int64 each.
+    most = 2 * 8 * (94 - 30)
     assert texts.shorter == 30
-    assert 0 < texts.rows[0].memory_growth <= 2 * 8 * (94 - 30)
+    assert 0 < texts.rows[0].memory_growth <= most
 
     # A law that keeps all of the text in mind is noticed.
     [c] = with_context(text, family, context=200)
@@ -372,7 +373,7 @@ def test_memory_does_not_grow_with_the_length_beyond_the_text(family: str, text:
         with TensorMemory() as memory:
             c.model.generate(1, length=length, prompt=text.ids[:6].long())
         peaks.append(memory.peak)
-    assert peaks[2] - peaks[1] > 10 * texts.rows[0].memory_growth
+    assert peaks[2] - peaks[1] > 5 * most
 
 
 def test_texts_that_cannot_be_drawn_are_refused(text: Text) -> None:
