@@ -142,7 +142,7 @@ def _document(
         parts = _parts(tokenizer, text, ids, -terms / math.log(2), each)
         nats = -float(terms.sum())
     elif each == "document":
-        nats = -float(torch.cat(_totals(model, rows, batch_size)).sum())
+        nats = -float(torch.cat(_totals(model, rows, before, batch_size)).sum())
     else:
         raise InputError(
             f"each {each}: a {model.config.family} model gives whole sequences a probability, and single "
@@ -205,7 +205,7 @@ def _lines(
     if each == "symbol":
         bits = [-terms / math.log(2) for terms in _terms(model, rows, rows[0][:0], batch_size)]
     else:
-        bits = [-total / math.log(2) for total in _totals(model, rows, batch_size)]
+        bits = [-total / math.log(2) for total in _totals(model, rows, rows[0][:0], batch_size)]
     parts: list[Part] = []
     characters = [
         (len(row) if tokenizer.one_line else end - start) + ends
@@ -234,9 +234,10 @@ def _terms(model: DflowModel, rows: Sequence[Tensor], before: Tensor, batch_size
     return _batched(lambda x: model.log_prob_each(x.to(model.device), given=before), rows, batch_size)
 
 
-def _totals(model: DflowModel, rows: Sequence[Tensor], batch_size: int) -> list[Tensor]:
+def _totals(model: DflowModel, rows: Sequence[Tensor], before: Tensor, batch_size: int) -> list[Tensor]:
     """The log-probability of each row, in nats, float64 ``(1,)``."""
-    return _batched(lambda x: model.log_prob(x.to(model.device))[:, None], rows, batch_size)
+    before = before.to(model.device)
+    return _batched(lambda x: model.log_prob(x.to(model.device), given=before)[:, None], rows, batch_size)
 
 
 def _batched(log_prob: Callable[[Tensor], Tensor], rows: Sequence[Tensor], batch_size: int) -> list[Tensor]:
