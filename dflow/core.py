@@ -50,6 +50,34 @@ class Known:
             )
 
 
+@dataclass(frozen=True, eq=False)
+class Around:
+    """What stands around the entries of a law or layer of hidden entries alone, see `dflow.flows.Infilled`.
+
+    Args:
+        mask: bool ``(n,)``, True where an entry of the whole sequence is known, False at all hidden ones.
+        symbols: int64 ``(batch, n)``, those of the whole sequence, right where they are known; None where
+            nothing is known.
+        first: index of the first hidden entry, among the entries that the outermost law is built for.
+        number: entries of this law or layer.
+        start: index of the first of these, among the entries that this law or layer is built for.
+    """
+
+    mask: Tensor
+    symbols: Tensor | None
+    first: int
+    number: int
+    start: int
+
+    def rows(self, start: int, end: int) -> Around:
+        """The same of some of the sequences."""
+        return replace(self, symbols=None if self.symbols is None else self.symbols[start:end])
+
+    def repeat(self, times: int) -> Around:
+        """The same of ``times`` copies of the batch, one after another."""
+        return replace(self, symbols=None if self.symbols is None else self.symbols.repeat(times, 1))
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Context:
     """The condition of a law, a layer or a network; None is accepted in place of an empty context.
@@ -60,6 +88,7 @@ class Context:
             `Split` the kept entries.
         noise: what symbols are drawn by; None for that of a generator.
         known: entries that are known; None for none.
+        around: what stands around the entries, where these are the hidden ones of a longer sequence.
 
     Raises:
         InputError: lengths of another dtype or shape, or a ``given`` that is not a tuple of tensors.
@@ -69,6 +98,7 @@ class Context:
     given: tuple[Tensor, ...] = ()
     noise: Noise | None = None
     known: Known | None = None
+    around: Around | None = None
 
     def __post_init__(self) -> None:
         """Check dtypes and shapes; the number of rows is checked where the batch is known."""
@@ -83,14 +113,16 @@ class Context:
         noise = None if self.noise is None else self.noise.rows(start, end)
         known = self.known and replace(self.known, symbols=self.known.symbols[start:end])
         features = tuple(item[start:end] for item in self.given)
-        return Context(lengths=lengths, given=features, noise=noise, known=known)
+        around = self.around and self.around.rows(start, end)
+        return Context(lengths=lengths, given=features, noise=noise, known=known, around=around)
 
     def repeat(self, times: int) -> Context:
         """The context of ``times`` copies of the batch, one after another."""
         lengths = None if self.lengths is None else self.lengths.repeat(times)
         given = (item.repeat(times, *[1] * (item.ndim - 1)) for item in self.given)
         known = self.known and replace(self.known, symbols=self.known.symbols.repeat(times, 1))
-        return Context(lengths=lengths, given=tuple(given), known=known)
+        around = self.around and self.around.repeat(times)
+        return Context(lengths=lengths, given=tuple(given), known=known, around=around)
 
 
 _WAY = "lengths are passed as Context(lengths=n), all that a network reads as Context(given=(features,))"
@@ -168,13 +200,36 @@ def conditioned(net: Callable[..., T], context: Context | None) -> T:
     Raises:
         ValueError: a context without given tensors.
     """
-    lengths = lengths_in(context)
+    lengths, around = lengths_in(context), around_for(net, context)
     if context is None or not context.given:
         raise ValueError("a conditional law needs a context: Context(given=(features,))")
     x, *others = context.given
-    if lengths is None and not others:
+    if lengths is None and around is None and not others:
         return net(x)
-    return net(x, Context(lengths=lengths, given=tuple(others)))
+    return net(x, Context(lengths=lengths, given=tuple(others), around=around))
+
+
+def around_for(net: object, context: Context | None) -> Around | None:
+    """What stands around the entries of a layer or law, for its net, whose attribute ``takes_known`` is true.
+
+    Raises:
+        InputError: another net, which would not read it.
+    """
+    lengths_in(context)
+    around = None if context is None else context.around
+    if around is not None and not getattr(net, "takes_known", False):
+        raise InputError(_NO_KNOWN)
+    return around
+
+
+def span_in(context: Context | None, dim: int) -> tuple[int, int]:
+    """The entries of a law or layer that is built for ``dim``: the first, and how many there are.
+
+    These are all, unless it is one of hidden entries alone.
+    """
+    lengths_in(context)
+    around = None if context is None else context.around
+    return (0, dim) if around is None else (around.start, around.number)
 
 
 def known_in(context: Context | None) -> Known | None:
@@ -211,11 +266,14 @@ def present(context: Context | None, batch: int, dim: int, *, takes_known: bool 
     """
     lengths = lengths_in(context, batch)
     if context is not None and context.known is not None and not takes_known:
-        raise InputError(
-            "this law takes no known entries; grouped and any-order laws take them anywhere, laws drawn from "
-            "left to right before the others"
-        )
+        raise InputError(_NO_KNOWN)
     return None if lengths is None else torch.arange(dim, device=lengths.device) < lengths[:, None]
+
+
+_NO_KNOWN = (
+    "this law takes no known entries; grouped and any-order models, and bipartite and multiscale ones with a "
+    "context, take them anywhere, laws drawn from left to right before the others"
+)
 
 
 class Bijector(nn.Module, ABC):

@@ -203,17 +203,16 @@ def _law(model: DflowModel, hidden: Tensor) -> tuple[Distribution, list[Window]]
     if config.record.known == "anywhere" and documents is not None:
         return model.law, windows(hidden, config.length, config.context)
     if config.record.known != "before":
-        families = [name for name in zoo.names("text") if zoo.find(name).known == "anywhere"]
         raise InputError(
             f"this {config.family} model was not trained with known symbols, which stand around a gap; use "
-            f"one of family {', '.join(families)} that was trained with a model.context"
+            f"{_able()} that was trained with a model.context"
         )
     size = int(hidden.sum())
     if not bool(hidden[len(hidden) - size :].all()):
         raise InputError(
             f"text stands behind a gap, and a {config.family} model reads only what stands before; let the "
-            "text end with its only gap, without a line break behind it, or use a grouped or "
-            "any-order model that was trained with a model.context"
+            f"text end with its only gap, without a line break behind it, or use {_able()} that was trained "
+            "with a model.context"
         )
     if documents is None and len(hidden) > config.length:
         raise InputError(
@@ -221,6 +220,12 @@ def _law(model: DflowModel, hidden: Tensor) -> tuple[Distribution, list[Window]]
             "give a smaller size or less text, or use a model that was trained with a model.context"
         )
     return documents or model.law, [Window(0, len(hidden), hidden)]
+
+
+def _able() -> str:
+    """The models that read text on both sides of a gap."""
+    names = [name for name in zoo.names("text") if zoo.find(name).known == "anywhere"]
+    return f"one of family {', '.join(names)}"
 
 
 def gapped(tokenizer: Tokenizer, text: str, mark: str, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:

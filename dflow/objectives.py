@@ -47,7 +47,7 @@ from dflow.dequantize import Bound, Dequantized, Elbo, Iwbo, Renyi, TruncatedNor
 from dflow.distributions import Categorical, Gaussian, Spectra, Walk
 from dflow.distributions.logistic import Logistics
 from dflow.distributions.window import ConditionalWindow
-from dflow.flows import Flow, Split
+from dflow.flows import Flow, Infilled, Split
 from dflow.flows.walk import innermost, scattered
 from dflow.nn.classifier import head_of
 from dflow.ops.modular import one_hot
@@ -261,6 +261,11 @@ def _(law: Split, x: Tensor, context: Context | None, rule: Rule) -> _Loss:
 
 
 @_loss.register
+def _(law: Infilled, x: Tensor, context: Context | None, rule: Rule) -> _Loss:
+    return _loss(law.law, *law.hidden(x, context), rule)
+
+
+@_loss.register
 def _(law: Flow, x: Tensor, context: Context | None, rule: Rule) -> _Loss:
     if rule in ("layerwise", "expected"):
         loss, z = _by_layers(law, x, context, rule)
@@ -309,11 +314,11 @@ def _by_layers(flow: Flow, x: Tensor, context: Context | None, rule: Rule) -> tu
         if not isinstance(layer, Conditioned):
             x, _ = layer(x, context)
             continue
-        params, moved = layer.params(x, context), layer.moved
+        params, moved = layer.params(x, context), layer.moved(context)
         old = x.index_select(1, moved)
         elementwise: Any = layer.elementwise
         if rule == "expected" and base is not None:
-            cost = -base.log_law().to(params.dtype)[base.classes[place.index_select(1, moved)]]
+            cost = -base.log_law().to(params.dtype)[base.classes_in(context)[place.index_select(1, moved)]]
             terms = elementwise.expected(old, params, cost)
         else:
             terms = _cross_entropy(params, old)
@@ -339,8 +344,8 @@ def _places(layers: list[Bijector], x: Tensor, context: Context | None) -> list[
 
 
 @torch.no_grad()
-def refit(distribution: Distribution, batches: Iterable[tuple[Tensor, Tensor | None]]) -> None:
-    """Set a base in closed form to the latents of ``batches`` of (symbols, lengths), exactly.
+def refit(distribution: Distribution, batches: Iterable[tuple[Tensor, Context | None]]) -> None:
+    """Set a base in closed form to the latents of ``batches`` of (symbols, context), exactly.
 
     For a fixed bijector the optimal factorized base has the marginals of the latents. Nothing happens where
     there is no such base.
@@ -349,8 +354,8 @@ def refit(distribution: Distribution, batches: Iterable[tuple[Tensor, Tensor | N
     if base is None:
         return
     total: Tensor | None = None
-    for x, lengths in batches:
-        counts = base.statistics(*_latent(distribution, x, Context(lengths=lengths)))
+    for x, context in batches:
+        counts = base.statistics(*_latent(distribution, x, context))
         total = counts if total is None else total + counts
     if total is not None:
         base.assign(total)

@@ -154,7 +154,7 @@ def _document(
         parts = _parts(tokenizer, text, ids, -terms / math.log(2), each)
         nats = -float(terms.sum())
     elif each == "document":
-        nats = -float(torch.cat(_totals(model, rows, batch_size, bar)).sum())
+        nats = -float(torch.cat(_totals(model, rows, before, batch_size, bar)).sum())
     else:
         raise InputError(
             f"each {each}: a {model.config.family} model gives whole sequences a probability, and single "
@@ -223,7 +223,7 @@ def _lines(
     if each == "symbol":
         bits = [-terms / math.log(2) for terms in _terms(model, rows, rows[0][:0], batch_size, bar)]
     else:
-        bits = [-total / math.log(2) for total in _totals(model, rows, batch_size, bar)]
+        bits = [-total / math.log(2) for total in _totals(model, rows, rows[0][:0], batch_size, bar)]
     parts: list[Part] = []
     characters = [
         (len(row) if tokenizer.one_line else end - start) + ends
@@ -269,9 +269,14 @@ def _terms(
     return _batched(lambda x: model.log_prob_each(x.to(model.device), given=before), rows, batch_size, bar)
 
 
-def _totals(model: DflowModel, rows: Sequence[Tensor], batch_size: int, bar: tqdm[Any]) -> list[Tensor]:
+def _totals(
+    model: DflowModel, rows: Sequence[Tensor], before: Tensor, batch_size: int, bar: tqdm[Any]
+) -> list[Tensor]:
     """The log-probability of each row, in nats, float64 ``(1,)``."""
-    return _batched(lambda x: model.log_prob(x.to(model.device))[:, None], rows, batch_size, bar)
+    before = before.to(model.device)
+    return _batched(
+        lambda x: model.log_prob(x.to(model.device), given=before)[:, None], rows, batch_size, bar
+    )
 
 
 def _batched(

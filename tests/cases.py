@@ -488,6 +488,15 @@ def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
+def uneven(module: nn.Module, seed: int = 0) -> nn.Module:
+    """The module with random counts in its bases, under which permutations of symbols matter."""
+    generator = torch.Generator().manual_seed(seed)
+    for base in module.modules():
+        if isinstance(base, Categorical) and not base.learned:
+            base.assign(20 * torch.rand(base.counts.shape, generator=generator).to(base.counts))
+    return module
+
+
 def build_bijector(name: str, K: int, dim: int | None = None) -> Bijector:
     """The named bijector with random weights."""
     return randomize(BIJECTORS[name](K, dim or DIMS[K]))  # type: ignore[return-value]

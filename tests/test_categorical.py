@@ -6,7 +6,7 @@ from cases import BASES, DIMS, build_base, code, enumerate_all
 from torch import nn
 
 from dflow.bijectors import Coupling
-from dflow.core import Context
+from dflow.core import Around, Context
 from dflow.distributions import Categorical, ConditionalCategorical, Mixture, Spectra
 from dflow.elementwise import ModAffine, ModRank, ModShift
 from dflow.flows import Flow
@@ -268,3 +268,27 @@ def test_arguments_of_spectra_are_checked():
             law.log_prob(bad, context and Context(given=context))
     with pytest.raises(ValueError, match="3 draws"):
         law.sample(3, Context(given=(out,)))
+
+
+def test_classes_may_depend_on_what_is_known_around():
+    K = 3
+    law = Categorical(4, K, None, False, lambda mask, first: mask.cumsum(0)[~mask].clamp(max=1), 2).double()
+    law.assign(torch.tensor([[90.0, 9.0, 0.0], [0.0, 0.0, 0.0]]))
+    # A class that never came is like all others together, and one that came is hardly changed.
+    assert torch.equal(law.log_law()[1].argsort(), torch.tensor([2, 1, 0]))
+    assert (law.log_law()[0].exp() - law.log_law()[1].exp()).abs().max() < 0.01
+    assert law.log_law().exp().sum(1).tolist() == pytest.approx([1, 1])
+    law.assign(torch.tensor([[90.0, 9.0, 0.0], [0.0, 9.0, 90.0]]))
+    mask = torch.tensor([False, True, False, False])
+    context = Context(around=Around(mask, torch.zeros(50, 4, dtype=torch.int64), 0, 3, 0))
+    assert law.classes_in(context).tolist() == [0, 1, 1]
+    x = torch.tensor([[0, 2, 1]])
+    expected = law.log_law()[0, 0] + law.log_law()[1, 2] + law.log_law()[1, 1]
+    assert torch.equal(law.log_prob(x, context), expected[None])
+    assert law.statistics(x, context).tolist() == [[1, 0, 0], [0, 1, 1]]
+    draws = law.sample(50, context, torch.Generator().manual_seed(0))
+    assert draws.shape == (50, 3)
+    assert (draws[:, 0] == 0).sum() > 30
+    assert (draws[:, 2] == 2).sum() > 30
+    with pytest.raises(ValueError, match="these classes are of a law of hidden entries"):
+        law.log_prob(torch.zeros(1, 4, dtype=torch.int64))

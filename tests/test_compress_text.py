@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import uneven
 from folders import SETTINGS, make_model, write_model, write_text
 
 from dflow import cli
@@ -82,6 +83,18 @@ def test_every_family_codes_at_its_likelihood(family: str, explicit: bool) -> No
     assert report.header <= 48
     assert report.encode.network > 0
     assert report.decode is not None
+
+
+@pytest.mark.parametrize("family", ["bipartite", "multiscale"])
+def test_flows_with_a_context_code_chunks_with_nothing_known(family: str) -> None:
+    model = make_model(family, len(SMALL), LENGTH, context=5)
+    uneven(model)
+    text = drawn(GROUPED, 203)
+    data, _ = compress_text({"a": text}, TextCoder.of(model, LETTERS))
+    assert back(data, TextCoder.of(model, LETTERS)) == text
+    _, report = compress_text({"a": text[:200]}, TextCoder.of(model, LETTERS), analytic=True)
+    nats = -float(model.log_prob(LETTERS.encode(text[:200].decode()).view(-1, LENGTH)).detach().sum())
+    assert report.analytic == pytest.approx(nats / math.log(2), rel=1e-5)
 
 
 @pytest.mark.parametrize("family", ["grouped", "bipartite", "lstm"])

@@ -92,7 +92,7 @@ def test_objectives_and_laws_refuse_such_lengths_too(name):
     with pytest.raises(InputError, match="lengths must be int64"):
         objectives.Objective(model, objectives.default_rule(model))(x, UNFIT[name])
     with pytest.raises(InputError, match="lengths must be int64"):
-        objectives.refit(model, [(x, UNFIT[name])])
+        objectives.refit(model, [(x, Context(lengths=UNFIT[name]))])
     labels = UNFIT[name]
     with pytest.raises(InputError, match=r"labels must be int64 \(3,\)"):
         Head("ce").loss(torch.zeros(3, 4), labels)

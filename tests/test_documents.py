@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from cases import enumerate_all, randomize
+from cases import enumerate_all, randomize, uneven
 from folders import SETTINGS, write_text
 from test_known import build
 
@@ -22,7 +22,10 @@ from dflow.generate import generate
 from dflow.ops.noise import Noise
 from dflow.train.patterns import KINDS, pattern
 
-LAWS = ["grouped", "blocks", "shuffled", "any order", "confident", "transformer", "lstm"]
+LAWS = [
+    "grouped", "blocks", "shuffled", "any order", "confident", "transformer", "lstm", "strides", "mixture",
+    "spectra",
+]  # fmt: skip
 
 
 def document(name: str, K: int, length: int = 3, context: int = 2) -> Documents:
@@ -51,7 +54,7 @@ def test_a_document_of_any_length_has_a_law_of_mass_one(name: str) -> None:
 @pytest.mark.parametrize("name", LAWS)
 @torch.no_grad()
 def test_a_chunk_is_given_the_symbols_before_it_and_no_others(name: str) -> None:
-    law, x = document(name, 3), torch.randint(0, 3, (2, 9))
+    law, x = document(name, 3), torch.randint(0, 3, (20, 9))
     terms = [
         law.law.log_prob(x[:, window:end], given(x[:, window:end], begin - window))
         for window, begin, end in [(0, 0, 3), (1, 3, 6), (4, 6, 9)]
@@ -148,10 +151,14 @@ def model(family: str, **settings: object) -> hf.DflowModel:
     torch.manual_seed(0)
     values = SETTINGS[family] | {"length": 8, "context": 6} | settings
     made = hf.DflowModel(hf.DflowConfig(family=family, vocab_size=5, **values))
-    return randomize(made.float()).eval()
+    return uneven(randomize(made.float())).eval()  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("family", ["grouped", "any_order", "transformer", "lstm"])
+#: Families that take known symbols, and so a context.
+FAMILIES = ["grouped", "any_order", "transformer", "lstm", "bipartite", "multiscale"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_a_model_with_a_context_draws_and_scores_any_length(family: str, tmp_path: Path) -> None:
     made = model(family)
@@ -167,21 +174,28 @@ def test_a_model_with_a_context_draws_and_scores_any_length(family: str, tmp_pat
     assert made.generate(2).shape == (2, 8)
     assert made.generate(2, prompt=prompt).shape == (2, 17)
     for n in (1, 7, 8, 9, 40):
-        assert made.log_prob(draws[:, :n]).shape == (3,)
+        assert made.documents is not None
+        expected = made.documents.log_prob(draws[:, :n])
+        torch.testing.assert_close(made.log_prob(draws[:, :n]).double(), expected)
     torch.testing.assert_close(made.log_prob(draws[:, :8]).double(), made.law.log_prob(draws[:, :8]).double())
 
 
 def test_families_that_take_no_known_symbols_refuse_a_context() -> None:
-    for family in ("bipartite", "multiscale", "autoregressive"):
-        with pytest.raises(
-            InputError, match="takes no known symbols; set it to 0, or use one of family grouped"
-        ):
-            zoo.settings(family, {"context": 4})
+    with pytest.raises(
+        InputError,
+        match="context 4: a autoregressive model takes no known symbols; set it to 0, or use one of family "
+        "grouped, any_order, bipartite, multiscale",
+    ):
+        zoo.settings("autoregressive", {"context": 4})
+    for setting, value in (("conditioner", "perceptron"), ("conditioner", "table"), ("masks", "single")):
+        with pytest.raises(InputError, match=f"{setting} '{value}' .* with context 4 use"):
+            zoo.settings("bipartite", {"context": 4, "length": 6, setting: value})
+        zoo.settings("bipartite", {"length": 6, setting: value})
     with pytest.raises(InputError, match="context must be at least 0"):
         zoo.settings("grouped", {"context": -1})
 
 
-@pytest.mark.parametrize("family", ["grouped", "any_order", "transformer", "lstm"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_recipe_with_a_context_trains_and_draws(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

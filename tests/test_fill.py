@@ -90,7 +90,11 @@ def test_the_context_goes_to_both_sides() -> None:
 # -- laws ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["grouped", "any_order"])
+#: Families that take known symbols anywhere.
+ANYWHERE = ["grouped", "any_order", "bipartite", "multiscale"]
+
+
+@pytest.mark.parametrize("family", ANYWHERE)
 @pytest.mark.parametrize("pattern", ["ab__a", "_b_a_", "ab___", "___ab", "___"])
 def test_a_text_that_fits_into_a_window_is_filled_by_the_conditional_law(family: str, pattern: str) -> None:
     made, hidden = model(family, K=2, length=4, context=4), mask_of(pattern)
@@ -102,7 +106,7 @@ def test_a_text_that_fits_into_a_window_is_filled_by_the_conditional_law(family:
     check_law(draw(made, text, hidden, NUM_DRAWS), rows, log_prob)
 
 
-@pytest.mark.parametrize("family", ["grouped", "any_order"])
+@pytest.mark.parametrize("family", ANYWHERE)
 def test_several_windows_are_filled_from_left_to_right_each_given_the_last(family: str) -> None:
     made, pattern = model(family, K=2, length=2, context=2), "ab__aa__b"
     hidden, text = mask_of(pattern), torch.tensor([c == "b" for c in pattern]).long()

@@ -286,7 +286,7 @@ def test_spectra_learn_ranks_by_cross_entropy_and_the_rest_by_likelihood(lengths
     expected = expected - law.log_prob(h, own).sum()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert torch.equal(counts, law.statistics(h, own))
-    objectives.refit(model, [(x, lengths)])
+    objectives.refit(model, [(x, Context(lengths=lengths))])
     assert torch.equal(law.counts, counts)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DIMS, enumerate_all, randomize
+from cases import DIMS, enumerate_all, randomize, uneven
 from folders import LENGTH, SETTINGS, make_model, write_model, write_text
 from test_documents import given
 from test_known import LAWS, build
@@ -35,7 +35,7 @@ def model(family: str, K: int = 5, length: int = 8, context: int = 6) -> hf.Dflo
     torch.manual_seed(0)
     values = SETTINGS[family] | {"length": length, "context": context}
     made = hf.DflowModel(hf.DflowConfig(family=family, vocab_size=K, **values))
-    return randomize(made).eval()
+    return uneven(randomize(made)).eval()  # type: ignore[return-value]
 
 
 def bits(made: hf.DflowModel, text: str, before: str = "") -> float:
@@ -87,7 +87,7 @@ def test_a_law_without_terms_says_so() -> None:
 # -- texts ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", BY_ENTRY)
+@pytest.mark.parametrize("family", [*BY_ENTRY, "bipartite", "multiscale"])
 def test_probabilities_of_all_texts_of_a_length_add_up_to_one(family: str) -> None:
     made, tokenizer = model(family, K=2, length=2, context=2), Characters(list("ab"))
     for n in (1, 2, 3, 5):
@@ -116,6 +116,20 @@ def test_lines_and_symbols_add_up_to_the_whole(family: str, before: str) -> None
         assert result.bits == whole.bits
         assert sum(part.bits for part in result.parts) == pytest.approx(whole.bits, rel=1e-12)
     assert lines.parts[0].bits == pytest.approx(sum(part.bits for part in symbols.parts[:3]))
+
+
+@pytest.mark.parametrize("family", ["bipartite", "multiscale"])
+def test_a_flow_scores_a_document_given_text_before_and_no_part_of_it(family: str) -> None:
+    made, text, before = model(family), "ab\n\ncdcdcdcdcd\nabc\na", "ab\nab"
+    whole = score(made, TOKENIZER, text, given=before)
+    assert (whole.protocol, whole.num_symbols, whole.num_given) == ("document", len(text), len(before))
+    assert whole.bits == pytest.approx(bits(made, text, before), rel=1e-5)
+    assert whole.bits != pytest.approx(score(made, TOKENIZER, text).bits, rel=1e-5)
+    for each in ("line", "symbol"):
+        with pytest.raises(InputError, match=f"each {each}: a {family} model gives whole sequences"):
+            score(made, TOKENIZER, text, each=each)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="was trained without a context, and scores no text given"):
+        score(make_model(family, 5), TOKENIZER, "abcdabcd", given="ab")
 
 
 @pytest.mark.parametrize("family", ["transformer", "lstm"])

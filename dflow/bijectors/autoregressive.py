@@ -61,8 +61,7 @@ class Autoregressive(Conditioned):
         self.inversion = inversion
         self.calls = 0
 
-    @property
-    def moved(self) -> Tensor:
+    def moved(self, context: Context | None = None) -> Tensor:
         """All entries."""
         return torch.arange(self.dim, device=next(self.net.parameters()).device)
 

@@ -19,9 +19,8 @@ class Conditioned(Bijector):
     def params(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Parameters of the entries that are `moved`, ``(batch, moved, num_params)``."""
 
-    @property
     @abstractmethod
-    def moved(self) -> Tensor:
+    def moved(self, context: Context | None = None) -> Tensor:
         """The entries that are mapped, int64 ``(moved,)``."""
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dflow.bijectors.conditioner import Conditioned, check_params, full_precision
-from dflow.core import Context, Elementwise, lengths_in, present
+from dflow.core import Context, Elementwise, around_for, lengths_in, present, span_in
 from dflow.ops.lengths import keep_absent
 from dflow.ops.memo import Memo
 
@@ -37,6 +37,10 @@ class Coupling(Conditioned):
     and returns parameters of the hidden entries only. Both directions cost one call. With lengths as context
     absent entries stay as they are, and the net has to ignore the absent ones among its input.
 
+    In a law of hidden entries alone (`dflow.flows.Infilled`) there are some of the entries only. Then the net
+    reads what the context knows around them, as its attribute ``takes_known`` says; such a net may do without
+    any entry that the mask lets it see.
+
     Source: Dinh et al. 2017, arXiv 1605.08803; Tran et al. 2019, arXiv 1905.10347 (bipartite flow).
 
     Args:
@@ -59,7 +63,8 @@ class Coupling(Conditioned):
         super().__init__()
         hidden = ~mask if hidden is None else hidden
         for name, value in (("mask", mask), ("hidden", hidden)):
-            if value.dtype != torch.bool or value.ndim != 1 or not value.any():
+            may_be_empty = name == "mask" and getattr(net, "takes_known", False)
+            if value.dtype != torch.bool or value.ndim != 1 or not (may_be_empty or value.any()):
                 raise ValueError(
                     f"{name} must be bool (dim,) with at least one True, found {value.dtype} "
                     f"{tuple(value.shape)} with {int(value.sum())} True"
@@ -74,6 +79,7 @@ class Coupling(Conditioned):
         self.register_buffer("known_index", mask.nonzero().flatten())
         self.register_buffer("hidden_index", hidden.nonzero().flatten())
         self._two: Memo[_Halves | None] = Memo()
+        self._some: Memo[tuple[Tensor, Tensor]] = Memo()
         self._halves()
 
     def _halves(self) -> _Halves | None:
@@ -84,21 +90,35 @@ class Coupling(Conditioned):
             self.hidden_index,
         )
 
-    def _cut(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _places(self, start: int, n: int) -> tuple[Tensor, Tensor]:
+        """Known and hidden entries among the n from ``start`` on, int64, counted from there."""
+        both = self.known_index, self.hidden_index
+        if n == self.dim:
+            return both
+
+        def some() -> tuple[Tensor, Tensor]:
+            known, hidden = (index[(index >= start) & (index < start + n)] - start for index in both)
+            return known, hidden
+
+        return self._some(some, *both, key=(start, n))
+
+    def _cut(self, x: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
         """Known and hidden entries."""
-        if x.shape[1] != self.dim:
-            raise ValueError(f"expected {self.dim} entries, found x of shape {tuple(x.shape)}")
+        start, n = span_in(context, self.dim)
+        if x.shape[1] != n:
+            raise ValueError(f"expected {n} entries, found x of shape {tuple(x.shape)}")
         halves = self._halves()
-        if halves is None:
-            return x.index_select(1, self.known_index), x.index_select(1, self.hidden_index)
+        if halves is None or n < self.dim:
+            known, hidden = self._places(start, n)
+            return x.index_select(1, known), x.index_select(1, hidden)
         head, tail = x.split(halves.sizes, 1)
         return (head, tail) if halves.known_first else (tail, head)
 
-    def _join(self, x: Tensor, known: Tensor, hidden: Tensor) -> Tensor:
+    def _join(self, x: Tensor, known: Tensor, hidden: Tensor, moved: Tensor) -> Tensor:
         """``x`` with other hidden entries."""
         halves = self._halves()
-        if halves is None:
-            return x.index_copy(1, self.hidden_index, hidden)
+        if halves is None or x.shape[1] < self.dim:
+            return x.index_copy(1, moved, hidden)
         return torch.cat([known, hidden] if halves.known_first else [hidden, known], 1)
 
     def params(self, x: Tensor, context: Context | None = None) -> Tensor:
@@ -106,13 +126,15 @@ class Coupling(Conditioned):
 
         They depend only on the known entries of ``x``, which are the same in data and latent.
         """
-        return self._params(self._cut(x)[0], context)
+        return self._params(*self._cut(x, context), context)
 
-    def _params(self, known: Tensor, context: Context | None) -> Tensor:
-        lengths_in(context, len(known))  # checks the context before the net sees it
+    def _params(self, known: Tensor, hidden: Tensor, context: Context | None) -> Tensor:
+        # Both check the context before the net sees it.
+        lengths_in(context, len(known))
+        around_for(self.net, context)
         with full_precision(known):
             params = self.net(known, context)
-        return check_params(params, known.shape[0], len(self.hidden_index), self.elementwise.num_params)
+        return check_params(params, len(hidden), hidden.shape[1], self.elementwise.num_params)
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """Data to latent: z like ``x``, log_det ``(batch,)``."""
@@ -123,21 +145,20 @@ class Coupling(Conditioned):
         return self._map(z, context, False)
 
     def _map(self, x: Tensor, context: Context | None, to_latent: bool) -> tuple[Tensor, Tensor]:
-        known, old = self._cut(x)
-        params = self._params(known, context)
+        known, old = self._cut(x, context)
+        params = self._params(known, old, context)
         with full_precision(x):
             new, log_det = (self.elementwise.forward if to_latent else self.elementwise.inverse)(old, params)
-        mask = present(context, len(x), self.dim)
+        mask, moved = present(context, *x.shape[:2]), self.moved(context)
         if mask is not None:
-            mask = mask.index_select(1, self.hidden_index)
+            mask = mask.index_select(1, moved)
             new = keep_absent(new, old, mask)
             log_det = torch.where(mask, log_det, 0)
-        return self._join(x, known, new), log_det.sum(1)
+        return self._join(x, known, new, moved), log_det.sum(1)
 
-    @property
-    def moved(self) -> Tensor:
+    def moved(self, context: Context | None = None) -> Tensor:
         """The hidden entries."""
-        return self.hidden_index
+        return self._places(*span_in(context, self.dim))[1]
 
     @property
     def num_calls(self) -> int:

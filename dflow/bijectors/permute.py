@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dflow.core import Bijector, Context, lengths_in
+from dflow.core import Bijector, Context, lengths_in, present
 
 
 class Permute(Bijector):
@@ -44,6 +44,7 @@ class Permute(Bijector):
         if x.shape[1] != self.dim:
             raise ValueError(f"expected {self.dim} entries, found x of shape {tuple(x.shape)}")
         lengths = lengths_in(context, len(x))
+        present(context, len(x), self.dim)  # refuses known entries, which would change their places
         if lengths is not None:
             # Entry i lands among the first T exactly when it comes from there.
             line = torch.arange(self.dim, device=x.device)
@@ -64,6 +65,7 @@ class Reverse(Bijector):
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """Data to latent: z like ``x``, log_det zeros ``(batch,)``."""
         lengths = lengths_in(context, len(x))
+        present(context, *x.shape[:2])  # refuses known entries, which would change their places
         if lengths is None:
             return x.flip(1), no_log_det(x)
         line = torch.arange(x.shape[1], device=x.device)

@@ -15,9 +15,9 @@ from dflow.config import InputError
 class Fill(Drawing):
     """Fill the gaps of a text, given the text around them.
 
-    Every mark in the text is a gap of so many symbols. A grouped or any-order model that was trained with a
-    model.context reads the text on both sides of a gap; a transformer or an lstm continues a text that ends
-    with its gap.
+    Every mark in the text is a gap of so many symbols. A grouped, any_order, bipartite or multiscale model
+    that was trained with a model.context reads the text on both sides of a gap; a transformer or an lstm
+    continues a text that ends with its gap.
     """
 
     file: str = argument("file of text in UTF-8 with marks, or - for standard input", stdin=True)

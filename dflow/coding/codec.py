@@ -21,7 +21,7 @@ from dflow.coding.codes import Code, Intervals, RowsCode, Shared, Stack, join
 from dflow.coding.frozen import Cells, FrozenMixture
 from dflow.coding.integers import LogisticCode, MixtureCode, WindowCode
 from dflow.coding.tables import Tables, logistic_tables, logit_counts
-from dflow.core import Context, Distribution, present
+from dflow.core import Context, Distribution, present, span_in
 from dflow.distributions import categorical
 from dflow.distributions.any_order import Walk
 from dflow.distributions.logistic import Logistics
@@ -154,9 +154,10 @@ def check_code(distribution: Distribution) -> None:
 @steps.register
 def _(distribution: categorical.Categorical, n: int, context: Context | None) -> tuple[int, Steps]:
     tables = Tables(logit_counts(distribution.log_law().detach().cpu()))
-    places = _places(n, distribution.dim, context, distribution.classes.device)
-    index = distribution.classes[places % distribution.dim]
-    return distribution.dim, _once(places, Shared(tables, index))
+    dim = span_in(context, distribution.dim)[1]
+    places = _places(n, dim, context, distribution.classes.device)
+    index = distribution.classes_in(context)[places % max(1, dim)]
+    return dim, _once(places, Shared(tables, index))
 
 
 @steps.register
@@ -170,18 +171,19 @@ def _(distribution: categorical.ConditionalCategorical, n: int, context: Context
 @steps.register
 def _(distribution: categorical.Mixture, n: int, context: Context | None) -> tuple[int, Steps]:
     """Entry by entry: the components are weighed by how well they predicted the entries before."""
+    start, dim = span_in(context, distribution.dim)
 
     def chain() -> Steps:
-        law = distribution.logits.double().log_softmax(-1)
+        law = distribution.logits[:, start : start + dim].double().log_softmax(-1)
         weights = distribution.weight_logits.double().log_softmax(-1).expand(n, -1)
-        mask = present(context, n, distribution.dim)
-        for i in range(distribution.dim):
+        mask = present(context, n, dim)
+        for i in range(dim):
             rows = torch.arange(n, device=law.device) if mask is None else mask[:, i].nonzero().flatten()
             joint = torch.logsumexp(weights[rows, :, None] + law[:, i], 1)
-            values = yield rows * distribution.dim + i, _rows(joint)
+            values = yield rows * dim + i, _rows(joint)
             weights = weights.index_add(0, rows, law[:, i, values].T)
 
-    return distribution.dim, chain()
+    return dim, chain()
 
 
 @steps.register

@@ -204,6 +204,7 @@ class _Pieces(nn.Module):
     def __init__(self, net: nn.Module, rows: int) -> None:
         super().__init__()
         self.net, self.rows = net, rows
+        self.takes_known = getattr(net, "takes_known", False)
 
     def forward(self, x: Tensor, *context: Context | None) -> Tensor:
         """The answer to all rows."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from dflow.core import Context, Distribution, lengths_in, noise_in, present
+from dflow.core import Context, Distribution, lengths_in, noise_in, present, span_in
 from dflow.distributions.conditional import Conditional, check_rows
+from dflow.ops.memo import Memo
 from dflow.ops.modular import check_alphabet, symbols
 from dflow.ops.noise import COMPONENTS
 
 
 class Categorical(Distribution):
-    """Factorized law ``p(x) = prod_i b[classes[i], x_i]``.
+    """Factorized law ``p(x) = prod_i b[classes[i], x_i]`` of ``dim`` entries.
 
     By default b is the soft-max of a parameter ``logits``, which learns by the gradient of `log_prob`. With
     ``learned=False`` b has a closed form instead: the counts of symbols seen in each class, smoothed,
@@ -24,11 +27,18 @@ class Categorical(Distribution):
     symbol 0 and is uniform on the others. With a base equal to the data's marginals the identity is a local
     optimum of a flow; a peaked base at the start of training helps to leave it.
 
+    In a law of hidden entries alone (`dflow.flows.Infilled`) there are some of the entries only, and the
+    classes may depend on which around them are known (``lay``). Then each class is smoothed towards all of
+    them together, by as many counts, so that one that hardly ever comes is like the others.
+
     Args:
         dim: number of entries.
         K: size of the alphabet.
         classes: int64 ``(dim,)``, the class of each entry; default one class an entry.
         learned: logits learned by gradient, or counts.
+        lay: from the mask of known entries around, bool ``(n,)``, and the index of the first hidden one
+            among the ``dim`` entries, to the classes of hidden ones; in place of ``classes``, with counts.
+        num_classes: classes that there are with ``lay``.
 
     Raises:
         ValueError: dim < 1, K < 2, classes of another shape or dtype, or negative.
@@ -39,14 +49,23 @@ class Categorical(Distribution):
     classes: Tensor
     counts: Tensor
 
-    def __init__(self, dim: int, K: int, classes: Tensor | None = None, learned: bool = True) -> None:
+    def __init__(
+        self,
+        dim: int,
+        K: int,
+        classes: Tensor | None = None,
+        learned: bool = True,
+        lay: Callable[[Tensor, int], Tensor] | None = None,
+        num_classes: int | None = None,
+    ) -> None:
         super().__init__()
         if dim < 1:
             raise ValueError(f"dim must be at least 1, found {dim}")
         self.register_buffer("classes", check_classes(classes, dim))
         self.dim = dim
         self.K = check_alphabet(K)
-        self.n_classes = int(self.classes.max()) + 1
+        self.n_classes = num_classes or int(self.classes.max()) + 1
+        self.lay, self._laid = lay, Memo[Tensor]()
         self.learned = learned
         self._peak = 0.0
         if learned:
@@ -75,12 +94,27 @@ class Categorical(Distribution):
             law = torch.log_softmax(self.logits.double(), -1)
         else:
             counts = self.counts.double()
-            law = torch.log((counts + 0.5) / (counts.sum(-1, keepdim=True) + self.K / 2))
+            prior = 0.5 if self.lay is None else self.K / 2 * _smoothed(counts.sum(0))
+            law = torch.log((counts + prior) / (counts.sum(-1, keepdim=True) + self.K / 2))
         if self.peak == 0:
             return law
         q = torch.full_like(law, 0.5 / (self.K - 1))
         q[:, 0] = 0.5
         return torch.log_softmax((1 - self.peak) * law + self.peak * q.log(), -1)
+
+    def classes_in(self, context: Context | None) -> Tensor:
+        """The class of each entry, int64.
+
+        Raises:
+            ValueError: classes that depend on what is known around, and a context that does not say it.
+        """
+        if self.lay is None:
+            start, n = span_in(context, self.dim)
+            return self.classes[start : start + n]
+        if context is None or context.around is None:
+            raise ValueError("these classes are of a law of hidden entries, see dflow.flows.Infilled")
+        lay, mask, first = self.lay, context.around.mask, context.around.first
+        return self._laid(lambda: lay(mask, first), mask, key=first)
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact log-likelihood in nats, ``(batch,)``.
@@ -88,15 +122,15 @@ class Categorical(Distribution):
         Summed in float64. On symbols the result has the dtype of the counts or logits, but at least
         float32; on one-hot rows that of ``x``.
         """
-        check_entries(x, self.dim, self.K)
-        law = self.log_law()
+        n = check_entries(x, span_in(context, self.dim)[1], self.K)
+        law, classes = self.log_law(), self.classes_in(context)
         if x.is_floating_point():
-            terms = _pick(law[self.classes].to(x.dtype), x)
+            terms = _pick(law[classes].to(x.dtype), x)
             dtype = x.dtype
         else:
-            terms = law[self.classes, x]
+            terms = law[classes, x]
             dtype = self._dtype()
-        return total(terms, present(context, len(x), self.dim)).to(dtype)
+        return total(terms, present(context, len(x), n)).to(dtype)
 
     def _dtype(self) -> torch.dtype:
         source = self.logits if self.learned else self.counts
@@ -112,8 +146,9 @@ class Categorical(Distribution):
             context: lengths, or None.
             generator: on the device of the distribution.
         """
-        mask = present(context, n, self.dim)
-        return clear_absent(draw_all(self.log_law().detach()[self.classes], n, context, generator), mask)
+        law = self.log_law().detach()[self.classes_in(context)]
+        x = draw_all(law, n, context, generator)
+        return clear_absent(x, present(context, *x.shape))
 
     @torch.no_grad()
     def statistics(self, z: Tensor, context: Context | None = None) -> Tensor:
@@ -121,9 +156,9 @@ class Categorical(Distribution):
 
         Present entries only; without gradient; in the dtype of the counts.
         """
-        check_entries(z, self.dim, self.K)
-        index = (self.classes * self.K + symbols(z)).flatten()
-        mask = present(context, len(z), self.dim)
+        n = check_entries(z, span_in(context, self.dim)[1], self.K)
+        index = (self.classes_in(context) * self.K + symbols(z)).flatten()
+        mask = present(context, len(z), n)
         if mask is not None:
             index = index[mask.flatten()]
         counts = torch.bincount(index, minlength=self.n_classes * self.K)
@@ -168,7 +203,7 @@ class Categorical(Distribution):
 
 
 class Mixture(Distribution):
-    """Mixture of factorized laws, ``p(x) = sum_m w_m prod_i b[m, i, x_i]``, all learned.
+    """Mixture of factorized laws, ``p(x) = sum_m w_m prod_i b[m, i, x_i]``, all learned, as `Categorical`.
 
     ``w`` is the soft-max of ``weight_logits`` ``(components,)``, ``b`` that of ``logits``
     ``(components, dim, K)``. These start with small random numbers, so that the components can differ.
@@ -206,9 +241,10 @@ class Mixture(Distribution):
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact log-likelihood in nats, ``(batch,)``; dtypes as in `Categorical.log_prob`."""
-        check_entries(x, self.dim, self.K)
-        law = torch.log_softmax(self.logits.double(), -1)
-        mask = present(context, len(x), self.dim)
+        start, n = span_in(context, self.dim)
+        check_entries(x, n, self.K)
+        law = torch.log_softmax(self.logits[:, start : start + n].double(), -1)
+        mask = present(context, len(x), n)
         if x.is_floating_point():
             # (batch, components, dim) would be the largest tensor of a model: contract in one product.
             z = x if mask is None else torch.where(mask[..., None], x, 0)
@@ -216,7 +252,7 @@ class Mixture(Distribution):
                 joint = z.flatten(1) @ law.to(x.dtype).flatten(1).T
             dtype = x.dtype
         else:
-            terms = law[:, torch.arange(self.dim, device=x.device), x]
+            terms = law[:, torch.arange(n, device=x.device), x]
             joint = total(terms, mask).T
             dtype = torch.promote_types(self.logits.dtype, torch.float32)
         weights = torch.log_softmax(self.weight_logits.double(), -1)
@@ -231,8 +267,10 @@ class Mixture(Distribution):
         rows = torch.arange(n, device=self.logits.device)
         gumbel = noise.gumbel(rows, torch.zeros_like(rows), self.components, COMPONENTS)
         component = (self.weight_logits.double() + gumbel).argmax(-1)
-        x = draw_all(self.logits[component], n, Context(noise=noise), None)
-        return clear_absent(x, present(context, n, self.dim))
+        start, number = span_in(context, self.dim)
+        logits = self.logits[component, start : start + number]
+        x = draw_all(logits, n, Context(noise=noise), None)
+        return clear_absent(x, present(context, *x.shape))
 
 
 class ConditionalCategorical(Conditional):
@@ -292,8 +330,8 @@ def draw_all(logits: Tensor, n: int, context: Context | None, generator: torch.G
     return noise.draw(logits, rows, torch.arange(logits.shape[-2], device=logits.device))
 
 
-def check_entries(x: Tensor, dim: int, K: int) -> None:
-    """ValueError unless ``x`` is int64 ``(batch, dim)`` or floating ``(batch, dim, K)``."""
+def check_entries(x: Tensor, dim: int, K: int) -> int:
+    """``dim``; ValueError unless ``x`` is int64 ``(batch, dim)`` or floating ``(batch, dim, K)``."""
     rows = x.is_floating_point()
     fits = x.shape[1:] == ((dim, K) if rows else (dim,))
     if not fits or not (rows or x.dtype == torch.int64):
@@ -301,6 +339,7 @@ def check_entries(x: Tensor, dim: int, K: int) -> None:
             f"expected int64 (batch, {dim}) or one-hot rows (batch, {dim}, {K}), "
             f"found {x.dtype} {tuple(x.shape)}"
         )
+    return dim
 
 
 def check_classes(classes: Tensor | None, dim: int) -> Tensor:
@@ -333,6 +372,11 @@ def smoothed_counts(marginals: Tensor, K: int, weight: float) -> Tensor:
     if not weight > 0:
         raise ValueError(f"weight must be positive, found {weight}")
     return weight * law
+
+
+def _smoothed(counts: Tensor) -> Tensor:
+    """A law, ``(K,)``, of counts and half a count for each symbol."""
+    return (counts + 0.5) / (counts.sum() + len(counts) / 2)
 
 
 def _pick(law: Tensor, x: Tensor) -> Tensor:

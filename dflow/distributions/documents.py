@@ -24,8 +24,7 @@ class Documents(Distribution):
     the first chunk begins behind them, and it is the law of the others given these.
 
     Args:
-        law: takes known entries that stand before the others, and sequences of up to ``length + context``;
-            it has terms by entry.
+        law: takes known entries that stand before the others, and sequences of up to ``length + context``.
         length: L, symbols of a chunk.
         context: C, symbols before a chunk that it is given, at most.
 
@@ -51,25 +50,39 @@ class Documents(Distribution):
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact nats ``(batch,)`` of those of the symbols, int64 ``(batch, n)``, that are not known."""
-        return self.log_prob_each(x, context).sum(1)
+        if self.by_entry:
+            return self.log_prob_each(x, context).sum(1)
+        total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        for _, _, windows in self._together(x, context):
+            terms = self.law.log_prob(windows.symbols, Context(known=windows)).double()
+            total += terms.view(-1, len(x)).sum(0)
+        return total
 
     def log_prob_each(self, x: Tensor, context: Context | None = None) -> Tensor:
         """The terms of `log_prob`, float64 ``(batch, n)``; 0 for symbols that are known."""
+        each = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+        for starts, before, windows in self._together(x, context):
+            terms = self.law.log_prob_each(windows.symbols, Context(known=windows)).double()
+            for start, chunk in zip(starts, terms.split(len(x)), strict=True):
+                each[:, start + before : start + chunk.shape[1]] = chunk[:, before:]
+        return each
+
+    def _together(self, x: Tensor, context: Context | None) -> Iterator[tuple[list[int], int, Known]]:
+        """Windows of one shape, scored together: where they begin, the number of known symbols, all symbols.
+
+        The windows of all sequences that begin at one place follow one another.
+        """
         batch, n = x.shape
         groups: dict[tuple[int, int], list[int]] = {}
         for window, begin, end in self.chunks(n, self._known(context, n)):
             groups.setdefault((begin - window, end - begin), []).append(window)
-        each = torch.zeros(batch, n, dtype=torch.float64, device=x.device)
         for (before, hidden), starts in groups.items():
             together = max(1, _ENTRIES // (batch * (before + hidden)))
             mask = self._mask(before, hidden, x.device)
             for i in range(0, len(starts), together):
                 some = starts[i : i + together]
                 windows = torch.cat([x[:, start : start + before + hidden] for start in some])
-                terms = self.law.log_prob_each(windows, Context(known=Known(windows, mask))).double()
-                for start, chunk in zip(some, terms.split(batch), strict=True):
-                    each[:, start + before : start + before + hidden] = chunk[:, before:]
-        return each
+                yield some, before, Known(windows, mask)
 
     def sample(
         self,

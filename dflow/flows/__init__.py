@@ -1,6 +1,10 @@
-"""Flow (a bijector with a base) and Split (a part factored out): both are distributions, so they nest."""
+"""Flow (a bijector with a base), Split (a part factored out), Infilled (the hidden part of a sequence).
+
+All are distributions, so they nest.
+"""
 
 from dflow.flows.flow import Flow
+from dflow.flows.infilled import Infilled
 from dflow.flows.split import Split
 
-__all__ = ["Flow", "Split"]
+__all__ = ["Flow", "Infilled", "Split"]

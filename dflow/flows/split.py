@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from dflow.core import Context, Distribution, agreed, lengths_in, present
+from dflow.core import Context, Distribution, agreed, lengths_in, present, span_in
 
 
 class Split(Distribution):
@@ -14,6 +16,9 @@ class Split(Distribution):
     The context of the conditional has ``x_a`` as its first given tensor, before those of the outer context.
     The length of a part is the number of its entries before the length T of the whole; the conditional gets
     the lengths of x_a too, as its last given tensor.
+
+    In a law of hidden entries alone (`dflow.flows.Infilled`) there are some of the entries only, and both
+    parts get what stands around them.
 
     Source: Dinh et al. 2017, arXiv 1605.08803 (multi-scale); Lindt and Hoogeboom 2021, arXiv 2107.11625
     (split priors).
@@ -47,12 +52,22 @@ class Split(Distribution):
 
     def parts(self, x: Tensor, context: Context | None = None) -> tuple[tuple[Tensor, Context | None], ...]:
         """``x_a`` with the context of the base, and ``x_b`` with that of the conditional."""
-        if x.shape[1] != self.dim:
-            raise ValueError(f"expected {self.dim} entries, found x of shape {tuple(x.shape)}")
-        present(context, len(x), self.dim)
-        x_a, x_b = x.index_select(1, self.kept_index), x.index_select(1, self.rest_index)
+        start, n = span_in(context, self.dim)
+        if x.shape[1] != n:
+            raise ValueError(f"expected {n} entries, found x of shape {tuple(x.shape)}")
+        present(context, len(x), n)
+        kept, rest = self._places(start, n)
+        x_a, x_b = x.index_select(1, kept), x.index_select(1, rest)
         of_base, of_conditional = self.contexts(x_a, context)
         return (x_a, of_base), (x_b, of_conditional)
+
+    def _places(self, start: int, n: int) -> tuple[Tensor, Tensor]:
+        """Kept and other entries among the n from ``start`` on, counted from there."""
+        if n == self.dim:
+            return self.kept_index, self.rest_index
+        both = self.kept_index, self.rest_index
+        kept, rest = (index[(index >= start) & (index < start + n)] - start for index in both)
+        return kept, rest
 
     def sample(
         self, n: int, context: Context | None = None, generator: torch.Generator | None = None
@@ -61,35 +76,42 @@ class Split(Distribution):
         present(context, n, self.dim)
         x_a = self.base.sample(n, self.contexts(None, context)[0], generator)
         x_b = self.conditional.sample(n, self.contexts(x_a, context)[1], generator)
-        return self.join(x_a, x_b)
+        return self.join(x_a, x_b, context)
 
-    def join(self, x_a: Tensor, x_b: Tensor) -> Tensor:
+    def join(self, x_a: Tensor, x_b: Tensor, context: Context | None = None) -> Tensor:
         """``x`` from its parts: the inverse of `parts`."""
-        x = x_a.new_empty(len(x_a), self.dim, *x_a.shape[2:])
-        return x.index_copy(1, self.kept_index, x_a).index_copy(1, self.rest_index, x_b)
+        start, n = span_in(context, self.dim)
+        kept, rest = self._places(start, n)
+        x = x_a.new_empty(len(x_a), n, *x_a.shape[2:])
+        return x.index_copy(1, kept, x_a).index_copy(1, rest, x_b)
 
     def contexts(self, x_a: Tensor | None, context: Context | None) -> tuple[Context | None, Context]:
         """The contexts of base and conditional; without ``x_a`` only that of the base is valid."""
         lengths, given = lengths_in(context), () if context is None else context.given
         with_kept = given if x_a is None else (x_a, *given)
-        noise = None if context is None else context.noise
-        of_kept, of_rest = (
-            None if noise is None else noise.select(index) for index in (self.kept_index, self.rest_index)
+        start, n = span_in(context, self.dim)
+        noise, around = (None, None) if context is None else (context.noise, context.around)
+        kept, rest = (
+            Context(
+                noise=noise and noise.select(index),
+                around=around and replace(around, number=len(index), start=int((part < start).sum())),
+            )
+            for index, part in zip(self._places(start, n), (self.kept_index, self.rest_index), strict=True)
         )
         if lengths is None:
-            of_base = context if noise is None else Context(given=given, noise=of_kept)
-            return of_base, Context(given=with_kept, noise=of_rest)
-        total = lengths.clamp(max=self.dim)
-        num_kept = (self.kept_index < total[:, None]).sum(1)
+            of_base = context if noise is None and around is None else replace(kept, given=given)
+            return of_base, replace(rest, given=with_kept)
+        total = lengths.clamp(max=n)
+        num_kept = (self._places(start, n)[0] < total[:, None]).sum(1)
         return (
-            Context(lengths=num_kept, given=given, noise=of_kept),
-            Context(lengths=total - num_kept, given=(*with_kept, num_kept), noise=of_rest),
+            replace(kept, lengths=num_kept, given=given),
+            replace(rest, lengths=total - num_kept, given=(*with_kept, num_kept)),
         )
 
     def rounded_mean(self, context: Context | None = None) -> Tensor:
         """The mean of the base, joined with the mean of the conditional given it."""
         x_a = self.base.rounded_mean(self.contexts(None, context)[0])
-        return self.join(x_a, self.conditional.rounded_mean(self.contexts(x_a, context)[1]))
+        return self.join(x_a, self.conditional.rounded_mean(self.contexts(x_a, context)[1]), context)
 
     def round_trip(self, x: Tensor, context: Context | None = None) -> bool | None:
         """The round trips of both parts, each by itself."""

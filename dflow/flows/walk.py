@@ -1,6 +1,7 @@
-"""The leaves of a law, that is, its distributions that are neither flows nor splits, and a walk over them.
+"""The leaves of a law, that is, its distributions that have no others in them, and a walk over them.
 
-A law is a tree: a `Flow` has a base, a `Split` a conditional and a base, and every other law is a leaf.
+A law is a tree: a `Flow` has a base, a `Split` a conditional and a base, an `Infilled` the law of what is
+hidden, and every other law is a leaf.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from dflow.core import Context, Distribution
 from dflow.flows.flow import Flow
+from dflow.flows.infilled import Infilled
 from dflow.flows.split import Split
 
 
@@ -21,6 +23,8 @@ def leaves(law: Distribution) -> Iterator[Distribution]:
     elif isinstance(law, Split):
         yield from leaves(law.conditional)
         yield from leaves(law.base)
+    elif isinstance(law, Infilled):
+        yield from leaves(law.law)
     else:
         yield law
 
@@ -35,6 +39,8 @@ def scattered(
         (x_a, of_base), (x_b, of_conditional) = law.parts(x, context)
         yield from scattered(law.conditional, x_b, of_conditional)
         yield from scattered(law.base, x_a, of_base)
+    elif isinstance(law, Infilled):
+        yield from scattered(law.law, *law.hidden(x, context))
     else:
         yield law, x, context
 
@@ -50,7 +56,9 @@ def gathered(
         return law.bijector.inverse(gathered(law.base, value, context), context)[0]
     if isinstance(law, Split):
         x_a = gathered(law.base, value, law.contexts(None, context)[0])
-        return law.join(x_a, gathered(law.conditional, value, law.contexts(x_a, context)[1]))
+        return law.join(x_a, gathered(law.conditional, value, law.contexts(x_a, context)[1]), context)
+    if isinstance(law, Infilled):
+        return law.whole(gathered(law.law, value, law.within(context)), context)
     return value(law, context)
 
 

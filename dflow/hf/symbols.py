@@ -17,6 +17,7 @@ from dflow.config import InputError
 from dflow.core import Context, Distribution, Known, check_lengths
 from dflow.distributions import SequenceCategorical, Walk
 from dflow.distributions.documents import Documents
+from dflow.flows import Infilled
 from dflow.hf import training
 from dflow.hf.arguments import IGNORED, answer, labels_optional, present_lengths, refuse_unknown, scaled
 from dflow.hf.config import DflowConfig
@@ -163,14 +164,26 @@ class DflowModel(Pretrained):
             return loss
         return loss - self._length_log_prob()[context].sum()
 
-    def log_prob(self, input_ids: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def log_prob(
+        self, input_ids: Tensor, lengths: Tensor | None = None, given: Tensor | None = None
+    ) -> Tensor:
         """Exact log-likelihood in nats, ``(batch,)``, of symbols int64 ``(batch, n)``.
 
         With ``config.explicit_length`` it includes the log-probability of each length.
 
+        Args:
+            input_ids: symbols, int64 ``(batch, n)``.
+            lengths: int64 ``(batch,)``, how many symbols of each sequence are present; None: all.
+            given: int64 ``(m,)``, symbols that stand before each sequence; for models with a context, and
+                for those that are drawn from left to right, which then take m + n symbols at most.
+
         Raises:
-            InputError: a symbol outside the alphabet, or lengths that this model cannot score.
+            InputError: a symbol outside the alphabet, lengths that this model cannot score, or given symbols
+                for a model that takes none.
         """
+        if given is not None and len(given):
+            law, x, context = self._given(input_ids, given)
+            return law.log_prob(x, context)
         x, lengths = self._whole(input_ids, lengths)
         law = self.law if self.documents is None or lengths is not None else self.documents
         log_prob = law.log_prob(x, Context(lengths=lengths))
@@ -189,15 +202,16 @@ class DflowModel(Pretrained):
         Args:
             input_ids: symbols, int64 ``(batch, n)``.
             lengths: int64 ``(batch,)``, as of `log_prob`.
-            given: int64 ``(m,)``, symbols that stand before each sequence; for models with a context, and
-                for those that are drawn from left to right, which then take m + n symbols at most.
+            given: int64 ``(m,)``, as of `log_prob`.
 
         Raises:
             InputError: a family whose law has no terms by entry; the errors of `log_prob`; and given symbols
                 for a model that takes none.
         """
         if given is not None and len(given):
-            return self._each_given(input_ids, given)
+            law, x, context = self._given(input_ids, given)
+            self._check_by_entry(law)
+            return law.log_prob_each(x, context)[:, len(given) :]
         x, lengths = self._whole(input_ids, lengths)
         law = self.law if self.documents is None or lengths is not None else self.documents
         self._check_by_entry(law)
@@ -206,7 +220,8 @@ class DflowModel(Pretrained):
             terms = torch.cat([terms, self._length_log_prob()[lengths][:, None]], 1)
         return terms
 
-    def _each_given(self, input_ids: Tensor, given: Tensor) -> Tensor:
+    def _given(self, input_ids: Tensor, given: Tensor) -> tuple[Distribution, Tensor, Context]:
+        """The law of sequences, and these with what stands before them, which the context knows."""
         documents, record = self.documents, self.config.record
         if self.config.explicit_length or (documents is None and not record.left_to_right):
             raise InputError(
@@ -216,8 +231,7 @@ class DflowModel(Pretrained):
         x = torch.cat([given.to(input_ids.device).expand(len(input_ids), -1), input_ids], 1)
         self._check(x, None)
         mask = torch.arange(x.shape[1], device=x.device) < len(given)
-        law = documents or self.law
-        return law.log_prob_each(x, Context(known=Known(x, mask)))[:, len(given) :]
+        return documents or self.law, x, Context(known=Known(x, mask))
 
     def _check_by_entry(self, law: Distribution) -> None:
         if not law.by_entry:
@@ -305,10 +319,11 @@ class DflowModel(Pretrained):
 
     def _prompt(self, prompt: Tensor, length: int) -> Tensor:
         """A prompt of draws of ``length`` symbols, checked, on the device of the model."""
-        if self.config.record.prompt == "no":
+        if self.config.record.prompt == "no" and self.documents is None:
             families = [name for name in zoo.names("text") if zoo.find(name).prompt != "no"]
+            context = "one that was trained with a model.context, or " * (self.config.record.known != "no")
             raise InputError(
-                f"a {self.config.family} model cannot continue a prompt; use one of family "
+                f"a {self.config.family} model cannot continue a prompt; use {context}one of family "
                 f"{', '.join(families)}"
             )
         if not (isinstance(prompt, Tensor) and (prompt.dtype, prompt.ndim) == (torch.int64, 1)):
@@ -343,7 +358,8 @@ class DflowModel(Pretrained):
 
     def _padded(self, x: Tensor) -> Tensor:
         """``x``, padded to the model's length where its law takes no other."""
-        if self.config.record.left_to_right or isinstance(self.distribution, (SequenceCategorical, Walk)):
+        any_length = isinstance(self.distribution, (SequenceCategorical, Walk, Infilled))
+        if self.config.record.left_to_right or any_length:
             return x
         return nn.functional.pad(x, (0, self.config.length - x.shape[1]))
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dflow import objectives
 from dflow.config import InputError
-from dflow.core import Distribution
+from dflow.core import Context, Distribution
 from dflow.dequantize import Dequantized, Elbo
 from dflow.distributions import CovarianceNormal, Gaussian
 
@@ -44,7 +44,7 @@ def loss_of_symbols(law: Distribution, x: Tensor, lengths: Tensor | None = None)
     if base is not None and moves and not bool(base.counts.any()):
         # Under a uniform base all latents cost the same, so that no map would learn.
         with _evaluating(law):
-            objectives.refit(law, [(x, lengths)])
+            objectives.refit(law, [(x, Context(lengths=lengths))])
     # One of the budgets of the law at random; `dflow train` takes all of them in turn.
     budgets = objectives.turns(law)
     turn = int(torch.randint(budgets, ())) if budgets > 1 else 0

@@ -5,15 +5,17 @@ They are independent of flows: symbols in, ``num_params`` numbers an entry out.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflow.core import Context, only_lengths
+from dflow.core import Around, Context, around_for, lengths_in, only_lengths
 from dflow.nn.attention import TransformerSize, initialize, ngrams, rotations
 from dflow.nn.counted import Counted, neighbours
 from dflow.nn.embed import Neighbours
-from dflow.nn.plans import FAR, GAPS, buckets
+from dflow.nn.plans import GAPS, gap_classes
 from dflow.ops.memo import Memo
 
 
@@ -24,12 +26,20 @@ class InfillTransformer(nn.Module):
     a grid with holes. The layers then attend among the hidden entries, which together have read every known
     symbol. Nothing is computed for known entries.
 
+    With ``takes_known`` these entries are some of the hidden ones of a sequence of which any others may be
+    known: a prompt, what stands around a gap (`dflow.core.Around`). ``known`` and ``hidden`` are then places
+    among all that there may be, and ``known`` may be empty. A neighbour is read in its column as
+    far as nothing that is known around stands between. Each entry also reads all readable symbols up to
+    ``window`` positions away, n-grams of these, and the distances to the nearest symbols that are known
+    around. Of these every ``window``-th attends too, so that text far away is read through them.
+
     Args:
         K: size of the alphabet.
         num_params: numbers for each hidden entry.
         known, hidden: int64 ``(n_known,)`` and ``(n_hidden,)``: positions in the whole sequence, sorted.
         size: see `TransformerSize`; ``window`` counts known symbols.
         zero_head: start with an output of zeros (the identity, for the parameters of a bijector).
+        takes_known: read what is known around; the context always says it.
     """
 
     known: Tensor
@@ -46,14 +56,16 @@ class InfillTransformer(nn.Module):
         size: TransformerSize = TransformerSize(),
         *,
         zero_head: bool = False,
+        takes_known: bool = False,
     ) -> None:
         """See the class."""
         super().__init__()
-        if len(known) < 1 or len(hidden) < 1:
+        if len(known) < (not takes_known) or len(hidden) < 1:
             raise ValueError(
                 f"an infilling network needs known and hidden entries, found {len(known)} and {len(hidden)}"
             )
-        self.K, self.size, window = K, size, size.window
+        self.K, self.size, self.takes_known, window = K, size, takes_known, size.window
+        self._slots: Memo[_Slots] = Memo()
         self.register_buffer("known", known.clone())
         self.register_buffer("hidden", hidden.clone())
         right = torch.searchsorted(known, hidden)[:, None]
@@ -62,16 +74,18 @@ class InfillTransformer(nn.Module):
         outside = (neighbours < 0) | (neighbours >= len(known))
         self.register_buffer("neighbours", neighbours.masked_fill(outside, len(known)))
         # Column j: the known symbol j + 1 places before the entry; column window + j: j + 1 places after it.
-        columns = [
-            [-o - 1 if o < 0 else window + o - 1 for o in pattern]
-            for pattern in ngrams(window, window, size.ngram_size)
-        ]
+        patterns = ngrams(window, window, size.ngram_size)
+        columns = [[-o - 1 if o < 0 else window + o - 1 for o in pattern] for pattern in patterns]
+        if takes_known:
+            # Column 3 * window + o: the symbol at distance o.
+            columns += [[3 * window + o for o in pattern] for pattern in patterns]
         self.embed = Neighbours(
             K,
             size.hidden_size,
-            2 * window,
+            4 * window + 1 if takes_known else 2 * window,
             columns,
             size.ngram_rows,
+            extra=2 * GAPS if takes_known else 0,
             std=(2 * window) ** -0.5,
             ngram_dropout=size.ngram_dropout,
         )
@@ -89,25 +103,106 @@ class InfillTransformer(nn.Module):
 
         Args:
             x: int64 ``(batch, n_known)`` or one-hot rows ``(batch, n_known, K)``.
-            context: lengths of whole sequences, or None.
+            context: lengths of whole sequences, what is known around, or None.
+
+        Raises:
+            ValueError: a network with ``takes_known`` and a context that does not say what is known around.
         """
-        lengths = only_lengths(context, len(x))
+        lengths, around = only_lengths(context, len(x)), around_for(self, context)
+        slots, text = self._of(around), None if around is None else around.symbols
         symbols = x.argmax(-1) if x.is_floating_point() else x
         mask = None
         if lengths is not None:
-            symbols = symbols.masked_fill(self.known >= lengths[:, None], self.K)
-            present = self.hidden < lengths[:, None]
-            diagonal = torch.eye(len(self.hidden), dtype=torch.bool, device=x.device)
+            symbols = symbols.masked_fill(slots.known >= lengths[:, None], self.K)
+            present = slots.hidden < lengths[:, None]
+            diagonal = torch.eye(len(slots.hidden), dtype=torch.bool, device=x.device)
             mask = (present[:, None] | diagonal)[:, None]
-        h: Tensor = self.embed(F.pad(symbols, (0, 1), value=self.K)[:, self.neighbours])
+        readable = F.pad(symbols, (0, 1), value=self.K)
+        readable = readable if text is None else torch.cat([readable, text], 1)
+        h: Tensor = self.embed(readable[:, slots.sources], slots.gaps)
         if x.is_floating_point():
             rows = torch.where((symbols != self.K)[..., None], x, 0.0)
-            h = h + self.embed.gradient_of(rows, self.neighbours)
+            h = h + self.embed.gradient_of(rows, slots.sources.clamp(max=x.shape[1]))
         h = h + self.mix(F.gelu(h, approximate="tanh"))
-        rotation = rotations(self.hidden, self.hidden, self.size.head_size, h.dtype)
+        rotation = rotations(slots.positions, slots.positions, self.size.head_size, h.dtype)
         for block in self.blocks:
             h = block(h, rotation, mask)
-        out: Tensor = self.head(self.norm(h))
+        out: Tensor = self.head(self.norm(h[:, : len(slots.hidden)]))
+        return out
+
+    def _of(self, around: Around | None) -> _Slots:
+        """The slots of a pattern of known entries, made once."""
+        if not self.takes_known:
+            return _Slots(self.known, self.hidden, self.hidden, self.neighbours)
+        if around is None:
+            raise ValueError("this network is one of a law of hidden entries, see dflow.flows.Infilled")
+        mask, first = around.mask, around.first
+        tensors = mask, self.known, self.hidden, self.neighbours
+        return self._slots(lambda: self._lay(mask, first), *tensors, key=first)
+
+    def _lay(self, mask: Tensor, first: int) -> _Slots:
+        window, places = self.size.window, (~mask).nonzero().flatten()
+        there = [(index >= first) & (index < first + len(places)) for index in (self.known, self.hidden)]
+        of_known, of_hidden = self.known[there[0]] - first, self.hidden[there[1]] - first
+        known, hidden, none = places[of_known], places[of_hidden], len(of_known)
+        # Neighbours among the known entries that are there.
+        near = self.neighbours[there[1]] - int((self.known < first).sum())
+        near = near.masked_fill((near < 0) | (near >= none), none)
+        # Which stretch of hidden entries an entry stands in.
+        stretch = mask.cumsum(0)
+        apart = F.pad(stretch[known], (0, 1), value=-1)[near] != stretch[hidden][:, None]
+        near = near.masked_fill(apart, none)
+        text = mask.nonzero().flatten()
+        positions = torch.cat([hidden, text[::window]])
+        near = F.pad(near, (0, 0, 0, len(positions) - len(hidden)), value=none)
+        line = torch.full((len(mask) + 2 * window,), none, device=mask.device)
+        line[window + known] = torch.arange(none, device=mask.device)
+        line[window + text] = none + 1 + text
+        sources = torch.cat([near, line.unfold(0, 2 * window + 1, 1)[positions]], 1)
+        gaps = gap_classes(mask)[positions] + self.embed.extra_row
+        return _Slots(of_known, of_hidden, positions, sources, gaps)
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """What an `InfillTransformer` computes, and what it reads.
+
+    Attributes:
+        known: int64 ``(n_known,)``, places among the hidden entries of the sequence.
+        hidden: int64 ``(n_hidden,)``, alike.
+        positions: int64 ``(slots,)``, in the whole sequence: of ``hidden``, then of others that are read.
+        sources: int64 ``(slots, columns)``, which of the known symbols is read, then none, then which of the
+            whole sequence.
+        gaps: rows of the embedding ``(slots, 2)`` for the distances to the nearest that is known around.
+    """
+
+    known: Tensor
+    hidden: Tensor
+    positions: Tensor
+    sources: Tensor
+    gaps: Tensor | None = None
+
+
+class StridedInfill(nn.Module):
+    """An infilling network as the net of a split: every second entry given the kept entries.
+
+    Entries of the split are ``stride`` positions of the whole sequence apart, and the net takes the lengths
+    of whole sequences.
+    """
+
+    def __init__(self, net: nn.Module, stride: int) -> None:
+        super().__init__()
+        self.net, self.stride = net, stride
+        self.takes_known = getattr(net, "takes_known", False)
+
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """The parameters that the network gives."""
+        num_hidden = lengths_in(context, len(x))
+        if context is not None and num_hidden is not None:
+            *given, num_kept = context.given
+            lengths = self.stride * (num_kept + num_hidden)
+            context = replace(context, lengths=lengths, given=tuple(given))
+        out: Tensor = self.net(x, context)
         return out
 
 
@@ -177,7 +272,7 @@ class MaskedTransformer(nn.Module):
         symbols = (x.argmax(-1) if x.is_floating_point() else x).masked_fill(~known, self.K)
         window = self.size.window
         read = F.pad(symbols, (window, window), value=self.K).unfold(1, 2 * window + 1, 1)
-        h: Tensor = self.embed(read, self._gaps(known))
+        h: Tensor = self.embed(read, gap_classes(known) + self.embed.extra_row)
         if x.is_floating_point():
             # The inference mode's sum to the last bit, with a gradient.
             sources = line[:, None] + torch.arange(-window, window + 1, device=x.device)
@@ -191,16 +286,6 @@ class MaskedTransformer(nn.Module):
         if self.counted is not None:
             out = self.counted(out, neighbours(symbols, self.counted.offsets, self.K), h)
         return out
-
-    def _gaps(self, known: Tensor) -> Tensor:
-        """Rows of the embedding (batch, n, 2) for the distances to the nearest known entries, either side."""
-        line = torch.arange(known.shape[1], device=known.device)
-        last = torch.where(known, line, -FAR).cummax(1).values
-        following = torch.where(known, line, FAR).flip(1).cummin(1).values.flip(1)
-        before = line - F.pad(last[:, :-1], (1, 0), value=-FAR)
-        after = F.pad(following[:, 1:], (0, 1), value=FAR) - line
-        rows = self.embed.extra_row + torch.tensor([0, GAPS], device=known.device)
-        return buckets(torch.stack([before, after], -1)) + rows
 
     def _rotations(self, line: Tensor, dtype: torch.dtype) -> Tensor:
         """The rotations of the first positions, a slice of those of all positions, which are made once."""

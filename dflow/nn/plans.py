@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dflow.nn.attention import rotations
 from dflow.ops.orders import check_order
@@ -24,6 +25,53 @@ FAR = 1 << 20
 def buckets(distances: Tensor) -> Tensor:
     """Classes 0..GAPS-1 of distances from 1 on: half powers of two."""
     return (2 * distances.double().log2()).long().clamp(max=GAPS - 1)
+
+
+def gap_classes(known: Tensor) -> Tensor:
+    """Classes ``(..., n, 2)`` of the distances to the nearest other known entries, before and behind each.
+
+    Those behind are numbered from `GAPS` on. ``known`` is bool ``(..., n)``.
+
+    >>> gap_classes(torch.tensor([True, False, False])).tolist()
+    [[17, 35], [0, 35], [2, 35]]
+    """
+    line = torch.arange(known.shape[-1], device=known.device)
+    last = torch.where(known, line, -FAR).cummax(-1).values
+    following = torch.where(known, line, FAR).flip(-1).cummin(-1).values.flip(-1)
+    before = line - F.pad(last[..., :-1], (1, 0), value=-FAR)
+    after = F.pad(following[..., 1:], (0, 1), value=FAR) - line
+    return buckets(torch.stack([before, after], -1)) + torch.tensor([0, GAPS], device=known.device)
+
+
+#: Number of classes that `reading_classes` tells apart.
+READING_CLASSES = 17
+
+
+def reading_classes(reads: Tensor, mask: Tensor, first: int = 0) -> Tensor:
+    """Classes, int64 ``(h,)``, of hidden entries by how near, on either side, a symbol is read for them.
+
+    A distance is 1, up to 3, up to 7, or more (or there is none), on either side; the last class is that of
+    entries for which nothing is read.
+
+    Args:
+        reads: bool ``(dim, dim)``, whether entry j of a law is read for entry i; on the diagonal whether
+            anything is (`dflow.ops.masks.reads`). What is known is read for all of these.
+        mask: bool ``(n,)``, True where an entry is known.
+        first: index of the first of the others among the entries of the law.
+
+    >>> reads = torch.tensor([[True, True, False], [False, True, False], [False, False, False]])
+    >>> reading_classes(reads, torch.tensor([True, False, False, False])).tolist()
+    [0, 7, 16]
+    """
+    places = (~mask).nonzero().flatten()
+    window = slice(first, first + len(places))
+    reads = reads[window, window].to(mask.device)
+    readable = mask.repeat(len(places), 1)
+    readable[:, places] = reads
+    line = torch.arange(len(places), device=mask.device)
+    sides = gap_classes(readable)[line, places] - torch.tensor([0, GAPS], device=mask.device)
+    before, after = (sides // 2).clamp(max=3).unbind(1)
+    return torch.where(reads.diagonal(), 4 * before + after, READING_CLASSES - 1)
 
 
 @dataclass

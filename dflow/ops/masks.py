@@ -6,7 +6,7 @@ each, for every coupling, in the order in which data pass through them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -77,3 +77,31 @@ MASKS: dict[str, Callable[[int, int], list[tuple[Tensor, Tensor]]]] = {
     "single": single,
     "blocks": blocks,
 }
+
+
+def first_of(number: int) -> int:
+    """How many positions of `strides`, counted from 1, so many entries leave out at the beginning.
+
+    The first and the last of them are then in the two finest couplings. Where both ends are next to symbols
+    that are known otherwise, these are always read by networks that learn from many entries.
+
+    >>> [first_of(number) for number in (1, 2, 3, 4, 5)]
+    [0, 0, 0, 2, 0]
+    """
+    return 2 if number % 4 == 0 else 0
+
+
+def reads(masks: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """What the first coupling that hides a position knows: bool ``(dim, dim)``, a row for each position.
+
+    On the diagonal it is whether any coupling hides the position.
+
+    >>> reads(strides(4, 2)).int().tolist()
+    [[0, 0, 0, 0], [1, 1, 1, 0], [1, 0, 1, 0], [1, 0, 1, 1]]
+    """
+    table = torch.zeros(len(masks[0][0]), len(masks[0][0]), dtype=torch.bool)
+    for known, hidden in masks:
+        first = (hidden & ~table.diagonal()).nonzero().flatten()
+        table[first] = known
+        table[first, first] = True
+    return table

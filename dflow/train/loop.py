@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from dflow import hf, objectives
 from dflow.config import InputError
+from dflow.core import Context, Known
 from dflow.memory import keep_memory
 from dflow.nn.batch_norm import StochasticBatchNorm
 from dflow.terminal import shown
@@ -374,7 +375,7 @@ class Run:
         Broken off to stop the training, an evaluation is done again when that is resumed.
         """
         progress, method, device = self.progress, self.task.method, self.accelerator.device
-        batches = (self._on_device(self.batch(progress.step + i)) for i in range(self.config.refit_batches))
+        batches = map(self._conditioned, range(progress.step, progress.step + self.config.refit_batches))
         with self.weights.evaluation() as model, method.ready(model, batches):
             bits = self._bits(model)
             progress.pending = loss if self.stop else math.nan
@@ -382,6 +383,12 @@ class Run:
                 progress.evaluated = progress.step
                 self._keep(model, loss, bits, method.judge(model, bits, device))
         self.accelerator.wait_for_everyone()
+
+    def _conditioned(self, step: int) -> tuple[Tensor, Context]:
+        """The symbols that a step learns, and the context in which it does."""
+        x, lengths = self._on_device(self.batch(step))
+        known = self.task.data.known(mix(self.config.seed, step))
+        return x, Context(lengths=lengths, known=None if known is None else Known(x, known.to(x.device)))
 
     def _rank_unit(self) -> str:
         return self.task.method.rank_unit or self.task.data.unit

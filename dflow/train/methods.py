@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dflow import hf, objectives
+from dflow.core import Context
 from dflow.dequantize import Iwbo, TruncatedNormal
 from dflow.distributions import Categorical, Gaussian
 from dflow.train.material import Batch, Images, mix
@@ -81,8 +82,11 @@ class Method:
         """Set what moves with the training to its values at this step."""
         return
 
-    def ready(self, model: Any, batches: Iterator[Batch]) -> AbstractContextManager[None]:
-        """Within it a model in evaluation mode is as it is to be evaluated and saved."""
+    def ready(self, model: Any, batches: Iterator[tuple[Tensor, Context]]) -> AbstractContextManager[None]:
+        """Within it a model in evaluation mode is as it is to be evaluated and saved.
+
+        ``batches`` are some of the training: of symbols, what is known and how long they are.
+        """
         return nullcontext()
 
 
@@ -114,7 +118,7 @@ class Symbols(Method):
             self.base.peak = config.peak.at(fraction) if config.peak and fraction < config.peak.until else 0.0
 
     @contextmanager
-    def ready(self, model: Any, batches: Iterator[Batch]) -> Iterator[None]:
+    def ready(self, model: Any, batches: Iterator[tuple[Tensor, Context]]) -> Iterator[None]:
         """With a base at the exact optimum for its weights.
 
         In training the base is a running average over weights of earlier steps, and may be pulled; it is

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dflow.bijectors import Autoregressive, Chain, Coupling, Reverse
 from dflow.config import InputError
-from dflow.core import Bijector, Context, Distribution, lengths_in
+from dflow.core import Bijector, Distribution
 from dflow.distributions import (
     AnyOrder,
     Categorical,
@@ -27,13 +27,14 @@ from dflow.distributions import (
     Walk,
 )
 from dflow.elementwise import DISCRETE
-from dflow.flows import Flow, Split
+from dflow.flows import Flow, Infilled, Split
 from dflow.nn.attention import TransformerSize
-from dflow.nn.infill import InfillTransformer, MaskedTransformer
+from dflow.nn.infill import InfillTransformer, MaskedTransformer, StridedInfill
 from dflow.nn.perceptron import InfillPerceptron
+from dflow.nn.plans import READING_CLASSES, reading_classes
 from dflow.nn.table import LARGEST, InfillTable, PrefixTable
 from dflow.nn.transformer import GroupCausalTransformer
-from dflow.ops.masks import MASKS
+from dflow.ops.masks import MASKS, first_of, reads
 from dflow.ops.orders import ORDERS, check_order, lockstep, shuffled
 from dflow.ops.straight_through import StraightThrough
 from dflow.zoo.family import Family, register
@@ -175,6 +176,16 @@ class BipartiteConfig(AttentionConfig):
         super().__post_init__()
         if self.length < 2:
             raise InputError(f"a coupling needs length 2 or more, found {self.length}")
+        if self.context and self.conditioner != "attention":
+            raise InputError(
+                f"conditioner {self.conditioner!r} has weights for each position and reads no known symbols: "
+                f"with context {self.context} use conditioner 'attention'"
+            )
+        if self.context and self.masks not in ("strides", "halves"):
+            raise InputError(
+                f"masks {self.masks!r} count from the last of a fixed number of hidden symbols: with context "
+                f"{self.context} use masks strides or halves"
+            )
         if self.masks == "blocks" and self.conditioner == "attention" and self.num_flows < self.length - 1:
             raise InputError(
                 "conditioner 'attention' distinguishes hidden positions by their known neighbours, and all "
@@ -223,7 +234,7 @@ class MultiscaleConfig(AttentionConfig):
         super().__post_init__()
         if self.length < 2:
             raise InputError(f"a level needs length 2 or more, found {self.length}")
-        most = (self.length - 1).bit_length()
+        most = _most_levels(self)
         if self.num_levels is not None and not 1 <= self.num_levels <= most:
             raise InputError(
                 f"num_levels must lie in 1..{most} for length {self.length}, found {self.num_levels}"
@@ -234,19 +245,40 @@ def bipartite(config: BipartiteConfig, K: int) -> Distribution:
     """Tran et al. 2019 (arXiv 1905.10347), couplings; ranks as in Lindt and Hoogeboom 2021."""
     estimator = StraightThrough()
     layers: list[Bijector] = []
-    for known, hidden in MASKS[config.masks](config.length, config.num_flows):
+    dim = _built_for(config)
+    # With a context entries are counted from 1, so that the first are in the finest couplings, which read and
+    # learn the most.
+    begin = int(config.context > 0 and config.masks == "strides")
+    counted = MASKS[config.masks](begin + dim, config.num_flows)
+    masks = [(known[begin:], hidden[begin:]) for known, hidden in counted if hidden[begin:].any()]
+    for known, hidden in masks:
         elementwise = DISCRETE[config.elementwise](K, estimator)
         net = _infill(
             config, K, elementwise.num_params, known.nonzero().flatten(), hidden.nonzero().flatten()
         )
         layers.append(Coupling(elementwise, net, known, hidden))
-    positions = torch.arange(config.length)
-    if config.masks != "strides":
-        return Flow(Chain(layers), _base(config, K, positions))
-    # Far from the ends, the law of a latent depends only on the coupling that transformed its position.
-    level = torch.tensor([(p & -p).bit_length() - 1 if p else -1 for p in positions.tolist()])
-    classes = torch.unique(level, return_inverse=True)[1]
-    return Flow(Chain(layers), _base(config, K, classes))
+    positions = torch.arange(dim)
+    if config.context and config.base == "factorized":
+        # How sure the law of an entry is depends on how near what is read for it is.
+        lay = functools.partial(reading_classes, reads(masks))
+        base: Distribution = Categorical(dim, K, None, False, lay, READING_CLASSES)
+    elif config.masks != "strides":
+        base = _base(config, K, positions)
+    else:
+        # Far from the ends, the law of a latent depends only on the coupling that transformed its position.
+        level = torch.tensor([(p & -p).bit_length() - 1 if p else -1 for p in positions.tolist()])
+        base = _base(config, K, torch.unique(level, return_inverse=True)[1])
+    return _infilled(config, Flow(Chain(layers), base))
+
+
+def _infilled(config: ModelConfig, law: Distribution) -> Distribution:
+    """In a model with a context, the law of the hidden entries as one of sequences."""
+    return Infilled(law, config.length, first_of) if config.context else law
+
+
+def _built_for(config: ModelConfig) -> int:
+    """Entries of the law: of sequences, or with a context of hidden ones, two of which may be skipped."""
+    return config.length + 2 if config.context else config.length
 
 
 def autoregressive(config: AutoregressiveConfig, K: int) -> Distribution:
@@ -273,39 +305,21 @@ def autoregressive(config: AutoregressiveConfig, K: int) -> Distribution:
     return Flow(Chain(layers), base)
 
 
-class _Infill(nn.Module):
-    """The conditioner of a coupling as the net of a `Split`: every second entry given the kept entries.
-
-    Entries of the split are ``stride`` positions of the whole sequence apart, and the net takes the lengths
-    of whole sequences.
-    """
-
-    def __init__(self, net: nn.Module, stride: int) -> None:
-        super().__init__()
-        self.net, self.stride = net, stride
-
-    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
-        num_hidden = lengths_in(context, len(x))
-        if context is not None and num_hidden is not None:
-            *given, num_kept = context.given
-            context = Context(lengths=self.stride * (num_kept + num_hidden), given=tuple(given))
-        out: Tensor = self.net(x, context)
-        return out
-
-
 def multiscale(config: MultiscaleConfig, K: int) -> Distribution:
     """Split priors as in Lindt and Hoogeboom 2021 (arXiv 2107.11625), in the strides of `bipartite`."""
     estimator = StraightThrough()
-    levels = config.num_levels or (config.length - 1).bit_length()
-    coarsest = -(-config.length >> levels)
+    # With a context the entries are counted from 1, as in `bipartite`.
+    first, levels = int(config.context > 0), config.num_levels or _most_levels(config)
+    dim = _built_for(config)
+    coarsest = dim >> levels if first else -(-dim >> levels)
     law: Distribution = Categorical(coarsest, K, torch.arange(coarsest).clamp(max=1), learned=False)
     for level in reversed(range(levels)):
         stride = 1 << level
-        positions = torch.arange(0, config.length, stride)
-        kept = torch.arange(len(positions)) % 2 == 0
+        positions = torch.arange(first * (stride - 1), dim, stride)
+        kept = torch.arange(len(positions)) % 2 == first
         elementwise = DISCRETE[config.elementwise](K, estimator)
         outputs = Spectra.num_outputs(elementwise, config.num_spectra)
-        net = _Infill(
+        net = StridedInfill(
             InfillTransformer(
                 K,
                 K if config.conditional == "categorical" else outputs,
@@ -314,6 +328,7 @@ def multiscale(config: MultiscaleConfig, K: int) -> Distribution:
                 # As in `bipartite`: coarse levels have fewer entries, and their n-grams say less.
                 config.size(ngram_rows=config.ngram_rows >> level),
                 zero_head=True,
+                takes_known=config.context > 0,
             ),
             stride,
         )
@@ -321,7 +336,12 @@ def multiscale(config: MultiscaleConfig, K: int) -> Distribution:
         if config.conditional == "spectra":
             conditional = Spectra(elementwise, net, K, config.num_spectra)
         law = Split(kept, conditional, law)
-    return law
+    return _infilled(config, law)
+
+
+def _most_levels(config: MultiscaleConfig) -> int:
+    """Levels until one entry is left."""
+    return _built_for(config).bit_length() - 1 if config.context else (config.length - 1).bit_length()
 
 
 def _order(name: str, dim: int, num_groups: int) -> Tensor:
@@ -411,6 +431,7 @@ def _infill(config: BipartiteConfig, K: int, num_params: int, known: Tensor, hid
         # Smaller tables for couplings with fewer hidden entries, whose n-grams also span larger distances.
         config.size(ngram_rows=config.ngram_rows * 2 * len(hidden) // config.length),
         zero_head=True,
+        takes_known=config.context > 0,
     )
 
 
@@ -424,15 +445,15 @@ def _check_table(rows: int, columns: int) -> None:
 
 def _base(config: BipartiteConfig | AutoregressiveConfig, K: int, classes: Tensor) -> Distribution:
     if config.base == "mixture":
-        return Mixture(config.length, K, config.components)
-    return Categorical(config.length, K, classes, learned=False)
+        return Mixture(len(classes), K, config.components)
+    return Categorical(len(classes), K, classes, learned=False)
 
 
 register(Family("grouped", "text", GroupedConfig, grouped, prompt="forced", known="anywhere"))
 register(Family("any_order", "text", AnyOrderConfig, any_order, prompt="exact", known="anywhere"))
-register(Family("bipartite", "text", BipartiteConfig, bipartite))
+register(Family("bipartite", "text", BipartiteConfig, bipartite, known="anywhere"))
 register(Family("autoregressive", "text", AutoregressiveConfig, autoregressive))
-register(Family("multiscale", "text", MultiscaleConfig, multiscale))
+register(Family("multiscale", "text", MultiscaleConfig, multiscale, known="anywhere"))
 register(
     Family(
         "transformer",
