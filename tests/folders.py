@@ -11,7 +11,8 @@ import yaml
 from PIL import Image
 
 from dflow import hf
-from dflow.data import Corpus, DataConfig, load
+from dflow.data import Corpus, DataConfig, count, load
+from dflow.hf.counts import counted
 
 LENGTH = 8
 TEXT = "\n".join(f"line {i} of a text: {'abcde'[i % 5] * (i % 7)}." for i in range(200)) + "\n"
@@ -113,6 +114,8 @@ def make_model(
         **SETTINGS[family],
     )
     model = hf.DflowModel(config)
+    for module in counted(model):
+        module.use(count(torch.randint(0, vocab_size, (200,)), vocab_size, module.patterns))
     with torch.no_grad():
         for p in model.parameters():  # flows start as the identity, which tests too little
             p.add_(0.3 * torch.randn_like(p))

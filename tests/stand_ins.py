@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 CAPS: dict[str, Any] = {
     "length": 64, "context": 16, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
     "intermediate_size": 8, "window": 2, "ngram_rows": 16, "num_flows": 2, "block": 1, "embedding_size": 4,
-    "num_spectra": 2,
+    "num_spectra": 2, "counts": 3,
     "dequantizer_hidden_size": 8, "dequantizer_hidden_layers": 1, "dequantizer_flows": 2, "context_size": 2,
     "spline_bins": 3, "mixture_components": 2, "components": 2, "prior_components": 1, "num_levels": 2,
     "groups": 2, "prior_groups": 3,
@@ -92,7 +92,7 @@ def _pixels(name: str) -> SplitPixels:
 
 def write_files(folder: Path) -> None:
     """Texts, pictures and arrays that commands name."""
-    for name in ("my.txt", "notes.txt", "other.txt", "README.md"):
+    for name in ("my.txt", "notes.txt", "other.txt", "training.txt", "README.md"):
         write_text(folder).rename(folder / name)
     (folder / "letter.txt").write_text("line 1 ____ a text: ____\nline 2 of a text.", encoding="utf-8")
     (folder / "story.txt").write_text("line 1 of a text: ____", encoding="utf-8")

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from cases import enumerate_all, randomize
+from cases import counting, enumerate_all, randomize
 from folders import SETTINGS
 
 from dflow import zoo
@@ -30,6 +30,9 @@ VARIANTS = [(family, {}) for family in zoo.names("text")] + [
     ("autoregressive", {"num_flows": 2, "elementwise": "shift"}),
     ("autoregressive", {"base": "autoregressive"}),
     ("autoregressive", {"num_flows": 2, "inversion": "jacobi"}),
+    ("transformer", {"counts": 3}),
+    ("grouped", {"counts": 3, "block": 2}),
+    ("autoregressive", {"counts": 3, "num_flows": 2}),
     ("multiscale", {"num_spectra": 1, "elementwise": "shift"}),
     ("multiscale", {"num_levels": 1, "num_spectra": 3, "elementwise": "affine"}),
     ("multiscale", {"num_levels": 2, "conditional": "categorical"}),
@@ -41,7 +44,7 @@ VARIANTS = [(family, {}) for family in zoo.names("text")] + [
 def test_every_family_is_normalised(family, changes):
     K, length = 3, 6
     config = zoo.settings(family, SETTINGS[family] | {"length": length} | changes)
-    model = randomize(zoo.build(family, config, K)).eval()
+    model = randomize(counting(zoo.build(family, config, K), K)).eval()
     x = enumerate_all(K, length)
     assert abs(float(model.log_prob(x).exp().sum()) - 1) < 1e-12
     if isinstance(model, Flow):
@@ -56,7 +59,8 @@ def test_every_family_is_normalised(family, changes):
 @torch.no_grad()
 def test_the_record_of_a_family_tells_what_its_law_does(family):
     record, K, length = zoo.find(family), 3, 6
-    law = randomize(zoo.build(family, zoo.settings(family, SETTINGS[family] | {"length": length}), K)).eval()
+    settings = zoo.settings(family, SETTINGS[family] | {"length": length})
+    law = randomize(counting(zoo.build(family, settings, K), K)).eval()
     if record.left_to_right:
         # Shorter sequences have a law of their own, the one of the beginnings of longer ones.
         long, short = enumerate_all(K, length), enumerate_all(K, 2)

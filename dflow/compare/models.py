@@ -20,6 +20,7 @@ from dflow.distributions import SequenceCategorical, Walk
 from dflow.evaluate import Evaluation, Protocol, evaluate
 from dflow.flows import Flow, Split
 from dflow.hf import DflowModel
+from dflow.hf.counts import count_bytes
 from dflow.plot import Curve, frontier, short_names
 
 #: Laws that draw symbols themselves, and no more than are asked for.
@@ -36,6 +37,7 @@ class Row:
         name: of the model.
         family: of the model.
         num_parameters: trained numbers.
+        count_bytes: bytes of the counts of its training text; 0 where it reads none.
         evaluation: exact bits, with protocol.
         num_calls: sequential network calls to draw one sample; where they depend on the sample, measured: the
             mean over as many draws as rounds, rounded.
@@ -50,6 +52,7 @@ class Row:
     name: str
     family: str
     num_parameters: int
+    count_bytes: int
     evaluation: Evaluation
     num_calls: int
     latency_ms: float
@@ -150,6 +153,7 @@ def _rows(
             name=c.name,
             family=c.model.config.family,
             num_parameters=c.model.num_parameters(),
+            count_bytes=count_bytes(c.model),
             evaluation=scores[i],
             num_calls=calls[i],
             latency_ms=1e3 * latencies[i].seconds,
@@ -261,7 +265,7 @@ def markdown(comparison: Comparison) -> str:
         rows.append(
             [
                 row.name,
-                f"{row.num_parameters:,}",
+                _size(row),
                 f"{e.bpc:.4f}{error}",
                 f"{row.num_calls:,}",
                 f"{row.latency_ms:.2f} ({thread_count(row.latency_threads)})",
@@ -290,6 +294,12 @@ def markdown(comparison: Comparison) -> str:
         notes.append(f"Round trip not checked: {', '.join(unchecked)}.")
     table = results.document(head, 1, rows, notes)
     return table if comparison.texts is None else f"{table}\n{texts_markdown(comparison.texts)}"
+
+
+def _size(row: Row) -> str:
+    """The parameters of a model, and its counts where it has any."""
+    counts = f" + {row.count_bytes / 1000**2:,.1f} MB of counts" if row.count_bytes else ""
+    return f"{row.num_parameters:,}{counts}"
 
 
 def record(comparison: Comparison) -> str:

@@ -28,7 +28,7 @@ def set_counts(model: nn.Module, table: CountTable) -> None:
         module.use(table)
 
 
-def num_bytes(model: nn.Module) -> int:
+def count_bytes(model: nn.Module) -> int:
     """Size of the counts of ``model``, 0 for none."""
     return max((module.table.num_bytes for module in counted(model) if module.has_table), default=0)
 
