@@ -62,6 +62,14 @@ class Compress(Threads, Results):
         "exponent of the local deviations, 2^-SIGMA, of a dequantized flow (default: 14)", None
     )
     noise: int | None = flag("bits of noise a dimension of a dequantized flow (default: 12)", None)
+    protocol: Literal["chunks", "rolling"] = flag(
+        "how a text is coded: chunks, each by itself and many at a time, or rolling, each given the text "
+        "before it, by models with a context: fewer bits, and slower",
+        "chunks",
+    )
+    adapt: bool = flag(
+        "under --protocol rolling, let the counts of the model go on with the text before a chunk", False
+    )
     batch_size: int = flag("number of tiles, or chunks of a text, that the networks see at a time", 64)
 
 
@@ -94,6 +102,9 @@ def compress_pictures(flags: Compress, jobs: Jobs) -> int:
     from dflow.compress import LIMIT, compress_images, load_image_coder
     from dflow.generate import write_whole
 
+    if flags.protocol != "chunks" or flags.adapt:
+        what = "--adapt" if flags.adapt else f"--protocol {flags.protocol}"
+        raise InputError(f"{what} is for models of text; {flags.model} is of another kind")
     coder = tuned(load_image_coder(flags.model, flags.mode, flags.batch_size), flags)
     reports, notes = [], list[str]()
     for target, group in jobs:
@@ -144,6 +155,8 @@ def compress_files(flags: Compress, jobs: Jobs) -> int:
             {file.name: file.read_bytes() for file in group},
             coder,
             batch=flags.batch_size,
+            rolling=flags.protocol == "rolling",
+            adapt=flags.adapt,
             verify=not flags.no_verify,
             progress=True,
         )

@@ -21,7 +21,7 @@ from dflow.coding.codes import Code, Intervals, RowsCode, Shared, Stack, join
 from dflow.coding.frozen import Cells, FrozenMixture
 from dflow.coding.integers import LogisticCode, MixtureCode, WindowCode
 from dflow.coding.tables import Tables, logistic_tables, logit_counts
-from dflow.core import Context, Distribution, present, span_in
+from dflow.core import Context, Distribution, known_in, present, span_in
 from dflow.distributions import categorical
 from dflow.distributions.any_order import Walk
 from dflow.distributions.logistic import Logistics
@@ -188,18 +188,27 @@ def _(distribution: categorical.Mixture, n: int, context: Context | None) -> tup
 
 @steps.register
 def _(distribution: SequenceCategorical, n: int, context: Context | None) -> tuple[int, Steps]:
-    """Call by call, as `sample` draws; absent entries are shown to the net as 0."""
+    """Call by call, as `sample` draws; absent entries are shown to the net as 0.
+
+    With known entries in the context the law is one that is made for them, by `SequenceCategorical.among`;
+    they are shown to the net and not coded.
+    """
 
     def chain() -> Steps:
         rows, state = distribution.start(n, context)
-        mask, previous = present(context, n, distribution.dim), None
+        mask, known = present(context, n, distribution.dim, takes_known=True), known_in(context)
+        begin = distribution.read_known(known, state, context)
+        previous = known.symbols[:, begin - 1 : begin] if known is not None and begin else None
         row_starts = torch.arange(n, device=distribution.order.device)[:, None] * distribution.dim
-        for row in rows:
+        for row in rows[begin:]:
             logits = distribution.net.step(previous, state)
             is_present = (
                 torch.ones(n, len(row), dtype=torch.bool, device=row.device) if mask is None else mask[:, row]
             )
             previous = torch.zeros(n, len(row), dtype=torch.int64, device=row.device)
+            if known is not None:
+                previous = torch.where(known.mask[row], known.symbols[:, row], previous)
+                is_present = is_present & ~known.mask[row]
             previous[is_present] = yield (row_starts + row)[is_present], _rows(logits[is_present])
 
     return distribution.dim, chain()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil, log
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dflow.coding import codec
 from dflow.coding.coder import Coder
-from dflow.coding.codes import Shared
+from dflow.coding.codes import Shared, Stack
 from dflow.coding.container import Damaged
 from dflow.coding.tables import Tables, integer_counts
 from dflow.compress import planes
@@ -22,8 +22,10 @@ from dflow.compress.clock import progress_bar
 from dflow.compress.planes import Counts
 from dflow.compress.text_coder import TextCoder, TextPlan
 from dflow.config import InputError
-from dflow.core import Context
-from dflow.data import Bytes
+from dflow.core import Context, Distribution, Known
+from dflow.data import Bytes, GrowingCounts
+from dflow.distributions import SequenceCategorical
+from dflow.hf.counts import counted
 
 Array = NDArray[Any]
 
@@ -129,13 +131,25 @@ class Chunks:
         return Chunks(torch.from_numpy(x), torch.from_numpy(lengths.astype(np.int64)))
 
     def plan(
-        self, files: tuple[tuple[str, int], ...], symbols: ChunkSymbols, coder: TextCoder, most: int
+        self,
+        files: tuple[tuple[str, int], ...],
+        symbols: ChunkSymbols,
+        coder: TextCoder,
+        most: int,
+        weight: int | None,
     ) -> TextPlan:
-        """What the header says of them, where up to ``most`` are coded together."""
+        """What the header says of them, where up to ``most`` are coded together.
+
+        With a ``weight``, of counts that adapt or 0, they are coded one after another.
+        """
         n = len(self.x)
-        batch = ceil(n / ceil(n / most)) if n else 0
+        batch = ceil(n / ceil(n / most)) if n and weight is None else 0
+        context = coder.context if n and weight is not None else 0
         last = int(self.lengths[-1:].sum()) if coder.lengths is None else 0
-        return TextPlan(files, True, symbols.latin, coder.calls, n, last, batch, symbols.counts)
+        weight = (weight or 0) if n else 0
+        return TextPlan(
+            files, True, symbols.latin, coder.calls, n, last, batch, context, weight, symbols.counts
+        )
 
     def block(self, plan: TextPlan, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Rows of a block and their lengths, filled up with absent ones to the size of all blocks."""
@@ -161,6 +175,83 @@ def _cuts(lengths: Array, coder: TextCoder) -> Array:
 # -- chunks on a stack -----------------------------------------------------------------------------------
 
 
+class _Recorder:
+    """A stack that remembers what is pushed: chunks are coded from the first on, and pushed from the last."""
+
+    def __init__(self) -> None:
+        self.pushed: list[tuple[Tensor, Tensor]] = []
+
+    def push(self, start: Tensor, size: Tensor) -> None:
+        self.pushed.append((start, size))
+
+    def replay(self, stack: Coder) -> None:
+        for start, size in self.pushed:
+            stack.push(start, size)
+
+
+class _Walker:
+    """The laws of chunks that are coded one after another, each given the text before it.
+
+    Args:
+        coder: of a model with a context.
+        plan: what the header says.
+    """
+
+    def __init__(self, coder: TextCoder, plan: TextPlan) -> None:
+        self.coder, self.plan = coder, plan
+        self.text = torch.zeros(1, 0, dtype=torch.int64)
+        modules = list(counted(coder.law))
+        self.growing: GrowingCounts | None = None
+        if plan.weight:
+            if not modules:
+                raise Damaged("is coded with counts that adapt, and the model has none")
+            patterns = sorted({pattern for module in modules for pattern in module.patterns}, key=len)
+            self.growing = GrowingCounts(coder.tokenizer.size, patterns, plan.weight)
+        for module in modules:
+            module.also = self.growing
+
+    def law(self, length: int) -> tuple[Distribution, Context, Tensor]:
+        """The law of the next chunk, its context, and the known symbols before it, ``(1, known)``."""
+        tail = self.text[:, max(0, self.text.shape[1] - self.plan.context) :]
+        mask = torch.arange(tail.shape[1] + length) < tail.shape[1]
+        law, symbols = self.coder.law, torch.cat([tail, tail.new_zeros(1, length)], 1)
+        if isinstance(law, SequenceCategorical):
+            law = law.among(mask)
+        return law.eval(), Context(known=Known(symbols, mask)), tail
+
+    def advance(self, chunk: Tensor) -> None:
+        """Take a chunk, int64 ``(1, n)``, for known from now on."""
+        self.text = torch.cat([self.text, chunk], 1)
+        if self.growing is not None:
+            self.growing.extend(chunk[0])
+
+
+def _push_rolling(stack: Coder, coder: TextCoder, plan: TextPlan, chunks: Chunks, bar: Any) -> None:
+    """Push chunks that are coded one after another."""
+    walker, recorders = _Walker(coder, plan), list[_Recorder]()
+    for x, length in zip(chunks.x, chunks.lengths.tolist(), strict=True):
+        law, context, tail = walker.law(length)
+        recorders.append(_Recorder())
+        codec.push(law, torch.cat([tail, x[None, :length]], 1), cast(Stack, recorders[-1]), context)
+        walker.advance(x[None, :length])
+        bar.update()
+    for recorder in reversed(recorders):
+        recorder.replay(stack)
+
+
+def _pop_rolling(
+    stack: Coder, coder: TextCoder, plan: TextPlan, lengths: Tensor, bar: Any
+) -> Iterator[Array]:
+    """The chunks that `_push_rolling` pushed."""
+    walker = _Walker(coder, plan)
+    for length in lengths.tolist():
+        law, context, tail = walker.law(length)
+        chunk = codec.pop(law, 1, stack, context)[:, tail.shape[1] :]
+        walker.advance(chunk)
+        yield chunk[0].numpy()
+        bar.update()
+
+
 def _context(lengths: Tensor, coder: TextCoder) -> Context | None:
     """Lengths where some entry is absent, or where the model knows of them."""
     is_short = coder.lengths is not None or bool((lengths < coder.length).any())
@@ -180,7 +271,9 @@ def push(
         stack.push(*planes.intervals(steps, symbols.values))
     plane_bits = float(stack.num_bits)
     with progress_bar(plan.chunks, "chunk", "encode", progress) as bar:
-        for start, stop in reversed(plan.blocks):
+        if plan.rolling:
+            _push_rolling(stack, coder, plan, chunks, bar)
+        for start, stop in () if plan.rolling else reversed(plan.blocks):
             x, lengths = chunks.block(plan, start, stop)
             codec.push(coder.law, x, stack, _context(lengths, coder))
             bar.update(stop - start)
@@ -228,6 +321,9 @@ def _streams(
 ) -> Iterator[Array]:
     """The symbols that are present, block by block."""
     with progress_bar(plan.chunks, "chunk", "decode", progress) as bar:
+        if plan.rolling:
+            yield from _pop_rolling(stack, coder, plan, lengths, bar)
+            return
         for start, stop in plan.blocks:
             filled = _filled(lengths[start:stop], plan.batch)
             x = codec.pop(coder.law, plan.batch, stack, _context(filled, coder))[: stop - start]
@@ -239,6 +335,13 @@ def _streams(
 def ideal(coder: TextCoder, plan: TextPlan, chunks: Chunks) -> float:
     """Bits of the symbols by the likelihood."""
     nats = 0.0
+    if plan.rolling:
+        walker = _Walker(coder, plan)
+        for x, length in zip(chunks.x, chunks.lengths.tolist(), strict=True):
+            law, context, tail = walker.law(length)
+            nats -= float(law.log_prob(torch.cat([tail, x[None, :length]], 1), context))
+            walker.advance(x[None, :length])
+        return nats / log(2)
     for start, stop in plan.blocks:
         x, lengths = chunks.block(plan, start, stop)
         nats -= float(coder.law.log_prob(x, _context(lengths, coder)).sum())

@@ -31,6 +31,10 @@ from dflow.compress.dfl import BATCH, LIMIT, BaseReport, Description
 from dflow.compress.pixels import check_name
 from dflow.compress.text_coder import MOST_BATCH, TextCoder, TextPlan
 from dflow.config import InputError
+from dflow.data.counting import WEIGHT
+from dflow.distributions import SequenceCategorical
+from dflow.flows import Infilled
+from dflow.hf.counts import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,8 @@ def compress_text(
     model: str | os.PathLike[str] | TextCoder,
     *,
     batch: int = BATCH,
+    rolling: bool = False,
+    adapt: bool = False,
     verify: bool = True,
     analytic: bool = False,
     progress: bool = False,
@@ -68,20 +74,23 @@ def compress_text(
         model: folder of a model of text (``FOLDER@CALLS`` of a grouped one), or what `TextCoder` made of it.
         batch: chunks that are coded together, at most; more are faster and take more memory in both
             directions.
+        rolling: code chunks one after another, each given the text before it: fewer bits, and slower.
+        adapt: with ``rolling``, let the counts of the model go on with the text before a chunk.
         verify: decode the result and compare.
         analytic: compute the bits by the likelihood too.
         progress: show a bar on stderr.
 
     Raises:
         InputError: no files, a name that no file can have, a model that is not one of text; a result that
-            does not decode to these bytes.
+            does not decode to these bytes; ``rolling`` or ``adapt`` by a model that cannot.
     """
     _check(files, batch)
     coder = model if isinstance(model, TextCoder) else TextCoder.load(model)
+    weight = _weight(coder, rolling, adapt)
     whole = b"".join(files.values())
     stored = TextPlan(tuple((name, len(data)) for name, data in files.items()))
     with one_thread(), clock(coder.law) as encode:
-        coded = _encode(whole, coder, stored, batch, analytic, progress) if whole else _Coded(stored)
+        coded = _encode(whole, coder, stored, batch, weight, analytic, progress) if whole else _Coded(stored)
     note = ""
     if whole and not coded.plan.coded:
         note = f"the vocabulary of {coder.where} cannot spell it: stored as it is"
@@ -119,6 +128,24 @@ def _check(files: Mapping[str, bytes], batch: int) -> None:
         raise InputError(f"batch size {batch} is not in 1..{MOST_BATCH}")
 
 
+def _weight(coder: TextCoder, rolling: bool, adapt: bool) -> int | None:
+    """How often a symbol of the text before a chunk counts; None where each chunk is coded by itself."""
+    if not rolling:
+        if adapt:
+            raise InputError("adapt: each chunk is coded by itself; code them rolling, or leave adapt out")
+        return None
+    if not coder.context or coder.lengths is not None:
+        raise InputError(
+            f"{coder.where}: cannot read the text before a chunk (model.context is 0), so that each chunk is "
+            "coded by itself; leave rolling out, or train it with a model.context"
+        )
+    if not isinstance(coder.law, (SequenceCategorical, Infilled)):
+        raise InputError(f"{coder.where}: models of its family code each chunk by itself; leave rolling out")
+    if adapt and not any(True for _ in counted(coder.law)):
+        raise InputError(f"{coder.where}: has no counts that could adapt; leave adapt out")
+    return WEIGHT if adapt else 0
+
+
 class _Coded(NamedTuple):
     """A text on a stack, and of the report what only the encoder knows."""
 
@@ -130,14 +157,20 @@ class _Coded(NamedTuple):
 
 
 def _encode(
-    whole: bytes, coder: TextCoder, stored: TextPlan, batch: int, analytic: bool, progress: bool
+    whole: bytes,
+    coder: TextCoder,
+    stored: TextPlan,
+    batch: int,
+    weight: int | None,
+    analytic: bool,
+    progress: bool,
 ) -> _Coded:
     """The text coded; the plan is still the one of stored bytes where the vocabulary cannot spell it."""
     symbols = chunking.spell(whole, coder)
     if symbols is None:
         return _Coded(stored)
     chunks, stack = Chunks.of(symbols, coder), Coder()
-    plan = chunks.plan(stored.files, symbols, coder, batch)
+    plan = chunks.plan(stored.files, symbols, coder, batch, weight)
     side = chunking.push(stack, coder, plan, symbols, chunks, progress)
     bits = chunking.ideal(coder, plan, chunks) if analytic else None
     return _Coded(plan, stack.to_bytes(), len(symbols.stream), side, bits)
@@ -180,7 +213,11 @@ def describe_text(data: bytes, name: str = "the file") -> Description:
     rows = dfl.describe(parsed, len(plan.files), f"{len(data):,}")
     if plan.coded:
         calls = f", {plan.calls} network calls each" if plan.calls else ""
-        rows.append(("chunks", f"{plan.chunks:,}, {plan.batch:,} at a time{calls}"))
+        how = f"{plan.batch:,} at a time"
+        if plan.rolling:
+            how = f"one after another, each given the {plan.context:,} symbols before it"
+            how += f" and counts of all before it, {plan.weight} times" if plan.weight else ""
+        rows.append(("chunks", f"{plan.chunks:,}, {how}{calls}"))
         rows.append(("outside the vocabulary", f"{sum(plan.counts.escapes):,} characters"))
     else:
         rows.append(("chunks", "none: stored as it is"))

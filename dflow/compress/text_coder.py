@@ -22,6 +22,8 @@ from dflow.data import Characters, Tokenizer
 
 #: Chunks that are coded together, at most.
 MOST_BATCH = 1 << 8
+#: Most times that a symbol of the text before counts.
+MOST_WEIGHT = 1 << 8
 #: Probability of an empty line, which models of sentences do not know.
 _EMPTY = 2.0**-10
 
@@ -34,6 +36,7 @@ class TextCoder:
         law: prepared in mode float64.
         tokenizer: its vocabulary.
         length: of a chunk.
+        context: symbols before a chunk that it can be given, 0 for none.
         lengths: probabilities of the lengths of sentences, from 0 to ``length``; None for a model of streams.
         calls: network calls that were chosen, 0 for those that the model has of itself.
         fingerprint: 8 bytes.
@@ -43,6 +46,7 @@ class TextCoder:
     law: Distribution
     tokenizer: Tokenizer
     length: int
+    context: int
     lengths: Tensor | None
     calls: int
     fingerprint: bytes
@@ -96,7 +100,8 @@ class TextCoder:
         )
         # Of the model with all of its numbers of calls; a file names the number that it uses.
         digest = fingerprint(model.distribution, tables, cls.mode, extra.encode())[: container.FINGERPRINT]
-        return cls(prepared, tokenizer, model.config.length, lengths, calls, digest, where)
+        context = getattr(model.config, "context", 0)
+        return cls(prepared, tokenizer, model.config.length, context, lengths, calls, digest, where)
 
     @property
     def alphabet(self) -> Alphabet | None:
@@ -117,7 +122,10 @@ class TextPlan:
         calls: of the network for each chunk, 0 for those that the model has of itself.
         chunks: how many.
         last: symbols of the last; for models of sentences the stream holds the lengths of all chunks.
-        batch: chunks that are coded together.
+        batch: chunks that are coded together; 0 where they are coded one after another, each given the text
+            before it.
+        context: symbols before a chunk that it is given, at most, where chunks come one after another.
+        weight: how often the model's counts count each symbol of the text before a chunk; 0 for not at all.
         counts: of the planes.
     """
 
@@ -128,7 +136,14 @@ class TextPlan:
     chunks: int = 0
     last: int = 0
     batch: int = 0
+    context: int = 0
+    weight: int = 0
     counts: Counts = field(default_factory=Counts)
+
+    @property
+    def rolling(self) -> bool:
+        """Whether chunks are coded one after another."""
+        return self.chunks > 0 and self.batch == 0
 
     @property
     def raw(self) -> int:
@@ -148,6 +163,8 @@ class TextPlan:
             data += dfl.name_bytes(name) + varint(size)
         if self.coded:
             data += b"".join(map(varint, (self.calls, self.chunks, self.last, self.batch)))
+            if self.rolling:
+                data += varint(self.context) + varint(self.weight)
             data += self.counts.to_bytes()
         return data
 
@@ -169,10 +186,12 @@ class TextPlan:
         if is_coded:
             calls, chunks, last = reader.varint(1 << 20), reader.varint(), reader.varint()
             batch = reader.varint(MOST_BATCH)
+            rolling = chunks > 0 and batch == 0
+            context, weight = (reader.varint(), reader.varint(MOST_WEIGHT)) if rolling else (0, 0)
             counts = Counts.read(reader, plan.raw + 1)
-            plan = TextPlan(plan.files, True, latin, calls, chunks, last, batch, counts)
+            plan = TextPlan(plan.files, True, latin, calls, chunks, last, batch, context, weight, counts)
             # Each chunk but the last, and each line, has a byte at least.
-            if chunks > plan.raw + 1 or (chunks > 0) != (batch > 0) or batch > chunks:
+            if chunks > plan.raw + 1 or batch > chunks:
                 raise Damaged("declares more chunks than it has bytes")
         elif latin:
             raise Damaged("says both that its bytes are stored and that they are coded")

@@ -11,6 +11,11 @@ from torch import Tensor
 
 from dflow.ops.counts import CountTable, Pattern, factor, symbol_bits
 
+#: How often each symbol of the text at hand counts beside those of the training text. Measured on the
+#: validation part of PTB: n-grams alone 1.4796 bits without, 1.4595, 1.4554 and 1.4549 with weights of 1, 3
+#: and 5.
+WEIGHT = 3
+
 
 def count(
     text: Tensor,

@@ -214,7 +214,7 @@ class SequenceCategorical(Distribution):
         known = known_in(context)
         if known is not None:
             x = torch.where(known.mask, known.symbols, x)
-        begin = self._read(known, state, context)
+        begin = self.read_known(known, state, context)
         if begin and known is not None:
             drawn = known.symbols[:, begin - 1 : begin]
         ahead: list[Tensor] = []
@@ -241,7 +241,7 @@ class SequenceCategorical(Distribution):
             return 0
         return int(known.mask.sum())
 
-    def _read(self, known: Known | None, state: Any, context: Context | None) -> int:
+    def read_known(self, known: Known | None, state: Any, context: Context | None) -> int:
         """Let the network read what is known before the first call; returns how many rows that spares.
 
         What is known alike of all sequences is read once, and the state copied.

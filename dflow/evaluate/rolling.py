@@ -11,17 +11,13 @@ from torch.nn import functional as F
 from dflow.config import InputError
 from dflow.core import Context, Distribution, Known
 from dflow.data import Draws, GrowingCounts, Text
+from dflow.data.counting import WEIGHT
 from dflow.distributions import SequenceCategorical
 from dflow.distributions.documents import Documents
 from dflow.evaluate.driver import Rows, Scorer
 from dflow.hf import DflowModel
 from dflow.hf.counts import counted
 from dflow.nn.lstm import LSTM, Carried
-
-#: How often each symbol of the text at hand counts beside those of the training text. Measured on the
-#: validation part of PTB: n-grams alone 1.4796 bits without, 1.4595, 1.4554 and 1.4549 with weights of 1, 3
-#: and 5.
-_WEIGHT = 3
 
 
 class Rolling(Scorer):
@@ -80,10 +76,10 @@ class Rolling(Scorer):
                 "model.counts, or leave adapt out"
             )
         patterns = sorted({pattern for module in modules for pattern in module.patterns}, key=len)
-        self.growing = GrowingCounts(self.model.config.vocab_size, patterns, _WEIGHT)
+        self.growing = GrowingCounts(self.model.config.vocab_size, patterns, WEIGHT)
         for module in modules:
             module.also = self.growing
-        self.protocol += f"; counts go on with the text scored so far, each symbol {_WEIGHT} times"
+        self.protocol += f"; counts go on with the text scored so far, each symbol {WEIGHT} times"
 
     def _count(self, row: int) -> None:
         """Count what a row has scored."""
