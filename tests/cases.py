@@ -8,7 +8,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from dflow import zoo
 from dflow.bijectors import (
     ActNorm,
     Autoregressive,
@@ -301,11 +300,6 @@ def split_flow(K: int, dim: int) -> Split:
     return Split(mask, law, Flow(autoregressive(ModAffine(K), K, kept), counted(K, kept)))
 
 
-def multiscale(K: int, dim: int, conditional: str) -> Distribution:
-    sizes = {"hidden_size": 8, "num_attention_heads": 2, "window": 2, "length": dim, "counts": 4}
-    return zoo.build("multiscale", zoo.settings("multiscale", sizes | {"conditional": conditional}), K)
-
-
 BASES: dict[str, Callable[[int, int], Distribution]] = {
     "uniform": lambda K, dim: Categorical(dim, K, learned=False),
     "counted": counted,
@@ -339,9 +333,6 @@ BASES: dict[str, Callable[[int, int], Distribution]] = {
     "counts, transformer": lambda K, dim: counting_causal(K, dim, "transformer"),
     "counts, lstm": lambda K, dim: counting_causal(K, dim, "lstm"),
     "counts, ngram": lambda K, dim: counting_causal(K, dim, "ngram"),
-    "counts, flow": lambda K, dim: Flow(infill_coupling(ModRank(K), K, dim, 4), counted(K, dim)),
-    "counts, spectra": lambda K, dim: counting(multiscale(K, dim, "spectra"), K),
-    "counts, categorical": lambda K, dim: counting(multiscale(K, dim, "categorical"), K),
     "split": split,
     "split flow": split_flow,
     "spectra": lambda K, dim: split_spectra(ModRank(K), K, dim, 3),

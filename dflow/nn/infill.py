@@ -24,6 +24,8 @@ from dflow.ops.memo import Memo
 _REACH = 8
 #: Longest contexts of contiguous symbols that are counted for hidden entries around which any may be known.
 _CONTIGUOUS = 4
+#: How sure a mixture is, is read from the largest of its log-probabilities, by a perceptron of this width.
+_TOP, _WIDTH = 4, 32
 
 
 class InfillTransformer(nn.Module):
@@ -44,7 +46,9 @@ class InfillTransformer(nn.Module):
     log-probabilities of their mixture with counts of the training text (`dflow.nn.counted`). The patterns are
     those of the nearest known symbols of most hidden entries: in every second position -1, +1, -3, +3. With
     ``takes_known`` there are also some of contiguous symbols. Where no symbol that is known is near enough
-    the numbers remain logits. What is known must then be text, and no latents.
+    the numbers remain logits. What is known must then be text, and no latents. Further numbers, as the
+    weights of `dflow.distributions.Spectra`, also depend on how sure the mixture is; their gradients train
+    no part of it.
 
     Args:
         K: size of the alphabet.
@@ -111,6 +115,11 @@ class InfillTransformer(nn.Module):
         if zero_head:
             nn.init.zeros_(self.head.weight)
         self.counted = self._counted()
+        self.sureness = None
+        if self.counted is not None and num_params > K:
+            outer = nn.Linear(_WIDTH, num_params - K)
+            nn.init.zeros_(outer.weight)
+            self.sureness = nn.Sequential(nn.Linear(min(K, _TOP) + 1, _WIDTH), nn.GELU(), outer)
 
     def _counted(self) -> Counted | None:
         """The mixture with counts; None where nothing is counted."""
@@ -167,8 +176,12 @@ class InfillTransformer(nn.Module):
         h = self.norm(h[:, : len(slots.hidden)])
         out: Tensor = self.head(h)
         if self.counted is not None:
-            logits, more = out[..., : self.K], out[..., self.K :]
-            out = torch.cat([self.counted(logits, readable[:, slots.counted], h), more], -1)
+            log_p, more = self.counted(out[..., : self.K], readable[:, slots.counted], h), out[..., self.K :]
+            if self.sureness is not None:
+                p = log_p.detach()
+                sure = torch.cat([p.topk(min(self.K, _TOP)).values, (p.exp() * p).sum(-1, keepdim=True)], -1)
+                more = more + self.sureness(sure.to(more.dtype))
+            out = torch.cat([log_p, more], -1)
         return out
 
     def _of(self, around: Around | None) -> _Slots:
