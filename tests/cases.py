@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -126,16 +127,16 @@ def transformer(
     return GroupCausalTransformer(K, num_params, order, dim, size, block=block, ahead=ahead)
 
 
-def infill_coupling(elementwise: Elementwise, K: int, dim: int) -> Coupling:
+def infill_coupling(elementwise: Elementwise, K: int, dim: int, counts: int = 0) -> Coupling:
     mask = alternate(dim)
     net = InfillTransformer(
         K,
         elementwise.num_params,
         mask.nonzero().flatten(),
         (~mask).nonzero().flatten(),
-        TransformerSize(**SMALL | {"num_hidden_layers": 1}),
+        TransformerSize(**SMALL | {"num_hidden_layers": 1, "counts": counts}),
     )
-    return Coupling(elementwise, net, mask)
+    return counting(Coupling(elementwise, net, mask), K)
 
 
 def perceptron_coupling(elementwise: Elementwise, K: int, dim: int) -> Coupling:
@@ -175,8 +176,11 @@ def any_order(K: int, dim: int, ngram_rows: int = 0) -> AnyOrder:
     return AnyOrder(MaskedTransformer(K, K, dim, size), dim, K)
 
 
-def counting(law: Distribution, K: int) -> Distribution:
-    """The law with counts of a random text in which some contexts are common and others are missing."""
+M = TypeVar("M", bound=nn.Module)
+
+
+def counting(law: M, K: int) -> M:
+    """The law, or a bijector, with counts of a random text, which has common contexts and lacks others."""
     text = torch.randint(0, K, (60,), generator=torch.Generator().manual_seed(K)) // torch.randint(
         1, 3, (60,), generator=torch.Generator().manual_seed(K + 1)
     )
@@ -239,6 +243,7 @@ BIJECTORS: dict[str, Callable[[int, int], Bijector]] = {
     "autoregressive affine": lambda K, dim: autoregressive(ModAffine(K), K, dim),
     "autoregressive rank": lambda K, dim: autoregressive(ModRank(K), K, dim),
     "coupling rank infill": lambda K, dim: infill_coupling(ModRank(K), K, dim),
+    "coupling rank infill counts": lambda K, dim: infill_coupling(ModRank(K), K, dim, 4),
     "coupling affine infill": lambda K, dim: infill_coupling(ModAffine(K), K, dim),
     "coupling rank perceptron": lambda K, dim: perceptron_coupling(ModRank(K), K, dim),
     "coupling shift table": lambda K, dim: table_coupling(ModShift(K), K, dim),

@@ -19,7 +19,16 @@ from dflow.train import load_recipe
 from dflow.train.folds import Folds
 from dflow.train.tasks import task_of
 
-FAMILIES = ("transformer", "lstm", "grouped", "any_order", "autoregressive", "ngram")
+FAMILIES = (
+    "transformer",
+    "lstm",
+    "grouped",
+    "any_order",
+    "autoregressive",
+    "bipartite",
+    "multiscale",
+    "ngram",
+)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +67,7 @@ def test_counts_help_at_once(trained: dict[str, Path]) -> None:
 def test_the_commands_take_them(
     trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for family in ("grouped", "ngram"):
+    for family in ("grouped", "bipartite", "multiscale", "ngram"):
         folder = str(trained[family])
         file = tmp_path / "file.txt"
         file.write_text(TEXT[:640], encoding="utf-8")
@@ -164,9 +173,16 @@ def test_sentences_are_counted_each_by_itself(tmp_path: Path) -> None:
 
 def test_what_cannot_be_counted_is_refused_before_any_work(tmp_path: Path) -> None:
     text = write_text(tmp_path)
+    path = recipe_file(tmp_path, text, "autoregressive", {"counts": 3, "length": 3})
+    with pytest.raises(InputError, match=r"model.counts 3: an? autoregressive model reads no counts; set it"):
+        run(path, "model.conditioner=table")
     path = recipe_file(tmp_path, text, "bipartite", {"counts": 3})
-    with pytest.raises(InputError, match=r"model.counts 3: a bipartite model reads no counts; set it to 0"):
-        run(path)
+    with pytest.raises(InputError, match=r"conditioner 'table' reads no counts: .* conditioner 'attention'"):
+        run(path, "model.conditioner=table")
+    for family in ("bipartite", "multiscale", "autoregressive"):
+        path = recipe_file(tmp_path, text, family, {"counts": 3})
+        with pytest.raises(InputError, match=r"model.counts 3: .* elementwise 'affine' .* use rank or shift"):
+            run(path, "model.elementwise=affine")
     path = recipe_file(tmp_path, text, "ngram")
     with pytest.raises(InputError, match=r"the training text has [0-9,]* symbols, and counts take two folds"):
         run(path, "model.context=2500")

@@ -13,6 +13,7 @@ from cases import (
     any_order,
     build_base,
     build_bijector,
+    counting,
     counting_any_order,
     counting_causal,
     counting_grouped,
@@ -87,7 +88,7 @@ LAWS = ANYWHERE | LEFT_TO_RIGHT
 def flow(family: str, K: int, dim: int, **settings: object) -> Distribution:
     """A flow over up to ``dim`` hidden entries."""
     sizes = {"hidden_size": 8, "num_attention_heads": 2, "window": 2, "length": dim, "context": 2}
-    return uneven(zoo.build(family, zoo.settings(family, sizes | settings), K))  # type: ignore[return-value]
+    return counting(uneven(zoo.build(family, zoo.settings(family, sizes | settings), K)), K)  # type: ignore[arg-type]
 
 
 #: Flows, and levels, that take known entries anywhere. They give no single entry a probability.
@@ -98,6 +99,9 @@ FLOWS = {
     "levels": lambda K, dim: flow("multiscale", K, dim, num_spectra=1, elementwise="affine"),
     "spectra": lambda K, dim: flow("multiscale", K, dim, num_levels=2),
     "categorical levels": lambda K, dim: flow("multiscale", K, dim, conditional="categorical"),
+    "counts, strides": lambda K, dim: flow("bipartite", K, dim, num_flows=5, counts=3),
+    "counts, halves": lambda K, dim: flow("bipartite", K, dim, masks="halves", elementwise="shift", counts=3),
+    "counts, levels": lambda K, dim: flow("multiscale", K, dim, counts=3),
 }
 
 

@@ -113,6 +113,8 @@ class Counted(nn.Module):
         patterns: patterns over these offsets.
         dropout: in training, share of the entries for which nothing is counted: there the network learns to
             stand alone, as it must where no pattern is met.
+        few: most entries whose counts are looked up one by one, without tensors. The last bits of p depend on
+            the way of the lookup: 0 where an arg-max of p selects a map.
 
     Source: the mixture of orders by learned weights is that of interpolated n-grams (Jelinek and Mercer
     1980), with weights by the context as in the mixing of PAQ (Mahoney 2005).
@@ -127,10 +129,12 @@ class Counted(nn.Module):
         offsets: Sequence[int],
         patterns: Sequence[Pattern],
         dropout: float = 0.0,
+        few: int = _FEW,
     ) -> None:
         """See the class."""
         super().__init__()
         self.K, self.offsets, self.patterns, self.dropout = K, tuple(offsets), tuple(patterns), dropout
+        self.few = few
         self._read = ContextReader(K, offsets, patterns)
         self.features = nn.Linear(len(patterns) * _FEATURES + 2, _WIDTH)
         self.hidden = nn.Linear(hidden_size, _WIDTH, bias=False) if hidden_size else None
@@ -193,19 +197,20 @@ class Counted(nn.Module):
             not self.training
             and self.also is None
             and symbols.device.type == "cpu"
-            and entries.numel() <= _FEW
+            and 0 < entries.numel() <= self.few
         )
         if few and not torch.is_grad_enabled():
             read: _Few | _Many = self._few(symbols.reshape(-1, symbols.shape[-1]).tolist())
         else:
             read = _Many(self._counts(symbols).to(log_p.dtype))
-        features = read.features.to(log_p).view(*entries, -1)
+        patterns = len(self.patterns)
+        features = read.features.to(log_p).view(*entries, patterns * _FEATURES)
         sure = torch.stack([(log_p.exp() * log_p).sum(-1), log_p.amax(-1)], -1)
         gate = self.features(torch.cat([features, sure], -1).to(logits.dtype))
         if self.hidden is not None and h is not None:
             gate = gate + self.hidden(h)
         weights = self.weights(F.gelu(self.inner(F.gelu(gate)))).to(log_p.dtype)
-        met = F.pad(read.met.view(*entries, -1), (1, 0), value=True)
+        met = F.pad(read.met.view(*entries, patterns), (1, 0), value=True)
         weights = weights.masked_fill(~met, -torch.inf).log_softmax(-1)
         counted = read.mixture(weights[..., 1:].exp()).to(log_p).view(log_p.shape)
         tiny = torch.finfo(log_p.dtype).tiny

@@ -5,6 +5,7 @@ They are independent of flows: symbols in, ``num_params`` numbers an entry out.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +17,15 @@ from dflow.nn.attention import TransformerSize, initialize, ngrams, rotations
 from dflow.nn.counted import Counted, neighbours
 from dflow.nn.embed import Neighbours
 from dflow.nn.plans import GAPS, gap_classes
+from dflow.ops.counts import patterns_among, patterns_of
 from dflow.ops.memo import Memo
+
+#: Symbols further away than this from an entry are not counted: they say hardly anything about it.
+_REACH = 8
+#: Longest contexts of contiguous symbols that are counted for hidden entries around which any may be known.
+_CONTIGUOUS = 4
+#: How sure a mixture is, is read from the largest of its log-probabilities, by a perceptron of this width.
+_TOP, _WIDTH = 4, 32
 
 
 class InfillTransformer(nn.Module):
@@ -32,6 +41,14 @@ class InfillTransformer(nn.Module):
     far as nothing that is known around stands between. Each entry also reads all readable symbols up to
     ``window`` positions away, n-grams of these, and the distances to the nearest symbols that are known
     around. Of these every ``window``-th attends too, so that text far away is read through them.
+
+    Where ``size`` has counts, the first K of the numbers are logits of the entry's symbol, and become
+    log-probabilities of their mixture with counts of the training text (`dflow.nn.counted`). The patterns are
+    those of the nearest known symbols of most hidden entries: in every second position -1, +1, -3, +3. With
+    ``takes_known`` there are also some of contiguous symbols. Where no symbol that is known is near enough
+    the numbers remain logits. What is known must then be text, and no latents. Further numbers, as the
+    weights of `dflow.distributions.Spectra`, also depend on how sure the mixture is; their gradients train
+    no part of it.
 
     Args:
         K: size of the alphabet.
@@ -97,6 +114,35 @@ class InfillTransformer(nn.Module):
         nn.init.kaiming_normal_(self.mix.weight, nonlinearity="relu")
         if zero_head:
             nn.init.zeros_(self.head.weight)
+        self.counted = self._counted()
+        self.sureness = None
+        if self.counted is not None and num_params > K:
+            outer = nn.Linear(_WIDTH, num_params - K)
+            nn.init.zeros_(outer.weight)
+            self.sureness = nn.Sequential(nn.Linear(min(K, _TOP) + 1, _WIDTH), nn.GELU(), outer)
+
+    def _counted(self) -> Counted | None:
+        """The mixture with counts; None where nothing is counted."""
+        size, none = self.size, len(self.known)
+        if not size.counts:
+            return None
+        distances = F.pad(self.known, (0, 1))[self.neighbours] - self.hidden[:, None]
+        near = (self.neighbours < none) & (distances.abs() <= _REACH)
+        columns = zip(distances.T, near.T, strict=True)
+        # The commonest distance of each neighbour.
+        common = [Counter(column[there].tolist()).most_common(1) for column, there in columns]
+        left, right = (
+            list(dict.fromkeys(offset for column in side for offset, _ in column))
+            for side in (common[: size.window], common[size.window :])
+        )
+        patterns = patterns_among(left, right, size.counts)[1]
+        if self.takes_known:
+            patterns += patterns_of(min(size.counts, _CONTIGUOUS), True)[1]
+        patterns = list(dict.fromkeys(patterns))
+        offsets = sorted({offset for pattern in patterns for offset in pattern})
+        if not offsets:
+            return None
+        return Counted(self.K, size.hidden_size, offsets, patterns, size.counts_dropout, few=0)
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Parameters (batch, n_hidden, num_params) given the known symbols or rows ``x``.
@@ -127,18 +173,50 @@ class InfillTransformer(nn.Module):
         rotation = rotations(slots.positions, slots.positions, self.size.head_size, h.dtype)
         for block in self.blocks:
             h = block(h, rotation, mask)
-        out: Tensor = self.head(self.norm(h[:, : len(slots.hidden)]))
+        h = self.norm(h[:, : len(slots.hidden)])
+        out: Tensor = self.head(h)
+        if self.counted is not None:
+            log_p, more = self.counted(out[..., : self.K], readable[:, slots.counted], h), out[..., self.K :]
+            if self.sureness is not None:
+                p = log_p.detach()
+                sure = torch.cat([p.topk(min(self.K, _TOP)).values, (p.exp() * p).sum(-1, keepdim=True)], -1)
+                more = more + self.sureness(sure.to(more.dtype))
+            out = torch.cat([log_p, more], -1)
         return out
 
     def _of(self, around: Around | None) -> _Slots:
         """The slots of a pattern of known entries, made once."""
         if not self.takes_known:
-            return _Slots(self.known, self.hidden, self.hidden, self.neighbours)
+            return self._slots(self._lay_alone, self.known, self.hidden, self.neighbours)
         if around is None:
             raise ValueError("this network is one of a law of hidden entries, see dflow.flows.Infilled")
         mask, first = around.mask, around.first
         tensors = mask, self.known, self.hidden, self.neighbours
         return self._slots(lambda: self._lay(mask, first), *tensors, key=first)
+
+    def _lay_alone(self) -> _Slots:
+        """The slots of sequences in which ``known`` alone is known."""
+        line = self._line(1 + int(torch.cat([self.known, self.hidden]).max()), self.known)
+        counted = self._of_counts(line, self.hidden)
+        return _Slots(self.known, self.hidden, self.hidden, self.neighbours, counted)
+
+    def _line(self, n: int, known: Tensor, text: Tensor | None = None) -> Tensor:
+        """Which readable symbol stands at each of n positions, and at `_pad` more on each side."""
+        none, pad = len(known), self._pad
+        line = torch.full((n + 2 * pad,), none, device=known.device)
+        line[pad + known] = torch.arange(none, device=known.device)
+        if text is not None:
+            line[pad + text] = none + 1 + text
+        return line
+
+    @property
+    def _pad(self) -> int:
+        return max(self.size.window, _REACH)
+
+    def _of_counts(self, line: Tensor, hidden: Tensor) -> Tensor | None:
+        if self.counted is None:
+            return None
+        return line[self._pad + hidden[:, None] + torch.tensor(self.counted.offsets, device=line.device)]
 
     def _lay(self, mask: Tensor, first: int) -> _Slots:
         window, places = self.size.window, (~mask).nonzero().flatten()
@@ -155,12 +233,11 @@ class InfillTransformer(nn.Module):
         text = mask.nonzero().flatten()
         positions = torch.cat([hidden, text[::window]])
         near = F.pad(near, (0, 0, 0, len(positions) - len(hidden)), value=none)
-        line = torch.full((len(mask) + 2 * window,), none, device=mask.device)
-        line[window + known] = torch.arange(none, device=mask.device)
-        line[window + text] = none + 1 + text
-        sources = torch.cat([near, line.unfold(0, 2 * window + 1, 1)[positions]], 1)
+        line = self._line(len(mask), known, text)
+        reach = self._pad + torch.arange(-window, window + 1, device=mask.device)
+        sources = torch.cat([near, line[positions[:, None] + reach]], 1)
         gaps = gap_classes(mask)[positions] + self.embed.extra_row
-        return _Slots(of_known, of_hidden, positions, sources, gaps)
+        return _Slots(of_known, of_hidden, positions, sources, self._of_counts(line, hidden), gaps)
 
 
 @dataclass(frozen=True)
@@ -173,6 +250,7 @@ class _Slots:
         positions: int64 ``(slots,)``, in the whole sequence: of ``hidden``, then of others that are read.
         sources: int64 ``(slots, columns)``, which of the known symbols is read, then none, then which of the
             whole sequence.
+        counted: int64 ``(n_hidden, offsets)``, alike: the symbols of the contexts that are counted.
         gaps: rows of the embedding ``(slots, 2)`` for the distances to the nearest that is known around.
     """
 
@@ -180,6 +258,7 @@ class _Slots:
     hidden: Tensor
     positions: Tensor
     sources: Tensor
+    counted: Tensor | None = None
     gaps: Tensor | None = None
 
 

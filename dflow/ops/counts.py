@@ -47,16 +47,33 @@ def patterns_of(longest: int, both_sides: bool) -> tuple[list[int], list[Pattern
     >>> patterns_of(2, True)
     ([-2, -1, 1, 2], [(), (-1,), (-1, -2), (1,), (1, 2), (-1, 1)])
     """
-    before = [tuple(range(-1, -n - 1, -1)) for n in range(longest + 1)]
-    if not both_sides:
-        return list(range(-longest, 0)), before
-    after = [tuple(range(1, n + 1)) for n in range(1, min(longest, _LONGEST_AFTER) + 1)]
-    around = [a + b for a in before[1:] for b in after if len(a + b) <= min(longest, _LONGEST_AROUND)]
+    line = range(1, longest + 1)
+    return patterns_among([-offset for offset in line], line if both_sides else (), longest)
+
+
+def patterns_among(
+    left: Sequence[int], right: Sequence[int], longest: int
+) -> tuple[list[int], list[Pattern]]:
+    """The same where only some symbols are known, as every second one.
+
+    Args:
+        left: offsets of the known symbols before an entry, the nearest first.
+        right: offsets of those after it, alike.
+        longest: most symbols of a pattern.
+
+    >>> patterns_among([-1, -3], [1], 2)
+    ([-3, -1, 1], [(), (-1,), (-1, -3), (1,), (-1, 1)])
+    """
+    before = [tuple(left[:n]) for n in range(min(longest, len(left)) + 1)]
+    after = [tuple(right[:n]) for n in range(1, min(longest, len(right), _LONGEST_AFTER) + 1)]
     around = [
-        p for p in around if abs(sum(offset < 0 for offset in p) - sum(offset > 0 for offset in p)) <= 1
+        a + b
+        for a in before[1:]
+        for b in after
+        if len(a + b) <= min(longest, _LONGEST_AROUND) and abs(len(a) - len(b)) <= 1
     ]
-    last = max(offset for p in (*after, *around, (0,)) for offset in p)
-    return [*range(-longest, 0), *range(1, last + 1)], before + after + around
+    patterns = before + after + around
+    return sorted({offset for pattern in patterns for offset in pattern}), patterns
 
 
 #: Symbols of the longest contexts after an entry, and around it.

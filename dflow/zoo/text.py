@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dflow.bijectors import Autoregressive, Chain, Coupling, Reverse
 from dflow.config import InputError
-from dflow.core import Bijector, Distribution
+from dflow.core import Bijector, Distribution, Elementwise
 from dflow.distributions import (
     AnyOrder,
     Categorical,
@@ -176,6 +176,11 @@ class BipartiteConfig(AttentionConfig):
         super().__post_init__()
         if self.length < 2:
             raise InputError(f"a coupling needs length 2 or more, found {self.length}")
+        if self.counts and self.conditioner != "attention":
+            raise InputError(
+                f"conditioner {self.conditioner!r} reads no counts: with counts {self.counts} use "
+                "conditioner 'attention'"
+            )
         if self.context and self.conditioner != "attention":
             raise InputError(
                 f"conditioner {self.conditioner!r} has weights for each position and reads no known symbols: "
@@ -251,11 +256,14 @@ def bipartite(config: BipartiteConfig, K: int) -> Distribution:
     begin = int(config.context > 0 and config.masks == "strides")
     counted = MASKS[config.masks](begin + dim, config.num_flows)
     masks = [(known[begin:], hidden[begin:]) for known, hidden in counted if hidden[begin:].any()]
+    mapped = torch.zeros(dim, dtype=torch.bool)
     for known, hidden in masks:
         elementwise = DISCRETE[config.elementwise](K, estimator)
-        net = _infill(
-            config, K, elementwise.num_params, known.nonzero().flatten(), hidden.nonzero().flatten()
-        )
+        # What another coupling has mapped is no text that could have been counted.
+        counts = 0 if bool((mapped & (known | hidden)).any()) else _counts(config, elementwise)
+        mapped |= hidden
+        places = known.nonzero().flatten(), hidden.nonzero().flatten()
+        net = _infill(config, K, elementwise.num_params, *places, counts)
         layers.append(Coupling(elementwise, net, known, hidden))
     positions = torch.arange(dim)
     if config.context and config.base == "factorized":
@@ -292,7 +300,7 @@ def autoregressive(config: AutoregressiveConfig, K: int) -> Distribution:
             net: nn.Module = PrefixTable(K, elementwise.num_params, config.length)
         else:
             # Later layers read latents, which are no text that could have been counted.
-            counts = config.counts if i == 0 and elementwise.predicts else 0
+            counts = 0 if i else _counts(config, elementwise)
             net = _causal(config, K, elementwise.num_params, zero_head=True, counts=counts)
         layers += [Reverse()] * (i > 0)
         layers.append(Autoregressive(elementwise, net, config.length, config.inversion))
@@ -318,7 +326,9 @@ def multiscale(config: MultiscaleConfig, K: int) -> Distribution:
         positions = torch.arange(first * (stride - 1), dim, stride)
         kept = torch.arange(len(positions)) % 2 == first
         elementwise = DISCRETE[config.elementwise](K, estimator)
-        outputs = Spectra.num_outputs(elementwise, config.num_spectra)
+        outputs, counts = Spectra.num_outputs(elementwise, config.num_spectra), config.counts
+        if config.conditional == "spectra":
+            counts = _counts(config, elementwise)
         net = StridedInfill(
             InfillTransformer(
                 K,
@@ -326,7 +336,7 @@ def multiscale(config: MultiscaleConfig, K: int) -> Distribution:
                 positions[kept],
                 positions[~kept],
                 # As in `bipartite`: coarse levels have fewer entries, and their n-grams say less.
-                config.size(ngram_rows=config.ngram_rows >> level),
+                config.size(ngram_rows=config.ngram_rows >> level, counts=counts),
                 zero_head=True,
                 takes_known=config.context > 0,
             ),
@@ -406,7 +416,21 @@ def _causal(config: TransformerConfig, K: int, num_params: int, **options: Any) 
     return GroupCausalTransformer(K, num_params, order, config.length, size, zero_head=zero_head)
 
 
-def _infill(config: BipartiteConfig, K: int, num_params: int, known: Tensor, hidden: Tensor) -> nn.Module:
+def _counts(
+    config: BipartiteConfig | AutoregressiveConfig | MultiscaleConfig, elementwise: Elementwise
+) -> int:
+    """Symbols of the longest contexts that are counted for a map, whose parameters must predict a symbol."""
+    if config.counts and not elementwise.predicts:
+        raise InputError(
+            f"model.counts {config.counts}: the numbers that elementwise {config.elementwise!r} takes are no "
+            "logits of symbols; use rank or shift, or set counts to 0"
+        )
+    return config.counts
+
+
+def _infill(
+    config: BipartiteConfig, K: int, num_params: int, known: Tensor, hidden: Tensor, counts: int
+) -> nn.Module:
     """The network of a coupling."""
     if config.conditioner == "table":
         _check_table(K ** len(known), len(hidden) * num_params)
@@ -429,7 +453,7 @@ def _infill(config: BipartiteConfig, K: int, num_params: int, known: Tensor, hid
         known,
         hidden,
         # Smaller tables for couplings with fewer hidden entries, whose n-grams also span larger distances.
-        config.size(ngram_rows=config.ngram_rows * 2 * len(hidden) // config.length),
+        config.size(ngram_rows=config.ngram_rows * 2 * len(hidden) // config.length, counts=counts),
         zero_head=True,
         takes_known=config.context > 0,
     )
