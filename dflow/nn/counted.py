@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from dflow.config import InputError
 from dflow.nn.attention import TransformerSize
-from dflow.ops.counts import ContextReader, Counts, CountTable, Pattern, Row, RowReader, patterns_of
+from dflow.ops.counts import ContextReader, Counts, CountTable, Pattern, RowReader, patterns_of
 
 #: Numbers that the gate reads of each pattern.
 _FEATURES = 5
@@ -19,8 +20,10 @@ _FEATURES = 5
 _WIDTH = 96
 
 
-#: Most entries whose counts are looked up one by one.
-_FEW = 16
+#: Most entries whose counts are looked up one by one, and most numbers that these may have.
+_FEW, _FEW_NUMBERS = 64, 1 << 14
+#: Most contexts that are remembered, and most numbers.
+_REMEMBERED, _REMEMBERED_NUMBERS = 1 << 16, 1 << 22
 
 
 class _Many:
@@ -46,42 +49,71 @@ class _Many:
         return ((weights / self.times)[..., None, :] @ self.counts)[..., 0, :]
 
 
-class _Few:
-    """The same for a few entries, each with a row of counts, or None, for each pattern."""
+class _Rows:
+    """Contexts that were looked up of late: a row of each tensor for every one; row 0 for those not met.
 
-    def __init__(self, entries: list[list[Row | None]], K: int) -> None:
-        self.K = K
-        self.rows = [[(j, row, sum(row.counts)) for j, row in enumerate(rows) if row] for rows in entries]
-        shape, features = (
-            (len(entries), len(entries[0])),
-            [0.0] * (len(entries) * len(entries[0]) * _FEATURES),
-        )
-        met = [False] * (shape[0] * shape[1])
-        for i, rows in enumerate(self.rows):
-            for j, (symbols, counts), total in rows:
-                place = i * shape[1] + j
-                met[place] = True
-                features[place * _FEATURES : (place + 1) * _FEATURES] = [
-                    math.log1p(total) / 4,
-                    math.log1p(len(symbols)) / 2,
-                    counts.count(1) / total,
-                    max(counts) / total,
-                    1.0,
-                ]
-        self.met = torch.tensor(met)
-        self.features = torch.tensor(features, dtype=torch.float64)
+    The same contexts come again and again, and what a context needs beside its look-up is in memory then.
+
+    Attributes:
+        shares: relative frequency of each symbol, float64 ``(rows, K)``.
+        features: what the gate reads, float64 ``(rows, features)``.
+    """
+
+    def __init__(self, table: CountTable, K: int) -> None:
+        self.table, self.K, self._read = table, K, RowReader(table)
+        self._most = min(_REMEMBERED, _REMEMBERED_NUMBERS // K)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._places: dict[int | None, int] = {None: 0}
+        self._used = 1
+        self.shares = torch.zeros(self._most, self.K, dtype=torch.float64)
+        self.features = torch.zeros(self._most, _FEATURES, dtype=torch.float64)
+        # Numbers are written one by one where that takes less time than a tensor of them.
+        self._numbers: Any = self.shares.view(-1).numpy().data
+        self._figures: Any = self.features.view(-1).numpy().data
+
+    def find(self, entries: Sequence[Sequence[int | None]]) -> list[list[int]]:
+        """The row of each context by its hash, None for one that is not known.
+
+        The rows hold until the next call.
+        """
+        if self._used + len(entries) * len(entries[0]) > self._most or len(self._places) > 4 * _REMEMBERED:
+            self._clear()
+        places = self._places
+        return [[places[key] if key in places else self._add(key) for key in keys] for keys in entries]
+
+    def _add(self, key: int | None) -> int:
+        row = None if key is None else self._read(key)
+        self._places[key] = place = 0 if row is None else self._used
+        if row is None:
+            return 0
+        self._used += 1
+        symbols, counts = row
+        total, numbers, begin = sum(counts), self._numbers, place * self.K
+        for symbol, times in zip(symbols, counts, strict=True):
+            numbers[begin + symbol] = times / total
+        features = (
+            math.log1p(total) / 4, math.log1p(len(symbols)) / 2, counts.count(1) / total,
+            max(counts) / total, 1.0,
+        )  # fmt: skip
+        for i, feature in enumerate(features, place * _FEATURES):
+            self._figures[i] = feature
+        return place
+
+
+class _Few:
+    """The same for a few entries, each with the row of every pattern: long (entries, patterns)."""
+
+    def __init__(self, rows: _Rows, places: Tensor) -> None:
+        self.met, flat = places > 0, places.view(-1)
+        self.features = rows.features[flat]
+        self.shares = rows.shares[flat].view(*places.shape, -1)
 
     def mixture(self, weights: Tensor) -> Tensor:
         """Sum of the relative frequencies of the patterns, weighted, (entries, K)."""
-        mixed = []
-        for rows, shares in zip(self.rows, weights.flatten(0, -2).tolist(), strict=True):
-            p = [0.0] * self.K
-            for j, (symbols, counts), total in rows:
-                share = shares[j] / total
-                for symbol, times in zip(symbols, counts, strict=True):
-                    p[symbol] += share * times
-            mixed.append(p)
-        return torch.tensor(mixed, dtype=torch.float64)
+        weights = weights.reshape(-1, 1, weights.shape[-1]).to(self.shares.dtype)
+        return torch.bmm(weights, self.shares)
 
 
 def neighbours(symbols: Tensor, offsets: Sequence[int], K: int) -> Tensor:
@@ -144,8 +176,8 @@ class Counted(nn.Module):
         self.left_out: CountTable | None = None
         #: Counts to add in evaluation mode, such as those of the text before what is scored.
         self.also: Counts | None = None
-        #: What looks up single contexts, and the table that it reads.
-        self._rows: tuple[CountTable, RowReader] | None = None
+        #: What looks up single contexts.
+        self._rows: _Rows | None = None
 
     @classmethod
     def of(cls, size: TransformerSize, K: int, both_sides: bool) -> Counted | None:
@@ -193,7 +225,7 @@ class Counted(nn.Module):
             not self.training
             and self.also is None
             and symbols.device.type == "cpu"
-            and entries.numel() <= _FEW
+            and entries.numel() <= min(_FEW, _FEW_NUMBERS // self.K)
         )
         if few and not torch.is_grad_enabled():
             read: _Few | _Many = self._few(symbols.reshape(-1, symbols.shape[-1]).tolist())
@@ -212,12 +244,36 @@ class Counted(nn.Module):
         return torch.logaddexp(weights[..., :1] + log_p, counted.clamp(min=tiny).log())
 
     def _few(self, entries: list[list[int]]) -> _Few:
-        """The counts of single entries, without tensors."""
-        if self._rows is None or self._rows[0] is not self.table:
-            self._rows = self.table, RowReader(self.table)
-        reader = self._rows[1]
-        contexts = [self._read.one(symbols) for symbols in entries]
-        return _Few([[None if key is None else reader(key) for key in keys] for keys in contexts], self.K)
+        """The counts of single entries, without a search for all at once."""
+        rows = self._remembered()
+        return _Few(rows, torch.tensor(rows.find([self._read.one(symbols) for symbols in entries])))
+
+    def _remembered(self) -> _Rows:
+        """The contexts that were looked up of late."""
+        if self._rows is None or self._rows.table is not self.table:
+            self._rows = _Rows(self.table, self.K)
+        return self._rows
+
+    @torch.no_grad()
+    def alone(self, symbols: Sequence[int]) -> Tensor:
+        """Log-probabilities (K,) of one entry by counts alone, as `forward` gives them for equal logits.
+
+        It takes a third of the time of `forward`, and is for the CPU and evaluation mode.
+
+        Args:
+            symbols: the symbols around the entry, one for each column; K where there is none.
+        """
+        rows = self._remembered()
+        places = rows.find([self._read.one(symbols)])[0]
+        index = torch.tensor(places)
+        sure = self.features.weight.new_full((2,), -math.log(self.K))
+        features = torch.cat([rows.features[index].view(-1).to(sure.dtype), sure])
+        gate = F.gelu(F.linear(features, self.features.weight, self.features.bias))
+        gate = F.gelu(F.linear(gate, self.inner.weight, self.inner.bias))
+        weights = F.linear(gate, self.weights.weight, self.weights.bias).double()
+        weights[1:].masked_fill_(index == 0, -math.inf)
+        weights = weights.softmax(0)
+        return torch.addmv(weights[:1] / self.K, rows.shares[index].t(), weights[1:]).log_()
 
     def _counts(self, symbols: Tensor) -> Tensor:
         """Counts of all symbols in the contexts of entries, float32 ``(..., patterns, K)``."""
