@@ -78,10 +78,6 @@ class Draws:
             noise = self.gumbel[rows, self._places(begins, width) - self.known]
         return (self._controlled(logits.double()) + noise).argmax(-1)
 
-    def draw_one(self, logits: Tensor, row: int, place: int) -> int:
-        """The symbol of one entry."""
-        return int((self._controlled(logits.double()) + self.gumbel[row, place - self.known]).argmax())
-
     def _controlled(self, logits: Tensor) -> Tensor:
         return logits if self.controls is None else self.controls(logits)
 
@@ -209,19 +205,29 @@ class LawDrafter:
         """See `Drafter`."""
         net = self._reader.net
         if hasattr(net, "single") and len(draws.begins) <= _FEW and draws.symbols.device.type == "cpu":
-            return lambda w: _one_by_one(net, draws, w)
+            return _OneByOne(net, draws)
         return _Following(self._reader, draws)
 
 
-def _one_by_one(net: Any, draws: Draws, w: int) -> Tensor:
-    """The next w symbols of each sequence by a network that gives single entries in little time."""
-    drafts = []
-    for row, begin in enumerate(draws.begins):
-        line: list[int] = draws.symbols[row, :begin].tolist()
-        for place in range(begin, begin + w):
-            line.append(draws.draw_one(net.single(line), row, place))
-        drafts.append(line[begin:])
-    return torch.tensor(drafts)
+class _OneByOne:
+    """Drafts by a network that gives single entries in little time, from the symbols before them."""
+
+    def __init__(self, net: Any, draws: Draws) -> None:
+        self._net, self._draws = net, draws
+        self._noise = [noise.unbind(0) for noise in draws.gumbel]
+
+    def __call__(self, w: int) -> Tensor:
+        draws, single = self._draws, self._net.single
+        drafts = []
+        for row, begin in enumerate(draws.begins):
+            line: list[int] = draws.symbols[row, :begin].tolist()
+            for noise in self._noise[row][begin - draws.known : begin - draws.known + w]:
+                logits = single(line)
+                if draws.controls is not None:
+                    logits = draws.controls(logits)
+                line.append(int((logits + noise).argmax()))
+            drafts.append(line[begin:])
+        return torch.tensor(drafts)
 
 
 class _Following:

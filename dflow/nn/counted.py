@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -54,24 +55,42 @@ class _Rows:
 
     The same contexts come again and again, and what a context needs beside its look-up is in memory then.
 
+    Args:
+        table: where they are looked up.
+        K: size of the alphabet.
+        patterns: number of contexts of an entry.
+        dtype: of the tensors.
+
     Attributes:
-        shares: relative frequency of each symbol, float64 ``(rows, K)``.
-        features: what the gate reads, float64 ``(rows, features)``.
+        shares: relative frequency of each symbol, ``(rows, K)``.
+        features: what the gate reads, ``(rows, features)``.
     """
 
-    def __init__(self, table: CountTable, K: int) -> None:
-        self.table, self.K, self._read = table, K, RowReader(table)
+    def __init__(self, table: CountTable, K: int, patterns: int, dtype: torch.dtype) -> None:
+        self.K, self._dtype, self._read = K, dtype, RowReader(table)
         self._most = min(_REMEMBERED, _REMEMBERED_NUMBERS // K)
         self._clear()
+        with torch.inference_mode(False):
+            # Of one entry: what the gate reads, with no network beside it; a uniform law above the shares.
+            self.inputs = torch.full((patterns * _FEATURES + 2,), -math.log(K), dtype=dtype)
+            self.laws = torch.full((1 + patterns, K), 1 / K, dtype=dtype)
+            self._parts = self.inputs[: patterns * _FEATURES].view(patterns, _FEATURES), self.laws[1:]
 
     def _clear(self) -> None:
         self._places: dict[int | None, int] = {None: 0}
         self._used = 1
-        self.shares = torch.zeros(self._most, self.K, dtype=torch.float64)
-        self.features = torch.zeros(self._most, _FEATURES, dtype=torch.float64)
-        # Numbers are written one by one where that takes less time than a tensor of them.
-        self._numbers: Any = self.shares.view(-1).numpy().data
-        self._figures: Any = self.features.view(-1).numpy().data
+        with torch.inference_mode(False):
+            self.shares = torch.zeros(self._most, self.K, dtype=self._dtype)
+            self.features = torch.zeros(self._most, _FEATURES, dtype=self._dtype)
+            # Numbers are written one by one where that takes less time than a tensor of them.
+            self._numbers: Any = self.shares.view(-1).numpy().data
+            self._figures: Any = self.features.view(-1).numpy().data
+
+    def read_one(self, keys: Sequence[int | None]) -> None:
+        """Fill `inputs` and `laws` with the contexts of one entry."""
+        index = torch.tensor(self.find([keys])[0])
+        torch.index_select(self.features, 0, index, out=self._parts[0])
+        torch.index_select(self.shares, 0, index, out=self._parts[1])
 
     def find(self, entries: Sequence[Sequence[int | None]]) -> list[list[int]]:
         """The row of each context by its hash, None for one that is not known.
@@ -114,6 +133,10 @@ class _Few:
         """Sum of the relative frequencies of the patterns, weighted, (entries, K)."""
         weights = weights.reshape(-1, 1, weights.shape[-1]).to(self.shares.dtype)
         return torch.bmm(weights, self.shares)
+
+
+#: The contexts of each table that were looked up of late, by precision and number of patterns.
+_TABLES: WeakKeyDictionary[CountTable, dict[tuple[torch.dtype, int], _Rows]] = WeakKeyDictionary()
 
 
 def neighbours(symbols: Tensor, offsets: Sequence[int], K: int) -> Tensor:
@@ -176,8 +199,6 @@ class Counted(nn.Module):
         self.left_out: CountTable | None = None
         #: Counts to add in evaluation mode, such as those of the text before what is scored.
         self.also: Counts | None = None
-        #: What looks up single contexts.
-        self._rows: _Rows | None = None
 
     @classmethod
     def of(cls, size: TransformerSize, K: int, both_sides: bool) -> Counted | None:
@@ -228,7 +249,7 @@ class Counted(nn.Module):
             and entries.numel() <= min(_FEW, _FEW_NUMBERS // self.K)
         )
         if few and not torch.is_grad_enabled():
-            read: _Few | _Many = self._few(symbols.reshape(-1, symbols.shape[-1]).tolist())
+            read: _Few | _Many = self._few(symbols.reshape(-1, symbols.shape[-1]).tolist(), log_p.dtype)
         else:
             read = _Many(self._counts(symbols).to(log_p.dtype))
         features = read.features.to(log_p).view(*entries, -1)
@@ -243,37 +264,40 @@ class Counted(nn.Module):
         tiny = torch.finfo(log_p.dtype).tiny
         return torch.logaddexp(weights[..., :1] + log_p, counted.clamp(min=tiny).log())
 
-    def _few(self, entries: list[list[int]]) -> _Few:
+    def _few(self, entries: list[list[int]], dtype: torch.dtype) -> _Few:
         """The counts of single entries, without a search for all at once."""
-        rows = self._remembered()
+        rows = self._remembered(dtype)
         return _Few(rows, torch.tensor(rows.find([self._read.one(symbols) for symbols in entries])))
 
-    def _remembered(self) -> _Rows:
-        """The contexts that were looked up of late."""
-        if self._rows is None or self._rows.table is not self.table:
-            self._rows = _Rows(self.table, self.K)
-        return self._rows
+    def _remembered(self, dtype: torch.dtype) -> _Rows:
+        """The contexts of the table that were looked up of late, by whatever reads it."""
+        several = _TABLES.setdefault(self.table, {})
+        key = dtype, len(self.patterns)
+        if key not in several:
+            several[key] = _Rows(self.table, self.K, len(self.patterns), dtype)
+        return several[key]
+
+    def share(self, other: Counted) -> None:
+        """Read the table of another mixture in place of an equal one, so that one is in memory."""
+        if self.has_table and other.has_table and torch.equal(self.digest.cpu(), other.digest.cpu()):
+            self._table = other.table
 
     @torch.no_grad()
     def alone(self, symbols: Sequence[int]) -> Tensor:
-        """Log-probabilities (K,) of one entry by counts alone, as `forward` gives them for equal logits.
+        """Logits (K,) of one entry by counts alone: `forward` of equal logits, up to a constant.
 
-        It takes a third of the time of `forward`, and is for the CPU and evaluation mode.
+        It takes a fraction of the time of `forward`, and is for the CPU and evaluation mode.
 
         Args:
             symbols: the symbols around the entry, one for each column; K where there is none.
         """
-        rows = self._remembered()
-        places = rows.find([self._read.one(symbols)])[0]
-        index = torch.tensor(places)
-        sure = self.features.weight.new_full((2,), -math.log(self.K))
-        features = torch.cat([rows.features[index].view(-1).to(sure.dtype), sure])
-        gate = F.gelu(F.linear(features, self.features.weight, self.features.bias))
-        gate = F.gelu(F.linear(gate, self.inner.weight, self.inner.bias))
-        weights = F.linear(gate, self.weights.weight, self.weights.bias).double()
-        weights[1:].masked_fill_(index == 0, -math.inf)
-        weights = weights.softmax(0)
-        return torch.addmv(weights[:1] / self.K, rows.shares[index].t(), weights[1:]).log_()
+        rows = self._remembered(self.features.weight.dtype)
+        rows.read_one(self._read.one(symbols))
+        gate = F.gelu(torch.addmv(self.features.bias, self.features.weight, rows.inputs))
+        gate = F.gelu(torch.addmv(self.inner.bias, self.inner.weight, gate))
+        # The shares of a pattern that is not met are zeros, so that its weight changes a constant alone.
+        weights = torch.addmv(self.weights.bias, self.weights.weight, gate).softmax(0)
+        return torch.mv(rows.laws.t(), weights).log_()
 
     def _counts(self, symbols: Tensor) -> Tensor:
         """Counts of all symbols in the contexts of entries, float32 ``(..., patterns, K)``."""
