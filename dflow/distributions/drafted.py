@@ -28,6 +28,8 @@ from dflow.ops.noise import Controls
 
 #: Most symbols that are drafted at a time.
 LONGEST_DRAFT = 32
+#: Entries of a call: sequences that end before others of their batch are verified so far beyond their end.
+_BEYOND = LONGEST_DRAFT + 1
 #: Noise of so many numbers is in memory at a time; more samples are drawn one part after another.
 _NOISE_BLOCK = 1 << 23
 #: Most sequences for which symbols are drafted one by one, without tensors of all.
@@ -346,15 +348,14 @@ class Drafted(Distribution):
         before, last, K = prefix.shape[1], max(ends, default=0), self.law.net.K
         x = torch.zeros(n, dim, dtype=torch.int64, device=device)
         x[:, :before] = prefix[:, :dim]
-        together = max(1, _NOISE_BLOCK // (K * max(1, last - before + LONGEST_DRAFT)))
+        together = max(1, _NOISE_BLOCK // (K * max(1, last - before + _BEYOND)))
         for start in range(0, n if last > before else 0, together):
             rows = slice(start, min(n, start + together))
             part, numbers = noise.rows(rows.start, rows.stop), torch.arange(rows.stop - start, device=device)
             places = torch.arange(before, last, device=device)
             gumbel = part.gumbel(numbers[:, None], places, K)
-            # Sequences that end before others of their batch are verified beyond their end.
-            gumbel = torch.nn.functional.pad(gumbel, (0, 0, 0, LONGEST_DRAFT))
-            symbols = torch.nn.functional.pad(x[rows, :last], (0, LONGEST_DRAFT))
+            gumbel = torch.nn.functional.pad(gumbel, (0, 0, 0, _BEYOND))
+            symbols = torch.nn.functional.pad(x[rows, :last], (0, _BEYOND))
             draws = Draws(symbols, [before] * len(symbols), before, gumbel, noise.controls)
             self._draw(draws, ends[rows], part.samples.tolist())
             x[rows, before:last] = draws.symbols[:, before:last]
