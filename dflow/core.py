@@ -379,7 +379,12 @@ class AheadNet(SequenceNet, Protocol):
     """A network of sequences, drawn from left to right, that reads several entries in one call.
 
     So symbols that were drafted are verified in one call, and those that were wrong are gone back behind.
+
+    Attributes:
+        ahead_cost: what one more entry in a call takes, in calls of one entry, for one sequence on a CPU.
     """
+
+    ahead_cost: float
 
     def ahead(self, x: Tensor, begins: Sequence[int], state: Any) -> Tensor:
         """Params ``(batch, w, P)`` of the w entries of each sequence from its begin on, as w steps give them.

@@ -142,18 +142,22 @@ def test_texts_of_several_chunks_are_those_of_the_plain_loop(name: str) -> None:
 
 
 def test_a_good_drafter_saves_calls_and_one_that_is_wrong_is_hardly_used() -> None:
-    model, context = LAWS["transformer"], Context(noise=Noise(0, torch.arange(6)))
-    good, bad = Drafted(model, LawDrafter(model)), Drafted(model, AlwaysWrong(model.sample(6, context)))
+    model, context = LAWS["transformer"], Context(noise=Noise(0, torch.arange(1)))
+    good, bad = Drafted(model, LawDrafter(model)), Drafted(model, AlwaysWrong(model.sample(1, context)))
     for drafted in (good, bad):
-        drafted.sample(6, context)
+        drafted.sample(1, context)
     assert good.tally.accepted == good.tally.drafted
-    assert sum(good.tally.calls.values()) < 6 * DIM / 6
-    assert sum(good.tally.calls.values()) + good.tally.accepted == 6 * DIM
-    assert bad.tally.drafted < 6 * DIM
+    assert sum(good.tally.calls.values()) < DIM / 4
+    assert sum(good.tally.calls.values()) + good.tally.accepted == DIM
+    assert bad.tally.drafted < DIM
+    # Where a symbol more takes as long as a call, drafts do not pay off.
+    recurrent = Drafted(LAWS["lstm"], LawDrafter(LAWS["lstm"]))
+    recurrent.sample(1, context)
+    assert recurrent.tally.drafted == 0
     fixed = Drafted(model, LawDrafter(model), 5)
-    fixed.sample(6, context)
+    fixed.sample(1, context)
     assert set(fixed.tally.calls.values()) == {DIM // 6}
-    assert Drafted(model, LawDrafter(model), 0).sample(6, context).equal(model.sample(6, context))
+    assert Drafted(model, LawDrafter(model), 0).sample(1, context).equal(model.sample(1, context))
 
 
 def test_the_law_is_kept() -> None:

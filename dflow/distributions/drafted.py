@@ -96,7 +96,8 @@ class Drafter(Protocol):
 
         Returns:
             What proposes, for a number w, the next w symbols of each sequence, int64 ``(n, w)`` in 0..K-1. It
-            reads ``draws``, which goes on between its calls, and does best to draw by `Draws.draw`.
+            reads ``draws``, which goes on between its calls, and does best to draw by `Draws.draw`. It may
+            have an attribute ``cost``: what a symbol takes, in network calls of the law.
         """
         ...
 
@@ -124,12 +125,13 @@ class Tally:
 class _Pace:
     r"""How many symbols to draft: as many as pay off by how many were right of late.
 
-    If each is right with probability a, a call with d drafts gives :math:`1 + a + \dots + a^d` symbols and
-    takes as long as :math:`1 + c d` plain calls.
+    If each is right with probability a, a call with d drafts gives :math:`1 + a + \dots + a^d` symbols. It
+    takes as long as 1.4 + c d calls without drafts, with c the cost of drafting and verifying a symbol. It
+    grows with the root of the number of sequences: one leaves most of a processor idle, many do not.
     """
 
-    def __init__(self, fixed: int | None) -> None:
-        self._fixed = fixed
+    def __init__(self, fixed: int | None, cost: float, batch: int) -> None:
+        self._fixed, self._cost = fixed, cost * batch**0.5
         self._right, self._tried = 0.0, 0.0
 
     def __call__(self) -> int:
@@ -140,20 +142,25 @@ class _Pace:
         for d in range(1, LONGEST_DRAFT + 1):
             power *= a
             symbols += power
-            if symbols / (1 + _COST * d) > best:
-                best, number = symbols / (1 + _COST * d), d
+            rate = symbols / (_SEVERAL + self._cost * d)
+            if rate > best:
+                best, number = rate, d
         return number
 
     def learn(self, right: int, tried: int) -> None:
         """Take in how many drafted symbols were tried before the first wrong one, and were right."""
-        self._right, self._tried = _DECAY * self._right + right, _DECAY * self._tried + tried
+        decay = _DECAY if tried else _DECAY_UNUSED
+        self._right, self._tried = decay * self._right + right, decay * self._tried + tried
 
 
-#: What drafting and verifying one more symbol costs, in calls.
-_COST = 0.08
-#: The share of right symbols that is assumed at first, with the weight of so many symbols; and how fast what
-#: was seen is forgotten, a call. Where nothing is drafted any more, this makes it try again.
-_PRIOR, _TRIED, _DECAY = 0.8, 4.0, 0.9
+#: What a call over several entries takes, in calls over one, without what each entry adds.
+_SEVERAL = 1.4
+#: The share of right symbols that is assumed at first, with the weight of so many symbols.
+_PRIOR, _TRIED = 0.8, 4.0
+#: How fast what was seen is forgotten, a call: more slowly where nothing is drafted, until it is tried again.
+_DECAY, _DECAY_UNUSED = 0.9, 0.97
+#: What drafting a symbol takes, in calls: by look-ups, and by a network.
+_LOOK_UP, _NETWORK = 0.06, 0.3
 
 
 class _Reader:
@@ -214,6 +221,8 @@ class LawDrafter:
 class _OneByOne:
     """Drafts by a network that gives single entries in little time, from the symbols before them."""
 
+    cost = _LOOK_UP
+
     def __init__(self, net: Any, draws: Draws) -> None:
         self._net, self._draws = net, draws
         self._noise = [noise.unbind(0) for noise in draws.gumbel]
@@ -234,6 +243,8 @@ class _OneByOne:
 
 class _Following:
     """Drafts by a network with a state, which first reads what was drawn since the last draft."""
+
+    cost = _NETWORK
 
     def __init__(self, reader: _Reader, draws: Draws) -> None:
         self._net, self._draws, self._state = reader.net, draws, reader.start(draws)
@@ -365,7 +376,8 @@ class Drafted(Distribution):
     def _draw(self, draws: Draws, ends: list[int], samples: list[int]) -> None:
         """Draw all sequences up to their ends."""
         net, state, draft = self.law.net, self._reader.start(draws), self.drafter.start(draws)
-        calls, pace, begins = self.tally.calls, _Pace(self.width), draws.begins
+        calls, begins = self.tally.calls, draws.begins
+        pace = _Pace(self.width, net.ahead_cost + getattr(draft, "cost", _LOOK_UP), len(begins))
         for sample in samples if draws.known else ():
             calls[sample] = calls.get(sample, 0) + 1
         while (left := max(end - begin for begin, end in zip(begins, ends, strict=True))) > 0:

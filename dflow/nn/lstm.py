@@ -123,6 +123,9 @@ class LSTM(nn.Module):
     torch.Size([1, 3, 5])
     """
 
+    #: The entries are computed one after another.
+    ahead_cost = 0.85
+
     def __init__(
         self,
         K: int,

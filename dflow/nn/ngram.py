@@ -33,6 +33,8 @@ class NgramNet(nn.Module):
         counts: longest context, in symbols.
     """
 
+    ahead_cost = 0.9
+
     def __init__(self, K: int, counts: int) -> None:
         """See the class."""
         super().__init__()

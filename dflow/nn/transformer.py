@@ -115,6 +115,8 @@ class GroupCausalTransformer(nn.Module):
     offsets: Tensor
     size: TransformerSize
 
+    ahead_cost = 0.07
+
     def __init__(
         self,
         K: int,
