@@ -39,8 +39,8 @@ class Compare(Source, Machine, Results):
         "how the text is scored by all models; see dflow evaluate", "chunks"
     )
     draft: str | None = flag(
-        "folder of a faster model of the same alphabet, as one of family ngram: each transformer and lstm "
-        "gets a second row, drawn with its drafts",
+        "folder of a faster model of the same alphabet, as one of family ngram: each model that can "
+        "take its drafts (transformer, lstm) has a second row, drawn with them",
         None,
     )
     output: str | None = flag("folder for compare.md, compare.json and compare.png", None, short="-o")

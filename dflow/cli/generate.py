@@ -36,7 +36,7 @@ class Generate(Drawing):
     )
     draft: str | None = flag(
         "folder of a faster model of the same alphabet, as one of family ngram, that proposes symbols ahead: "
-        "the same samples in fewer network calls, for transformer and lstm; or none (the default)",
+        "the same samples in fewer network calls, for models of family transformer; or none (the default)",
         None,
     )
     verbose: bool = flag("say on stderr how many network calls each sample took", False)

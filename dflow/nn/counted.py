@@ -282,18 +282,18 @@ class Counted(nn.Module):
         if self.has_table and other.has_table and torch.equal(self.digest.cpu(), other.digest.cpu()):
             self._table = other.table
 
-    @torch.no_grad()
     def alone(self, symbols: Sequence[int]) -> Tensor:
         """Logits (K,) of one entry by counts alone: `forward` of equal logits, up to a constant.
 
-        It takes a fraction of the time of `forward`, and is for the CPU and evaluation mode.
+        It takes a fraction of the time of `forward`, and is for the CPU, evaluation mode and no gradients.
 
         Args:
             symbols: the symbols around the entry, one for each column; K where there is none.
         """
-        rows = self._remembered(self.features.weight.dtype)
+        features = self.features
+        rows = self._remembered(features.weight.dtype)
         rows.read_one(self._read.one(symbols))
-        gate = F.gelu(torch.addmv(self.features.bias, self.features.weight, rows.inputs))
+        gate = F.gelu(torch.addmv(features.bias, features.weight, rows.inputs))
         gate = F.gelu(torch.addmv(self.inner.bias, self.inner.weight, gate))
         # The shares of a pattern that is not met are zeros, so that its weight changes a constant alone.
         weights = torch.addmv(self.weights.bias, self.weights.weight, gate).softmax(0)

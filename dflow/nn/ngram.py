@@ -70,7 +70,7 @@ class NgramNet(nn.Module):
         return self._logits(state.past(x, torch.tensor(begins, device=x.device)))
 
     def single(self, before: Sequence[int]) -> Tensor:
-        """Logits (K,) of one entry, of the CPU, in a fraction of the time of a step.
+        """Logits (K,) of one entry up to a constant, on the CPU, in a fraction of the time of a step.
 
         Args:
             before: all symbols before the entry, or at least the last ``counts``.
