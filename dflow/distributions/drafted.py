@@ -33,7 +33,7 @@ _BEYOND = LONGEST_DRAFT + 1
 #: Noise of so many numbers is in memory at a time; more samples are drawn one part after another.
 _NOISE_BLOCK = 1 << 23
 #: Most sequences for which symbols are drafted one by one, without tensors of all.
-_FEW = 8
+_FEW = 4
 
 
 @dataclass
@@ -126,12 +126,13 @@ class _Pace:
     r"""How many symbols to draft: as many as pay off by how many were right of late.
 
     If each is right with probability a, a call with d drafts gives :math:`1 + a + \dots + a^d` symbols. It
-    takes as long as 1.4 + c d calls without drafts, with c the cost of drafting and verifying a symbol. It
-    grows with the root of the number of sequences: one leaves most of a processor idle, many do not.
+    takes as long as 1.4 + c d calls without drafts, with c the cost of verifying a symbol and of drafting it.
+    That of verifying was measured to grow with the root of the number of sequences: one sequence leaves most
+    of a processor idle, many do not.
     """
 
-    def __init__(self, fixed: int | None, cost: float, batch: int) -> None:
-        self._fixed, self._cost = fixed, cost * batch**0.5
+    def __init__(self, fixed: int | None, cost: float) -> None:
+        self._fixed, self._cost = fixed, cost
         self._right, self._tried = 0.0, 0.0
 
     def __call__(self) -> int:
@@ -160,7 +161,7 @@ _PRIOR, _TRIED = 0.8, 4.0
 #: How fast what was seen is forgotten, a call: more slowly where nothing is drafted, until it is tried again.
 _DECAY, _DECAY_UNUSED = 0.9, 0.97
 #: What drafting a symbol takes, in calls: by look-ups, and by a network.
-_LOOK_UP, _NETWORK = 0.06, 0.3
+_LOOK_UP, _NETWORK = 0.08, 0.4
 
 
 class _Reader:
@@ -244,10 +245,9 @@ class _OneByOne:
 class _Following:
     """Drafts by a network with a state, which first reads what was drawn since the last draft."""
 
-    cost = _NETWORK
-
     def __init__(self, reader: _Reader, draws: Draws) -> None:
         self._net, self._draws, self._state = reader.net, draws, reader.start(draws)
+        self.cost = _LOOK_UP if hasattr(reader.net, "single") else _NETWORK
         #: The first entry of each sequence that the network has not given yet.
         self._reached = list(draws.begins)
 
@@ -377,7 +377,8 @@ class Drafted(Distribution):
         """Draw all sequences up to their ends."""
         net, state, draft = self.law.net, self._reader.start(draws), self.drafter.start(draws)
         calls, begins = self.tally.calls, draws.begins
-        pace = _Pace(self.width, net.ahead_cost + getattr(draft, "cost", _LOOK_UP), len(begins))
+        verifying, drafting = net.ahead_cost * len(begins) ** 0.5, getattr(draft, "cost", _LOOK_UP)
+        pace = _Pace(self.width, verifying + drafting)
         for sample in samples if draws.known else ():
             calls[sample] = calls.get(sample, 0) + 1
         while (left := max(end - begin for begin, end in zip(begins, ends, strict=True))) > 0:
