@@ -431,3 +431,29 @@ class SequenceNet(Protocol):
         ``x`` is int64, None at the first step. Padding (entries at or beyond ``dim``) is in neither tensor.
         """
         ...
+
+
+class AheadNet(SequenceNet, Protocol):
+    """A network of sequences, drawn from left to right, that reads several entries in one call.
+
+    So symbols that were drafted are verified in one call, and those that were wrong are gone back behind.
+
+    Attributes:
+        ahead_cost: what one more entry in a call takes, in calls of one entry, for one sequence on a CPU.
+    """
+
+    ahead_cost: float
+
+    def ahead(self, x: Tensor, begins: Sequence[int], state: Any) -> Tensor:
+        """Params ``(batch, w, P)`` of the w entries of each sequence from its begin on, as w steps give them.
+
+        What a state has read at and beyond the begins is forgotten. It is the state of `start`, or of
+        `start` and then ``read`` of so many symbols as the begins are at the first call; never of `step`.
+
+        Args:
+            x: the symbol before each of the w entries, int64 ``(batch, w)``; K before the first entry.
+            begins: the first of the entries of each sequence: at most one beyond the entries of the calls
+                before, and at least `dflow.ops.recent.LOOK_BACK` - 32 before the furthest of these.
+            state: see above.
+        """
+        ...

@@ -23,7 +23,11 @@ MODELS = {
     "bipartite": {},
     "any_order": {},
 }
-FILES = {"a.txt": (TEXT[100:200] + "ten at a fixed size " * 12).encode(), "b.txt": "line Ä, and\r\nmore".encode(), "c.txt": b""}
+FILES = {
+    "a.txt": (TEXT[100:200] + "ten at a fixed size " * 12).encode(),
+    "b.txt": "line Ä, and\r\nmore".encode(),
+    "c.txt": b"",
+}
 
 
 @pytest.fixture(scope="module")

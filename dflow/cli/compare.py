@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from dflow.cli.flags import Verbs, argument, flag
-from dflow.cli.shared import Machine, Results, load_model, show_comparison
+from dflow.cli.shared import Machine, Results, drafted, load_model, show_comparison
 from dflow.cli.source import Source
+from dflow.config import InputError
+
+if TYPE_CHECKING:
+    from dflow.compare import Contestant
+    from dflow.data import Tokenizer
 
 
 @dataclass(kw_only=True)
@@ -31,6 +37,11 @@ class Compare(Source, Machine, Results):
     rounds: int = flag("number of rounds of measuring", 10)
     protocol: Literal["chunks", "rolling"] = flag(
         "how the text is scored by all models; see dflow evaluate", "chunks"
+    )
+    draft: str | None = flag(
+        "folder of a faster model of the same alphabet, as one of family ngram: each model that can "
+        "take its drafts (transformer, lstm) has a second row, drawn with them",
+        None,
     )
     output: str | None = flag("folder for compare.md, compare.json and compare.png", None, short="-o")
 
@@ -54,6 +65,8 @@ def compare(flags: Compare) -> int:
         comparing.Contestant(name.rstrip("/"), model, corpus.split(split))
         for name, (model, _), corpus in zip(flags.models, loaded, corpora, strict=True)
     ]
+    if flags.draft is not None:
+        contestants = with_drafts(contestants, [tokenizer for _, tokenizer in loaded], flags.draft)
     for note in corpora[0].notes:
         print(f"note: {note}", file=sys.stderr)
     result = comparing.compare(
@@ -68,6 +81,29 @@ def compare(flags: Compare) -> int:
     )
     show_comparison(flags, comparing, result, folder)
     return 0
+
+
+def with_drafts(
+    contestants: Sequence[Contestant], tokenizers: Sequence[Tokenizer], folder: str
+) -> list[Contestant]:
+    """The contestants, and behind each that can be drawn with drafts by the model in ``folder`` that one.
+
+    Raises:
+        InputError: there is none.
+    """
+    rows: list[Contestant] = []
+    refusals: list[InputError] = []
+    for contestant, tokenizer in zip(contestants, tokenizers, strict=True):
+        rows.append(contestant)
+        try:
+            model = drafted(contestant.model, tokenizer, folder)
+        except InputError as error:
+            refusals.append(error)
+        else:
+            rows.append(replace(contestant, name=f"{contestant.name} + {Path(folder).name}", model=model))
+    if len(refusals) == len(contestants):
+        raise refusals[0]
+    return rows
 
 
 VERBS: Verbs = (("compare", Compare, compare, "dflow compare runs/grouped runs/lstm --output comparison"),)

@@ -41,6 +41,7 @@ class Row:
         evaluation: exact bits, with protocol.
         num_calls: sequential network calls to draw one sample; where they depend on the sample, measured: the
             mean over as many draws as rounds, rounded.
+        accepted: drafted symbols that were right, a call, where another model drafts; else None.
         latency_ms: from the call of `generate` for one sample to its symbols on the CPU; median.
         latency_threads: the number of threads at which that is least.
         characters_per_second: drawn in batches of `Comparison.batch_size`; median.
@@ -61,6 +62,7 @@ class Row:
     throughput_threads: int
     latency_ratio: float
     throughput_ratio: float
+    accepted: float | None = None
 
 
 @dataclass(frozen=True)
@@ -117,13 +119,13 @@ def compare(
     """
     length, text_length = _check(contestants, length, batch_size, rounds)
     options: dict[str, Any] = {"limit": limit, "progress": progress, "protocol": protocol}
-    scores = [evaluate(c.model, c.text, batch_size=score_batch_size, **options) for c in contestants]
+    scores = _scores(contestants, batch_size=score_batch_size, **options)
     latencies = measure(contestants, 1, length, rounds, seed, progress)
     batches = latencies
     if batch_size > 1:
         batches = measure(contestants, batch_size, length, max(3, rounds // 2), seed, progress)
     reference = next((i for i, c in enumerate(contestants) if c.model.config.record.baseline), 0)
-    calls = [num_calls(c.model, length, rounds, seed) for c in contestants]
+    calls = [drawing(c.model, length, rounds, seed) for c in contestants]
     texts = text_length and compare_texts(contestants, text_length, reference, rounds, seed, progress)
     return Comparison(
         environment(contestants[0].model.device),
@@ -138,10 +140,19 @@ def compare(
     )
 
 
+def _scores(contestants: Sequence[Contestant], **options: Any) -> list[Evaluation]:
+    """The evaluation of each model; one that is drawn in two ways is scored once."""
+    scores: dict[int, Evaluation] = {}
+    for c in contestants:
+        if id(c.model.law) not in scores:
+            scores[id(c.model.law)] = evaluate(c.model, c.text, **options)
+    return [scores[id(c.model.law)] for c in contestants]
+
+
 def _rows(
     contestants: Sequence[Contestant],
     scores: Sequence[Evaluation],
-    calls: Sequence[int],
+    calls: Sequence[tuple[int, float | None]],
     latencies: Sequence[Speed],
     batches: Sequence[Speed],
     reference: int,
@@ -155,7 +166,8 @@ def _rows(
             num_parameters=c.model.num_parameters(),
             count_bytes=count_bytes(c.model),
             evaluation=scores[i],
-            num_calls=calls[i],
+            num_calls=calls[i][0],
+            accepted=calls[i][1],
             latency_ms=1e3 * latencies[i].seconds,
             latency_threads=latencies[i].threads,
             characters_per_second=rates[i],
@@ -188,6 +200,18 @@ def _check(
     if length < 1:
         raise InputError(f"length {length}: {shortest.name} draws sequences of 1 to {longest} symbols")
     return length, None
+
+
+def drawing(model: DflowModel, length: int, rounds: int = 1, seed: int = 0) -> tuple[int, float | None]:
+    """`num_calls`, and where another model drafts its symbols that are accepted a call, as of `Row`."""
+    if model.tally is None:
+        return num_calls(model, length, rounds, seed), None
+    calls = accepted = 0
+    for r in range(rounds):
+        model.tally.clear()
+        model.generate(1, length=length, generator=torch.Generator(model.device).manual_seed(seed + r))
+        calls, accepted = calls + sum(model.tally.calls.values()), accepted + model.tally.accepted
+    return round(calls / rounds), accepted / calls
 
 
 def num_calls(model: DflowModel, length: int, rounds: int = 1, seed: int = 0) -> int:
@@ -248,11 +272,13 @@ def environment(device: torch.device) -> dict[str, str | int]:
 
 def markdown(comparison: Comparison) -> str:
     """The table in Markdown, with a line on the environment and one on how to read it."""
+    drafts = any(row.accepted is not None for row in comparison.rows)
     head = [
         "model",
         "parameters",
         f"bits/char (exact, {comparison.protocol})",
         "network calls",
+        *(["accepted a call"] if drafts else []),
         "latency, batch 1 (ms)",
         f"chars/s, batch {comparison.batch_size}",
         "latency ratio",
@@ -268,6 +294,7 @@ def markdown(comparison: Comparison) -> str:
                 _size(row),
                 f"{e.bpc:.4f}{error}",
                 f"{row.num_calls:,}",
+                *(["" if row.accepted is None else f"{row.accepted:.2f}"] if drafts else []),
                 f"{row.latency_ms:.2f} ({thread_count(row.latency_threads)})",
                 f"{row.characters_per_second:,.0f} ({thread_count(row.throughput_threads)})",
                 f"{row.latency_ratio:.2f}x",

@@ -104,15 +104,19 @@ def compare_texts(
     rows = []
     for i, (c, law, speed) in enumerate(zip(contestants, documents, speeds, strict=True)):
         # The first draw leaves behind what models keep between draws, as plans of orders.
-        _, at_shorter, memory = (_memory(c, before, n, seed) for n in (shorter, shorter, length))
+        _, at_shorter = (_memory(c, before, n, seed) for n in (shorter, shorter))
+        if c.model.tally is not None:
+            c.model.tally.clear()
+        memory = _memory(c, before, length, seed)
         known = prompted(_prompt(c, before).to(c.model.device), 1)
+        tally = c.model.tally
         rows.append(
             TextRow(
                 name=c.name,
                 milliseconds=1e3 * speed.seconds,
                 threads=speed.threads,
                 characters_per_second=rates[i],
-                num_calls=law.needed(length, Context(known=known)),
+                num_calls=tally.calls[0] if tally else law.needed(length, Context(known=known)),
                 ratio=rates[i] / rates[reference],
                 memory=memory,
                 memory_growth=memory - at_shorter,

@@ -2,6 +2,7 @@
 
 from dflow.distributions.any_order import AnyOrder, Confident, Ordered, Walk
 from dflow.distributions.categorical import Categorical, ConditionalCategorical, Mixture
+from dflow.distributions.drafted import Drafted, Drafter, LawDrafter
 from dflow.distributions.logistic import ConditionalLogistic, Logistic, LogisticMixture
 from dflow.distributions.normal import ConditionalNormal, CovarianceNormal, Gaussian, Normal, StandardNormal
 from dflow.distributions.sequence import SequenceCategorical
@@ -18,7 +19,10 @@ __all__ = [
     "ConditionalWindow",
     "Confident",
     "CovarianceNormal",
+    "Drafted",
+    "Drafter",
     "Gaussian",
+    "LawDrafter",
     "Logistic",
     "LogisticMixture",
     "Mixture",

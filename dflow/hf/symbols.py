@@ -17,10 +17,12 @@ from dflow.config import InputError
 from dflow.core import Context, Distribution, Known, check_lengths
 from dflow.distributions import SequenceCategorical, Walk
 from dflow.distributions.documents import Documents
+from dflow.distributions.drafted import Drafted, Drafter, LawDrafter, Tally
 from dflow.flows import Infilled
 from dflow.hf import training
 from dflow.hf.arguments import IGNORED, answer, labels_optional, present_lengths, refuse_unknown, scaled
 from dflow.hf.config import DflowConfig
+from dflow.hf.counts import counted
 from dflow.hf.pretrained import Pretrained
 from dflow.ops.noise import LENGTHS, Noise
 
@@ -69,11 +71,53 @@ class DflowModel(Pretrained):
         """The law that is scored and drawn from: `distribution`, or one that shares its network, see `at`."""
         return self.distribution if self._calls is None else self.distribution.at(self._calls)
 
+    #: The law as `generate` draws it in fewer calls; in a tuple, since it is no part of the model.
+    _drafted: tuple[()] | tuple[Drafted] = ()
+
+    @property
+    def _drawn(self) -> Distribution:
+        """The law that `generate` draws from: `law`, or the same in fewer calls."""
+        return self._drafted[0] if self._drafted else self.law
+
+    @property
+    def tally(self) -> Tally | None:
+        """The network calls of each sample drawn so far, of a model that is `drafted`."""
+        return self._drafted[0].tally if self._drafted else None
+
     @property
     def documents(self) -> Documents | None:
         """The law of texts of any length, chunk after chunk; None where the model has no context."""
         context = getattr(self.config, "context", 0)
-        return Documents(self.law, self.config.length, context) if context else None
+        return Documents(self._drawn, self.config.length, context) if context else None
+
+    def drafted(self, drafter: DflowModel | Drafter, width: int | None = None) -> DflowModel:
+        """The model that draws the same samples in fewer network calls; it shares all weights with this one.
+
+        Another model proposes symbols ahead, and one call of this one verifies them: see
+        `dflow.distributions.drafted`. By the same noise the samples are those of this model.
+
+        Args:
+            drafter: a fast model of the same alphabet that is drawn from left to right, above all one of
+                family ``ngram``; or a `dflow.distributions.Drafter`.
+            width: symbols that are drafted for a call, up to 32; None for as many as pay off.
+
+        Raises:
+            InputError: this model or the drafter is drawn in another way; or the drafter has another number
+                of symbols.
+        """
+        if isinstance(drafter, DflowModel):
+            if drafter.config.vocab_size != self.config.vocab_size:
+                raise InputError(
+                    f"the model that drafts has {drafter.config.vocab_size} symbols, and this one "
+                    f"{self.config.vocab_size}; both need one vocabulary"
+                )
+            for mixture in counted(self):
+                for other in counted(drafter):
+                    other.share(mixture)
+            drafter = LawDrafter(drafter.train(False).law)
+        model = copy.copy(self)
+        model._drafted = (Drafted(self.law, drafter, width),)
+        return model
 
     @property
     def num_calls(self) -> int:
@@ -299,7 +343,7 @@ class DflowModel(Pretrained):
         context = Context(lengths=lengths, noise=noise)
         # A law that takes a prompt takes the length too, and may stop there.
         options = {} if self.config.record.prompt == "no" else {"prompt": prompt, "length": length}
-        x = self.law.sample(num_return_sequences, context, generator, **options)
+        x = self._drawn.sample(num_return_sequences, context, generator, **options)
         if lengths is not None:
             x = x.masked_fill(torch.arange(longest, device=x.device) >= lengths[:, None], -1)
             return x[:, : length or max(1, int(lengths.max()))]

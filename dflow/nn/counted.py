@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from torch.nn import functional as F
 
 from dflow.config import InputError
 from dflow.nn.attention import TransformerSize
-from dflow.ops.counts import ContextReader, Counts, CountTable, Pattern, Row, RowReader, patterns_of
+from dflow.ops.counts import ContextReader, Counts, CountTable, Pattern, RowReader, patterns_of
 
 #: Numbers that the gate reads of each pattern.
 _FEATURES = 5
@@ -19,8 +21,10 @@ _FEATURES = 5
 _WIDTH = 96
 
 
-#: Most entries whose counts are looked up one by one.
-_FEW = 16
+#: Most entries whose counts are looked up one by one, and most numbers that these may have.
+_FEW, _FEW_NUMBERS = 64, 1 << 14
+#: Most contexts that are remembered, and most numbers.
+_REMEMBERED, _REMEMBERED_NUMBERS = 1 << 16, 1 << 22
 
 
 class _Many:
@@ -46,42 +50,93 @@ class _Many:
         return ((weights / self.times)[..., None, :] @ self.counts)[..., 0, :]
 
 
-class _Few:
-    """The same for a few entries, each with a row of counts, or None, for each pattern."""
+class _Rows:
+    """Contexts that were looked up of late: a row of each tensor for every one; row 0 for those not met.
 
-    def __init__(self, entries: list[list[Row | None]], K: int) -> None:
-        self.K = K
-        self.rows = [[(j, row, sum(row.counts)) for j, row in enumerate(rows) if row] for rows in entries]
-        shape, features = (
-            (len(entries), len(entries[0])),
-            [0.0] * (len(entries) * len(entries[0]) * _FEATURES),
-        )
-        met = [False] * (shape[0] * shape[1])
-        for i, rows in enumerate(self.rows):
-            for j, (symbols, counts), total in rows:
-                place = i * shape[1] + j
-                met[place] = True
-                features[place * _FEATURES : (place + 1) * _FEATURES] = [
-                    math.log1p(total) / 4,
-                    math.log1p(len(symbols)) / 2,
-                    counts.count(1) / total,
-                    max(counts) / total,
-                    1.0,
-                ]
-        self.met = torch.tensor(met)
-        self.features = torch.tensor(features, dtype=torch.float64)
+    The same contexts come again and again, and what a context needs beside its look-up is in memory then.
+
+    Args:
+        table: where they are looked up.
+        K: size of the alphabet.
+        patterns: number of contexts of an entry.
+        dtype: of the tensors.
+
+    Attributes:
+        shares: relative frequency of each symbol, ``(rows, K)``.
+        features: what the gate reads, ``(rows, features)``.
+    """
+
+    def __init__(self, table: CountTable, K: int, patterns: int, dtype: torch.dtype) -> None:
+        self.K, self._dtype, self._read = K, dtype, RowReader(table)
+        self._most = min(_REMEMBERED, _REMEMBERED_NUMBERS // K)
+        self._clear()
+        with torch.inference_mode(False):
+            # Of one entry: what the gate reads, with no network beside it; a uniform law above the shares.
+            self.inputs = torch.full((patterns * _FEATURES + 2,), -math.log(K), dtype=dtype)
+            self.laws = torch.full((1 + patterns, K), 1 / K, dtype=dtype)
+            self._parts = self.inputs[: patterns * _FEATURES].view(patterns, _FEATURES), self.laws[1:]
+
+    def _clear(self) -> None:
+        self._places: dict[int | None, int] = {None: 0}
+        self._used = 1
+        with torch.inference_mode(False):
+            self.shares = torch.zeros(self._most, self.K, dtype=self._dtype)
+            self.features = torch.zeros(self._most, _FEATURES, dtype=self._dtype)
+            # Numbers are written one by one where that takes less time than a tensor of them.
+            self._numbers: Any = self.shares.view(-1).numpy().data
+            self._figures: Any = self.features.view(-1).numpy().data
+
+    def read_one(self, keys: Sequence[int | None]) -> None:
+        """Fill `inputs` and `laws` with the contexts of one entry."""
+        index = torch.tensor(self.find([keys])[0])
+        torch.index_select(self.features, 0, index, out=self._parts[0])
+        torch.index_select(self.shares, 0, index, out=self._parts[1])
+
+    def find(self, entries: Sequence[Sequence[int | None]]) -> list[list[int]]:
+        """The row of each context by its hash, None for one that is not known.
+
+        The rows hold until the next call.
+        """
+        if self._used + len(entries) * len(entries[0]) > self._most or len(self._places) > 4 * _REMEMBERED:
+            self._clear()
+        places = self._places
+        return [[places[key] if key in places else self._add(key) for key in keys] for keys in entries]
+
+    def _add(self, key: int | None) -> int:
+        row = None if key is None else self._read(key)
+        self._places[key] = place = 0 if row is None else self._used
+        if row is None:
+            return 0
+        self._used += 1
+        symbols, counts = row
+        total, numbers, begin = sum(counts), self._numbers, place * self.K
+        for symbol, times in zip(symbols, counts, strict=True):
+            numbers[begin + symbol] = times / total
+        features = (
+            math.log1p(total) / 4, math.log1p(len(symbols)) / 2, counts.count(1) / total,
+            max(counts) / total, 1.0,
+        )  # fmt: skip
+        for i, feature in enumerate(features, place * _FEATURES):
+            self._figures[i] = feature
+        return place
+
+
+class _Few:
+    """The same for a few entries, each with the row of every pattern: long (entries, patterns)."""
+
+    def __init__(self, rows: _Rows, places: Tensor) -> None:
+        self.met, flat = places > 0, places.view(-1)
+        self.features = rows.features[flat]
+        self.shares = rows.shares[flat].view(*places.shape, -1)
 
     def mixture(self, weights: Tensor) -> Tensor:
         """Sum of the relative frequencies of the patterns, weighted, (entries, K)."""
-        mixed = []
-        for rows, shares in zip(self.rows, weights.flatten(0, -2).tolist(), strict=True):
-            p = [0.0] * self.K
-            for j, (symbols, counts), total in rows:
-                share = shares[j] / total
-                for symbol, times in zip(symbols, counts, strict=True):
-                    p[symbol] += share * times
-            mixed.append(p)
-        return torch.tensor(mixed, dtype=torch.float64)
+        weights = weights.reshape(-1, 1, weights.shape[-1]).to(self.shares.dtype)
+        return torch.bmm(weights, self.shares)
+
+
+#: The contexts of each table that were looked up of late, by precision and number of patterns.
+_TABLES: WeakKeyDictionary[CountTable, dict[tuple[torch.dtype, int], _Rows]] = WeakKeyDictionary()
 
 
 def neighbours(symbols: Tensor, offsets: Sequence[int], K: int) -> Tensor:
@@ -148,8 +203,6 @@ class Counted(nn.Module):
         self.left_out: CountTable | None = None
         #: Counts to add in evaluation mode, such as those of the text before what is scored.
         self.also: Counts | None = None
-        #: What looks up single contexts, and the table that it reads.
-        self._rows: tuple[CountTable, RowReader] | None = None
 
     @classmethod
     def of(cls, size: TransformerSize, K: int, both_sides: bool) -> Counted | None:
@@ -197,10 +250,10 @@ class Counted(nn.Module):
             not self.training
             and self.also is None
             and symbols.device.type == "cpu"
-            and 0 < entries.numel() <= self.few
+            and 0 < entries.numel() <= min(self.few, _FEW_NUMBERS // self.K)
         )
         if few and not torch.is_grad_enabled():
-            read: _Few | _Many = self._few(symbols.reshape(-1, symbols.shape[-1]).tolist())
+            read: _Few | _Many = self._few(symbols.reshape(-1, symbols.shape[-1]).tolist(), log_p.dtype)
         else:
             read = _Many(self._counts(symbols).to(log_p.dtype))
         patterns = len(self.patterns)
@@ -216,13 +269,40 @@ class Counted(nn.Module):
         tiny = torch.finfo(log_p.dtype).tiny
         return torch.logaddexp(weights[..., :1] + log_p, counted.clamp(min=tiny).log())
 
-    def _few(self, entries: list[list[int]]) -> _Few:
-        """The counts of single entries, without tensors."""
-        if self._rows is None or self._rows[0] is not self.table:
-            self._rows = self.table, RowReader(self.table)
-        reader = self._rows[1]
-        contexts = [self._read.one(symbols) for symbols in entries]
-        return _Few([[None if key is None else reader(key) for key in keys] for keys in contexts], self.K)
+    def _few(self, entries: list[list[int]], dtype: torch.dtype) -> _Few:
+        """The counts of single entries, without a search for all at once."""
+        rows = self._remembered(dtype)
+        return _Few(rows, torch.tensor(rows.find([self._read.one(symbols) for symbols in entries])))
+
+    def _remembered(self, dtype: torch.dtype) -> _Rows:
+        """The contexts of the table that were looked up of late, by whatever reads it."""
+        several = _TABLES.setdefault(self.table, {})
+        key = dtype, len(self.patterns)
+        if key not in several:
+            several[key] = _Rows(self.table, self.K, len(self.patterns), dtype)
+        return several[key]
+
+    def share(self, other: Counted) -> None:
+        """Read the table of another mixture in place of an equal one, so that one is in memory."""
+        if self.has_table and other.has_table and torch.equal(self.digest.cpu(), other.digest.cpu()):
+            self._table = other.table
+
+    def alone(self, symbols: Sequence[int]) -> Tensor:
+        """Logits (K,) of one entry by counts alone: `forward` of equal logits, up to a constant.
+
+        It takes a fraction of the time of `forward`, and is for the CPU, evaluation mode and no gradients.
+
+        Args:
+            symbols: the symbols around the entry, one for each column; K where there is none.
+        """
+        features = self.features
+        rows = self._remembered(features.weight.dtype)
+        rows.read_one(self._read.one(symbols))
+        gate = F.gelu(torch.addmv(features.bias, features.weight, rows.inputs))
+        gate = F.gelu(torch.addmv(self.inner.bias, self.inner.weight, gate))
+        # The shares of a pattern that is not met are zeros, so that its weight changes a constant alone.
+        weights = torch.addmv(self.weights.bias, self.weights.weight, gate).softmax(0)
+        return torch.mv(rows.laws.t(), weights).log_()
 
     def _counts(self, symbols: Tensor) -> Tensor:
         """Counts of all symbols in the contexts of entries, float32 ``(..., patterns, K)``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,6 +14,7 @@ from dflow.core import Context, only_lengths
 from dflow.nn.counted import Counted, neighbours
 from dflow.ops.counts import patterns_of
 from dflow.ops.lookup import lookup
+from dflow.ops.recent import LOOK_BACK, Recent
 
 
 def locked_dropout(x: Tensor, rate: float) -> Tensor:
@@ -52,6 +54,20 @@ class Carried:
 
 
 @dataclass
+class _Past:
+    """What `LSTM.ahead` has read of late.
+
+    Attributes:
+        states: hidden states and cells of all layers before each of the last entries, (batch, `LOOK_BACK`,
+            2 * layers * hidden_size), in a ring: entry i is at place ``i % LOOK_BACK``.
+        recent: the symbols before each, or None where nothing is counted.
+    """
+
+    states: Tensor
+    recent: Recent | None
+
+
+@dataclass
 class _LstmState:
     """Tensors that a step reads and writes in place; the views are made once, not at every step."""
 
@@ -65,6 +81,7 @@ class _LstmState:
     parts: tuple[Tensor, ...]
     activated: Tensor
     recent: Tensor
+    past: _Past | None = None
 
 
 class LSTM(nn.Module):
@@ -105,6 +122,9 @@ class LSTM(nn.Module):
     >>> net(torch.tensor([[0, 3, 1]])).shape
     torch.Size([1, 3, 5])
     """
+
+    #: The entries are computed one after another.
+    ahead_cost = 0.85
 
     def __init__(
         self,
@@ -309,6 +329,47 @@ class LSTM(nn.Module):
         return out[:, None]
 
     @torch.no_grad()
+    def ahead(self, x: Tensor, begins: Sequence[int], state: _LstmState) -> Tensor:
+        """Parameters of several entries a sequence in one call, see `dflow.core.AheadNet`.
+
+        The states before the last entries are kept, so that it can go back to them.
+        """
+        width, weights, first = x.shape[1], state.weights, torch.tensor(begins, device=x.device)
+        if state.past is None:
+            state.past = self._past(state, begins[0])
+        rows = torch.arange(len(x), device=x.device)[:, None]
+        places = (first[:, None] + torch.arange(width + 1, device=x.device)) % LOOK_BACK
+        before = state.past.states[rows[:, 0], places[:, 0]]
+        hidden, cells = (part.split(self.hidden_size, 1) for part in before.chunk(2, 1))
+        gates = weights.table[x]
+        kept_hidden: list[Tensor] = []
+        kept_cells: list[Tensor] = []
+        for n, (h, c) in enumerate(zip(hidden, cells, strict=True)):
+            recurrent = weights.recurrent[n]
+            if n:
+                # What comes from the layer below is one product for all entries; what comes from the entry
+                # before is not.
+                below = kept_hidden[-1].flatten(0, 1)
+                gates = torch.addmm(weights.biases[n], below, recurrent[: self.hidden_size])
+                gates, recurrent = gates.view(len(x), width, -1), recurrent[self.hidden_size :]
+            states = _follow(gates, h, c, recurrent)
+            kept_hidden.append(states[0])
+            kept_cells.append(states[1])
+        state.past.states[rows, places[:, 1:]] = torch.cat([*kept_hidden, *kept_cells], -1)
+        out: Tensor = self.head(kept_hidden[-1])
+        if self.counted is not None and state.past.recent is not None:
+            out = self.counted(out, state.past.recent(x, first), kept_hidden[-1])
+        return out
+
+    def _past(self, state: _LstmState, begin: int) -> _Past:
+        """The state before the first call of `ahead`."""
+        with torch.inference_mode(False), torch.no_grad():
+            now = torch.cat([*state.hidden, *state.cells], 1)
+            states = now.new_zeros(len(now), LOOK_BACK, now.shape[1])
+            states[:, begin % LOOK_BACK] = now
+        return _Past(states, Recent(state.recent, begin) if self.counts else None)
+
+    @torch.no_grad()
     def read(self, x: Tensor, state: _LstmState) -> None:
         """Read the first symbols ``x``, int64 ``(batch or 1, p)``, in one call, before the first step.
 
@@ -346,3 +407,23 @@ class LSTM(nn.Module):
         snapshot = [p.detach().clone() for p in parameters]
         self._laid_out = _LstmWeights(snapshot, table, recurrent, biases)
         return self._laid_out
+
+
+def _follow(gates: Tensor, hidden: Tensor, cell: Tensor, recurrent: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states and cells of one layer, (batch, width, size) each.
+
+    Args:
+        gates: the gates i, f, o, g without what comes from the entry before, (batch, width, 4 * size).
+        hidden: state before the first entry, (batch, size).
+        cell: the same of the cells.
+        recurrent: (size, 4 * size).
+    """
+    size, states, cells = hidden.shape[1], [], []
+    for gate in gates.unbind(1):
+        gate = torch.addmm(gate, hidden, recurrent)
+        i, f, o = gate[:, : 3 * size].sigmoid_().chunk(3, 1)
+        cell = (cell * f).addcmul_(i, gate[:, 3 * size :].tanh_())
+        hidden = o * cell.tanh()
+        states.append(hidden)
+        cells.append(cell)
+    return torch.stack(states, 1), torch.stack(cells, 1)

@@ -7,6 +7,7 @@ steps.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -114,6 +115,8 @@ class GroupCausalTransformer(nn.Module):
     offsets: Tensor
     size: TransformerSize
 
+    ahead_cost = 0.07
+
     def __init__(
         self,
         K: int,
@@ -214,7 +217,7 @@ class GroupCausalTransformer(nn.Module):
             if x.is_floating_point():
                 x = F.pad(x, (0, 0, 0, dim - n)).masked_fill(absent[:, :dim, None], 0.0)
             if not plan.ascending:
-                mask = _causal(len(plan.least), x.device) if mask is None else mask
+                mask = _causal(0, len(plan.least), x.device) if mask is None else mask
                 # A row without a single visible key would be undefined; every slot sees itself.
                 diagonal = torch.eye(len(plan.least), dtype=torch.bool, device=x.device)
                 mask = ((mask & (plan.least < lengths[:, None])[:, None]) | diagonal)[:, None]
@@ -260,8 +263,9 @@ class GroupCausalTransformer(nn.Module):
                 )
                 for block in cast("list[Block]", list(self.blocks))
             ],
-            [torch.empty(shape, dtype=dtype, device=device) for _ in self.blocks],
-            [torch.empty(shape, dtype=dtype, device=device) for _ in self.blocks],
+            # Zeros: what a sequence does not see yet has the weight 0, and 0 times it has to be 0.
+            [torch.zeros(shape, dtype=dtype, device=device) for _ in self.blocks],
+            [torch.zeros(shape, dtype=dtype, device=device) for _ in self.blocks],
             torch.empty(0, dtype=dtype, device=device),
         )
 
@@ -299,6 +303,33 @@ class GroupCausalTransformer(nn.Module):
         return out
 
     @torch.no_grad()
+    def ahead(self, x: Tensor, begins: Sequence[int], state: State) -> Tensor:
+        """Parameters of several entries a sequence in one call, see `dflow.core.AheadNet`.
+
+        The order is one from left to right, and the plan reaches as far as the entries.
+        """
+        plan, width = state.plan, x.shape[1]
+        first, alike = begins[0], len(set(begins)) == 1
+        if alike:
+            # Before the first symbol there is none, as at the last place of the state.
+            places: Tensor | slice = slice(first - 1, first - 1 + width)
+            if first:
+                state.symbols[:, places] = x
+            else:
+                state.symbols[:, : width - 1] = x[:, 1:]
+            h = self._call(state, first, first + width)
+            entries: Tensor | slice = slice(first, first + width)
+        else:
+            entries = torch.tensor(begins, device=x.device)[:, None] + torch.arange(width, device=x.device)
+            state.symbols.scatter_(1, (entries - 1).remainder(plan.dim + 1), x)
+            h = self._call(state, min(begins), max(begins) + width, entries)
+        h = F.layer_norm(h, (self.size.hidden_size,), self.norm.weight)
+        out = F.linear(h, self.head.weight, self.head.bias)
+        if self.counted is not None and plan.around is not None:
+            out = self.counted(out, _at(state.symbols, plan.around[entries]), h)
+        return out
+
+    @torch.no_grad()
     def read(self, x: Tensor, state: State) -> None:
         """Read known symbols in one call, before the first step.
 
@@ -325,33 +356,44 @@ class GroupCausalTransformer(nn.Module):
         for tensor in (*state.keys, *state.values):
             tensor[1:, :, : state.read] = tensor[:1, :, : state.read]
 
-    def _call(self, state: State, begin: int, end: int) -> Tensor:
+    def _call(self, state: State, begin: int, end: int, slots: Tensor | None = None) -> Tensor:
         """Features (batch, slots, hidden) of the slots of the next group.
 
-        The blocks are written out with as few operations as possible: for one sequence the overhead of each
-        operation, not its arithmetic, takes most of the time.
+        Where the sequences are at different slots, these are in ``slots``, (batch, width), between begin and
+        end. The blocks are written out with as few operations as possible: for one sequence the overhead of
+        each operation, not its arithmetic, takes most of the time.
         """
-        size, plan, batch, width = self.size.hidden_size, state.plan, state.batch, end - begin
+        size, plan, batch = self.size.hidden_size, state.plan, state.batch
+        width = end - begin if slots is None else slots.shape[1]
         heads, head, norm = self.size.num_attention_heads, self.size.head_size, (size,)
-        gaps = None if plan.slots.gaps is None else plan.slots.gaps[begin:end]
-        h: Tensor = self.embed(state.symbols[:, plan.slots.sources[begin:end]], gaps).flatten(0, 1)
+        present = slice(begin, end) if slots is None else slots
+        gaps = None if plan.slots.gaps is None else plan.slots.gaps[present]
+        h: Tensor = self.embed(_at(state.symbols, plan.slots.sources[present]), gaps).flatten(0, 1)
         mask = None
         if state.lengths is not None and not plan.ascending:
             diagonal = torch.zeros(width, end, dtype=torch.bool, device=h.device)
             diagonal[:, begin:].fill_diagonal_(True)
             mask = (plan.least[:end] < state.lengths)[:, None, None] | diagonal
-        if begin == 0 and width > 1 and (plan.mask is None or len(plan.known)):
+        if slots is not None:
+            mask = slots[:, None, :, None] >= torch.arange(end, device=h.device)
+            rows = torch.arange(batch, device=h.device)[:, None]
+        elif width > 1 and (plan.mask is None or (begin == 0 and len(plan.known))):
             # Several groups, or known entries and the first group, in one call.
-            seen = _causal(end, h.device) if plan.mask is None else plan.mask[:end, :end]
+            seen = _causal(begin, end, h.device) if plan.mask is None else plan.mask[:end, :end]
             mask = seen if mask is None else mask & (seen | diagonal)
-        rotation = plan.rotation[begin:end]
+        rotation = plan.rotation[present]
         for w, keys, values in zip(state.weights, state.keys, state.values, strict=True):
             qkv = _product(F.layer_norm(h, norm, w.norm_attention), w.qkv)
             pairs = torch.view_as_complex(qkv[:, : 2 * size].view(batch, width, 2, -1, head // 2, 2))
             qk = torch.view_as_real(pairs * rotation).view(batch, width, 2 * heads, head)
             qk = qk.transpose(1, 2)
-            keys[:, :, begin:end] = qk[:, heads:]
-            values[:, :, begin:end] = qkv[:, 2 * size :].view(batch, width, -1, head).transpose(1, 2)
+            value = qkv[:, 2 * size :].view(batch, width, -1, head)
+            if slots is None:
+                keys[:, :, begin:end] = qk[:, heads:]
+                values[:, :, begin:end] = value.transpose(1, 2)
+            else:
+                keys[rows, :, slots] = qk[:, heads:].transpose(1, 2)
+                values[rows, :, slots] = value
             out = F.scaled_dot_product_attention(
                 qk[:, :heads], keys[:, :, :end], values[:, :, :end], attn_mask=mask
             )
@@ -361,10 +403,17 @@ class GroupCausalTransformer(nn.Module):
         return h.view(batch, width, size)
 
 
-def _causal(n: int, device: torch.device) -> Tensor:
-    """Mask of slots that see those before them and themselves."""
-    line = torch.arange(n, device=device)
-    return line[:, None] >= line
+def _causal(begin: int, end: int, device: torch.device) -> Tensor:
+    """Mask of the slots from ``begin`` to before ``end``, which see those before them and themselves."""
+    line = torch.arange(end, device=device)
+    return line[begin:, None] >= line
+
+
+def _at(symbols: Tensor, places: Tensor) -> Tensor:
+    """Symbols (batch, entries, columns) at places (entries, columns), or (batch, entries, columns)."""
+    if places.ndim == 2:
+        return symbols[:, places]
+    return symbols.gather(1, places.flatten(1)).view(places.shape)
 
 
 def _product(x: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:

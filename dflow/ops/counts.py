@@ -273,31 +273,17 @@ class Row(NamedTuple):
 
 
 class RowReader:
-    """Looks up single contexts of a table without tensors, whose overhead would be most of the time.
-
-    Rows are remembered, since the shorter contexts come again and again.
-    """
+    """Looks up single contexts of a table without tensors, whose overhead would be most of the time."""
 
     def __init__(self, table: CountTable) -> None:
         self._keys, self._symbols, self._counts, self._starts = (
             tensor.numpy().data for tensor in (table.keys, table.symbols, table.counts, table.starts)
         )
-        self._memo: dict[int, Row | None] = {}
 
     def __call__(self, key: int) -> Row | None:
         """The row of a context by its hash; None where the context is not in the table."""
-        memo = self._memo
-        if key in memo:
-            return memo[key]
-        if len(memo) >= _REMEMBERED:
-            memo.clear()
-        i, row = bisect_left(self._keys, key), None
-        if i < len(self._keys) and self._keys[i] == key:
-            pairs = slice(self._starts[i], self._starts[i + 1])
-            row = Row(self._symbols[pairs].tolist(), self._counts[pairs].tolist())
-        memo[key] = row
-        return row
-
-
-#: Rows that a reader remembers.
-_REMEMBERED = 1 << 16
+        i = bisect_left(self._keys, key)
+        if i == len(self._keys) or self._keys[i] != key:
+            return None
+        pairs = slice(self._starts[i], self._starts[i + 1])
+        return Row(self._symbols[pairs].tolist(), self._counts[pairs].tolist())

@@ -301,7 +301,10 @@ def autoregressive(config: AutoregressiveConfig, K: int) -> Distribution:
         else:
             # Later layers read latents, which are no text that could have been counted.
             counts = 0 if i else _counts(config, elementwise)
-            net = _causal(config, K, elementwise.num_params, zero_head=True, counts=counts)
+            net = causal = _causal(config, K, elementwise.num_params, zero_head=True, counts=counts)
+            if causal.counted is not None:
+                # An arg-max selects a map: all passes look up counts in the same way, to the last bit.
+                causal.counted.few = 0
         layers += [Reverse()] * (i > 0)
         layers.append(Autoregressive(elementwise, net, config.length, config.inversion))
     if config.base == "autoregressive":
@@ -409,7 +412,7 @@ def transformer(config: TransformerConfig, K: int) -> Distribution:
     return SequenceCategorical(_causal(config, K, K), order, config.length)
 
 
-def _causal(config: TransformerConfig, K: int, num_params: int, **options: Any) -> nn.Module:
+def _causal(config: TransformerConfig, K: int, num_params: int, **options: Any) -> GroupCausalTransformer:
     """A causal network; ``options`` are ``zero_head``, and fields of its size other than in ``config``."""
     order, zero_head = lockstep(config.length, config.length), options.pop("zero_head", False)
     size = config.size(**options)
