@@ -37,7 +37,7 @@ _FEW = 4
 
 
 @dataclass
-class Draws:
+class Drawing:
     """Sequences that are being drawn, as a drafter reads them.
 
     Attributes:
@@ -91,12 +91,12 @@ class Draws:
 class Drafter(Protocol):
     """Proposes symbols ahead. What it proposes decides how fast a law is drawn, and never what is drawn."""
 
-    def start(self, draws: Draws) -> Callable[[int], Tensor]:
+    def start(self, draws: Drawing) -> Callable[[int], Tensor]:
         """Begin to draft for some sequences.
 
         Returns:
             What proposes, for a number w, the next w symbols of each sequence, int64 ``(n, w)`` in 0..K-1. It
-            reads ``draws``, which goes on between its calls, and does best to draw by `Draws.draw`. It may
+            reads ``draws``, which goes on between its calls, and does best to draw by `Drawing.draw`. It may
             have an attribute ``cost``: what a symbol takes, in network calls of the law.
         """
         ...
@@ -164,7 +164,7 @@ _DECAY, _DECAY_UNUSED = 0.9, 0.97
 _LOOK_UP, _NETWORK = 0.08, 0.4
 
 
-class _Reader:
+class _AheadReader:
     """A law from left to right whose network reads several entries a call."""
 
     def __init__(self, law: Distribution, name: str) -> None:
@@ -177,7 +177,7 @@ class _Reader:
         self._plan: Memo[Any] = Memo()
         self._reach = 0
 
-    def start(self, draws: Draws) -> Any:
+    def start(self, draws: Drawing) -> Any:
         """The state of the network, which has read what is known."""
         n, known = len(draws.begins), draws.symbols[:, : draws.known]
         extra: tuple[Any, ...] = ()
@@ -209,9 +209,9 @@ class LawDrafter:
     """
 
     def __init__(self, law: Distribution) -> None:
-        self._reader = _Reader(law, "the model that drafts")
+        self._reader = _AheadReader(law, "the model that drafts")
 
-    def start(self, draws: Draws) -> Callable[[int], Tensor]:
+    def start(self, draws: Drawing) -> Callable[[int], Tensor]:
         """See `Drafter`."""
         net = self._reader.net
         if hasattr(net, "single") and len(draws.begins) <= _FEW and draws.symbols.device.type == "cpu":
@@ -224,7 +224,7 @@ class _OneByOne:
 
     cost = _LOOK_UP
 
-    def __init__(self, net: Any, draws: Draws) -> None:
+    def __init__(self, net: Any, draws: Drawing) -> None:
         self._net, self._draws = net, draws
         self._noise = [noise.unbind(0) for noise in draws.gumbel]
 
@@ -245,7 +245,7 @@ class _OneByOne:
 class _Following:
     """Drafts by a network with a state, which first reads what was drawn since the last draft."""
 
-    def __init__(self, reader: _Reader, draws: Draws) -> None:
+    def __init__(self, reader: _AheadReader, draws: Drawing) -> None:
         self._net, self._draws, self._state = reader.net, draws, reader.start(draws)
         self.cost = _LOOK_UP if hasattr(reader.net, "single") else _NETWORK
         #: The first entry of each sequence that the network has not given yet.
@@ -300,7 +300,7 @@ class Drafted(Distribution):
         super().__init__()
         if width is not None and not 0 <= width <= LONGEST_DRAFT:
             raise InputError(f"width {width} must be from 0 to {LONGEST_DRAFT}")
-        self._reader = _Reader(law, "this model")
+        self._reader = _AheadReader(law, "this model")
         self.law: SequenceCategorical = self._reader.law
         self.drafter, self.width, self.tally = drafter, width, Tally()
 
@@ -367,13 +367,13 @@ class Drafted(Distribution):
             gumbel = part.gumbel(numbers[:, None], places, K)
             gumbel = torch.nn.functional.pad(gumbel, (0, 0, 0, _BEYOND))
             symbols = torch.nn.functional.pad(x[rows, :last], (0, _BEYOND))
-            draws = Draws(symbols, [before] * len(symbols), before, gumbel, noise.controls)
+            draws = Drawing(symbols, [before] * len(symbols), before, gumbel, noise.controls)
             self._draw(draws, ends[rows], part.samples.tolist())
             x[rows, before:last] = draws.symbols[:, before:last]
         mask = present(context, n, dim, takes_known=True)
         return x if mask is None else torch.where(mask, x, 0)
 
-    def _draw(self, draws: Draws, ends: list[int], samples: list[int]) -> None:
+    def _draw(self, draws: Drawing, ends: list[int], samples: list[int]) -> None:
         """Draw all sequences up to their ends."""
         net, state, draft = self.law.net, self._reader.start(draws), self.drafter.start(draws)
         calls, begins = self.tally.calls, draws.begins

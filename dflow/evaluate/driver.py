@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from dflow import objectives
 from dflow.config import InputError
+from dflow.hf.counts import counted
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ class Scorer(ABC):
     def check(self, rows: slice) -> bool | None:
         """Whether the figures of these rows can be trusted; None where that cannot be checked."""
         return None
+
+    def close(self) -> None:
+        """Let counts of the model that have grown with the rows stand still again."""
+        for module in counted(self.model):
+            module.also = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +152,7 @@ def total(
     with (
         torch.inference_mode(),
         evaluating(scorer.model),
+        closing(scorer),
         tqdm(
             total=sum(rows.stop - rows.start for rows in shares),
             unit=scorer.row,

@@ -15,7 +15,6 @@ from dflow.data import Draws, Text
 from dflow.evaluate.driver import Rows, Scorer, check_positive, share, total
 from dflow.evaluate.rolling import Rolling, rolling
 from dflow.hf import DflowModel
-from dflow.hf.counts import counted
 
 #: Whether each chunk is scored by itself, or each symbol given the text before it; see `evaluate`.
 Protocol = Literal["chunks", "rolling"]
@@ -72,9 +71,7 @@ def evaluate(
     .. math:: \mathrm{bpc} = \frac{-\sum_c \log_2 p(x_c)}{\sum_c n_c}
 
     with n_c the characters that begin in chunk c; in the sentence protocol a chunk is a sentence, log p(x_c)
-    includes its length, and n_c counts its end. The sum is in float64. The standard error is that of a ratio
-    of means (Cochran 1977, Sampling Techniques, section 2.11).
-
+    includes its length, and n_c counts its end. The sum is in float64, see `Totals` for the standard error.
     The protocol "rolling" scores every symbol of a stream once, given the text before it; see `rolling`.
 
     Args:
@@ -95,11 +92,7 @@ def evaluate(
     """
     check_positive(batch_size=batch_size, limit=limit)
     scorer = _scorer(model, text, limit, checks, share(accelerator)[1], protocol, context, adapt)
-    try:
-        totals = total(scorer, batch_size, progress, accelerator)
-    finally:
-        for module in counted(model):
-            module.also = None
+    totals = total(scorer, batch_size, progress, accelerator)
     if not totals.size:
         raise InputError(
             f"no character begins in the scored chunks of the {text.name} text; raise the limit, or give "
