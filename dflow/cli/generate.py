@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dflow.cli.flags import Verbs, flag, refuse
-from dflow.cli.shared import Drawing, drafted, load_model, remark, suit_threads
+from dflow.cli.shared import Drawing, drafted, load_model, say_once, suit_threads
 from dflow.config import InputError
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def generate(flags: Generate) -> int:
         collections.deque(samples, 0)
     if flags.verbose:
         before = 0 if prompt is None else len(prompt)
-        remark(calls_taken(model, flags.length or before + model.config.length, prompt))
+        say_once(calls_taken(model, flags.length or before + model.config.length, prompt))
     if accelerator is not None:
         accelerator.end_training()
     return 0

@@ -13,8 +13,9 @@ Hoogeboom 2020 (arXiv 2002.09928).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -37,7 +38,7 @@ _FEW = 4
 
 
 @dataclass
-class Drawing:
+class OpenDraws:
     """Sequences that are being drawn, as a drafter reads them.
 
     Attributes:
@@ -91,12 +92,12 @@ class Drawing:
 class Drafter(Protocol):
     """Proposes symbols ahead. What it proposes decides how fast a law is drawn, and never what is drawn."""
 
-    def start(self, draws: Drawing) -> Callable[[int], Tensor]:
+    def start(self, draws: OpenDraws) -> Callable[[int], Tensor]:
         """Begin to draft for some sequences.
 
         Returns:
             What proposes, for a number w, the next w symbols of each sequence, int64 ``(n, w)`` in 0..K-1. It
-            reads ``draws``, which goes on between its calls, and does best to draw by `Drawing.draw`. It may
+            reads ``draws``, which goes on between its calls, and does best to draw by their `draw`. It may
             have an attribute ``cost``: what a symbol takes, in network calls of the law.
         """
         ...
@@ -115,6 +116,11 @@ class Tally:
     calls: dict[int, int] = field(default_factory=dict)
     drafted: int = 0
     accepted: int = 0
+
+    def add(self, samples: Sequence[int], calls: int = 1) -> None:
+        """Count calls for some samples."""
+        for sample in samples:
+            self.calls[sample] = self.calls.get(sample, 0) + calls
 
     def clear(self) -> None:
         """Forget all."""
@@ -154,6 +160,11 @@ class _Pace:
         self._right, self._tried = decay * self._right + right, decay * self._tried + tried
 
 
+def _pays_off(ahead_cost: float, batch: int) -> bool:
+    """Whether drafts that are always right would save more than a tenth of the time of the plain loop."""
+    return 1.1 * (_SEVERAL + ahead_cost * math.sqrt(batch) * LONGEST_DRAFT) < LONGEST_DRAFT + 1
+
+
 #: What a call over several entries takes, in calls over one, without what each entry adds.
 _SEVERAL = 1.4
 #: The share of right symbols that is assumed at first, with the weight of so many symbols.
@@ -164,7 +175,7 @@ _DECAY, _DECAY_UNUSED = 0.9, 0.97
 _LOOK_UP, _NETWORK = 0.08, 0.4
 
 
-class _AheadReader:
+class _AheadLaw:
     """A law from left to right whose network reads several entries a call."""
 
     def __init__(self, law: Distribution, name: str) -> None:
@@ -177,7 +188,7 @@ class _AheadReader:
         self._plan: Memo[Any] = Memo()
         self._reach = 0
 
-    def start(self, draws: Drawing) -> Any:
+    def start(self, draws: OpenDraws) -> Any:
         """The state of the network, which has read what is known."""
         n, known = len(draws.begins), draws.symbols[:, : draws.known]
         extra: tuple[Any, ...] = ()
@@ -209,9 +220,9 @@ class LawDrafter:
     """
 
     def __init__(self, law: Distribution) -> None:
-        self._reader = _AheadReader(law, "the model that drafts")
+        self._reader = _AheadLaw(law, "the model that drafts")
 
-    def start(self, draws: Drawing) -> Callable[[int], Tensor]:
+    def start(self, draws: OpenDraws) -> Callable[[int], Tensor]:
         """See `Drafter`."""
         net = self._reader.net
         if hasattr(net, "single") and len(draws.begins) <= _FEW and draws.symbols.device.type == "cpu":
@@ -224,7 +235,7 @@ class _OneByOne:
 
     cost = _LOOK_UP
 
-    def __init__(self, net: Any, draws: Drawing) -> None:
+    def __init__(self, net: Any, draws: OpenDraws) -> None:
         self._net, self._draws = net, draws
         self._noise = [noise.unbind(0) for noise in draws.gumbel]
 
@@ -245,7 +256,7 @@ class _OneByOne:
 class _Following:
     """Drafts by a network with a state, which first reads what was drawn since the last draft."""
 
-    def __init__(self, reader: _AheadReader, draws: Drawing) -> None:
+    def __init__(self, reader: _AheadLaw, draws: OpenDraws) -> None:
         self._net, self._draws, self._state = reader.net, draws, reader.start(draws)
         self.cost = _LOOK_UP if hasattr(reader.net, "single") else _NETWORK
         #: The first entry of each sequence that the network has not given yet.
@@ -287,7 +298,7 @@ class Drafted(Distribution):
         law: a `SequenceCategorical` from left to right whose network is a `dflow.core.AheadNet`.
         drafter: what proposes symbols.
         width: how many symbols are drafted for a call, 0 to 32; None for as many as pay off, by how many
-            were right of late.
+            were right of late. Where none can pay off, as for an LSTM, the plain loop draws.
 
     Attributes:
         tally: calls of the samples drawn since it was cleared.
@@ -300,7 +311,7 @@ class Drafted(Distribution):
         super().__init__()
         if width is not None and not 0 <= width <= LONGEST_DRAFT:
             raise InputError(f"width {width} must be from 0 to {LONGEST_DRAFT}")
-        self._reader = _AheadReader(law, "this model")
+        self._reader = _AheadLaw(law, "this model")
         self.law: SequenceCategorical = self._reader.law
         self.drafter, self.width, self.tally = drafter, width, Tally()
 
@@ -357,6 +368,10 @@ class Drafted(Distribution):
         longest = dim if length is None else min(length, dim)
         ends = [longest] * n if lengths is None else lengths.clamp(max=longest).tolist()
         before, last, K = prefix.shape[1], max(ends, default=0), self.law.net.K
+        if self.width is None and not _pays_off(self.law.net.ahead_cost, n):
+            self.tally.add(noise.samples.tolist(), self.law.needed(last, context))
+            context = replace(Context() if context is None else context, noise=noise)
+            return self.law.sample(n, context, None, prompt, length)
         x = torch.zeros(n, dim, dtype=torch.int64, device=device)
         x[:, :before] = prefix[:, :dim]
         together = max(1, _NOISE_BLOCK // (K * max(1, last - before + _BEYOND)))
@@ -367,20 +382,21 @@ class Drafted(Distribution):
             gumbel = part.gumbel(numbers[:, None], places, K)
             gumbel = torch.nn.functional.pad(gumbel, (0, 0, 0, _BEYOND))
             symbols = torch.nn.functional.pad(x[rows, :last], (0, _BEYOND))
-            draws = Drawing(symbols, [before] * len(symbols), before, gumbel, noise.controls)
+            draws = OpenDraws(symbols, [before] * len(symbols), before, gumbel, noise.controls)
             self._draw(draws, ends[rows], part.samples.tolist())
             x[rows, before:last] = draws.symbols[:, before:last]
         mask = present(context, n, dim, takes_known=True)
         return x if mask is None else torch.where(mask, x, 0)
 
-    def _draw(self, draws: Drawing, ends: list[int], samples: list[int]) -> None:
+    def _draw(self, draws: OpenDraws, ends: list[int], samples: list[int]) -> None:
         """Draw all sequences up to their ends."""
         net, state, draft = self.law.net, self._reader.start(draws), self.drafter.start(draws)
-        calls, begins = self.tally.calls, draws.begins
-        verifying, drafting = net.ahead_cost * len(begins) ** 0.5, getattr(draft, "cost", _LOOK_UP)
+        begins = draws.begins
+        verifying, drafting = net.ahead_cost * math.sqrt(len(begins)), getattr(draft, "cost", _LOOK_UP)
         pace = _Pace(self.width, verifying + drafting)
-        for sample in samples if draws.known else ():
-            calls[sample] = calls.get(sample, 0) + 1
+        if draws.known:
+            # One call has read what is known.
+            self.tally.add(samples)
         while (left := max(end - begin for begin, end in zip(begins, ends, strict=True))) > 0:
             d = min(pace(), left - 1)
             x = draws.before(begins, 1)
@@ -400,7 +416,7 @@ class Drafted(Distribution):
                 taken = min(agreed + 1, rest)
                 draws.symbols[row, begin : begin + taken] = drawn[row, :taken]
                 begins[row] = begin + taken
-                calls[samples[row]] = calls.get(samples[row], 0) + 1
+                self.tally.add(samples[row : row + 1])
                 self.tally.accepted += min(agreed, rest)
                 self.tally.drafted += min(d, rest)
             pace.learn(right, tried)

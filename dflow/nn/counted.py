@@ -50,7 +50,7 @@ class _Many:
         return ((weights / self.times)[..., None, :] @ self.counts)[..., 0, :]
 
 
-class _ContextRows:
+class _Recalled:
     """Contexts that were looked up of late: a row of each tensor for every one; row 0 for those not met.
 
     The same contexts come again and again, and what a context needs beside its look-up is in memory then.
@@ -124,7 +124,7 @@ class _ContextRows:
 class _Few:
     """The same for a few entries, each with the row of every pattern: long (entries, patterns)."""
 
-    def __init__(self, rows: _ContextRows, places: Tensor) -> None:
+    def __init__(self, rows: _Recalled, places: Tensor) -> None:
         self.met, flat = places > 0, places.view(-1)
         self.features = rows.features[flat]
         self.shares = rows.shares[flat].view(*places.shape, -1)
@@ -136,7 +136,7 @@ class _Few:
 
 
 #: The contexts of each table that were looked up of late, by precision and number of patterns.
-_TABLES: WeakKeyDictionary[CountTable, dict[tuple[torch.dtype, int], _ContextRows]] = WeakKeyDictionary()
+_TABLES: WeakKeyDictionary[CountTable, dict[tuple[torch.dtype, int], _Recalled]] = WeakKeyDictionary()
 
 
 def neighbours(symbols: Tensor, offsets: Sequence[int], K: int) -> Tensor:
@@ -274,12 +274,12 @@ class Counted(nn.Module):
         rows = self._remembered(dtype)
         return _Few(rows, torch.tensor(rows.find([self._read.one(symbols) for symbols in entries])))
 
-    def _remembered(self, dtype: torch.dtype) -> _ContextRows:
+    def _remembered(self, dtype: torch.dtype) -> _Recalled:
         """The contexts of the table that were looked up of late, by whatever reads it."""
         several = _TABLES.setdefault(self.table, {})
         key = dtype, len(self.patterns)
         if key not in several:
-            several[key] = _ContextRows(self.table, self.K, len(self.patterns), dtype)
+            several[key] = _Recalled(self.table, self.K, len(self.patterns), dtype)
         return several[key]
 
     def share(self, other: Counted) -> None:

@@ -265,7 +265,7 @@ def _signed(number: int) -> int:
     return number - (1 << 64) if number >> 63 else number
 
 
-class ContextRow(NamedTuple):
+class CountRow(NamedTuple):
     """The counts of one context: its symbols, and how often each stands there."""
 
     symbols: list[int]
@@ -280,10 +280,10 @@ class RowReader:
             tensor.numpy().data for tensor in (table.keys, table.symbols, table.counts, table.starts)
         )
 
-    def __call__(self, key: int) -> ContextRow | None:
+    def __call__(self, key: int) -> CountRow | None:
         """The row of a context by its hash; None where the context is not in the table."""
         i = bisect_left(self._keys, key)
         if i == len(self._keys) or self._keys[i] != key:
             return None
         pairs = slice(self._starts[i], self._starts[i + 1])
-        return ContextRow(self._symbols[pairs].tolist(), self._counts[pairs].tolist())
+        return CountRow(self._symbols[pairs].tolist(), self._counts[pairs].tolist())
