@@ -96,6 +96,13 @@ def corpus_of(path: Path, protocol: str = "stream") -> Corpus:
     return load(DataConfig(name=str(path), protocol=protocol))  # type: ignore[arg-type]
 
 
+def with_counts(model: hf.DflowModel, K: int) -> hf.DflowModel:
+    """The model with counts of a random text, where it reads any."""
+    for module in counted(model):
+        module.use(count(torch.randint(0, K, (200,)), K, module.patterns))
+    return model
+
+
 def make_model(
     family: str,
     vocab_size: int,
@@ -114,8 +121,7 @@ def make_model(
         **SETTINGS[family],
     )
     model = hf.DflowModel(config)
-    for module in counted(model):
-        module.use(count(torch.randint(0, vocab_size, (200,)), vocab_size, module.patterns))
+    with_counts(model, vocab_size)
     with torch.no_grad():
         for p in model.parameters():  # flows start as the identity, which tests too little
             p.add_(0.3 * torch.randn_like(p))

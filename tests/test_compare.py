@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from folders import LENGTH, SETTINGS, corpus_of, make_model, write_text
+from folders import LENGTH, SETTINGS, corpus_of, make_model, with_counts, write_text
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -206,7 +206,7 @@ def test_the_calls_told_are_those_made(family: str, changes: dict[str, Any], exp
         torch.manual_seed(0)
         settings = SETTINGS[family] | {"length": LENGTH} | changes
         config = hf.DflowConfig(family=family, vocab_size=5, explicit_length=explicit, **settings)
-        model = hf.DflowModel(config).eval()
+        model = with_counts(hf.DflowModel(config), 5).eval()
         told = num_calls(model, length)
         assert told == made(model, length)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from folders import LENGTH, SETTINGS, make_model
+from folders import LENGTH, SETTINGS, make_model, with_counts
 from torch import Tensor
 
 from dflow import hf, objectives, zoo
@@ -54,7 +54,7 @@ def text(family: str, changes: dict[str, Any], **config: Any) -> hf.DflowModel:
     torch.manual_seed(0)
     settings = SETTINGS[family] | {"length": LENGTH} | changes
     model = hf.DflowModel(hf.DflowConfig(family=family, vocab_size=K, **settings, **config))
-    return shaken(model)
+    return shaken(with_counts(model, K))
 
 
 def image(family: str, settings: dict[str, Any]) -> hf.DflowImageModel:

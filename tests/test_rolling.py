@@ -186,7 +186,7 @@ def test_after_training_more_text_before_a_symbol_costs_fewer_bits(family: str) 
         assert evaluate(model, text, protocol="rolling", context=0).bpc == pytest.approx(chunks.bpc, rel=1e-5)
 
 
-@pytest.mark.parametrize("family", sorted({*SETTINGS} - {"transformer", "lstm"}))
+@pytest.mark.parametrize("family", sorted({*SETTINGS} - {"transformer", "lstm", "ngram"}))
 def test_models_that_score_whole_sequences_are_refused(family: str) -> None:
     with pytest.raises(InputError, match=rf"a {family} model scores chunks only: .* not been trained"):
         evaluate(make_model(family, K), text_of(50), protocol="rolling")
@@ -301,7 +301,7 @@ def test_evaluate_refuses(
 def test_laws_and_images_have_no_text_before_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "law"
     argv = ["data.name=synthetic/eight_gaussians", "model.length=2", "train.steps=1", f"output={folder}"]
-    argv.append("model.context=0")
+    argv += ["model.context=0", "model.counts=0"]
     recipe = Path(__file__).parent.parent / "recipes" / "lstm.yaml"
     assert main(["train", str(recipe), *(f"--set={value}" for value in argv)]) == 0
     assert cli.main(["evaluate", "--model", str(folder), "--protocol", "rolling"]) == 2

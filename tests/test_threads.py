@@ -36,7 +36,7 @@ def test_a_number_that_a_user_has_chosen_stays() -> None:
     assert torch.get_num_threads() == 2
 
 
-@pytest.mark.parametrize("family", zoo.names("text"))
+@pytest.mark.parametrize("family", [name for name in zoo.names("text") if name != "ngram"])
 def test_work_grows_with_batch_and_width_and_falls_with_calls(family: str) -> None:
     record = zoo.find(family)
     settings = zoo.settings(family, SETTINGS[family] | {"length": 16, "hidden_size": 8})

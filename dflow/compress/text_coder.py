@@ -46,11 +46,11 @@ class TextCoder:
     law: Distribution
     tokenizer: Tokenizer
     length: int
-    context: int
     lengths: Tensor | None
     calls: int
     fingerprint: bytes
     where: str = "the model"
+    context: int = 0
 
     mode: ClassVar[str] = "float64"
 
@@ -101,7 +101,7 @@ class TextCoder:
         # Of the model with all of its numbers of calls; a file names the number that it uses.
         digest = fingerprint(model.distribution, tables, cls.mode, extra.encode())[: container.FINGERPRINT]
         context = getattr(model.config, "context", 0)
-        return cls(prepared, tokenizer, model.config.length, context, lengths, calls, digest, where)
+        return cls(prepared, tokenizer, model.config.length, lengths, calls, digest, where, context)
 
     @property
     def alphabet(self) -> Alphabet | None:

@@ -84,6 +84,18 @@ class _LstmState:
     past: _Past | None = None
 
 
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}={size} must be at least 1")
+
+
+def _check_rates(**rates: float) -> None:
+    for name, rate in rates.items():
+        if not 0 <= rate < 1:
+            raise ValueError(f"{name}={rate} must be in [0, 1)")
+
+
 class LSTM(nn.Module):
     r"""Autoregressive LSTM with the regularisation of AWD-LSTM.
 
@@ -144,26 +156,10 @@ class LSTM(nn.Module):
     ) -> None:
         """See the class."""
         super().__init__()
-        sizes = {
-            "K": K,
-            "num_params": num_params,
-            "hidden_size": hidden_size,
-            "num_layers": num_layers,
-            "embedding_size": embedding_size,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name}={size} must be at least 1")
-        rates = {
-            "dropout": dropout,
-            "dropout_hidden": dropout_hidden,
-            "dropout_input": dropout_input,
-            "dropout_embedding": dropout_embedding,
-            "weight_drop": weight_drop,
-        }
-        for name, rate in rates.items():
-            if not 0 <= rate < 1:
-                raise ValueError(f"{name}={rate} must be in [0, 1)")
+        _check_sizes(K=K, num_params=num_params, hidden_size=hidden_size, num_layers=num_layers)
+        _check_sizes(embedding_size=embedding_size)
+        _check_rates(dropout=dropout, dropout_hidden=dropout_hidden, dropout_input=dropout_input)
+        _check_rates(dropout_embedding=dropout_embedding, weight_drop=weight_drop)
         if tied and (num_params != K or embedding_size != hidden_size):
             raise ValueError(
                 f"tied needs num_params == K and embedding_size == hidden_size, not {num_params} and {K}, "

@@ -237,7 +237,7 @@ def make_plan(
         None if lanes == 1 and not len(known) else group_of_slot[:, None] >= group_of_slot,
         lanes == 1 and not len(known) and bool((slots.positions.diff() > 0).all()),
         n,
-        None if reach.counted is None else _around(drawn, reach.counted),
+        _around(drawn, reach.counted),
         known,
     )
 
@@ -251,8 +251,10 @@ def _after(reach: Reach, drawn: Tensor, known: Tensor, slots: Reading) -> Readin
     return replace(_joined([before, slots]), cuts=[0, *(len(known) + cut for cut in slots.cuts[1:])])
 
 
-def _around(drawn: Tensor, offsets: Tensor) -> Tensor:
+def _around(drawn: Tensor, offsets: Tensor | None) -> Tensor | None:
     """Positions (n, offsets) of the symbols around each entry, n where one is not drawn in an earlier row."""
+    if offsets is None:
+        return None
     n = len(drawn) - 1
     line = torch.arange(n, device=drawn.device)[:, None]
     around = line + offsets
