@@ -195,8 +195,7 @@ def make_plan(
     # The row that draws each position; n, which stands for no position, is never drawn.
     drawn = torch.full((n + 1,), rows, device=device)
     drawn[order] = torch.arange(rows, device=device)[:, None].expand_as(order)
-    drawn[n] = rows
-    drawn[known] = -1
+    drawn[n], drawn[known] = rows, -1
     history = torch.cat([order.new_full((m, lanes), n), order])
     # Column c: the position that the lane drew c + 1 rows before.
     last = torch.stack([history[m - 1 - c : m - 1 - c + rows] for c in range(m)], -1)
@@ -227,6 +226,7 @@ def make_plan(
         )
         for j, predicted in enumerate(present.unbind(-1))
     ]
+    one_by_one = lanes == 1 and not len(known)
     return Plan(
         slots,
         entries,
@@ -234,8 +234,8 @@ def make_plan(
         _places(entries, n),
         torch.cat([known, chain.min(-1).values[used]]),
         rotations(slots.positions, keys, head_size, dtype),
-        None if lanes == 1 and not len(known) else group_of_slot[:, None] >= group_of_slot,
-        lanes == 1 and not len(known) and bool((slots.positions.diff() > 0).all()),
+        None if one_by_one else group_of_slot[:, None] >= group_of_slot,
+        one_by_one and bool((slots.positions.diff() > 0).all()),
         n,
         _around(drawn, reach.counted),
         known,
