@@ -226,7 +226,6 @@ def make_plan(
         )
         for j, predicted in enumerate(present.unbind(-1))
     ]
-    one_by_one = lanes == 1 and not len(known)
     return Plan(
         slots,
         entries,
@@ -234,8 +233,8 @@ def make_plan(
         _places(entries, n),
         torch.cat([known, chain.min(-1).values[used]]),
         rotations(slots.positions, keys, head_size, dtype),
-        None if one_by_one else group_of_slot[:, None] >= group_of_slot,
-        one_by_one and bool((slots.positions.diff() > 0).all()),
+        None if lanes == 1 and not len(known) else group_of_slot[:, None] >= group_of_slot,
+        lanes == 1 and not len(known) and bool((slots.positions.diff() > 0).all()),
         n,
         _around(drawn, reach.counted),
         known,
