@@ -60,6 +60,15 @@ def test_files_come_back_and_take_the_bits_of_the_likelihood(name: str, coders: 
         assert sizes[True] < sizes[False]
 
 
+def test_a_coder_that_has_adapted_codes_chunks_as_a_fresh_one(coders: dict[str, TextCoder]) -> None:
+    coder = coders["ngram"]
+    before, _ = compress_text(FILES, coder)
+    data, _ = compress_text(FILES, coder, rolling=True, adapt=True)
+    assert compress_text(FILES, coder)[0] == before
+    decompress_text(data, coder)
+    assert compress_text(FILES, coder)[0] == before
+
+
 def test_a_changed_byte_is_refused(coders: dict[str, TextCoder]) -> None:
     coder = coders["ngram"]
     data, _ = compress_text(FILES, coder, rolling=True, adapt=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from math import ceil, log
 from typing import Any, cast
@@ -210,6 +211,11 @@ class _Walker:
         for module in modules:
             module.also = self.growing
 
+    def close(self) -> None:
+        """Leave the model as it was: other files may be coded in another way by the same one."""
+        for module in counted(self.coder.law):
+            module.also = None
+
     def law(self, length: int) -> tuple[Distribution, Context, Tensor]:
         """The law of the next chunk, its context, and the known symbols before it, ``(1, known)``."""
         tail = self.text[:, max(0, self.text.shape[1] - self.plan.context) :]
@@ -228,13 +234,14 @@ class _Walker:
 
 def _push_rolling(stack: Coder, coder: TextCoder, plan: TextPlan, chunks: Chunks, bar: Any) -> None:
     """Push chunks that are coded one after another."""
-    walker, recorders = _Walker(coder, plan), list[_Recorder]()
-    for x, length in zip(chunks.x, chunks.lengths.tolist(), strict=True):
-        law, context, tail = walker.law(length)
-        recorders.append(_Recorder())
-        codec.push(law, torch.cat([tail, x[None, :length]], 1), cast(Stack, recorders[-1]), context)
-        walker.advance(x[None, :length])
-        bar.update()
+    recorders = list[_Recorder]()
+    with closing(_Walker(coder, plan)) as walker:
+        for x, length in zip(chunks.x, chunks.lengths.tolist(), strict=True):
+            law, context, tail = walker.law(length)
+            recorders.append(_Recorder())
+            codec.push(law, torch.cat([tail, x[None, :length]], 1), cast(Stack, recorders[-1]), context)
+            walker.advance(x[None, :length])
+            bar.update()
     for recorder in reversed(recorders):
         recorder.replay(stack)
 
@@ -243,13 +250,13 @@ def _pop_rolling(
     stack: Coder, coder: TextCoder, plan: TextPlan, lengths: Tensor, bar: Any
 ) -> Iterator[Array]:
     """The chunks that `_push_rolling` pushed."""
-    walker = _Walker(coder, plan)
-    for length in lengths.tolist():
-        law, context, tail = walker.law(length)
-        chunk = codec.pop(law, 1, stack, context)[:, tail.shape[1] :]
-        walker.advance(chunk)
-        yield chunk[0].numpy()
-        bar.update()
+    with closing(_Walker(coder, plan)) as walker:
+        for length in lengths.tolist():
+            law, context, tail = walker.law(length)
+            chunk = codec.pop(law, 1, stack, context)[:, tail.shape[1] :]
+            walker.advance(chunk)
+            yield chunk[0].numpy()
+            bar.update()
 
 
 def _context(lengths: Tensor, coder: TextCoder) -> Context | None:
@@ -336,11 +343,11 @@ def ideal(coder: TextCoder, plan: TextPlan, chunks: Chunks) -> float:
     """Bits of the symbols by the likelihood."""
     nats = 0.0
     if plan.rolling:
-        walker = _Walker(coder, plan)
-        for x, length in zip(chunks.x, chunks.lengths.tolist(), strict=True):
-            law, context, tail = walker.law(length)
-            nats -= float(law.log_prob(torch.cat([tail, x[None, :length]], 1), context))
-            walker.advance(x[None, :length])
+        with closing(_Walker(coder, plan)) as walker:
+            for x, length in zip(chunks.x, chunks.lengths.tolist(), strict=True):
+                law, context, tail = walker.law(length)
+                nats -= float(law.log_prob(torch.cat([tail, x[None, :length]], 1), context))
+                walker.advance(x[None, :length])
         return nats / log(2)
     for start, stop in plan.blocks:
         x, lengths = chunks.block(plan, start, stop)

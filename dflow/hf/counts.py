@@ -46,7 +46,7 @@ def load(model: nn.Module, file: Path | None, source: str) -> None:
 
     Args:
         model: with the digest of its counts among its weights.
-        file: the file of counts, or None where there is none.
+        file: the file of counts; None for a folder without one.
         source: the folder or repository of the model, for messages.
 
     Raises:
@@ -65,7 +65,8 @@ def load(model: nn.Module, file: Path | None, source: str) -> None:
         table = CountTable(**tensors)
     except (SafetensorError, OSError, CountsError, TypeError) as error:
         raise InputError(f"{file}: truncated or damaged ({error}); restore it, or train again") from None
-    if any(bytes(module.digest.tolist()) != table.digest() for module in modules):
+    digest = table.digest()
+    if any(bytes(module.digest.tolist()) != digest for module in modules):
         raise InputError(f"{file}: the counts of another model; restore weights and counts from one training")
     largest = min(module.K for module in modules)
     if len(table.symbols) and int(table.symbols.max()) >= largest:
