@@ -26,7 +26,7 @@ from dflow.config import InputError
 from dflow.core import Context, Distribution, Known
 from dflow.data import Bytes, GrowingCounts
 from dflow.distributions import SequenceCategorical
-from dflow.hf.counts import counted
+from dflow.hf.counts import counted, patterns_in
 
 Array = NDArray[Any]
 
@@ -206,8 +206,7 @@ class _Walker:
         if plan.weight:
             if not modules:
                 raise Damaged("is coded with counts that adapt, and the model has none")
-            patterns = sorted({pattern for module in modules for pattern in module.patterns}, key=len)
-            self.growing = GrowingCounts(coder.tokenizer.size, patterns, plan.weight)
+            self.growing = GrowingCounts(coder.tokenizer.size, patterns_in(coder.law), plan.weight)
         for module in modules:
             module.also = self.growing
 

@@ -16,7 +16,7 @@ from dflow.distributions import SequenceCategorical
 from dflow.distributions.documents import Documents
 from dflow.evaluate.driver import Rows, Scorer
 from dflow.hf import DflowModel
-from dflow.hf.counts import counted
+from dflow.hf.counts import counted, patterns_in
 from dflow.nn.lstm import LSTM, Carried
 
 
@@ -75,8 +75,7 @@ class Rolling(Scorer):
                 f"a {self.model.config.family} model without counts has none that could adapt; train it with "
                 "model.counts, or leave adapt out"
             )
-        patterns = sorted({pattern for module in modules for pattern in module.patterns}, key=len)
-        self.growing = GrowingCounts(self.model.config.vocab_size, patterns, WEIGHT)
+        self.growing = GrowingCounts(self.model.config.vocab_size, patterns_in(self.model), WEIGHT)
         for module in modules:
             module.also = self.growing
         self.protocol += f"; counts go on with the text scored so far, each symbol {WEIGHT} times"

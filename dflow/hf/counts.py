@@ -11,7 +11,7 @@ from torch import nn
 
 from dflow.config import InputError
 from dflow.nn.counted import Counted
-from dflow.ops.counts import CountsError, CountTable
+from dflow.ops.counts import CountsError, CountTable, Pattern
 
 #: File of the counts.
 COUNTS = "counts.safetensors"
@@ -26,6 +26,11 @@ def set_counts(model: nn.Module, table: CountTable) -> None:
     """Let all modules of ``model`` that read counts read these."""
     for module in counted(model):
         module.use(table)
+
+
+def patterns_in(model: nn.Module) -> list[Pattern]:
+    """The patterns of all contexts that ``model`` reads counts of, the shortest first."""
+    return sorted({pattern for module in counted(model) for pattern in module.patterns}, key=len)
 
 
 def count_bytes(model: nn.Module) -> int:

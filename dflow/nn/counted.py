@@ -216,7 +216,7 @@ class Counted(nn.Module):
         """The counts of the training text.
 
         Raises:
-            InputError: there are none yet.
+            InputError: the model has not been given counts yet.
         """
         if self._table is None:
             raise InputError(
@@ -293,7 +293,7 @@ class Counted(nn.Module):
         It takes a fraction of the time of `forward`, and is for the CPU, evaluation mode and no gradients.
 
         Args:
-            symbols: the symbols around the entry, one for each column; K where there is none.
+            symbols: the symbols around the entry, one for each column; K at places without a symbol.
         """
         features = self.features
         rows = self._remembered(features.weight.dtype)

@@ -45,7 +45,7 @@ class Carried:
     Attributes:
         before: vector of the last symbol, ``(batch, 1, embedding_size)``.
         states: hidden and cell state of each layer, ``(1, batch, hidden_size)``.
-        recent: the last symbols, ``(batch, counts)``; K where there is none.
+        recent: the last symbols, ``(batch, counts)``; K at places without a symbol.
     """
 
     before: Tensor

@@ -16,7 +16,7 @@ from dflow.ops.recent import Recent
 
 @dataclass
 class NgramState:
-    """The last symbols drawn, ``(batch, counts)``; K where there is none yet. `past`: those of `ahead`."""
+    """The last symbols drawn, ``(batch, counts)``; K before the first symbol. `past`: those of `ahead`."""
 
     recent: Tensor
     past: Recent | None = None

@@ -42,7 +42,7 @@ class Folds:
                 "nothing can be counted; set it to 0"
             )
         self.modules: list[Counted] = list(counts.counted(model))
-        patterns = sorted({pattern for module in self.modules for pattern in module.patterns}, key=len)
+        patterns = counts.patterns_in(model)
         self.texts, line = _folds(text, settings.length + settings.context), _line(text, K)
         cuts = [0, *torch.tensor([len(_line(fold, K)) for fold in self.texts]).cumsum(0).tolist()]
         with tqdm(total=len(patterns) * len(cuts), unit="pattern", desc="count", delay=1, leave=False) as bar:
