@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dflow.data import count
+from dflow.data import GrowingCounts, count
 from dflow.nn.counted import Counted, neighbours
-from dflow.ops.counts import ContextReader, CountsError, CountTable, patterns_of
+from dflow.ops.counts import ContextReader, CountsError, CountTable, RowReader, patterns_of
 
 
 def by_hand(
@@ -127,6 +127,66 @@ def test_the_mixture_is_that_of_the_formula() -> None:
         (net[3] + unigram + after_2) / 3,
     ]
     torch.testing.assert_close(p, torch.stack(expected))
+
+
+@pytest.mark.parametrize("adapting", [False, True])
+@pytest.mark.parametrize("both_sides", [False, True])
+@torch.no_grad()
+def test_every_way_of_looking_up_gives_one_law(both_sides: bool, adapting: bool) -> None:
+    """Many entries at once, a few, and one."""
+    K = 5
+    module = Counted(K, 4, *patterns_of(4, both_sides)).double().eval()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    module.use(count(random_text(K), K, module.patterns))
+    if adapting:
+        growing = GrowingCounts(K, module.patterns, 3)
+        for piece in random_text(K, 150, seed=2).split(40):
+            growing.extend(piece)
+        module.also = growing
+    text = random_text(K, seed=1)
+    symbols = neighbours(text[None], module.offsets, K)[0]
+    logits, h = torch.randn(len(text), K, dtype=torch.float64), torch.randn(len(text), 4, dtype=torch.float64)
+    many = module(logits, symbols, h)
+    few = torch.cat(
+        [module(*part) for part in zip(logits.split(7), symbols.split(7), h.split(7), strict=True)]
+    )
+    one = torch.cat(
+        [module(*part) for part in zip(logits.split(1), symbols.split(1), h.split(1), strict=True)]
+    )
+    assert len(text) > module.few
+    for law in (few, one):
+        torch.testing.assert_close(law, many, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        many.exp().sum(-1), torch.ones(len(text), dtype=torch.float64), rtol=0, atol=1e-12
+    )
+    # What is looked up one by one is the very counts.
+    assert torch.equal(module._few_counts(symbols), module._counts(symbols))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        [],
+        [0],
+        [-(1 << 62), (1 << 62) - 1],
+        [-1, 0, 1],
+        [*range(-100, 100)],
+        [*range(50), 1 << 60, (1 << 60) + 1],
+        torch.randint(-(1 << 62), 1 << 62, (1000,)).unique().tolist(),
+    ],
+)
+def test_single_rows_are_those_of_the_table(keys: list[int]) -> None:
+    n = len(keys)
+    ones = torch.ones(n, dtype=torch.int32)
+    table = CountTable(torch.tensor(keys, dtype=torch.int64), ones, (torch.arange(n) % 7).byte(), ones + 1)
+    read = RowReader(table)
+    for i, key in enumerate(keys):
+        assert read(key) == ([i % 7], [2])
+        for other in (key - 1, key + 1):
+            if other not in keys:
+                assert read(other) is None
+    assert read(-(1 << 62) + 5) is None
 
 
 def test_left_out_counts_and_dropout_are_for_training_alone() -> None:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dflow.ops.counts import CountTable, Pattern, factor, symbol_bits
+from dflow.ops.counts import CountRow, CountTable, Pattern, RowReader, factor, symbol_bits
 
 #: How often each symbol of the text at hand counts beside those of the training text. Measured on the
 #: validation part of PTB: n-grams alone 1.4796 bits without, 1.4595, 1.4554 and 1.4549 with weights of 1, 3
@@ -128,6 +128,7 @@ class GrowingCounts:
         """Forget all of the text."""
         self.text = torch.zeros(0, dtype=torch.int32)
         self._blocks: list[tuple[range, CountTable]] = []
+        self._readers: list[RowReader] = []
 
     def extend(self, symbols: Tensor) -> None:
         """Count further symbols, int64 ``(n,)``; contexts reach into the text before them."""
@@ -137,6 +138,7 @@ class GrowingCounts:
         while self._blocks and len(self._blocks[-1][0]) <= len(block):
             block = range(self._blocks.pop()[0].start, block.stop)
         self._blocks.append((block, count(self.text, self.K, self.patterns, entries=block)))
+        self._readers = self._readers[: len(self._blocks) - 1]
 
     def dense(self, keys: Tensor, present: Tensor, K: int) -> Tensor:
         """As `CountTable.dense`, of the text so far."""
@@ -146,3 +148,14 @@ class GrowingCounts:
             self._blocks[i] = (block, moved)
             counts += moved.dense(keys, present, K)
         return self.weight * counts
+
+    def rows(self, key: int) -> list[CountRow]:
+        """As `CountSource.rows`."""
+        for _, table in self._blocks[len(self._readers) :]:
+            self._readers.append(RowReader(table))
+        rows = [reader(key) for reader in self._readers]
+        return [
+            CountRow(row.symbols, [self.weight * times for times in row.counts])
+            for row in rows
+            if row is not None
+        ]

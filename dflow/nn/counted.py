@@ -50,6 +50,25 @@ class _Many:
         return ((weights / self.times)[..., None, :] @ self.counts)[..., 0, :]
 
 
+class _Entry:
+    """Buffers of one entry: what its gate reads, and the laws that it mixes, at first with a uniform one.
+
+    Attributes:
+        inputs: of the gate, (patterns * features + 2,).
+        laws: of the network and of each pattern, (1 + patterns, K).
+        features, entropy, highest: parts of `inputs`.
+        network, shares: parts of `laws`.
+    """
+
+    def __init__(self, K: int, patterns: int, dtype: torch.dtype) -> None:
+        with torch.inference_mode(False):
+            self.inputs = torch.full((patterns * _FEATURES + 2,), -math.log(K), dtype=dtype)
+            self.laws = torch.full((1 + patterns, K), 1 / K, dtype=dtype)
+            self.features = self.inputs[:-2].view(patterns, _FEATURES)
+            self.entropy, self.highest = self.inputs[-2], self.inputs[-1]
+            self.network, self.shares, self.mixed = self.laws[0], self.laws[1:], self.laws.t()
+
+
 class _Recalled:
     """Contexts that were looked up of late: a row of each tensor for every one; row 0 for those not met.
 
@@ -62,19 +81,17 @@ class _Recalled:
         dtype: of the tensors.
 
     Attributes:
+        table: where they are looked up.
         shares: relative frequency of each symbol, ``(rows, K)``.
         features: what the gate reads, ``(rows, features)``.
     """
 
     def __init__(self, table: CountTable, K: int, patterns: int, dtype: torch.dtype) -> None:
-        self.K, self._dtype, self._read = K, dtype, RowReader(table)
+        self.table, self.K, self._dtype, self.look_up = table, K, dtype, RowReader(table)
         self._most = min(_REMEMBERED, _REMEMBERED_NUMBERS // K)
         self._clear()
-        with torch.inference_mode(False):
-            # Of one entry: what the gate reads, with no network beside it; a uniform law above the shares.
-            self.inputs = torch.full((patterns * _FEATURES + 2,), -math.log(K), dtype=dtype)
-            self.laws = torch.full((1 + patterns, K), 1 / K, dtype=dtype)
-            self._parts = self.inputs[: patterns * _FEATURES].view(patterns, _FEATURES), self.laws[1:]
+        #: Buffers of one entry: by counts alone, and beside what a network says.
+        self.alone, self.beside = _Entry(K, patterns, dtype), _Entry(K, patterns, dtype)
 
     def _clear(self) -> None:
         self._places: dict[int | None, int] = {None: 0}
@@ -86,24 +103,32 @@ class _Recalled:
             self._numbers: Any = self.shares.view(-1).numpy().data
             self._figures: Any = self.features.view(-1).numpy().data
 
-    def read_one(self, keys: Sequence[int | None]) -> None:
-        """Fill `inputs` and `laws` with the contexts of one entry."""
-        index = torch.tensor(self.find([keys])[0])
-        torch.index_select(self.features, 0, index, out=self._parts[0])
-        torch.index_select(self.shares, 0, index, out=self._parts[1])
+    def read_one(self, keys: Sequence[int | None], entry: _Entry) -> None:
+        """Fill the buffers of an entry."""
+        index = self._find([keys])
+        torch.index_select(self.features, 0, index, out=entry.features)
+        torch.index_select(self.shares, 0, index, out=entry.shares)
 
-    def find(self, entries: Sequence[Sequence[int | None]]) -> list[list[int]]:
-        """The row of each context by its hash, None for one that is not known.
+    def read(self, entries: Sequence[Sequence[int | None]]) -> tuple[Tensor, Tensor]:
+        """What the gate reads of entries, (entries, patterns * features), and shares (entries, patterns, K).
 
-        The rows hold until the next call.
+        Args:
+            entries: hashes of the contexts of each entry, None for one whose symbols are not all known.
         """
+        index, n = self._find(entries), len(entries)
+        return self.features[index].view(n, -1), self.shares[index].view(n, -1, self.K)
+
+    def _find(self, entries: Sequence[Sequence[int | None]]) -> Tensor:
+        """The row of each context, one entry after another; rows hold until the next call."""
         if self._used + len(entries) * len(entries[0]) > self._most or len(self._places) > 4 * _REMEMBERED:
             self._clear()
         places = self._places
-        return [[places[key] if key in places else self._add(key) for key in keys] for keys in entries]
+        return torch.tensor(
+            [places[key] if key in places else self._add(key) for keys in entries for key in keys]
+        )
 
     def _add(self, key: int | None) -> int:
-        row = None if key is None else self._read(key)
+        row = None if key is None else self.look_up(key)
         self._places[key] = place = 0 if row is None else self._used
         if row is None:
             return 0
@@ -121,20 +146,6 @@ class _Recalled:
         return place
 
 
-class _Few:
-    """The same for a few entries, each with the row of every pattern: long (entries, patterns)."""
-
-    def __init__(self, rows: _Recalled, places: Tensor) -> None:
-        self.met, flat = places > 0, places.view(-1)
-        self.features = rows.features[flat]
-        self.shares = rows.shares[flat].view(*places.shape, -1)
-
-    def mixture(self, weights: Tensor) -> Tensor:
-        """Sum of the relative frequencies of the patterns, weighted, (entries, K)."""
-        weights = weights.reshape(-1, 1, weights.shape[-1]).to(self.shares.dtype)
-        return torch.bmm(weights, self.shares)
-
-
 #: The contexts of each table that were looked up of late, by precision and number of patterns.
 _TABLES: WeakKeyDictionary[CountTable, dict[tuple[torch.dtype, int], _Recalled]] = WeakKeyDictionary()
 
@@ -144,6 +155,17 @@ def neighbours(symbols: Tensor, offsets: Sequence[int], K: int) -> Tensor:
     before, after = -min((0, *offsets)), max((0, *offsets))
     windows = F.pad(symbols, (before, after), value=K).unfold(1, before + 1 + after, 1)
     return windows[..., torch.tensor(offsets, device=symbols.device) + before]
+
+
+def _sureness(log_p: Tensor) -> Tensor:
+    """How sure laws (..., K) are, (..., 2): minus the entropy, and the highest log-probability."""
+    return torch.stack([(log_p.exp() * log_p).sum(-1), log_p.amax(-1)], -1)
+
+
+def _joined(log_p: Tensor, counted: Tensor) -> Tensor:
+    """The logarithm of the sum of a law by its logarithm and of another, which may have zeros."""
+    tiny = torch.finfo(log_p.dtype).tiny
+    return torch.logaddexp(log_p, counted.clamp(min=tiny).log())
 
 
 class Counted(nn.Module):
@@ -200,6 +222,7 @@ class Counted(nn.Module):
         #: SHA-256 of the table, saved with the weights: these counts and no others belong to the model.
         self.register_buffer("digest", torch.zeros(32, dtype=torch.uint8))
         self._table: CountTable | None = None
+        self._rows: _Recalled | None = None
         self.left_out: CountTable | None = None
         #: Counts to add in evaluation mode, such as those of the text before what is scored.
         self.also: CountSource | None = None
@@ -245,42 +268,73 @@ class Counted(nn.Module):
             h: features of the network, ``(..., hidden_size)``; None where it has none.
         """
         log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        entries = symbols.shape[:-1]
-        few = (
-            not self.training
-            and self.also is None
-            and symbols.device.type == "cpu"
-            and 0 < entries.numel() <= min(self.few, _FEW_NUMBERS // self.K)
-        )
-        if few and not torch.is_grad_enabled():
-            read: _Few | _Many = self._few(symbols.reshape(-1, symbols.shape[-1]).tolist(), log_p.dtype)
-        else:
+        if not self._few(symbols):
             read = _Many(self._counts(symbols).to(log_p.dtype))
-        patterns = len(self.patterns)
-        features = read.features.to(log_p).view(*entries, patterns * _FEATURES)
-        sure = torch.stack([(log_p.exp() * log_p).sum(-1), log_p.amax(-1)], -1)
-        gate = self.features(torch.cat([features, sure], -1).to(logits.dtype))
+        elif self.also is not None or log_p.dtype != logits.dtype or torch.is_grad_enabled():
+            read = _Many(self._few_counts(symbols).to(log_p.dtype))
+        elif symbols.numel() == symbols.shape[-1]:
+            line = None if h is None else h.reshape(-1)
+            return self.one(logits.reshape(-1), symbols.reshape(-1).tolist(), line).view(logits.shape)
+        else:
+            return self._recalled(log_p, symbols, h)
+        entries, patterns = symbols.shape[:-1], len(self.patterns)
+        features = read.features.view(*entries, patterns * _FEATURES)
+        gate = self.features(torch.cat([features, _sureness(log_p)], -1).to(logits.dtype))
         if self.hidden is not None and h is not None:
             gate = gate + self.hidden(h)
         weights = self.weights(F.gelu(self.inner(F.gelu(gate)))).to(log_p.dtype)
-        met = F.pad(read.met.view(*entries, patterns), (1, 0), value=True)
+        met = F.pad(read.met, (1, 0), value=True)
         weights = weights.masked_fill(~met, -torch.inf).log_softmax(-1)
-        counted = read.mixture(weights[..., 1:].exp()).to(log_p).view(log_p.shape)
-        tiny = torch.finfo(log_p.dtype).tiny
-        return torch.logaddexp(weights[..., :1] + log_p, counted.clamp(min=tiny).log())
+        return _joined(weights[..., :1] + log_p, read.mixture(weights[..., 1:].exp()))
 
-    def _few(self, entries: list[list[int]], dtype: torch.dtype) -> _Few:
-        """The counts of single entries, without a search for all at once."""
-        rows = self._remembered(dtype)
-        return _Few(rows, torch.tensor(rows.find([self._read.one(symbols) for symbols in entries])))
+    def _few(self, symbols: Tensor) -> bool:
+        """Whether entries are looked up one by one."""
+        few = min(self.few, _FEW_NUMBERS // self.K)
+        return not self.training and symbols.device.type == "cpu" and 0 < symbols[..., 0].numel() <= few
+
+    def _recalled(self, log_p: Tensor, symbols: Tensor, h: Tensor | None) -> Tensor:
+        """`forward` for a few entries in as few operations as possible, from contexts that are remembered."""
+        rows, outer = self._remembered(log_p.dtype), self.features
+        features, shares = rows.read([*map(self._read.one, symbols.flatten(0, -2).tolist())])
+        lines, seen = log_p.reshape(-1, self.K), features.shape[1]
+        gate = torch.addmm(outer.bias, features, outer.weight[:, :seen].t())
+        gate.addmm_(_sureness(lines), outer.weight[:, seen:].t())
+        if self.hidden is not None and h is not None:
+            gate.addmm_(h.reshape(len(lines), -1), self.hidden.weight.t())
+        weights = self.weights(F.gelu(self.inner(F.gelu(gate)))).log_softmax(-1)
+        counted = torch.bmm(weights[:, None, 1:].exp(), shares)[:, 0]
+        # The shares of a pattern that is not met are zeros, so that its weight changes a constant alone.
+        return _joined(weights[:, :1] + lines, counted).log_softmax(-1).view(log_p.shape)
+
+    def _few_counts(self, symbols: Tensor) -> Tensor:
+        """`_counts` in evaluation mode, by single look-ups."""
+        read, begin = self._remembered(torch.float32).look_up, 0
+        places, numbers = list[int](), list[int]()
+        for entry in symbols.flatten(0, -2).tolist():
+            for key in self._read.one(entry):
+                if key is not None:
+                    row = read(key)
+                    for symbols_met, counts in (
+                        *(() if row is None else (row,)),
+                        *(() if self.also is None else self.also.rows(key)),
+                    ):
+                        places += [begin + symbol for symbol in symbols_met]
+                        numbers += counts
+                begin += self.K
+        index = torch.tensor(places, dtype=torch.int64)
+        sums = torch.bincount(index, torch.tensor(numbers, dtype=torch.float32), begin)
+        return sums.view(*symbols.shape[:-1], len(self.patterns), self.K)
 
     def _remembered(self, dtype: torch.dtype) -> _Recalled:
         """The contexts of the table that were looked up of late, by whatever reads it."""
-        several = _TABLES.setdefault(self.table, {})
-        key = dtype, len(self.patterns)
-        if key not in several:
-            several[key] = _Recalled(self.table, self.K, len(self.patterns), dtype)
-        return several[key]
+        rows = self._rows
+        if rows is None or rows.table is not self.table or rows.shares.dtype != dtype:
+            several = _TABLES.setdefault(self.table, {})
+            key = dtype, len(self.patterns)
+            if key not in several:
+                several[key] = _Recalled(self.table, self.K, len(self.patterns), dtype)
+            self._rows = rows = several[key]
+        return rows
 
     def share(self, other: Counted) -> None:
         """Read the table of another mixture in place of an equal one, so that one is in memory."""
@@ -295,14 +349,31 @@ class Counted(nn.Module):
         Args:
             symbols: the symbols around the entry, one for each column; K at places without a symbol.
         """
-        features = self.features
-        rows = self._remembered(features.weight.dtype)
-        rows.read_one(self._read.one(symbols))
-        gate = F.gelu(torch.addmv(features.bias, features.weight, rows.inputs))
-        gate = F.gelu(torch.addmv(self.inner.bias, self.inner.weight, gate))
+        rows = self._remembered(self.features.weight.dtype)
+        rows.read_one(self._read.one(symbols), rows.alone)
+        return self._mixture(rows.alone, None)
+
+    def one(self, logits: Tensor, symbols: Sequence[int], h: Tensor | None = None) -> Tensor:
+        """`forward` of one entry: logits (K,), the symbols around it, features (hidden_size,)."""
+        rows = self._remembered(logits.dtype)
+        entry = rows.beside
+        rows.read_one(self._read.one(symbols), entry)
+        log_p = logits.log_softmax(0)
+        torch.exp(log_p, out=entry.network)
+        torch.dot(entry.network, log_p, out=entry.entropy)
+        torch.amax(log_p, 0, out=entry.highest)
+        return self._mixture(entry, h).log_softmax(0)
+
+    def _mixture(self, entry: _Entry, h: Tensor | None) -> Tensor:
+        outer, inner, weights = self.features, self.inner, self.weights
+        gate = torch.addmv(outer.bias, outer.weight, entry.inputs)
+        if self.hidden is not None and h is not None:
+            gate.addmv_(self.hidden.weight, h)
+        gate = torch.addmv(inner.bias, inner.weight, F.gelu(gate))
         # The shares of a pattern that is not met are zeros, so that its weight changes a constant alone.
-        weights = torch.addmv(self.weights.bias, self.weights.weight, gate).softmax(0)
-        return torch.mv(rows.laws.t(), weights).log_()
+        shares = torch.addmv(weights.bias, weights.weight, F.gelu(gate)).softmax(0)
+        tiny = torch.finfo(shares.dtype).tiny
+        return torch.mv(entry.mixed, shares).clamp_(min=tiny).log_()
 
     def _counts(self, symbols: Tensor) -> Tensor:
         """Counts of all symbols in the contexts of entries, float32 ``(..., patterns, K)``."""

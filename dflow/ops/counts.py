@@ -80,11 +80,22 @@ def patterns_among(
 _LONGEST_AFTER, _LONGEST_AROUND = 4, 8
 
 
+class CountRow(NamedTuple):
+    """The counts of one context: its symbols, and how often each stands there."""
+
+    symbols: list[int]
+    counts: list[int]
+
+
 class CountSource(Protocol):
     """What counts can be read from."""
 
     def dense(self, keys: Tensor, present: Tensor, K: int) -> Tensor:
         """Counts of all K symbols in contexts, see `CountTable.dense`."""
+        ...
+
+    def rows(self, key: int) -> Sequence[CountRow]:
+        """Rows of one context by its hash, whose sum `dense` gives; on the CPU, without tensors."""
         ...
 
 
@@ -265,25 +276,37 @@ def _signed(number: int) -> int:
     return number - (1 << 64) if number >> 63 else number
 
 
-class CountRow(NamedTuple):
-    """The counts of one context: its symbols, and how often each stands there."""
-
-    symbols: list[int]
-    counts: list[int]
-
-
 class RowReader:
-    """Looks up single contexts of a table without tensors, whose overhead would be most of the time."""
+    """Looks up single contexts of a table without tensors, whose overhead would be most of the time.
+
+    Keys are hashes and lie evenly, so that a list of where each of many equal parts of their range begins
+    leaves a search among a few.
+    """
 
     def __init__(self, table: CountTable) -> None:
+        keys = table.keys
         self._keys, self._symbols, self._counts, self._starts = (
-            tensor.numpy().data for tensor in (table.keys, table.symbols, table.counts, table.starts)
+            tensor.numpy().data for tensor in (keys, table.symbols, table.counts, table.starts)
         )
+        low, high = (int(keys[0]), int(keys[-1])) if len(keys) else (0, 0)
+        self._shift = max(0, (high - low).bit_length() - (len(keys) // _PART).bit_length())
+        self._low, self._high = low >> self._shift, high >> self._shift
+        borders = torch.arange(self._low, self._high + 1) << self._shift
+        begins = torch.searchsorted(keys, borders)
+        self._begins = torch.cat([begins, begins.new_tensor([len(keys)])]).numpy().data
 
     def __call__(self, key: int) -> CountRow | None:
         """The row of a context by its hash; None where the context is not in the table."""
-        i = bisect_left(self._keys, key)
-        if i == len(self._keys) or self._keys[i] != key:
+        part = key >> self._shift
+        if not self._low <= part <= self._high:
+            return None
+        end = self._begins[part - self._low + 1]
+        i = bisect_left(self._keys, key, self._begins[part - self._low], end)
+        if i == end or self._keys[i] != key:
             return None
         pairs = slice(self._starts[i], self._starts[i + 1])
         return CountRow(self._symbols[pairs].tolist(), self._counts[pairs].tolist())
+
+
+#: Keys of a part, on average.
+_PART = 16
