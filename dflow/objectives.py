@@ -44,7 +44,7 @@ from dflow.bijectors.conditioner import Conditioned
 from dflow.config import InputError
 from dflow.core import Bijector, Context, Distribution, Elementwise, Known, only_given, present
 from dflow.dequantize import Bound, Dequantized, Elbo, Iwbo, Renyi, TruncatedNormal
-from dflow.distributions import Categorical, Gaussian, Spectra, Walk
+from dflow.distributions import Categorical, Gaussian, RankedSequence, Spectra, Walk
 from dflow.distributions.logistic import Logistics
 from dflow.distributions.window import ConditionalWindow
 from dflow.flows import Flow, Infilled, Split
@@ -295,6 +295,15 @@ def _(law: Spectra, x: Tensor, context: Context | None, rule: Rule) -> _Loss:
     else:
         z, _ = law.elementwise.forward(x, params.detach())
         terms = _cross_entropy(params, x) - law.log_latent(z, log_weights)
+    mask = present(context, *x.shape)
+    return (terms if mask is None else torch.where(mask, terms, 0.0)).sum(), x, context
+
+
+@_loss.register
+def _(law: RankedSequence, x: Tensor, context: Context | None, rule: Rule) -> _Loss:
+    """As of `Spectra`: the map learns by cross-entropy, weights and shared laws by the exact likelihood."""
+    params, log_p = law.losses(x, context)
+    terms = _cross_entropy(params, x) - log_p
     mask = present(context, *x.shape)
     return (terms if mask is None else torch.where(mask, terms, 0.0)).sum(), x, context
 

@@ -28,6 +28,7 @@ from dflow.distributions import (
     Confident,
     Mixture,
     Ordered,
+    RankedSequence,
     SequenceCategorical,
     Spectra,
 )
@@ -218,6 +219,11 @@ def counting_causal(K: int, dim: int, name: str) -> SequenceCategorical:
     return law
 
 
+def ranked(K: int, dim: int, counts: int = 0) -> RankedSequence:
+    order = lockstep(dim, dim)
+    return RankedSequence(transformer(K, K + 3, order, dim, counts=counts), order, dim, K, 3)
+
+
 def permutation(K: int, dim: int) -> Permute:
     return Permute(torch.randperm(dim, generator=torch.Generator().manual_seed(dim)))
 
@@ -333,6 +339,8 @@ BASES: dict[str, Callable[[int, int], Distribution]] = {
     "counts, transformer": lambda K, dim: counting_causal(K, dim, "transformer"),
     "counts, lstm": lambda K, dim: counting_causal(K, dim, "lstm"),
     "counts, ngram": lambda K, dim: counting_causal(K, dim, "ngram"),
+    "ranked": ranked,
+    "counts, ranked": lambda K, dim: counting(ranked(K, dim, counts=2), K),
     "split": split,
     "split flow": split_flow,
     "spectra": lambda K, dim: split_spectra(ModRank(K), K, dim, 3),

@@ -131,5 +131,5 @@ def test_how_sure_the_mixture_is_moves_the_weights_of_spectra_and_trains_no_mixt
     assert isinstance(gate, Counted)
     out[..., K:].sum().backward()
     assert gate.weights.weight.grad is None or not gate.weights.weight.grad.any()
-    assert isinstance(net.sureness, torch.nn.Sequential)
-    assert all(parameter.grad is not None for parameter in net.sureness.parameters())
+    assert isinstance(net.counted.sureness, torch.nn.Sequential)
+    assert all(parameter.grad is not None for parameter in net.counted.sureness.parameters())

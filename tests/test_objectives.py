@@ -46,6 +46,7 @@ def shaken(model):
         ("autoregressive", {"num_flows": 2}, "layerwise"),
         ("autoregressive", {"num_flows": 2}, "gumbel"),
         ("autoregressive", {"num_flows": 1, "base": "autoregressive"}, "straight_through"),
+        ("autoregressive", {"num_flows": 1, "base": "spectra"}, "likelihood"),
         ("bipartite", {"num_flows": 3, "elementwise": "shift"}, "expected"),
         ("bipartite", {"num_flows": 3, "elementwise": "affine"}, "expected"),
         ("autoregressive", {"num_flows": 2, "elementwise": "affine"}, "expected"),
@@ -244,7 +245,7 @@ def test_expected_loss_and_gradient_are_those_of_all_shifts(family, changes, len
     x = torch.randint(0, K, (3, LENGTH))
     loss, counts = objectives.Objective(model, "expected")(x, lengths)
     expected, context = by_enumeration(model, x, lengths, 0.6), Context(lengths=lengths)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert torch.equal(counts, model.base.statistics(model.transform(x, context)[0], context))
     parameters = list(model.parameters())
     found = torch.autograd.grad(loss, parameters)
@@ -288,6 +289,29 @@ def test_spectra_learn_ranks_by_cross_entropy_and_the_rest_by_likelihood(lengths
     assert torch.equal(counts, law.statistics(h, own))
     objectives.refit(model, [(x, Context(lengths=lengths))])
     assert torch.equal(law.counts, counts)
+
+
+@pytest.mark.parametrize("lengths", [None, torch.tensor([8, 5, 1] * 4)])
+def test_a_base_of_spectra_learns_by_likelihood_and_its_map_by_cross_entropy(lengths):
+    model = shaken(build("autoregressive", num_flows=1, base="spectra")).double()
+    x, context = torch.randint(0, K, (12, LENGTH)), Context(lengths=lengths)
+    loss, counts = objectives.Objective(model, "likelihood")(x, lengths)
+    logits, log_p = model.losses(x, context)
+    terms = F.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="none").view(x.shape)
+    there = torch.ones_like(terms) if lengths is None else torch.arange(LENGTH) < lengths[:, None]
+    expected = (terms * there).sum() - model.log_prob(x, context).sum()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert counts is None
+    torch.testing.assert_close(log_p * there, model.log_prob_each(x, context), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_flows": 2}, {"num_flows": 1, "elementwise": "shift"}, {"num_flows": 1, "inversion": "jacobi"}],
+)
+def test_a_base_of_spectra_is_that_of_one_bijector_of_ranks(changes):
+    with pytest.raises(InputError, match="a base of spectra is that of one bijector of ranks"):
+        build("autoregressive", base="spectra", **changes)
 
 
 def test_spectra_under_the_other_rules_cost_what_they_are():

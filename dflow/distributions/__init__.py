@@ -5,6 +5,7 @@ from dflow.distributions.categorical import Categorical, ConditionalCategorical,
 from dflow.distributions.drafted import Drafted, Drafter, LawDrafter
 from dflow.distributions.logistic import ConditionalLogistic, Logistic, LogisticMixture
 from dflow.distributions.normal import ConditionalNormal, CovarianceNormal, Gaussian, Normal, StandardNormal
+from dflow.distributions.ranked import RankedSequence
 from dflow.distributions.sequence import SequenceCategorical
 from dflow.distributions.spectra import Spectra
 from dflow.distributions.stepwise import Stepwise
@@ -28,6 +29,7 @@ __all__ = [
     "Mixture",
     "Normal",
     "Ordered",
+    "RankedSequence",
     "SequenceCategorical",
     "Spectra",
     "StandardNormal",

@@ -15,6 +15,17 @@ from dflow.ops.modular import check_alphabet
 _GAIN = 10.0
 
 
+def power_laws(components: int, K: int) -> Tensor:
+    """Parameters of shared laws ``(z + 1)^-a``, ``(components, K)``, the first of which is most peaked."""
+    powers = torch.linspace(2.5, 0.5, components) if components > 1 else torch.ones(1)
+    return -powers[:, None] * torch.arange(1, K + 1).log() / _GAIN
+
+
+def log_laws(spectra: Tensor) -> Tensor:
+    """The logarithms of the shared laws with parameters ``(components, K)``."""
+    return torch.log_softmax(_GAIN * spectra, -1)
+
+
 class Spectra(Conditional):
     r"""Entries independent given the context: each is mapped to a latent with a mixture of C laws.
 
@@ -49,8 +60,7 @@ class Spectra(Conditional):
         self.net = net
         self.K = check_alphabet(K)
         self.components = components
-        powers = torch.linspace(2.5, 0.5, components) if components > 1 else torch.ones(1)
-        self.spectra = nn.Parameter(-powers[:, None] * torch.arange(1, K + 1).log() / _GAIN)
+        self.spectra = nn.Parameter(power_laws(components, K))
 
     def round_trip(self, x: Tensor, context: Context | None = None) -> bool | None:
         """Whether the inverse map recovers ``x`` from its latents."""
@@ -69,7 +79,7 @@ class Spectra(Conditional):
 
     def log_spectra(self) -> Tensor:
         """``log S``, ``(C, K)``."""
-        return torch.log_softmax(_GAIN * self.spectra, -1)
+        return log_laws(self.spectra)
 
     def params(self, context: Context | None) -> tuple[Tensor, Tensor]:
         """Parameters of the map ``(batch, dim, num_params)`` and ``log w`` ``(batch, dim, C)``."""

@@ -21,6 +21,8 @@ _FEATURES = 5
 _WIDTH = 96
 
 
+#: How sure a mixture is, is read from the largest of its log-probabilities, by a perceptron of this width.
+_TOP, _SURENESS_WIDTH = 4, 32
 #: Most entries whose counts are looked up one by one, and most numbers that these may have.
 _FEW, _FEW_NUMBERS = 64, 1 << 14
 #: Most contexts that are remembered, and most numbers.
@@ -192,6 +194,9 @@ class Counted(nn.Module):
             stand alone, as it must where no pattern is met.
         few: most entries whose counts are looked up one by one, without tensors. The last bits of p depend on
             the way of the lookup: 0 where an arg-max of p selects a map.
+        more: further numbers that the network gives for an entry behind its K logits, as the weights of
+            `dflow.distributions.Spectra`. They also depend on how sure the mixture is; their gradients train
+            no part of it.
 
     Source: the mixture of orders by learned weights is that of interpolated n-grams (Jelinek and Mercer
     1980), with weights by the context as in the mixing of PAQ (Mahoney 2005).
@@ -207,6 +212,7 @@ class Counted(nn.Module):
         patterns: Sequence[Pattern],
         dropout: float = 0.0,
         few: int = _FEW,
+        more: int = 0,
     ) -> None:
         """See the class."""
         super().__init__()
@@ -219,6 +225,11 @@ class Counted(nn.Module):
         self.weights = nn.Linear(_WIDTH, 1 + len(patterns))
         nn.init.zeros_(self.weights.weight)
         nn.init.zeros_(self.weights.bias)
+        self.sureness = None
+        if more:
+            outer = nn.Linear(_SURENESS_WIDTH, more)
+            nn.init.zeros_(outer.weight)
+            self.sureness = nn.Sequential(nn.Linear(min(K, _TOP) + 1, _SURENESS_WIDTH), nn.GELU(), outer)
         #: SHA-256 of the table, saved with the weights: these counts and no others belong to the model.
         self.register_buffer("digest", torch.zeros(32, dtype=torch.uint8))
         self._table: CountTable | None = None
@@ -228,11 +239,12 @@ class Counted(nn.Module):
         self.also: CountSource | None = None
 
     @classmethod
-    def of(cls, size: TransformerSize, K: int, both_sides: bool) -> Counted | None:
+    def of(cls, size: TransformerSize, K: int, both_sides: bool, more: int = 0) -> Counted | None:
         """The mixture for a Transformer of symbols; None where its size counts nothing."""
         if not size.counts:
             return None
-        return cls(K, size.hidden_size, *patterns_of(size.counts, both_sides), size.counts_dropout)
+        patterns = patterns_of(size.counts, both_sides)
+        return cls(K, size.hidden_size, *patterns, size.counts_dropout, more=more)
 
     @property
     def table(self) -> CountTable:
@@ -259,14 +271,23 @@ class Counted(nn.Module):
         self.digest.copy_(torch.frombuffer(bytearray(table.digest()), dtype=torch.uint8))
 
     def forward(self, logits: Tensor, symbols: Tensor, h: Tensor | None = None) -> Tensor:
-        """Log-probabilities ``(..., K)``.
+        """Log-probabilities ``(..., K)``, and behind them what else the network gives.
 
         Args:
-            logits: what the network says, ``(..., K)``.
+            logits: what the network says, ``(..., K + more)``.
             symbols: the symbols around each entry, int64 ``(..., columns)``; K where there is none or it is
                 not known.
             h: features of the network, ``(..., hidden_size)``; None where it has none.
         """
+        if self.sureness is None:
+            return self._law(logits, symbols, h)
+        log_p, more = self._law(logits[..., : self.K], symbols, h), logits[..., self.K :]
+        p = log_p.detach()
+        sure = torch.cat([p.topk(min(self.K, _TOP)).values, (p.exp() * p).sum(-1, keepdim=True)], -1)
+        return torch.cat([log_p, more + self.sureness(sure.to(more.dtype))], -1)
+
+    def _law(self, logits: Tensor, symbols: Tensor, h: Tensor | None) -> Tensor:
+        """Log-probabilities of the mixture."""
         log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         if not self._few(symbols):
             read = _Many(self._counts(symbols).to(log_p.dtype))
@@ -293,7 +314,7 @@ class Counted(nn.Module):
         return not self.training and symbols.device.type == "cpu" and 0 < symbols[..., 0].numel() <= few
 
     def _recalled(self, log_p: Tensor, symbols: Tensor, h: Tensor | None) -> Tensor:
-        """`forward` for a few entries in as few operations as possible, from contexts that are remembered."""
+        """`_law` for a few entries in as few operations as possible, from contexts that are remembered."""
         rows, outer = self._remembered(log_p.dtype), self.features
         features, shares = rows.read([*map(self._read.one, symbols.flatten(0, -2).tolist())])
         lines, seen = log_p.reshape(-1, self.K), features.shape[1]
@@ -354,7 +375,7 @@ class Counted(nn.Module):
         return self._mixture(rows.alone, None)
 
     def one(self, logits: Tensor, symbols: Sequence[int], h: Tensor | None = None) -> Tensor:
-        """`forward` of one entry: logits (K,), the symbols around it, features (hidden_size,)."""
+        """The mixture of one entry: logits (K,), the symbols around it, features (hidden_size,)."""
         rows = self._remembered(logits.dtype)
         entry = rows.beside
         rows.read_one(self._read.one(symbols), entry)

@@ -24,8 +24,6 @@ from dflow.ops.memo import Memo
 _REACH = 8
 #: Longest contexts of contiguous symbols that are counted for hidden entries around which any may be known.
 _CONTIGUOUS = 4
-#: How sure a mixture is, is read from the largest of its log-probabilities, by a perceptron of this width.
-_TOP, _WIDTH = 4, 32
 
 
 class InfillTransformer(nn.Module):
@@ -47,8 +45,7 @@ class InfillTransformer(nn.Module):
     those of the nearest known symbols of most hidden entries: in every second position -1, +1, -3, +3. With
     ``takes_known`` there are also some of contiguous symbols. Where no symbol that is known is near enough
     the numbers remain logits. What is known must then be text, and no latents. Further numbers, as the
-    weights of `dflow.distributions.Spectra`, also depend on how sure the mixture is; their gradients train
-    no part of it.
+    weights of `dflow.distributions.Spectra`, also depend on how sure the mixture is.
 
     Args:
         K: size of the alphabet.
@@ -114,14 +111,9 @@ class InfillTransformer(nn.Module):
         nn.init.kaiming_normal_(self.mix.weight, nonlinearity="relu")
         if zero_head:
             nn.init.zeros_(self.head.weight)
-        self.counted = self._counted()
-        self.sureness = None
-        if self.counted is not None and num_params > K:
-            outer = nn.Linear(_WIDTH, num_params - K)
-            nn.init.zeros_(outer.weight)
-            self.sureness = nn.Sequential(nn.Linear(min(K, _TOP) + 1, _WIDTH), nn.GELU(), outer)
+        self.counted = self._counted(num_params - K)
 
-    def _counted(self) -> Counted | None:
+    def _counted(self, more: int) -> Counted | None:
         """The mixture with counts; None where nothing is counted."""
         size, none = self.size, len(self.known)
         if not size.counts:
@@ -142,7 +134,7 @@ class InfillTransformer(nn.Module):
         offsets = sorted({offset for pattern in patterns for offset in pattern})
         if not offsets:
             return None
-        return Counted(self.K, size.hidden_size, offsets, patterns, size.counts_dropout, few=0)
+        return Counted(self.K, size.hidden_size, offsets, patterns, size.counts_dropout, few=0, more=more)
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Parameters (batch, n_hidden, num_params) given the known symbols or rows ``x``.
@@ -176,12 +168,7 @@ class InfillTransformer(nn.Module):
         h = self.norm(h[:, : len(slots.hidden)])
         out: Tensor = self.head(h)
         if self.counted is not None:
-            log_p, more = self.counted(out[..., : self.K], readable[:, slots.counted], h), out[..., self.K :]
-            if self.sureness is not None:
-                p = log_p.detach()
-                sure = torch.cat([p.topk(min(self.K, _TOP)).values, (p.exp() * p).sum(-1, keepdim=True)], -1)
-                more = more + self.sureness(sure.to(more.dtype))
-            out = torch.cat([log_p, more], -1)
+            out = self.counted(out, readable[:, slots.counted], h)
         return out
 
     def _of(self, around: Around | None) -> _Slots:

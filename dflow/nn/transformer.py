@@ -162,7 +162,7 @@ class GroupCausalTransformer(nn.Module):
         initialize(self, size.num_hidden_layers)
         if zero_head:
             nn.init.zeros_(self.head.weight)
-        self.counted = Counted.of(size, K, ahead > 0)
+        self.counted = Counted.of(size, K, ahead > 0, num_params - K)
 
     def plan(self, order: Tensor, known: Tensor | None = None, dim: int | None = None) -> Plan:
         """How to walk ``order``, another one, over sequences of ``dim`` entries (default: the network's).

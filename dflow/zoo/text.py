@@ -22,6 +22,7 @@ from dflow.distributions import (
     Confident,
     Mixture,
     Ordered,
+    RankedSequence,
     SequenceCategorical,
     Spectra,
     Walk,
@@ -206,9 +207,12 @@ class AutoregressiveConfig(TransformerConfig):
         2, "autoregressive bijectors, alternating left to right and right to left", least=1
     )
     elementwise: str = choice("rank", DISCRETE, "family on Z/K")
-    base: Literal["factorized", "mixture", "autoregressive"] = setting(
-        "factorized", "base law: factorized, mixture, autoregressive"
+    base: Literal["factorized", "mixture", "autoregressive", "spectra"] = setting(
+        "factorized",
+        "base law: factorized, mixture, autoregressive, spectra (a few shared laws, mixed for each entry; of "
+        "one bijector)",
     )
+    num_spectra: int = setting(16, "shared laws of a base of spectra", least=2)
     base_classes: int = setting(
         16, "first entries with separate laws in a factorized base; all later entries share one law", least=1
     )
@@ -219,6 +223,17 @@ class AutoregressiveConfig(TransformerConfig):
     inversion: Literal["loop", "jacobi"] = setting(
         "loop", "how symbols are drawn: loop (a call a symbol), jacobi (parallel calls until nothing changes)"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.base == "spectra":
+            needed = {"num_flows": 1, "elementwise": "rank", "conditioner": "attention", "inversion": "loop"}
+            for name, value in needed.items():
+                if getattr(self, name) != value:
+                    raise InputError(
+                        f"a base of spectra is that of one bijector of ranks with an attention network: set "
+                        f"model.{name} to {value}, found {getattr(self, name)}"
+                    )
 
 
 @dataclass
@@ -291,22 +306,26 @@ def _built_for(config: ModelConfig) -> int:
 
 def autoregressive(config: AutoregressiveConfig, K: int) -> Distribution:
     """Tran et al. 2019 (arXiv 1905.10347), autoregressive layers."""
+    if config.base == "spectra":
+        order = lockstep(config.length, config.length)
+        net = _causal(config, K, K + config.num_spectra)
+        return RankedSequence(net, order, config.length, K, config.num_spectra)
     estimator = StraightThrough()
     layers: list[Bijector] = []
     for i in range(config.num_flows):
         elementwise = DISCRETE[config.elementwise](K, estimator)
         if config.conditioner == "table":
             _check_table(sum(K**n for n in range(config.length)), elementwise.num_params)
-            net: nn.Module = PrefixTable(K, elementwise.num_params, config.length)
+            conditioner: nn.Module = PrefixTable(K, elementwise.num_params, config.length)
         else:
             # Later layers read latents, which are no text that could have been counted.
             counts = 0 if i else _counts(config, elementwise)
-            net = causal = _causal(config, K, elementwise.num_params, zero_head=True, counts=counts)
+            conditioner = causal = _causal(config, K, elementwise.num_params, zero_head=True, counts=counts)
             if causal.counted is not None:
                 # An arg-max selects a map: all passes look up counts in the same way, to the last bit.
                 causal.counted.few = 0
         layers += [Reverse()] * (i > 0)
-        layers.append(Autoregressive(elementwise, net, config.length, config.inversion))
+        layers.append(Autoregressive(elementwise, conditioner, config.length, config.inversion))
     if config.base == "autoregressive":
         order = lockstep(config.length, config.length)
         base: Distribution = SequenceCategorical(_causal(config, K, K, counts=0), order, config.length)
