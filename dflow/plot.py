@@ -288,13 +288,14 @@ class Curve:
     partial: Sequence[bool]
 
 
-def frontier(curves: Sequence[Curve], text: str, length: int) -> bytes:
+def frontier(curves: Sequence[Curve], text: str, length: int, line: tuple[str, float] | None = None) -> bytes:
     """Bits against network calls and against latency; a line joins the numbers of calls of one model.
 
     Args:
         curves: the models.
         text: the name of the text that was scored.
         length: symbols of a sample.
+        line: name and bits of what draws nothing, as a compressor: a dashed line.
     """
     figure = _figure(11, max(4.6, 1 + 0.2 * len(curves)))
     panels = figure.subplots(1, 2, sharey=True)
@@ -305,6 +306,14 @@ def frontier(curves: Sequence[Curve], text: str, length: int) -> bytes:
             axes.scatter(places, curve.bits, 28, faces, edgecolors=_colour(i), zorder=3)
     if any(any(curve.partial) for curve in curves):
         figure.suptitle("Hollow points: scored on a part of the text", fontsize=9, x=0.01, ha="left")
+    if line is not None:
+        name, bits = line
+        for axes in panels:
+            axes.axhline(bits, color="0.45", linestyle="--", linewidth=1, zorder=1)
+        panels[0].annotate(
+            name, (0.01, bits), (0, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
+            fontsize=8, color="0.35",
+        )  # fmt: skip
     panels[0].set_ylabel(f"exact bits a character ({text})")
     panels[0].set_xlabel("network calls for one sample (log scale)")
     panels[1].set_xlabel(f"latency of one sample of {length:,} symbols (ms, log scale)")

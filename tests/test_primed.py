@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from folders import TEXT
+from folders import TEXT, corpus_of, make_model, write_text
 
-from dflow import cli
+from dflow import cli, compare
 from dflow.compare.codecs import compare_codecs, markdown, texts
 from dflow.compare.peers import Codec, text_codecs
 from dflow.compare.primed import primed_codecs
+from dflow.config import InputError
 
 CODECS = primed_codecs(TEXT.encode())
 NAMES = [f"{codec.name} {codec.settings}" for codec in CODECS]
@@ -66,3 +69,23 @@ def test_the_table_prices_what_was_read_before(tmp_path: Path, capsys: pytest.Ca
     ):
         assert cli.main(["codecs", str(file), *words]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_models_and_compressors_are_in_one_table(tmp_path: Path) -> None:
+    corpus = corpus_of(write_text(tmp_path))
+    train, test = (corpus.tokenizer.decode(text.ids) for text in (corpus.train, corpus.test))
+    contestants = [compare.Contestant("grouped", make_model("grouped", corpus.tokenizer.size), corpus.test)]
+    primed = primed_codecs(train.encode())
+    options: dict[str, Any] = {"batch_size": 2, "rounds": 1, "primed": primed, "limit": 5}
+    result = compare.compare(contestants, **options, spell=corpus.tokenizer.decode)
+    scored = test[: result.rows[0].evaluation.num_symbols]
+    assert 0 < len(scored) < len(test)
+    for codec, row in zip(primed, result.compressors, strict=True):
+        assert row.bits == 8 * len(codec.encode(scored.encode())) / len(scored)
+    table = compare.markdown(result)
+    assert f"| PPMd {primed[0].settings} |" in table
+    assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
+    assert "of one file, decoded and compared" in table
+    assert compare.plot(result) != compare.plot(replace(result, compressors=()))
+    with pytest.raises(InputError, match="one stream of characters"):
+        compare.compare(contestants, **options)

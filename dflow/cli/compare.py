@@ -15,7 +15,8 @@ from dflow.config import InputError
 
 if TYPE_CHECKING:
     from dflow.compare import Contestant
-    from dflow.data import Tokenizer
+    from dflow.compare.peers import Codec
+    from dflow.data import Corpus, Tokenizer
 
 
 @dataclass(kw_only=True)
@@ -43,12 +44,18 @@ class Compare(Source, Machine, Results):
         "take its drafts (transformer, lstm) has a second row, drawn with them",
         None,
     )
+    prime: str | None = flag(
+        "text that PPMd and zstd have read before, as a model has read its training text: a file, or train "
+        "for the training part of the data; they get rows of bits",
+        None,
+    )
     output: str | None = flag("folder for compare.md, compare.json and compare.png", None, short="-o")
 
 
 def compare(flags: Compare) -> int:
     """`dflow compare`."""
     from dflow import compare as comparing
+    from dflow.compare.primed import primed_codecs
     from dflow.data import load
 
     folder = None if flags.output is None else Path(flags.output)
@@ -69,6 +76,9 @@ def compare(flags: Compare) -> int:
         contestants = with_drafts(contestants, [tokenizer for _, tokenizer in loaded], flags.draft)
     for note in corpora[0].notes:
         print(f"note: {note}", file=sys.stderr)
+    primed: tuple[Codec[bytes], ...] = ()
+    if flags.prime is not None:
+        primed = primed_codecs(_priming(flags.prime, corpora[0]))
     result = comparing.compare(
         contestants,
         length=flags.length,
@@ -78,9 +88,27 @@ def compare(flags: Compare) -> int:
         text=f"{config.name}, {split}",
         protocol=flags.protocol,
         progress=True,
+        primed=primed,
+        spell=corpora[0].tokenizer.decode,
     )
     show_comparison(flags, comparing, result, folder)
     return 0
+
+
+def _priming(prime: str, corpus: Corpus) -> bytes:
+    """The text that compressors are primed with.
+
+    Raises:
+        InputError: an empty text.
+        OSError: no such file.
+    """
+    if prime == "train":
+        text = corpus.tokenizer.decode(corpus.train.ids).encode()
+    else:
+        text = Path(prime).expanduser().read_bytes()
+    if not text:
+        raise InputError(f"--prime {prime}: an empty text")
+    return text
 
 
 def with_drafts(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from dflow.bijectors import Autoregressive
 from dflow.compare import results
+from dflow.compare.peers import Codec
+from dflow.compare.runner import CodecRow, Runner
 from dflow.compare.texts import LongTexts, check_texts, compare_texts, texts_markdown
 from dflow.compare.timing import Contestant, Speed, thread_count, timed
 from dflow.config import InputError
@@ -79,6 +82,8 @@ class Comparison:
     rows: tuple[Row, ...]
     #: Texts longer than all models draw together, where such a length is asked for.
     texts: LongTexts | None = None
+    #: Compressors that have read the training text, on the same characters as the model that scored most.
+    compressors: tuple[CodecRow, ...] = ()
 
 
 def compare(
@@ -93,6 +98,8 @@ def compare(
     seed: int = 0,
     progress: bool = False,
     protocol: Protocol = "chunks",
+    primed: Sequence[Codec[bytes]] = (),
+    spell: Callable[[Tensor], str] | None = None,
 ) -> Comparison:
     """Score every model on the text, then time them all by turns.
 
@@ -112,12 +119,17 @@ def compare(
         seed: of the draws.
         progress: show bars on stderr.
         protocol: of `dflow.evaluate.evaluate`, for all models; "rolling" with its default context.
+        primed: compressors of texts that have read the training text, see `dflow.compare.primed`; they get
+            rows of bits. Each compresses all that is scored as one file, which is opened and compared.
+        spell: the characters of symbols of the first model, for ``primed``.
 
     Raises:
         InputError: no model, two of one name, an argument outside its range, or a length or protocol that
             one of them cannot be drawn or scored by.
     """
     length, text_length = _check(contestants, length, batch_size, rounds)
+    if primed and (spell is None or contestants[0].text.lengths is not None):
+        raise InputError("primed compressors read one stream of characters, and this text is in lines")
     options: dict[str, Any] = {"limit": limit, "progress": progress, "protocol": protocol}
     scores = _scores(contestants, batch_size=score_batch_size, **options)
     latencies = measure(contestants, 1, length, rounds, seed, progress)
@@ -137,7 +149,26 @@ def compare(
         contestants[reference].name,
         _rows(contestants, scores, calls, latencies, batches, reference),
         texts or None,
+        _compressed(contestants, scores, primed, spell),
     )
+
+
+def _compressed(
+    contestants: Sequence[Contestant],
+    scores: Sequence[Evaluation],
+    primed: Sequence[Codec[bytes]],
+    spell: Callable[[Tensor], str] | None,
+) -> tuple[CodecRow, ...]:
+    """What compressors make of the characters that are scored."""
+    if not primed or spell is None:
+        return ()
+    text = spell(contestants[0].text.ids[: max(score.num_symbols for score in scores)])
+    data, rows = text.encode(), []
+    for codec in primed:
+        runner = Runner.of(codec, "together", [data])
+        runner.attempt()
+        rows.append(runner.finish(len(data), len(text)))
+    return tuple(rows)
 
 
 def _scores(contestants: Sequence[Contestant], **options: Any) -> list[Evaluation]:
@@ -301,6 +332,9 @@ def markdown(comparison: Comparison) -> str:
                 f"{row.throughput_ratio:.2f}x",
             ]
         )
+    for codec in comparison.compressors:
+        bits = codec.error if codec.bits is None else f"{codec.bits:.4f}"
+        rows.append([f"{codec.name} {codec.settings}", "", str(bits), *[""] * (len(head) - 3)])
     protocols: dict[str, list[str]] = {}
     for row in comparison.rows:
         e = row.evaluation
@@ -313,6 +347,11 @@ def markdown(comparison: Comparison) -> str:
         "models by turns, each at its better number of threads. "
         f"Ratios: to {comparison.reference}; above 1 is faster.",
     ]
+    if comparison.compressors:
+        notes.append(
+            "Compressors have read the training text, and all of the scored text before a character: bits of "
+            "one file, decoded and compared."
+        )
     failed = [row.name for row in comparison.rows if row.evaluation.round_trip is False]
     if failed:
         notes.append(f"ROUND TRIP FAILED, do not trust: {', '.join(failed)}.")
@@ -357,7 +396,13 @@ def plot(comparison: Comparison) -> bytes:
         )
         for name, rows in models.items()
     ]
-    return frontier(curves, f"{comparison.text}, {comparison.protocol}", comparison.length)
+    best = min((codec for codec in comparison.compressors if codec.bits), key=_bits, default=None)
+    line = None if best is None else (f"{best.name}, primed", _bits(best))
+    return frontier(curves, f"{comparison.text}, {comparison.protocol}", comparison.length, line)
+
+
+def _bits(codec: CodecRow) -> float:
+    return codec.bits or math.inf
 
 
 def _characters(row: Row) -> float:

@@ -93,9 +93,7 @@ class RankedSequence(SequenceCategorical):
 
     def __init__(self, net: nn.Module, order: Tensor, dim: int, K: int, components: int) -> None:
         if components < 2:
-            raise ValueError(
-                f"components must be at least 2, found {components}: one law: a factorized base"
-            )
+            raise ValueError(f"components must be at least 2, found {components}: one law: a factorized base")
         super().__init__(_Ranked(net, K, components), order, dim)
 
     def losses(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
