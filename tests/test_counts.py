@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter, defaultdict
 
 import pytest
@@ -162,6 +163,62 @@ def test_every_way_of_looking_up_gives_one_law(both_sides: bool, adapting: bool)
     )
     # What is looked up one by one is the very counts.
     assert torch.equal(module._few_counts(symbols), module._counts(symbols))
+
+
+@pytest.fixture(params=["loops", "tensors"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Compiled loops, and what is done without numba."""
+    if request.param == "tensors":
+        monkeypatch.setattr("dflow.nn.counted.loops", lambda: None)
+    return str(request.param)
+
+
+@pytest.mark.parametrize(("K", "hidden"), [(5, 4), (300, 0)])
+@torch.no_grad()
+def test_a_few_entries_in_single_precision(K: int, hidden: int, way: str) -> None:
+    torch.manual_seed(0)
+    module = Counted(K, hidden, *patterns_of(4, True)).eval()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    module.use(count(random_text(K), K, module.patterns))
+    symbols = neighbours(random_text(K, seed=1)[None, :40], module.offsets, K)
+    logits, h = 3 * torch.randn(1, 40, K), torch.randn(1, 40, hidden) if hidden else None
+
+    def agree() -> Tensor:
+        exact = copy.deepcopy(module).double()
+        law = module(logits, symbols, h)
+        expected = exact(logits.double(), symbols, None if h is None else h.double())
+        torch.testing.assert_close(law, expected.float(), rtol=0, atol=2e-5)
+        single = module(logits[:, 3:4], symbols[:, 3:4], None if h is None else h[:, 3:4])
+        torch.testing.assert_close(single[:, 0], law[:, 3], rtol=0, atol=1e-5)
+        return law
+
+    before = agree()
+    # Other weights and other counts are read from then on, also in a copy.
+    module.inner.weight.add_(0.05)
+    changed = agree()
+    assert not torch.equal(before, changed)
+    module.use(count(random_text(K, seed=2), K, module.patterns))
+    assert not torch.equal(agree(), changed)
+    module.double().float()
+    agree()
+
+
+@torch.no_grad()
+def test_drafts_are_the_most_probable_symbols_after_noise(way: str) -> None:
+    torch.manual_seed(0)
+    K = 5
+    module = Counted(K, 0, *patterns_of(4, False)).eval()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    module.use(count(random_text(K), K, module.patterns))
+    for before in ([], [1], [0, 1, 2, 3, 4, 0, 1]):
+        noise = -torch.rand(20, K, dtype=torch.float64).log().neg().log()
+        line = list(before)
+        for row in noise:
+            padded = torch.tensor([K] * 4 + line)[-4:]
+            line.append(int((module(torch.zeros(K), padded) + row).argmax()))
+        assert module.draft(before, noise) == line[len(before) :]
 
 
 @pytest.mark.parametrize(

@@ -241,9 +241,13 @@ class _OneByOne:
 
     def __call__(self, w: int) -> Tensor:
         draws, single = self._draws, self._net.single
-        drafts = []
+        drafts: list[list[int]] = []
         for row, begin in enumerate(draws.begins):
             line: list[int] = draws.symbols[row, :begin].tolist()
+            if draws.controls is None:
+                first = begin - draws.known
+                drafts.append(self._net.draft(line, draws.gumbel[row, first : first + w]))
+                continue
             for noise in self._noise[row][begin - draws.known : begin - draws.known + w]:
                 logits = single(line)
                 if draws.controls is not None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +20,19 @@ from dflow.ops.counts import ContextReader, CountSource, CountTable, Pattern, Ro
 _FEATURES = 5
 #: Width of the gate.
 _WIDTH = 96
-
-
 #: How sure a mixture is, is read from the largest of its log-probabilities, by a perceptron of this width.
 _TOP, _SURENESS_WIDTH = 4, 32
 #: Most entries whose counts are looked up one by one, and most numbers that these may have.
 _FEW, _FEW_NUMBERS = 64, 1 << 14
-#: Most contexts that are remembered, and most numbers.
-_REMEMBERED, _REMEMBERED_NUMBERS = 1 << 16, 1 << 22
 
 
-class _Many:
+@cache
+def loops() -> Any:
+    """`dflow.nn.loops`; None where numba is not installed."""
+    return import_module("dflow.nn.loops") if find_spec("numba") else None
+
+
+class _Read:
     """The counts of many entries, (..., patterns, K): what the gate reads of them, and their mixture."""
 
     def __init__(self, counts: Tensor) -> None:
@@ -50,106 +53,6 @@ class _Many:
     def mixture(self, weights: Tensor) -> Tensor:
         """Sum of the relative frequencies of the patterns, weighted, (..., K)."""
         return ((weights / self.times)[..., None, :] @ self.counts)[..., 0, :]
-
-
-class _Entry:
-    """Buffers of one entry: what its gate reads, and the laws that it mixes, at first with a uniform one.
-
-    Attributes:
-        inputs: of the gate, (patterns * features + 2,).
-        laws: of the network and of each pattern, (1 + patterns, K).
-        features, entropy, highest: parts of `inputs`.
-        network, shares: parts of `laws`.
-    """
-
-    def __init__(self, K: int, patterns: int, dtype: torch.dtype) -> None:
-        with torch.inference_mode(False):
-            self.inputs = torch.full((patterns * _FEATURES + 2,), -math.log(K), dtype=dtype)
-            self.laws = torch.full((1 + patterns, K), 1 / K, dtype=dtype)
-            self.features = self.inputs[:-2].view(patterns, _FEATURES)
-            self.entropy, self.highest = self.inputs[-2], self.inputs[-1]
-            self.network, self.shares, self.mixed = self.laws[0], self.laws[1:], self.laws.t()
-
-
-class _Recalled:
-    """Contexts that were looked up of late: a row of each tensor for every one; row 0 for those not met.
-
-    The same contexts come again and again, and what a context needs beside its look-up is in memory then.
-
-    Args:
-        table: where they are looked up.
-        K: size of the alphabet.
-        patterns: number of contexts of an entry.
-        dtype: of the tensors.
-
-    Attributes:
-        table: where they are looked up.
-        shares: relative frequency of each symbol, ``(rows, K)``.
-        features: what the gate reads, ``(rows, features)``.
-    """
-
-    def __init__(self, table: CountTable, K: int, patterns: int, dtype: torch.dtype) -> None:
-        self.table, self.K, self._dtype, self.look_up = table, K, dtype, RowReader(table)
-        self._most = min(_REMEMBERED, _REMEMBERED_NUMBERS // K)
-        self._clear()
-        #: Buffers of one entry: by counts alone, and beside what a network says.
-        self.alone, self.beside = _Entry(K, patterns, dtype), _Entry(K, patterns, dtype)
-
-    def _clear(self) -> None:
-        self._places: dict[int | None, int] = {None: 0}
-        self._used = 1
-        with torch.inference_mode(False):
-            self.shares = torch.zeros(self._most, self.K, dtype=self._dtype)
-            self.features = torch.zeros(self._most, _FEATURES, dtype=self._dtype)
-            # Numbers are written one by one where that takes less time than a tensor of them.
-            self._numbers: Any = self.shares.view(-1).numpy().data
-            self._figures: Any = self.features.view(-1).numpy().data
-
-    def read_one(self, keys: Sequence[int | None], entry: _Entry) -> None:
-        """Fill the buffers of an entry."""
-        index = self._find([keys])
-        torch.index_select(self.features, 0, index, out=entry.features)
-        torch.index_select(self.shares, 0, index, out=entry.shares)
-
-    def read(self, entries: Sequence[Sequence[int | None]]) -> tuple[Tensor, Tensor]:
-        """What the gate reads of entries, (entries, patterns * features), and shares (entries, patterns, K).
-
-        Args:
-            entries: hashes of the contexts of each entry, None for one whose symbols are not all known.
-        """
-        index, n = self._find(entries), len(entries)
-        return self.features[index].view(n, -1), self.shares[index].view(n, -1, self.K)
-
-    def _find(self, entries: Sequence[Sequence[int | None]]) -> Tensor:
-        """The row of each context, one entry after another; rows hold until the next call."""
-        if self._used + len(entries) * len(entries[0]) > self._most or len(self._places) > 4 * _REMEMBERED:
-            self._clear()
-        places = self._places
-        return torch.tensor(
-            [places[key] if key in places else self._add(key) for keys in entries for key in keys]
-        )
-
-    def _add(self, key: int | None) -> int:
-        row = None if key is None else self.look_up(key)
-        self._places[key] = place = 0 if row is None else self._used
-        if row is None:
-            return 0
-        self._used += 1
-        symbols, counts = row
-        total, numbers, begin = sum(counts), self._numbers, place * self.K
-        for symbol, times in zip(symbols, counts, strict=True):
-            numbers[begin + symbol] = times / total
-        features = (
-            math.log1p(total) / 4, math.log1p(len(symbols)) / 2, counts.count(1) / total,
-            max(counts) / total, 1.0,
-        )  # fmt: skip
-        for i, feature in enumerate(features, place * _FEATURES):
-            self._figures[i] = feature
-        return place
-
-
-#: The contexts of each table that were looked up of late, by precision and number of patterns.
-_TABLES: WeakKeyDictionary[CountTable, dict[tuple[torch.dtype, int], _Recalled]] = WeakKeyDictionary()
 
 
 def neighbours(symbols: Tensor, offsets: Sequence[int], K: int) -> Tensor:
@@ -233,7 +136,8 @@ class Counted(nn.Module):
         #: SHA-256 of the table, saved with the weights: these counts and no others belong to the model.
         self.register_buffer("digest", torch.zeros(32, dtype=torch.uint8))
         self._table: CountTable | None = None
-        self._rows: _Recalled | None = None
+        self._reader: tuple[CountTable, RowReader] | None = None
+        self._looped: tuple[tuple[Any, ...], tuple[Any, ...]] | None = None
         self.left_out: CountTable | None = None
         #: Counts to add in evaluation mode, such as those of the text before what is scored.
         self.also: CountSource | None = None
@@ -245,6 +149,10 @@ class Counted(nn.Module):
             return None
         patterns = patterns_of(size.counts, both_sides)
         return cls(K, size.hidden_size, *patterns, size.counts_dropout, more=more)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is made at the first look-up, which a copy makes anew."""
+        return self.__dict__ | {"_reader": None, "_looped": None}
 
     @property
     def table(self) -> CountTable:
@@ -289,15 +197,10 @@ class Counted(nn.Module):
     def _law(self, logits: Tensor, symbols: Tensor, h: Tensor | None) -> Tensor:
         """Log-probabilities of the mixture."""
         log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        if not self._few(symbols):
-            read = _Many(self._counts(symbols).to(log_p.dtype))
-        elif self.also is not None or log_p.dtype != logits.dtype or torch.is_grad_enabled():
-            read = _Many(self._few_counts(symbols).to(log_p.dtype))
-        elif symbols.numel() == symbols.shape[-1]:
-            line = None if h is None else h.reshape(-1)
-            return self.one(logits.reshape(-1), symbols.reshape(-1).tolist(), line).view(logits.shape)
-        else:
-            return self._recalled(log_p, symbols, h)
+        few = self._few(symbols)
+        if few and not torch.is_grad_enabled() and (arrays := self._arrays(logits.dtype)) is not None:
+            return self._by_loops(arrays, log_p, symbols, h)
+        read = _Read((self._few_counts(symbols) if few else self._counts(symbols)).to(log_p.dtype))
         entries, patterns = symbols.shape[:-1], len(self.patterns)
         features = read.features.view(*entries, patterns * _FEATURES)
         gate = self.features(torch.cat([features, _sureness(log_p)], -1).to(logits.dtype))
@@ -313,25 +216,60 @@ class Counted(nn.Module):
         few = min(self.few, _FEW_NUMBERS // self.K)
         return not self.training and symbols.device.type == "cpu" and 0 < symbols[..., 0].numel() <= few
 
-    def _recalled(self, log_p: Tensor, symbols: Tensor, h: Tensor | None) -> Tensor:
-        """`_law` for a few entries in as few operations as possible, from contexts that are remembered."""
-        rows, outer = self._remembered(log_p.dtype), self.features
-        features, shares = rows.read([*map(self._read.one, symbols.flatten(0, -2).tolist())])
-        lines, seen = log_p.reshape(-1, self.K), features.shape[1]
-        gate = torch.addmm(outer.bias, features, outer.weight[:, :seen].t())
-        gate.addmm_(_sureness(lines), outer.weight[:, seen:].t())
-        if self.hidden is not None and h is not None:
-            gate.addmm_(h.reshape(len(lines), -1), self.hidden.weight.t())
-        weights = self.weights(F.gelu(self.inner(F.gelu(gate)))).log_softmax(-1)
-        counted = torch.bmm(weights[:, None, 1:].exp(), shares)[:, 0]
-        # The shares of a pattern that is not met are zeros, so that its weight changes a constant alone.
-        return _joined(weights[:, :1] + lines, counted).log_softmax(-1).view(log_p.shape)
+    def _arrays(self, dtype: torch.dtype) -> tuple[Any, ...] | None:
+        """The table, how it is read and the weights of the gate, for loops; None where tensors are used."""
+        if dtype != torch.float32 or self.also is not None or loops() is None:
+            return None
+        layers, hidden = (self.features, self.inner, self.weights), self.hidden
+        # Arrays share the memory of weights, and hold until these are moved.
+        key = self.table, *(layer.weight.data_ptr() for layer in layers), hidden and hidden.weight.data_ptr()
+        if self._looped is None or self._looped[0] != key:
+            gate = [p.detach().numpy() for layer in layers for p in (layer.weight, layer.bias)]
+            of_hidden = layers[0].weight[:, :0] if hidden is None else hidden.weight
+            reading = self._read.factors.cpu().numpy(), self._read.bits
+            self._looped = key, (self._rows().arrays, reading, (*gate, of_hidden.detach().numpy()))
+        return self._looped[1]
+
+    def _by_loops(self, arrays: tuple[Any, ...], log_p: Tensor, symbols: Tensor, h: Tensor | None) -> Tensor:
+        """`_law` for a few entries by compiled loops."""
+        n = symbols[..., 0].numel()
+        out = torch.empty(n, self.K)
+        if h is None or self.hidden is None:
+            h = log_p.new_empty(n, 0)
+        inputs = (x.reshape(n, x.shape[-1]).contiguous().numpy() for x in (symbols, log_p, h))
+        loops().mix(*arrays, *inputs, out.numpy())
+        return out.view(log_p.shape)
+
+    def draft(self, before: Sequence[int], gumbel: Tensor) -> list[int]:
+        """Symbols one after another, each the most probable one after Gumbel noise, by counts alone.
+
+        For contexts of symbols before an entry, on the CPU and in evaluation mode.
+
+        Args:
+            before: the symbols before the first; those further away than the offsets may be missing.
+            gumbel: noise, float64 ``(drafted, K)``.
+        """
+        reach = -min(self.offsets)
+        line = [*before[-reach:]]
+        begin, arrays = len(line), self._arrays(self.features.weight.dtype)
+        if arrays is None:
+            for noise in gumbel:
+                columns = [self.K] * max(0, reach - len(line)) + line[-reach:]
+                columns = [columns[offset + reach] for offset in self.offsets]
+                law = self(noise.new_zeros(self.K, dtype=torch.float32), torch.tensor(columns))
+                line.append(int((law + noise).argmax()))
+            return line[begin:]
+        symbols = torch.tensor([*line, *[self.K] * len(gumbel)])
+        offsets = torch.tensor(self.offsets)
+        loops().draft(*arrays, offsets.numpy(), symbols.numpy(), begin, gumbel.numpy())
+        drafted: list[int] = symbols[begin:].tolist()
+        return drafted
 
     def _few_counts(self, symbols: Tensor) -> Tensor:
         """`_counts` in evaluation mode, by single look-ups."""
-        read, begin = self._remembered(torch.float32).look_up, 0
+        read, begin = self._rows(), 0
         places, numbers = list[int](), list[int]()
-        for entry in symbols.flatten(0, -2).tolist():
+        for entry in symbols.reshape(-1, symbols.shape[-1]).tolist():
             for key in self._read.one(entry):
                 if key is not None:
                     row = read(key)
@@ -346,55 +284,15 @@ class Counted(nn.Module):
         sums = torch.bincount(index, torch.tensor(numbers, dtype=torch.float32), begin)
         return sums.view(*symbols.shape[:-1], len(self.patterns), self.K)
 
-    def _remembered(self, dtype: torch.dtype) -> _Recalled:
-        """The contexts of the table that were looked up of late, by whatever reads it."""
-        rows = self._rows
-        if rows is None or rows.table is not self.table or rows.shares.dtype != dtype:
-            several = _TABLES.setdefault(self.table, {})
-            key = dtype, len(self.patterns)
-            if key not in several:
-                several[key] = _Recalled(self.table, self.K, len(self.patterns), dtype)
-            self._rows = rows = several[key]
-        return rows
+    def _rows(self) -> RowReader:
+        if self._reader is None or self._reader[0] is not self.table:
+            self._reader = self.table, RowReader(self.table)
+        return self._reader[1]
 
     def share(self, other: Counted) -> None:
         """Read the table of another mixture in place of an equal one, so that one is in memory."""
         if self.has_table and other.has_table and torch.equal(self.digest.cpu(), other.digest.cpu()):
             self._table = other.table
-
-    def alone(self, symbols: Sequence[int]) -> Tensor:
-        """Logits (K,) of one entry by counts alone: `forward` of equal logits, up to a constant.
-
-        It takes a fraction of the time of `forward`, and is for the CPU, evaluation mode and no gradients.
-
-        Args:
-            symbols: the symbols around the entry, one for each column; K at places without a symbol.
-        """
-        rows = self._remembered(self.features.weight.dtype)
-        rows.read_one(self._read.one(symbols), rows.alone)
-        return self._mixture(rows.alone, None)
-
-    def one(self, logits: Tensor, symbols: Sequence[int], h: Tensor | None = None) -> Tensor:
-        """The mixture of one entry: logits (K,), the symbols around it, features (hidden_size,)."""
-        rows = self._remembered(logits.dtype)
-        entry = rows.beside
-        rows.read_one(self._read.one(symbols), entry)
-        log_p = logits.log_softmax(0)
-        torch.exp(log_p, out=entry.network)
-        torch.dot(entry.network, log_p, out=entry.entropy)
-        torch.amax(log_p, 0, out=entry.highest)
-        return self._mixture(entry, h).log_softmax(0)
-
-    def _mixture(self, entry: _Entry, h: Tensor | None) -> Tensor:
-        outer, inner, weights = self.features, self.inner, self.weights
-        gate = torch.addmv(outer.bias, outer.weight, entry.inputs)
-        if self.hidden is not None and h is not None:
-            gate.addmv_(self.hidden.weight, h)
-        gate = torch.addmv(inner.bias, inner.weight, F.gelu(gate))
-        # The shares of a pattern that is not met are zeros, so that its weight changes a constant alone.
-        shares = torch.addmv(weights.bias, weights.weight, F.gelu(gate)).softmax(0)
-        tiny = torch.finfo(shares.dtype).tiny
-        return torch.mv(entry.mixed, shares).clamp_(min=tiny).log_()
 
     def _counts(self, symbols: Tensor) -> Tensor:
         """Counts of all symbols in the contexts of entries, float32 ``(..., patterns, K)``."""

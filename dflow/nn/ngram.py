@@ -70,7 +70,7 @@ class NgramNet(nn.Module):
         return self._logits(state.past(x, torch.tensor(begins, device=x.device)))
 
     def single(self, before: Sequence[int]) -> Tensor:
-        """Logits (K,) of one entry up to a constant, on the CPU, in a fraction of the time of a step.
+        """Logits (K,) of one entry, on the CPU.
 
         Args:
             before: all symbols before the entry, or at least the last ``counts``.
@@ -78,7 +78,11 @@ class NgramNet(nn.Module):
         symbols = before[-self.counts :]
         if len(symbols) < self.counts:
             symbols = [self.K] * (self.counts - len(symbols)) + list(symbols)
-        return self.counted.alone(symbols)
+        return self._logits(torch.tensor(symbols))
+
+    def draft(self, before: Sequence[int], gumbel: Tensor) -> list[int]:
+        """Symbols one after another under noise float64 ``(drafted, K)``, see `Counted.draft`."""
+        return self.counted.draft(before, gumbel)
 
     @torch.no_grad()
     def read(self, x: Tensor, state: NgramState) -> None:

@@ -285,15 +285,16 @@ class RowReader:
 
     def __init__(self, table: CountTable) -> None:
         keys = table.keys
-        self._keys, self._symbols, self._counts, self._starts = (
-            tensor.numpy().data for tensor in (keys, table.symbols, table.counts, table.starts)
-        )
         low, high = (int(keys[0]), int(keys[-1])) if len(keys) else (0, 0)
         self._shift = max(0, (high - low).bit_length() - (len(keys) // _PART).bit_length())
         self._low, self._high = low >> self._shift, high >> self._shift
         borders = torch.arange(self._low, self._high + 1) << self._shift
         begins = torch.searchsorted(keys, borders)
-        self._begins = torch.cat([begins, begins.new_tensor([len(keys)])]).numpy().data
+        ends = torch.cat([begins, begins.new_tensor([len(keys)])])
+        arrays = [tensor.numpy() for tensor in (keys, table.starts, table.symbols, table.counts, ends)]
+        self._keys, self._starts, self._symbols, self._counts, self._begins = (array.data for array in arrays)
+        #: What `dflow.nn.loops` reads: arrays of these tensors, and how a key leads to its part.
+        self.arrays = (*arrays, self._low, self._high, self._shift)
 
     def __call__(self, key: int) -> CountRow | None:
         """The row of a context by its hash; None where the context is not in the table."""
