@@ -35,7 +35,8 @@ from dflow.zoo.images import DequantizedConfig
 from dflow.zoo.integer import IntegerConfig
 from dflow.zoo.modular import ModularConfig
 from dflow.zoo.settings import setting
-from dflow.zoo.text import AnyOrderConfig, GroupedConfig, ModelConfig, walk
+from dflow.zoo.text import walk
+from dflow.zoo.text_settings import AnyOrderConfig, GroupedConfig, ModelConfig
 from dflow.zoo.values import ValuesConfig
 
 #: Settings of some family.

@@ -11,7 +11,7 @@ from dflow.nn.ngram import NgramNet
 from dflow.ops.orders import lockstep
 from dflow.zoo.family import Family, register
 from dflow.zoo.settings import check_settings, setting
-from dflow.zoo.text import ModelConfig
+from dflow.zoo.text_settings import ModelConfig
 
 
 @dataclass
