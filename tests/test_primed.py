@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from folders import TEXT, corpus_of, make_model, write_text
+from test_train import recipe_file, run
 
 from dflow import cli, compare
 from dflow.compare.codecs import compare_codecs, markdown, texts
 from dflow.compare.peers import Codec, text_codecs
 from dflow.compare.primed import primed_codecs
-from dflow.config import InputError
 
 CODECS = primed_codecs(TEXT.encode())
 NAMES = [f"{codec.name} {codec.settings}" for codec in CODECS]
@@ -71,13 +69,22 @@ def test_the_table_prices_what_was_read_before(tmp_path: Path, capsys: pytest.Ca
         assert message in capsys.readouterr().err
 
 
+def test_lines_are_no_stream_for_compressors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = recipe_file(
+        tmp_path, write_text(tmp_path), "ngram", {"counts": 2, "length": 32}, steps=1, samples=0
+    )
+    out = str(run(recipe, "data.protocol=lines"))
+    assert cli.main(["compare", out, "--prime", "train"]) == 2
+    assert "compressors read one stream, and this text is in lines" in capsys.readouterr().err
+
+
 def test_models_and_compressors_are_in_one_table(tmp_path: Path) -> None:
     corpus = corpus_of(write_text(tmp_path))
     train, test = (corpus.tokenizer.decode(text.ids) for text in (corpus.train, corpus.test))
     contestants = [compare.Contestant("grouped", make_model("grouped", corpus.tokenizer.size), corpus.test)]
     primed = primed_codecs(train.encode())
-    options: dict[str, Any] = {"batch_size": 2, "rounds": 1, "primed": primed, "limit": 5}
-    result = compare.compare(contestants, **options, spell=corpus.tokenizer.decode)
+    plain = compare.compare(contestants, batch_size=2, rounds=1, limit=5)
+    result = compare.with_compressors(plain, test, primed)
     scored = test[: result.rows[0].evaluation.num_symbols]
     assert 0 < len(scored) < len(test)
     for codec, row in zip(primed, result.compressors, strict=True):
@@ -86,6 +93,4 @@ def test_models_and_compressors_are_in_one_table(tmp_path: Path) -> None:
     assert f"| PPMd {primed[0].settings} |" in table
     assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
     assert "of one file, decoded and compared" in table
-    assert compare.plot(result) != compare.plot(replace(result, compressors=()))
-    with pytest.raises(InputError, match="one stream of characters"):
-        compare.compare(contestants, **options)
+    assert compare.plot(result) != compare.plot(plain)

@@ -78,6 +78,8 @@ def compare(flags: Compare) -> int:
         print(f"note: {note}", file=sys.stderr)
     primed: tuple[Codec[bytes], ...] = ()
     if flags.prime is not None:
+        if contestants[0].text.lengths is not None:
+            raise InputError(f"--prime {flags.prime}: compressors read one stream, and this text is in lines")
         primed = primed_codecs(_priming(flags.prime, corpora[0]))
     result = comparing.compare(
         contestants,
@@ -88,9 +90,10 @@ def compare(flags: Compare) -> int:
         text=f"{config.name}, {split}",
         protocol=flags.protocol,
         progress=True,
-        primed=primed,
-        spell=corpora[0].tokenizer.decode,
     )
+    if primed:
+        text = corpora[0].tokenizer.decode(contestants[0].text.ids)
+        result = comparing.with_compressors(result, text, primed)
     show_comparison(flags, comparing, result, folder)
     return 0
 

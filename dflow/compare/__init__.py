@@ -13,6 +13,7 @@ from dflow.compare.models import (
     num_calls,
     plot,
     record,
+    with_compressors,
     write,
 )
 from dflow.compare.texts import LongTexts, TextRow, compare_texts
@@ -37,5 +38,6 @@ __all__ = [
     "num_calls",
     "plot",
     "record",
+    "with_compressors",
     "write",
 ]

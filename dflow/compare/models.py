@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +98,6 @@ def compare(
     seed: int = 0,
     progress: bool = False,
     protocol: Protocol = "chunks",
-    primed: Sequence[Codec[bytes]] = (),
-    spell: Callable[[Tensor], str] | None = None,
 ) -> Comparison:
     """Score every model on the text, then time them all by turns.
 
@@ -119,17 +117,12 @@ def compare(
         seed: of the draws.
         progress: show bars on stderr.
         protocol: of `dflow.evaluate.evaluate`, for all models; "rolling" with its default context.
-        primed: compressors of texts that have read the training text, see `dflow.compare.primed`; they get
-            rows of bits. Each compresses all that is scored as one file, which is opened and compared.
-        spell: the characters of symbols of the first model, for ``primed``.
 
     Raises:
         InputError: no model, two of one name, an argument outside its range, or a length or protocol that
             one of them cannot be drawn or scored by.
     """
     length, text_length = _check(contestants, length, batch_size, rounds)
-    if primed and (spell is None or contestants[0].text.lengths is not None):
-        raise InputError("primed compressors read one stream of characters, and this text is in lines")
     options: dict[str, Any] = {"limit": limit, "progress": progress, "protocol": protocol}
     scores = _scores(contestants, batch_size=score_batch_size, **options)
     latencies = measure(contestants, 1, length, rounds, seed, progress)
@@ -149,26 +142,26 @@ def compare(
         contestants[reference].name,
         _rows(contestants, scores, calls, latencies, batches, reference),
         texts or None,
-        _compressed(contestants, scores, primed, spell),
     )
 
 
-def _compressed(
-    contestants: Sequence[Contestant],
-    scores: Sequence[Evaluation],
-    primed: Sequence[Codec[bytes]],
-    spell: Callable[[Tensor], str] | None,
-) -> tuple[CodecRow, ...]:
-    """What compressors make of the characters that are scored."""
-    if not primed or spell is None:
-        return ()
-    text = spell(contestants[0].text.ids[: max(score.num_symbols for score in scores)])
+def with_compressors(comparison: Comparison, text: str, primed: Sequence[Codec[bytes]]) -> Comparison:
+    """The comparison with rows of bits for compressors that have read the training text.
+
+    Each compresses all characters that the models have scored as one file, which is opened and compared.
+
+    Args:
+        comparison: of models that score one stream of characters.
+        text: what they scored, or a text that begins so.
+        primed: see `dflow.compare.primed`.
+    """
+    text = text[: round(max(map(_characters, comparison.rows)))]
     data, rows = text.encode(), []
     for codec in primed:
         runner = Runner.of(codec, "together", [data])
         runner.attempt()
         rows.append(runner.finish(len(data), len(text)))
-    return tuple(rows)
+    return replace(comparison, compressors=tuple(rows))
 
 
 def _scores(contestants: Sequence[Contestant], **options: Any) -> list[Evaluation]:

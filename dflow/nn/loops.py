@@ -54,6 +54,63 @@ def _gelu(x):  # type: ignore[no-untyped-def]
 
 
 @_compiled
+def _look_up(table, reading, symbols, K, places, inputs):  # type: ignore[no-untyped-def]
+    """The place of each context of an entry, -1 where it is not met, and what the gate reads of it."""
+    keys, starts, _, counts, begins, low, high, shift = table
+    factors, bits = reading
+    for p in range(factors.shape[1]):
+        key, known = np.int64(0), True
+        for c in range(len(symbols)):
+            factor = factors[c, p]
+            if factor != 0:
+                if symbols[c] == K:
+                    known = False
+                    break
+                key += (symbols[c] + 1) * factor
+        places[p] = place = _find(keys, begins, low, high, shift, key >> bits) if known else -1
+        if place < 0:
+            continue
+        total, once, most = 0, 0, 0
+        for i in range(starts[place], starts[place + 1]):
+            times = counts[i]
+            total += times
+            once += times == 1
+            most = max(most, times)
+        first = p * _FEATURES
+        inputs[first] = math.log1p(float(total)) / 4
+        inputs[first + 1] = math.log1p(float(starts[place + 1] - starts[place])) / 2
+        inputs[first + 2] = once / total
+        inputs[first + 3] = most / total
+        inputs[first + 4] = 1
+
+
+@_compiled
+def _weigh(gate, inputs, h, places):  # type: ignore[no-untyped-def]
+    """The weights of the network and of each context, which add up to 1."""
+    outer, outer_bias, inner, inner_bias, last, last_bias, of_hidden = gate
+    one, two = np.empty_like(outer_bias), np.empty_like(inner_bias)
+    weights = np.empty_like(last_bias)
+    _linear(outer, outer_bias, inputs, one)
+    if len(h):
+        _linear(of_hidden, one, h, one)
+    _gelu(one)
+    _linear(inner, inner_bias, one, two)
+    _gelu(two)
+    _linear(last, last_bias, two, weights)
+    top = weights[0]
+    for p in range(len(places)):
+        if places[p] >= 0:
+            top = max(top, weights[1 + p])
+    total = np.float32(0)
+    for j in range(len(weights)):
+        weights[j] = math.exp(weights[j] - top) if j == 0 or places[j - 1] >= 0 else 0
+        total += weights[j]
+    for j in range(len(weights)):
+        weights[j] /= total
+    return weights
+
+
+@_compiled
 def _mixture(table, reading, gate, symbols, law, h, out):  # type: ignore[no-untyped-def]
     """The law of one entry, of that of a network and of the counts in its contexts.
 
@@ -66,68 +123,28 @@ def _mixture(table, reading, gate, symbols, law, h, out):  # type: ignore[no-unt
         h: features of the network, ``(hidden,)``.
         out: probabilities, ``(K,)``.
     """
-    keys, starts, members, counts, begins, low, high, shift = table
-    factors, bits = reading
-    outer, outer_bias, inner, inner_bias, last, last_bias, of_hidden = gate
-    K, patterns = len(law), factors.shape[1]
+    starts, members, counts = table[1], table[2], table[3]
+    K, patterns = len(law), reading[0].shape[1]
     places = np.empty(patterns, np.int64)
-    totals = np.zeros(patterns, np.float32)
     inputs = np.zeros(patterns * _FEATURES + 2, np.float32)
-    for p in range(patterns):
-        key, known = np.int64(0), True
-        for c in range(len(symbols)):
-            factor = factors[c, p]
-            if factor != 0:
-                if symbols[c] == K:
-                    known = False
-                    break
-                key += (symbols[c] + 1) * factor
-        place = _find(keys, begins, low, high, shift, key >> bits) if known else -1
-        places[p] = place
-        if place >= 0:
-            begin, end = starts[place], starts[place + 1]
-            total, once, most = 0, 0, 0
-            for i in range(begin, end):
-                times = counts[i]
-                total += times
-                once += times == 1
-                most = max(most, times)
-            totals[p] = total
-            f = p * _FEATURES
-            inputs[f] = math.log1p(float(total)) / 4
-            inputs[f + 1] = math.log1p(float(end - begin)) / 2
-            inputs[f + 2] = once / total
-            inputs[f + 3] = most / total
-            inputs[f + 4] = 1
+    _look_up(table, reading, symbols, K, places, inputs)
     entropy, highest = np.float32(0), law[0]
     for k in range(K):
         out[k] = math.exp(law[k])
         entropy += out[k] * law[k]
         highest = max(highest, law[k])
     inputs[-2], inputs[-1] = entropy, highest
-    one, two = np.empty_like(outer_bias), np.empty_like(inner_bias)
-    weights = np.empty_like(last_bias)
-    _linear(outer, outer_bias, inputs, one)
-    if len(h):
-        _linear(of_hidden, one, h, one)
-    _gelu(one)
-    _linear(inner, inner_bias, one, two)
-    _gelu(two)
-    _linear(last, last_bias, two, weights)
-    top = weights[0]
-    for p in range(patterns):
-        if places[p] >= 0:
-            top = max(top, weights[1 + p])
-    total_weight = np.float32(0)
-    for j in range(1 + patterns):
-        weights[j] = math.exp(weights[j] - top) if j == 0 or places[j - 1] >= 0 else 0
-        total_weight += weights[j]
+    weights = _weigh(gate, inputs, h, places)
     for k in range(K):
-        out[k] *= weights[0] / total_weight
+        out[k] *= weights[0]
     for p in range(patterns):
         if places[p] >= 0:
-            share = weights[1 + p] / total_weight / totals[p]
-            for i in range(starts[places[p]], starts[places[p] + 1]):
+            begin, end = starts[places[p]], starts[places[p] + 1]
+            total = 0
+            for i in range(begin, end):
+                total += counts[i]
+            share = weights[1 + p] / np.float32(total)
+            for i in range(begin, end):
                 out[members[i]] += share * counts[i]
 
 

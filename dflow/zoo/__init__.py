@@ -16,7 +16,6 @@ from dflow.config import InputError, parse
 from dflow.core import Distribution
 from dflow.dequantize import Dequantized
 from dflow.nn.counted import Counted
-from dflow.zoo import baselines as baselines
 from dflow.zoo.binary import UNIFORM, PBNetConfig, Rule, to_deterministic, transfer
 from dflow.zoo.family import (
     BOUNDS,
@@ -38,6 +37,9 @@ from dflow.zoo.settings import setting
 from dflow.zoo.text import walk
 from dflow.zoo.text_settings import AnyOrderConfig, GroupedConfig, ModelConfig
 from dflow.zoo.values import ValuesConfig
+
+# The families that models are compared with come last where families are listed.
+from dflow.zoo import baselines as baselines  # isort: skip
 
 #: Settings of some family.
 Settings = ModelConfig | ValuesConfig
