@@ -13,7 +13,9 @@ from torch.nn import functional as F
 
 from dflow.config import InputError
 from dflow.nn.attention import TransformerSize
+from dflow.nn.recompute import Recomputable
 from dflow.ops.counts import ContextReader, CountSource, CountTable, Pattern, RowReader, patterns_of
+from dflow.ops.precision import at_least_float32
 
 #: Numbers that the gate reads of each pattern.
 _FEATURES = 5
@@ -146,7 +148,7 @@ def neighbours(symbols: Tensor, offsets: Sequence[int], K: int) -> Tensor:
     return windows[..., torch.tensor(offsets, device=symbols.device) + before]
 
 
-class Counted(nn.Module):
+class Counted(Recomputable):
     r"""Mixes the law that a network gives an entry with counts of the training text.
 
     .. math:: p(x) = w_0 \operatorname{softmax}(z)_x + \sum_j w_j \frac{n_j(x)}{n_j}
@@ -244,7 +246,7 @@ class Counted(nn.Module):
                 not known.
             h: features of the network, ``(..., hidden_size)``; None where it has none.
         """
-        log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        log_p = at_least_float32(logits).log_softmax(-1)
         entries = symbols.shape[:-1]
         few = (
             not self.training
@@ -256,6 +258,10 @@ class Counted(nn.Module):
             read: _Few | _Many = self._few(symbols.reshape(-1, symbols.shape[-1]).tolist(), log_p.dtype)
         else:
             read = _Many(self._counts(symbols).to(log_p.dtype))
+        return self.recomputed(self._mixed, logits, log_p, read, h)
+
+    def _mixed(self, logits: Tensor, log_p: Tensor, read: _Few | _Many, h: Tensor | None) -> Tensor:
+        entries = logits.shape[:-1]
         patterns = len(self.patterns)
         features = read.features.to(log_p).view(*entries, patterns * _FEATURES)
         sure = torch.stack([(log_p.exp() * log_p).sum(-1), log_p.amax(-1)], -1)
@@ -304,6 +310,7 @@ class Counted(nn.Module):
         weights = torch.addmv(self.weights.bias, self.weights.weight, gate).softmax(0)
         return torch.mv(rows.laws.t(), weights).log_()
 
+    @torch.compiler.disable(reason="how many contexts are met depends on the text")  # type: ignore[untyped-decorator]
     def _counts(self, symbols: Tensor) -> Tensor:
         """Counts of all symbols in the contexts of entries, float32 ``(..., patterns, K)``."""
         keys, present = self._read(symbols)
