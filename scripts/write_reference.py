@@ -1,8 +1,9 @@
-"""Write the reference pages of the guide: every setting of a recipe, every command and its flags.
+"""Write the reference pages of the guide: settings of a recipe, commands and their flags, precisions.
 
 The settings are those that ``dflow settings --json`` prints, the commands those of the parser of the command
-line, so that the pages cannot say anything else than the program does. A test compares both pages with what
-this script writes; run it after a change of a setting or of a flag:
+line, the precisions those of every registered family, each of which a test tries. So the pages cannot say
+anything else than the program does. A test compares them with what this script writes; run it after a change
+of a setting, of a flag or of the families:
 
     python scripts/write_reference.py
 """
@@ -19,7 +20,8 @@ from typing import Any
 
 import yaml
 
-from dflow import cli
+from dflow import cli, zoo
+from dflow.hf.pretrained import NOT_TRAINED
 
 SETTINGS = """\
 # Reference: settings of a recipe
@@ -53,6 +55,92 @@ the same JSON as the last line after the table.
 **Terminals.** Control characters in generated text and in file names are shown on a terminal as `\\x1b` and
 the like. Files and pipes receive them unchanged.
 """
+
+
+PRECISION = """\
+# Precision
+
+This page is written by `python scripts/write_reference.py` from the registered families. A test tries each
+cell of its table.
+
+## Which precision for what
+
+| task | precision |
+|---|---|
+| train | weights in float32; `train.mixed_precision: bf16` (or `fp16`) makes networks faster |
+| score and draw | float32; weights in bfloat16 or float16 take half of the memory |
+| compress | float64 or integers, whatever the weights are saved in: see [Compression](compression.md) |
+
+```python
+import torch
+from transformers import AutoModel
+import dflow.hf
+
+model = AutoModel.from_pretrained("demo/grouped", dtype=torch.bfloat16)
+model.save_pretrained("demo/half")
+```
+
+The commands take such a folder as any other: `dflow generate --model demo/half`.
+
+## What is kept in float32
+
+- Log-probabilities, soft-max, mixtures and the noise that symbols are drawn by: float32 or float64 in every
+  precision. Probabilities sum to 1 as in a model of float32.
+- Maps on Z/K and on the integers are exact in every precision: one network output selects one permutation,
+  in both modes and in both directions. In half precision it may select another permutation than in float32,
+  so that it is another law, a little worse or better.
+- Everything that is no weight: counts and moments of parts in closed form, running averages, ranges of the
+  data. A model in half precision that is saved and loaded has them as before.
+- Linear layers, splines and affine maps of the reals: computed in float32 from the weights as they are.
+
+## What is only close
+
+A law that a network draws group by group is scored in one pass. In half precision both round differently: the
+log-probability of a symbol differs by some 0.0005 nats in bfloat16, 0.0001 in float16. The round trip of
+`dflow evaluate` allows for that. Who needs the same probabilities in both ways loads the model in float32.
+
+## Families
+
+"mixed" is training by `train.mixed_precision` or `torch.autocast`, with weights in float32.
+
+"""
+
+
+#: Columns of the table of precisions, and the dtype that each stands for.
+PRECISIONS = {
+    "float64": "float64",
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "mixed bf16": "bfloat16",
+    "mixed fp16": "float16",
+}
+
+
+def abilities(family: zoo.Family, precision: str) -> list[str]:
+    """What models of a family do in a precision: score, train, draw."""
+    able = ["score"]
+    if precision != "float16":
+        able.append("train")
+    if family.kind != "labels":
+        able.append("draw")
+    return able
+
+
+def write_precision() -> str:
+    """The page on precision, with the table of all families."""
+    lines = [_row("family", *PRECISIONS), "|" + "---|" * (1 + len(PRECISIONS))]
+    for name in zoo.names():
+        cells = [", ".join(abilities(zoo.find(name), precision)) for precision in PRECISIONS]
+        lines.append(_row(f"`{name}`", *cells))
+    notes = [
+        f"- {NOT_TRAINED[0].upper()}{NOT_TRAINED[1:]}.",
+        "- Classifiers (`pbnet`) give probabilities of labels, and draw nothing.",
+        "- Where autocast asks for float16, the recurrence of `lstm` on a CPU is computed in float32, since "
+        "there is no such kernel, and so are the sums of `pbnet` and of networks of signs, since squares of "
+        "pixels exceed its range.",
+    ]
+    return PRECISION + "\n".join([*lines, "", *notes, ""])
 
 
 def write_settings() -> str:
@@ -134,7 +222,7 @@ def _row(*cells: str) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-PAGES = {"settings.md": write_settings, "commands.md": write_commands}
+PAGES = {"settings.md": write_settings, "commands.md": write_commands, "precision.md": write_precision}
 
 
 def main() -> None:

@@ -32,12 +32,12 @@ from dflow.compare import (
     timing,
     write,
 )
-from dflow.compare.memory import TensorMemory
 from dflow.config import InputError
 from dflow.data import Text
 from dflow.distributions import AnyOrder, ConditionalCategorical, SequenceCategorical, Spectra
 from dflow.evaluate import evaluate
 from dflow.hf import DflowModel
+from dflow.ops.live import TensorMemory
 
 
 @pytest.fixture

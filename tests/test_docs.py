@@ -142,7 +142,7 @@ def reference() -> Any:
     return module
 
 
-@pytest.mark.parametrize("name", ["settings.md", "commands.md"])
+@pytest.mark.parametrize("name", ["settings.md", "commands.md", "precision.md"])
 def test_reference_pages_are_what_the_program_says(name: str) -> None:
     written = (ROOT / "docs" / "guide" / name).read_text(encoding="utf-8")
     assert written == reference().PAGES[name](), "run python scripts/write_reference.py"

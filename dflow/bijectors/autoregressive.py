@@ -7,9 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dflow.bijectors.conditioner import Conditioned, check_params, full_precision
+from dflow.bijectors.conditioner import Conditioned, check_params
 from dflow.core import Context, Elementwise, lengths_in, present
 from dflow.ops.lengths import keep_absent
+from dflow.ops.precision import full_precision
 
 
 class Autoregressive(Conditioned):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
-import torch
 from torch import Tensor
 
 from dflow.core import Bijector, Context, Elementwise
+from dflow.ops.precision import at_least_float32
 
 
 class Conditioned(Bijector):
@@ -24,19 +24,10 @@ class Conditioned(Bijector):
         """The entries that are mapped, int64 ``(moved,)``."""
 
 
-def full_precision(x: Tensor) -> torch.autocast:
-    """Context in which parameters are computed: autocast off.
-
-    On Z/K an arg-max of the parameters selects the map. In half precision the differentiable mode and the
-    exact mode would select different maps wherever two logits are close.
-    """
-    return torch.autocast(device_type=x.device.type, enabled=False)
-
-
 def check_params(params: Tensor, batch: int, dim: int, num_params: int) -> Tensor:
-    """``params`` itself when its shape is ``(batch, dim, num_params)``; otherwise a ValueError."""
+    """``params``, at least float32; a ValueError unless they are ``(batch, dim, num_params)``."""
     if params.shape != (batch, dim, num_params):
         raise ValueError(
             f"the net gave params of shape {tuple(params.shape)}, expected {(batch, dim, num_params)}"
         )
-    return params
+    return at_least_float32(params)

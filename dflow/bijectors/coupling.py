@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dflow.bijectors.conditioner import Conditioned, check_params, full_precision
+from dflow.bijectors.conditioner import Conditioned, check_params
 from dflow.core import Context, Elementwise, around_for, lengths_in, present, span_in
 from dflow.ops.lengths import keep_absent
 from dflow.ops.memo import Memo
+from dflow.ops.precision import full_precision
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from dflow.bijectors.conditioner import full_precision
 from dflow.core import Bijector, Context, Distribution, only_given
+from dflow.ops.precision import at_least_float32, full_precision
 
 #: Smallest standard deviation that `fitting` divides by, so that a constant channel is not scaled up.
 _FLOOR = 1e-2
@@ -63,17 +63,17 @@ class ActNorm(_Channels):
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """Data to latent: z like ``x``, log_det ``(batch,)``."""
         only_given(context)
-        z = (self._image(x) - self.loc[:, None]) * torch.exp(-self.log_scale)[:, None]
+        z = (self._image(x) - self.loc[:, None]) * torch.exp(-at_least_float32(self.log_scale))[:, None]
         return z.flatten(1), self._log_det(-1, x)
 
     def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """Latent to data: x like ``z``, log_det ``(batch,)``."""
         only_given(context)
-        x = self._image(z) * torch.exp(self.log_scale)[:, None] + self.loc[:, None]
+        x = self._image(z) * torch.exp(at_least_float32(self.log_scale))[:, None] + self.loc[:, None]
         return x.flatten(1), self._log_det(1, z)
 
     def _log_det(self, sign: int, x: Tensor) -> Tensor:
-        return (sign * self.places * self.log_scale.sum()).expand(len(x))
+        return (sign * self.places * at_least_float32(self.log_scale).sum()).expand(len(x))
 
     def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         variance, mean = torch.var_mean(self._image(x), (0, 2), correction=0)
@@ -115,10 +115,11 @@ class Conv1x1(_Channels):
 
     @property
     def weight(self) -> Tensor:
-        """W, ``(C, C)``."""
-        diagonal = self.lu.diagonal()
-        lower = self.lu.tril(-1) + torch.ones_like(diagonal).diag()
-        upper = self.lu.triu(1) + (self.sign * diagonal.exp()).diag()
+        """W, ``(C, C)``, at least float32."""
+        lu = at_least_float32(self.lu)
+        diagonal = lu.diagonal()
+        lower = lu.tril(-1) + torch.ones_like(diagonal).diag()
+        upper = lu.triu(1) + (self.sign.to(lu.dtype) * diagonal.exp()).diag()
         return (lower @ upper).index_select(0, self.permutation)
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
@@ -132,16 +133,17 @@ class Conv1x1(_Channels):
         only_given(context)
         with full_precision(z):
             # The inverse of the rounded matrix that `forward` multiplies by.
-            weight = torch.linalg.inv(self.weight.double())
-            return self._product(weight.to(self.lu.dtype), z), self._log_det(-1, z)
+            weight = self.weight
+            inverse = torch.linalg.inv(weight.double()).to(weight.dtype)
+            return self._product(inverse, z), self._log_det(-1, z)
 
     def _product(self, weight: Tensor, x: Tensor) -> Tensor:
-        image = self._image(x)
+        image = at_least_float32(self._image(x))
         # One matrix product for vectors, in place of a batch of tiny ones.
         return image.flatten(1) @ weight.T if self.places == 1 else (weight @ image).flatten(1)
 
     def _log_det(self, sign: int, x: Tensor) -> Tensor:
-        return (sign * self.places * self.lu.diagonal().sum()).expand(len(x))
+        return (sign * self.places * at_least_float32(self.lu).diagonal().sum()).expand(len(x))
 
 
 @contextmanager

@@ -1,20 +1,16 @@
-"""Memory: of codecs, each direction in a process of its own; of tensors, those made in a block."""
+"""Memory: of codecs, each direction in a process of its own."""
 
 from __future__ import annotations
 
 import multiprocessing
 import re
 import sys
-import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from dflow import plugins
 
@@ -88,47 +84,3 @@ def peak() -> int:
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most
-
-
-class TensorMemory(TorchDispatchMode):
-    """Counts the bytes of tensors that operations make inside of ``with``; exactly, on any device.
-
-    Views, and results that are written into tensors that were there, take none. What an operation uses while
-    it runs is not seen.
-
-    >>> with TensorMemory() as memory:
-    ...     _ = torch.zeros(100).double().sum()
-    >>> memory.peak
-    1200
-
-    Attributes:
-        now: bytes that exist.
-        peak: the most that existed together.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now: int = 0
-        self.peak: int = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run an operation, and count what it makes."""
-        result = func(*args, **(kwargs or {}))
-        before = _storages((args, kwargs))
-        for key, storage in _storages(result).items():
-            if key not in before:
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._free, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return result
-
-    def _free(self, size: int) -> None:
-        self.now -= size
-
-
-def _storages(values: Any) -> dict[int, torch.UntypedStorage]:
-    """The memory of all tensors in some values, by its identity."""
-    storages = [value.untyped_storage() for value in tree_leaves(values) if isinstance(value, Tensor)]
-    return {id(storage): storage for storage in storages}

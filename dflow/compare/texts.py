@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from dflow.compare import results
-from dflow.compare.memory import TensorMemory
 from dflow.compare.timing import Contestant, evaluating, thread_count, timed
 from dflow.config import InputError
 from dflow.core import Context
 from dflow.distributions.documents import Documents
 from dflow.hf.symbols import prompted
+from dflow.ops.live import TensorMemory
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from dflow.bijectors.conditioner import check_params, full_precision
+from dflow.bijectors.conditioner import check_params
 from dflow.core import Bijector, Context
 from dflow.dequantize.partition import Partition, inside
 from dflow.distributions.normal import standard_energy
+from dflow.ops.precision import full_precision
 
 
 class Dequantizer(nn.Module, ABC):

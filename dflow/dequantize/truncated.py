@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dflow.bijectors.conditioner import full_precision
 from dflow.dequantize.dequantizer import Dequantizer
 from dflow.dequantize.partition import Partition, inside
 from dflow.distributions import Gaussian
@@ -20,6 +19,7 @@ from dflow.ops.normal import (
     truncated_quantile,
     truncated_slopes,
 )
+from dflow.ops.precision import full_precision
 
 #: Entries between two matrix products of the sweep.
 BLOCK = 32

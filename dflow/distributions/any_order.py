@@ -22,6 +22,7 @@ from dflow.core import Context, Distribution, known_in, lengths_in, noise_in, pr
 from dflow.ops.memo import Memo
 from dflow.ops.modular import check_alphabet
 from dflow.ops.orders import check_order
+from dflow.ops.precision import agree, at_least_float32
 
 #: As many calls of a fixed order are scored at once as have at most this many entries together.
 _ENTRIES = 1 << 13
@@ -63,7 +64,7 @@ class AnyOrder(nn.Module):
     def logits(self, x: Tensor, known: Tensor, context: Context | None = None) -> Tensor:
         """Logits (batch, n, K) of every entry given the known ones, at least float32."""
         logits: Tensor = self.net(x, known, context)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return at_least_float32(logits)
 
     def elbo(
         self,
@@ -308,7 +309,7 @@ class Walk(Distribution):
     def round_trip(self, x: Tensor, context: Context | None = None) -> bool | None:
         """Whether `log_prob_by_steps` and `log_prob` agree up to rounding."""
         steps = self.log_prob_by_steps(x, context)
-        return torch.allclose(steps, self.log_prob(x, context), rtol=1e-4, atol=1e-3)
+        return agree(steps, self.log_prob(x, context), self.model)
 
     def log_prob_by_steps(self, x: Tensor, context: Context | None = None) -> Tensor:
         """`log_prob` computed as `sample` draws."""

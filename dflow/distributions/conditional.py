@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from dflow.core import Context, Distribution, conditioned
+from dflow.ops.precision import at_least_float32
 
 
 class Conditional(Distribution):
@@ -26,7 +26,7 @@ class Conditional(Distribution):
         ):
             shape = ", ".join("any" if size is None else str(size) for size in expected)
             raise ValueError(f"the net gave params of shape {tuple(out.shape)}, expected (batch, {shape})")
-        return out.to(torch.promote_types(out.dtype, torch.float32))
+        return at_least_float32(out)
 
     @property
     def num_calls(self) -> int:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from dflow.core import Context, Distribution, conditioned, only_given
 from dflow.distributions.categorical import check_classes
 from dflow.distributions.conditional import Conditional, check_rows
+from dflow.ops.precision import at_least_float32
 
 #: Limits of log scales. Below the lower one a bin away from loc has less than exp(-80000) of the mass.
 LEAST, MOST = -12.0, 30.0
@@ -125,8 +126,7 @@ class Logistics(Distribution):
 
     def unnormalised(self, context: Context | None = None) -> tuple[Tensor, ...]:
         """The result of `params`, but with log weights up to a constant."""
-        raw = self._raw(context)
-        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        raw = at_least_float32(self._raw(context))
         r, q, *logits = raw.unflatten(-1, (-1, self.components)).unbind(-2)
         unit = self.unit.to(raw.dtype)
         loc, log_scale = self.centre.to(raw.dtype) + unit * r, q + self._log_unit(raw.dtype)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dflow.core import Context, Distribution, only_given
 from dflow.distributions.conditional import Conditional, check_rows
 from dflow.ops.normal import LOG_SQRT_2PI, log_interval
+from dflow.ops.precision import at_least_float32, full_precision
 
 #: Share of the mean variance that is added to each variance when the moments are singular.
 RIDGE = 1e-12
@@ -87,7 +88,7 @@ class Gaussian(Distribution):
     def sample(
         self, n: int, context: Context | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """``n`` exact draws ``(n, dim)`` in the dtype of ``loc``."""
+        """``n`` exact draws ``(n, dim)`` in the dtype of ``loc``, at least float32."""
         only_given(context)
         L, loc = self.conditionals()
         e = torch.randn(n, self.dim, generator=generator, dtype=loc.dtype, device=loc.device)
@@ -209,7 +210,7 @@ class Normal(Gaussian):
 
     def conditionals(self) -> tuple[Tensor, Tensor]:
         """``(L, loc)``, both ``(dim,)``."""
-        return self.log_diag.exp(), self.loc
+        return at_least_float32(self.log_diag).exp(), at_least_float32(self.loc)
 
     def log_mass(self, lower: Tensor, upper: Tensor) -> Tensor:
         """Exact log-probability in nats ``(batch,)`` of the boxes ``[lower, upper]`` ``(batch, dim)``.
@@ -255,7 +256,8 @@ class CovarianceNormal(Gaussian):
 
     def conditionals(self) -> tuple[Tensor, Tensor]:
         """``(L, loc)``, ``(dim, dim)`` and ``(dim,)``."""
-        return self.lower.tril(-1) + torch.diag(self.log_diag.exp()), self.loc
+        lower, log_diag, loc = map(at_least_float32, (self.lower, self.log_diag, self.loc))
+        return lower.tril(-1) + torch.diag(log_diag.exp()), loc
 
     @property
     def _moments_shape(self) -> tuple[int, int]:
@@ -367,8 +369,3 @@ class StandardNormal(Distribution):
 def standard_energy(e: Tensor) -> Tensor:
     """``-log`` of the standard normal density of each row of ``e``, in nats, float64 ``(batch,)``."""
     return (0.5 * e.square() + LOG_SQRT_2PI).sum(-1, dtype=torch.float64)
-
-
-def full_precision(x: Tensor) -> torch.autocast:
-    """Autocast off: standardized entries need all their digits."""
-    return torch.autocast(device_type=x.device.type, enabled=False)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dflow.core import Context
 from dflow.distributions.sequence import SequenceCategorical
 from dflow.distributions.spectra import log_laws, power_laws
+from dflow.ops.precision import at_least_float32
 
 
 class _Ranked(nn.Module):
@@ -27,7 +28,7 @@ class _Ranked(nn.Module):
         return out[..., : self.K], torch.logsumexp(log_weights[..., None] + log_laws(self.spectra), -2)
 
     def _law(self, out: Tensor) -> Tensor:
-        logits, by_rank = self.parts(out.to(torch.promote_types(out.dtype, torch.float32)))
+        logits, by_rank = self.parts(at_least_float32(out))
         # Which symbol has each rank: the most probable one has rank 0.
         order = logits.detach().sort(dim=-1, descending=True, stable=True).indices
         return torch.empty_like(by_rank).scatter(-1, order, by_rank)
@@ -99,7 +100,7 @@ class RankedSequence(SequenceCategorical):
     def losses(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """Logits ``(batch, dim, K)``, and the log-likelihood of each entry, which trains w and S."""
         ranked: Any = self.net
-        logits, by_rank = ranked.parts(ranked.net(x, context))
+        logits, by_rank = ranked.parts(at_least_float32(ranked.net(x, context)))
         line = logits.detach().gather(-1, x[..., None])
         symbols = torch.arange(logits.shape[-1], device=x.device)
         before = (logits.detach() > line) | ((logits.detach() == line) & (symbols < x[..., None]))

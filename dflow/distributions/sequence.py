@@ -13,6 +13,7 @@ from dflow.config import InputError
 from dflow.core import Context, Distribution, Known, known_in, lengths_in, noise_in, present
 from dflow.ops.memo import Memo
 from dflow.ops.orders import check_order
+from dflow.ops.precision import agree, at_least_float32
 
 #: Noise is drawn ahead for as many calls as fit into this many numbers.
 _NOISE_BLOCK = 1 << 22
@@ -175,8 +176,7 @@ class SequenceCategorical(Distribution):
         if (law := self._of(context)) is not self:
             return law.log_prob_each(x, context)
         mask = present(context, len(x), x.shape[1], takes_known=True)
-        logits = self.net(x, context, *self._extra())
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = at_least_float32(self.net(x, context, *self._extra()))
         if x.is_floating_point():
             terms = (x * logits.log_softmax(-1)).sum(-1)
         else:
@@ -293,7 +293,7 @@ class SequenceCategorical(Distribution):
         x = F.pad(x, (0, self.dim - x.shape[1]))
         total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         for row in self._drawn(int(limit.max())):
-            log_p = self.net.step(previous, state).log_softmax(-1)
+            log_p = at_least_float32(self.net.step(previous, state)).log_softmax(-1)
             previous = x[:, row]
             terms = log_p.gather(-1, previous[..., None]).squeeze(-1)
             scored = row < limit[:, None]
@@ -305,7 +305,7 @@ class SequenceCategorical(Distribution):
     def round_trip(self, x: Tensor, context: Context | None = None) -> bool | None:
         """Whether `log_prob_by_steps` and `log_prob` agree up to rounding."""
         steps = self.log_prob_by_steps(x, context)
-        return torch.allclose(steps, self.log_prob(x, context), rtol=1e-4, atol=1e-3)
+        return agree(steps, self.log_prob(x, context), self.net)
 
     @torch.no_grad()
     def sample_by_fixed_point(

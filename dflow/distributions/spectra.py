@@ -9,6 +9,7 @@ from dflow.core import Context, Elementwise, conditioned, present
 from dflow.distributions.categorical import check_entries, clear_absent, draw_all, total
 from dflow.distributions.conditional import Conditional, check_rows
 from dflow.ops.modular import check_alphabet
+from dflow.ops.precision import at_least_float32, full_precision
 
 #: Spectra are the soft-max of this number times their parameter: Adam moves a parameter by at most the
 #: learning rate a step, which would be too slow for logits at the learning rate of networks.
@@ -22,8 +23,8 @@ def power_laws(components: int, K: int) -> Tensor:
 
 
 def log_laws(spectra: Tensor) -> Tensor:
-    """The logarithms of the shared laws with parameters ``(components, K)``."""
-    return torch.log_softmax(_GAIN * spectra, -1)
+    """The logarithms of the shared laws with parameters ``(components, K)``, at least float32."""
+    return torch.log_softmax(_GAIN * at_least_float32(spectra), -1)
 
 
 class Spectra(Conditional):
@@ -78,14 +79,14 @@ class Spectra(Conditional):
         return f"K={self.K}, components={self.components}"
 
     def log_spectra(self) -> Tensor:
-        """``log S``, ``(C, K)``."""
+        """``log S``, ``(C, K)``, at least float32."""
         return log_laws(self.spectra)
 
     def params(self, context: Context | None) -> tuple[Tensor, Tensor]:
         """Parameters of the map ``(batch, dim, num_params)`` and ``log w`` ``(batch, dim, C)``."""
         # As in a coupling: the result of an arg-max must not depend on the precision.
-        with torch.autocast(device_type=self.spectra.device.type, enabled=False):
-            out: Tensor = conditioned(self.net, context)
+        with full_precision(self.spectra):
+            out = at_least_float32(conditioned(self.net, context))
         size, expected = self.elementwise.num_params, self.num_outputs(self.elementwise, self.components)
         if out.ndim != 3 or out.shape[-1] != expected:
             raise ValueError(f"the net gave {tuple(out.shape)}, expected (batch, dim, {expected})")
@@ -102,7 +103,7 @@ class Spectra(Conditional):
         return torch.logsumexp(log_weights[..., None] + self.log_spectra(), -2)
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
-        """Exact log-likelihood in nats, ``(batch,)``: on rows in the dtype of ``x``, else the net's."""
+        """Exact log-likelihood in nats, ``(batch,)``, at least float32: on rows in the dtype of ``x``."""
         params, log_weights = self.params(context)
         check_entries(x, params.shape[1], self.K)
         if x.shape[0] != params.shape[0]:

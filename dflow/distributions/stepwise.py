@@ -11,6 +11,7 @@ from torch import Tensor
 from dflow.core import Context, Distribution, noise_in, present
 from dflow.distributions.categorical import clear_absent
 from dflow.ops.noise import Noise
+from dflow.ops.precision import agree
 
 #: Yields places in the flat ``(n, dim)`` with the logits of the symbols there, and is sent these symbols.
 Steps = Generator[tuple[Tensor, Tensor], Tensor, None]
@@ -94,7 +95,7 @@ class Stepwise(Distribution):
     def round_trip(self, x: Tensor, context: Context | None = None) -> bool | None:
         """Whether `log_prob_by_steps` and `log_prob` agree up to rounding."""
         steps = self.log_prob_by_steps(x, context)
-        return torch.allclose(steps, self.log_prob(x, context).double(), rtol=1e-4, atol=1e-3)
+        return agree(steps, self.log_prob(x, context), self)
 
 
 def follow(steps: Steps, symbols: Callable[[Tensor, Tensor], Tensor]) -> None:

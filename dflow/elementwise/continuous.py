@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dflow.core import Elementwise
+from dflow.ops.precision import at_least_float32
 
 #: Smallest width and height of a bin, as a share of all bins together, and smallest derivative at a knot.
 _LEAST = 1e-3
@@ -51,12 +52,12 @@ class Continuous(Elementwise):
             ValueError: wrong shapes, or an ``x`` that is not floating.
         """
         self._check(x, params)
-        return self._forward(x, params)
+        return self._forward(x, at_least_float32(params))
 
     def inverse(self, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """Latent to data; arguments, result and errors as in `forward`."""
         self._check(z, params)
-        return self._inverse(z, params)
+        return self._inverse(z, at_least_float32(params))
 
     def _check(self, x: Tensor, params: Tensor) -> None:
         if x.ndim != 2 or not x.is_floating_point():
@@ -169,9 +170,9 @@ class _Bin(torch.autograd.Function):
         table = rows.new_empty(3, bins + 1, len(line))
         table[:2, 0], table[2, 0], table[2, -1] = -bound, 1.0, 1.0
         least = torch.arange(1, bins + 1, dtype=rows.dtype, device=rows.device)[:, None] * _LEAST
-        ends = torch.cumsum(shares, 1, out=table[:2, 1:])
-        ends.mul_(2 * bound * (1 - _LEAST * bins)).add_(least.mul_(2 * bound).sub_(bound))
-        torch.add(F.softplus(raw), _LEAST, out=table[2, 1:-1])
+        ends = torch.cumsum(shares, 1).mul_(2 * bound * (1 - _LEAST * bins))
+        table[:2, 1:] = ends.add_(least.mul_(2 * bound).sub_(bound))
+        table[2, 1:-1] = F.softplus(raw) + _LEAST
         place = (line >= table[axis, 1:-1]).sum(0)
         index = place.expand(3, 1, -1)
         left, right = table.gather(1, index).squeeze(1), table.gather(1, index + 1).squeeze(1)

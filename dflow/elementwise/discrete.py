@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dflow.core import Elementwise
 from dflow.ops import modular
+from dflow.ops.precision import at_least_float32
 from dflow.ops.straight_through import StraightThrough, straight_through
 
 
@@ -62,13 +63,14 @@ class Discrete(Elementwise):
             raise ValueError(
                 f"params have shape {tuple(params.shape)}, expected {(*x.shape[:2], self.num_params)}"
             )
-        if params.dtype in (torch.float16, torch.bfloat16):
-            params = params.float()
+        params = at_least_float32(params)
         if rows:
             z = self._rows(x, params, to_latent)
         else:
-            # Only data come from the user; latents come from a base over the same K symbols.
-            if to_latent and x.numel() and (int(x.min()) < 0 or int(x.max()) >= self.K):
+            # Only data come from the user; latents come from a base over the same K symbols. What is compiled
+            # reads no values: whoever compiles checks the data before, as models do.
+            check = to_latent and not torch.compiler.is_compiling()
+            if check and x.numel() and (int(x.min()) < 0 or int(x.max()) >= self.K):
                 raise ValueError(f"symbols lie in 0..{self.K - 1}, found {int(x.min())}..{int(x.max())}")
             z = self._symbols(x, params.detach(), to_latent)
         return z, params.new_zeros(x.shape[:2])

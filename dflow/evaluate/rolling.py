@@ -18,6 +18,7 @@ from dflow.evaluate.driver import Rows, Scorer
 from dflow.hf import DflowModel
 from dflow.hf.counts import counted, patterns_in
 from dflow.nn.lstm import LSTM, Carried
+from dflow.ops.precision import agree
 
 
 class Rolling(Scorer):
@@ -262,7 +263,7 @@ class _StreamScorer(Rolling):
             stepped.view(-1)[i] = F.cross_entropy(logits.double(), symbol)
             self.drawn = symbol.view(1, 1)
         self._count(rows.stop - 1)
-        return torch.allclose(stepped.sum(1), self.scored[rows], rtol=1e-4, atol=1e-3)
+        return agree(stepped.sum(1), self.scored[rows], self.net)
 
 
 def rolling(

@@ -56,6 +56,7 @@ class DflowClassifier(ValuesModel):
                 outside the classes.
         """
         refuse_unknown(kwargs, self.forward)
+        self.check_trains()
         logits: Tensor = self.net(self._as_weights(pixel_values))
         output = ImageClassifierOutput(logits=logits)
         if labels is not None:
@@ -93,8 +94,8 @@ class DflowClassifier(ValuesModel):
         return zoo.to_deterministic(self.net, self._as_weights(images).split(_BATCH), rule, generator)
 
     def _as_weights(self, x: Tensor) -> Tensor:
-        """`check`, in the precision of the weights."""
-        return self.check(x).to(self.dtype)
+        """`check`, in the precision of the weights, at least float32."""
+        return self.check(x).to(torch.promote_types(self.dtype, torch.float32))
 
 
 #: Images in a batch for the re-estimated normalisation.

@@ -56,7 +56,7 @@ class ValuesModel(Pretrained):
         shape = tuple(settings.shape)
         if x.shape[1:] != shape and (x.ndim != 2 or x.shape[1] != settings.dim):
             raise InputError(f"data of shape {tuple(x.shape[1:])}; this model takes {shape}")
-        x = x.reshape(len(x), -1)
+        x = x.flatten(1)
         support = settings.support
         ranges = support if len(settings.levels) > 1 else support[:1]
         # One number is enough where all entries have the same range, as in images.
@@ -163,6 +163,7 @@ class DflowImageModel(ValuesModel):
         """
         way = " (a model of images has no labels; leave out the column 'label')" if "labels" in kwargs else ""
         refuse_unknown(kwargs, self.forward, way)
+        self.check_trains()
         x = self.check(pixel_values)
         output = DflowImageOutput()
         if not self.exact:
@@ -177,7 +178,7 @@ class DflowImageModel(ValuesModel):
             nats = training.loss_of_symbols(self.distribution, x.long()) / len(x)
         else:
             # For floats that hold integers, rounding has its straight-through gradient.
-            values = x.long() if self._symbols else x.to(self.dtype)
+            values = x.long() if self._symbols else x.to(torch.promote_types(self.dtype, torch.float32))
             output.log_prob = log_prob = self.distribution.log_prob(values)
             nats = -log_prob.mean()
             if self._symbols and nats.requires_grad:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from dflow.config import InputError
 from dflow.hf import counts
 from dflow.hf.manifest import remove, replacing
+from dflow.ops.precision import HALF
 
 #: File of the coding tables.
 TABLES = "coding.safetensors"
@@ -34,6 +37,14 @@ _OF_THE_HUB = ("repo_id", "commit_message", "commit_description", "private", "cr
 _OF_A_PLACE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
+#: Why weights in float16 are not trained, and what is done instead.
+NOT_TRAINED = (
+    "weights in float16 cannot be trained: squares of gradients fall below its smallest number, and Adam "
+    "divides by them; load the model with dtype=torch.float32 and train it in mixed precision "
+    "(train.mixed_precision=fp16, or fp16=True of TrainingArguments), or with dtype=torch.bfloat16"
+)
+
+
 class Pretrained(PreTrainedModel):
     """A model of dflow in a folder.
 
@@ -43,15 +54,54 @@ class Pretrained(PreTrainedModel):
     """
 
     companions: Mapping[str, bytes] = {}
+    supports_gradient_checkpointing = True
+
+    def check_trains(self) -> None:
+        """Refuse to train weights in a precision in which that fails; for `forward`.
+
+        Raises:
+            InputError: weights in float16, in training mode and while gradients are recorded.
+        """
+        if self.training and torch.is_grad_enabled() and self.dtype == torch.float16:
+            raise InputError(NOT_TRAINED)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Modules initialise themselves; the default would undo it."""
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Weights may be in half precision. Buffers are not: counts, moments, ranges and running averages.
+
+        They take a share of the memory that is not worth it, and a count beyond 256 would not grow.
+        """
+        buffers = [
+            (module, name, buffer)
+            for module in self.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if buffer.is_floating_point() and buffer.dtype not in HALF
+        ]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for module, name, buffer in buffers:
+            moved = getattr(module, name)
+            if moved.dtype in HALF:
+                setattr(module, name, buffer.to(moved.device))
+        return self
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """See transformers; the model carries the files of its vocabulary, and its counts."""
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        """See transformers; the model carries the files of its vocabulary, and its counts.
+
+        Weights in half precision are those of the model in float32, rounded: `_apply` says what is not.
+
+        Raises:
+            InputError: a ``dtype`` in which no model is.
+        """
+        dtype = cls._dtype_of(pretrained_model_name_or_path, kwargs)
+        first = torch.float32 if dtype in HALF else dtype
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, dtype=first, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if dtype in HALF:
+            model.to(dtype)
+            model.config.dtype = dtype
         if pretrained_model_name_or_path is not None:
             place = {name: kwargs[name] for name in _OF_A_PLACE if name in kwargs}
             source = os.fspath(pretrained_model_name_or_path)
@@ -59,6 +109,25 @@ class Pretrained(PreTrainedModel):
             counts.load(model, paths.pop(counts.COUNTS, None), source)
             model.companions = {file: path.read_bytes() for file, path in paths.items()}
         return loaded
+
+    @classmethod
+    def _dtype_of(cls, name: Any, kwargs: dict[str, Any]) -> torch.dtype | None:
+        """The dtype that the arguments of `from_pretrained` ask for, which is taken out; or its model's."""
+        old = kwargs.pop("torch_dtype", None)
+        dtype = kwargs.pop("dtype", old)
+        if dtype in (None, "auto"):
+            place = {key: kwargs[key] for key in _OF_A_PLACE if key in kwargs}
+            kind: Any = cls.config_class
+            dtype = (kwargs.get("config") or kind.from_pretrained(name, **place)).dtype
+        value = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
+            value = None
+        if value is None and dtype is not None:
+            raise InputError(
+                f"dtype {dtype!r}: models are in float64, float32, bfloat16 or float16; give one of these, "
+                "for example dtype=torch.bfloat16"
+            )
+        return value
 
     def save_pretrained(  # type: ignore[override]
         self,

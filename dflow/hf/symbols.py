@@ -180,6 +180,7 @@ class DflowModel(Pretrained):
                 are no prefix of each row; and the errors of `log_prob`.
         """
         refuse_unknown(kwargs, self.forward)
+        self.check_trains()
         lengths = present_lengths(input_ids, lengths, attention_mask, labels)
         if self.training and not training.trained_by_likelihood(self.law):
             log_prob, nats = None, self._objective(input_ids, lengths)

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dflow.nn.recompute import Recomputable
+from dflow.ops.precision import at_least_float32
+
 
 @dataclass(frozen=True)
 class TransformerSize:
@@ -97,12 +100,9 @@ class Attention(nn.Module):
         mask: Tensor | None,
         causal: bool = False,
     ) -> Tensor:
-        """``h`` (batch, n, hidden); ``rotation`` complex (n, 2, 1, head/2), for queries and keys."""
+        """``h`` (batch, n, hidden); ``rotation`` of the n queries and keys, see `rotations`."""
         qkv = self.qkv(h).unflatten(-1, (3, self.num_heads, -1))
-        qk = qkv[:, :, :2]
-        real = torch.promote_types(qk.dtype, torch.float32)
-        pairs = torch.view_as_complex(qk.to(real).unflatten(-1, (-1, 2)))
-        qk = torch.view_as_real(pairs * rotation).flatten(-2).to(qkv.dtype)
+        qk = rotated(qkv[:, :, :2], rotation)
         q, k, v = (t.transpose(1, 2) for t in (qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2]))
         # No dropout of the attention weights: the fused kernel does not support it on a CPU, and the other
         # kernel takes six times as long.
@@ -110,7 +110,7 @@ class Attention(nn.Module):
         return F.linear(out.transpose(1, 2).flatten(2), self.out.weight)
 
 
-class Block(nn.Module):
+class Block(Recomputable):
     """Attention and a two-layer perceptron, each after a norm and inside a residual connection."""
 
     def __init__(self, size: TransformerSize) -> None:
@@ -130,6 +130,9 @@ class Block(nn.Module):
         causal: bool = False,
     ) -> Tensor:
         """Shapes as in `Attention.forward`."""
+        return self.recomputed(self._forward, h, rotation, mask, causal)
+
+    def _forward(self, h: Tensor, rotation: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         h = h + self.dropout(self.attention(self.norm_attention(h), rotation, mask, causal))
         out: Tensor = h + self.dropout(self.down(F.relu(self.up(self.norm_mlp(h))).square()))
         return out
@@ -148,14 +151,35 @@ def initialize(module: nn.Module, num_layers: int) -> None:
 def rotations(
     queries: Tensor, keys: Tensor, head_size: int, dtype: torch.dtype, base: float = 10000.0
 ) -> Tensor:
-    """Unit complex numbers (..., 2, 1, head_size / 2) that turn queries and keys to their positions.
+    """What `rotated` turns queries and keys by, to their positions, int64 ``(n,)`` each.
 
-    They are complex128 for ``dtype`` float64, else complex64.
+    Real ``(n, 2, 1, 2, head_size)``, float32: cosines, and sines with the sign of their term. For ``dtype``
+    float64 complex128 ``(n, 2, 1, head_size / 2)``: files are coded in float64, and the product of complex
+    numbers rounds in a way that no sequence of real operations repeats (some places of a tensor with a fused
+    multiplication, some without), so that a decoder would compute other bits than an older encoder.
     """
-    exponent = torch.arange(0, head_size, 2, device=queries.device, dtype=torch.float64) / head_size
-    angle = torch.stack([queries, keys], -1)[..., None].to(torch.float64) * base**-exponent
+    exponent = torch.arange(0, head_size, 2, dtype=torch.float64) / head_size
+    positions = torch.stack([queries, keys], -1).cpu()
+    angle = positions[..., None].to(torch.float64) * base**-exponent
     rotation = torch.polar(torch.ones_like(angle), angle)[..., None, :]
-    return rotation.to(torch.complex128 if dtype == torch.float64 else torch.complex64)
+    if dtype != torch.float64:
+        cos, sin = rotation.real, rotation.imag
+        pairs = torch.stack([torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)], -3)
+        rotation = pairs.flatten(-2).to(torch.float32)
+    return rotation.to(queries.device)
+
+
+def rotated(x: Tensor, rotation: Tensor) -> Tensor:
+    """Queries and keys ``x`` ``(batch, n, 2, heads, head)``, turned by `rotations`.
+
+    Each pair ``(a, b)`` of neighbouring features becomes ``(a cos - b sin, a sin + b cos)``.
+    """
+    real = at_least_float32(x).unflatten(-1, (-1, 2))
+    if rotation.is_complex():
+        return torch.view_as_real(torch.view_as_complex(real) * rotation).flatten(-2).to(x.dtype)
+    cos, sin = rotation.unbind(-2)
+    swapped = real.flip(-1).flatten(-2)
+    return torch.addcmul(real.flatten(-2) * cos, swapped, sin).to(x.dtype)
 
 
 def ngrams(before: int, after: int, size: int) -> list[list[int]]:

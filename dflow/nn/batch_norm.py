@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dflow.nn.flat import check_sizes
 from dflow.nn.moments import Moments
+from dflow.ops.precision import at_least_float32
 
 
 class StochasticBatchNorm(nn.Module):
@@ -137,7 +138,7 @@ def _batch_moments(mean: Tensor, var: Tensor | None, shared: bool = False) -> tu
         everywhere: Tensor = _Sum.apply(x) if shared else x  # type: ignore[no-untyped-call]
         return everywhere
 
-    mean = mean.to(torch.promote_types(mean.dtype, torch.float32))
+    mean = at_least_float32(mean)
     m = total(mean.sum(dims)) / count
     # In two passes, as accurate as torch.var_mean and five times as fast.
     squares = (mean - m.view(1, -1, *[1] * (mean.ndim - 2))).square().sum(dims)

@@ -25,7 +25,9 @@ from dflow.core import Context, only_lengths
 from dflow.nn.batch_norm import StochasticBatchNorm
 from dflow.nn.flat import check_sizes
 from dflow.nn.moments import Moments, Signs, StochasticSign, means
+from dflow.nn.recompute import Recomputable
 from dflow.ops.modular import one_hot
+from dflow.ops.precision import at_least_float32, without_float16
 from dflow.ops.straight_through import sign_
 
 #: Random weights of mean ``tanh(w)`` or ``clip(w, -0.9, 0.9)``; signs of w, clipped to -1..1; w itself.
@@ -34,7 +36,7 @@ WeightKind = Literal["tanh", "clip", "sign", "float"]
 _ENDS = {"clip": 0.9, "sign": 1.0}
 
 
-class BinaryLayer(nn.Module, ABC):
+class BinaryLayer(Recomputable, ABC):
     r"""Sums :math:`a_j = \sum_i w_{ji} h_i` of independent weights on {-1, +1} of mean :math:`\theta`.
 
     For numbers h that are not random: mean :math:`\theta h`, variance :math:`(1 - \theta^2) h^2`. For random
@@ -77,18 +79,19 @@ class BinaryLayer(nn.Module, ABC):
 
     @property
     def theta(self) -> Tensor:
-        """Means of random weights, or the values of fixed weights."""
+        """Means of random weights, or the values of fixed weights, at least float32."""
         if self.weights == "tanh":
-            return torch.tanh(self.weight)
+            return torch.tanh(at_least_float32(self.weight))
         if self.weights == "float":
-            return self.weight
+            return at_least_float32(self.weight)
         end = _ENDS[self.weights]
         if self.training:
             # A parameter beyond its limit has no gradient and would stay there. The clamp is idempotent, and
             # written to .data, so that a second pass does not invalidate the graph of the first.
             self.weight.data.clamp_(-end, end)
-            return self.weight if self.random else sign_(self.weight)
-        inside = self.weight.clamp(-end, end)
+            weight = at_least_float32(self.weight)
+            return weight if self.random else sign_(weight)
+        inside = at_least_float32(self.weight).clamp(-end, end)
         return inside if self.random else sign_(inside)
 
     @abstractmethod
@@ -106,7 +109,15 @@ class BinaryLayer(nn.Module, ABC):
             ValueError: random signs for weights that are not random.
         """
         values, exact, ones = (x.mean, x.hard, x.hard) if isinstance(x, Signs) else (x, True, False)
+        # Sums of squares of pixels lie beyond the range of float16.
+        with without_float16(values):
+            return self.recomputed(self._sums, values, exact, ones)
+
+    def _sums(self, values: Tensor, exact: bool, ones: bool) -> Tensor | Moments:
         theta = self.theta
+        if theta.dtype != self.weight.dtype:
+            # Sums of signs are integers, of which bfloat16 holds those up to 256.
+            values = values.to(theta.dtype)
         if not self.random:
             if not exact:
                 raise ValueError(f"weights {self.weights!r} take numbers or drawn signs, found random signs")
@@ -242,4 +253,5 @@ class SymbolPerceptron(nn.Module):
             raise ValueError("a perceptron of symbols takes whole rows; leave the lengths out")
         rows = x if x.is_floating_point() else one_hot(x, self.K, next(self.parameters()).dtype)
         values = rows[..., 1] - rows[..., 0] if self.K == 2 else 2 * rows.flatten(1) - 1
-        return means(self.net(values)).view(len(x), -1, self.num_params)
+        params: Tensor = means(self.net(values)).unflatten(1, (-1, self.num_params))
+        return params

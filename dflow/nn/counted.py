@@ -14,7 +14,9 @@ from torch.nn import functional as F
 
 from dflow.config import InputError
 from dflow.nn.attention import TransformerSize
+from dflow.nn.recompute import Recomputable
 from dflow.ops.counts import ContextReader, CountSource, CountTable, Pattern, RowReader, patterns_of
+from dflow.ops.precision import at_least_float32
 
 #: Numbers that the gate reads of each pattern.
 _FEATURES = 5
@@ -73,7 +75,7 @@ def _joined(log_p: Tensor, counted: Tensor) -> Tensor:
     return torch.logaddexp(log_p, counted.clamp(min=tiny).log())
 
 
-class Counted(nn.Module):
+class Counted(Recomputable):
     r"""Mixes the law that a network gives an entry with counts of the training text.
 
     .. math:: p(x) = w_0 \operatorname{softmax}(z)_x + \sum_j w_j \frac{n_j(x)}{n_j}
@@ -196,12 +198,15 @@ class Counted(nn.Module):
 
     def _law(self, logits: Tensor, symbols: Tensor, h: Tensor | None) -> Tensor:
         """Log-probabilities of the mixture."""
-        log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        log_p = at_least_float32(logits).log_softmax(-1)
         few = self._few(symbols)
         if few and not torch.is_grad_enabled() and (arrays := self._arrays(logits.dtype)) is not None:
             return self._by_loops(arrays, log_p, symbols, h)
         read = _Read((self._few_counts(symbols) if few else self._counts(symbols)).to(log_p.dtype))
-        entries, patterns = symbols.shape[:-1], len(self.patterns)
+        return self.recomputed(self._mixed, logits, log_p, read, h)
+
+    def _mixed(self, logits: Tensor, log_p: Tensor, read: _Read, h: Tensor | None) -> Tensor:
+        entries, patterns = logits.shape[:-1], len(self.patterns)
         features = read.features.view(*entries, patterns * _FEATURES)
         gate = self.features(torch.cat([features, _sureness(log_p)], -1).to(logits.dtype))
         if self.hidden is not None and h is not None:
@@ -214,6 +219,8 @@ class Counted(nn.Module):
     def _few(self, symbols: Tensor) -> bool:
         """Whether entries are looked up one by one."""
         few = min(self.few, _FEW_NUMBERS // self.K)
+        if torch.compiler.is_compiling():
+            return False
         return not self.training and symbols.device.type == "cpu" and 0 < symbols[..., 0].numel() <= few
 
     def _arrays(self, dtype: torch.dtype) -> tuple[Any, ...] | None:
@@ -294,6 +301,7 @@ class Counted(nn.Module):
         if self.has_table and other.has_table and torch.equal(self.digest.cpu(), other.digest.cpu()):
             self._table = other.table
 
+    @torch.compiler.disable(reason="how many contexts are met depends on the text")  # type: ignore[untyped-decorator]
     def _counts(self, symbols: Tensor) -> Tensor:
         """Counts of all symbols in the contexts of entries, float32 ``(..., patterns, K)``."""
         keys, present = self._read(symbols)

@@ -10,9 +10,10 @@ from torch.nn import functional
 
 from dflow.core import Context
 from dflow.nn.flat import check_levels, check_sizes, flat_input, zero_
+from dflow.nn.recompute import Recomputable
 
 
-class DenseNet(nn.Module):
+class DenseNet(Recomputable):
     """Each layer adds channels, computed from all channels before it: 1x1, activation, 3x3, activation.
 
     Input and output are flat rows in the order C, H, W. At a size of (1, 1), a vector of numbers, the
@@ -114,7 +115,8 @@ class DenseNet(nn.Module):
         Raises:
             ValueError: an ``x`` or context of another size.
         """
-        return self.features(x, context).view(len(x), self.num_params, -1).transpose(1, 2)
+        params: Tensor = self.features(x, context).unflatten(1, (self.num_params, -1))
+        return params.transpose(1, 2)
 
     @torch.no_grad()
     def regress(self, x: Tensor, y: Tensor) -> Tensor | None:
@@ -167,6 +169,9 @@ class DenseNet(nn.Module):
 
         C is ``num_params * out_channels``; arguments and errors as in `forward`.
         """
+        return self.recomputed(self._features, x, context)
+
+    def _features(self, x: Tensor, context: Context | None) -> Tensor:
         h = flat_input(x, context, self.sizes, self.levels, self.head.weight)
         if self.size != (1, 1):
             h = h.unflatten(1, (-1, *self.size))

@@ -98,7 +98,7 @@ class Neighbours(nn.Module):
         """
         tables = self.weight.detach()[: self.columns * (self.K + 1)]
         tables = tables.unflatten(0, (self.columns, self.K + 1))[:, : self.K]
-        rows = F.pad(x, (0, 0, 0, 1))
+        rows = F.pad(x.to(tables.dtype), (0, 0, 0, 1))
         products = [(rows @ tables[j])[:, sources[:, j]] for j in range(self.columns)]
         soft = torch.stack(products).sum(0)
         return soft - soft.detach()

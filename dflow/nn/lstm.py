@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 
 from dflow.core import Context, only_lengths
 from dflow.nn.counted import Counted, neighbours
+from dflow.nn.recompute import Recomputable
 from dflow.ops.counts import patterns_of
 from dflow.ops.lookup import lookup
+from dflow.ops.precision import full_precision, without_float16
 from dflow.ops.recent import LOOK_BACK, Recent
 
 
@@ -96,7 +99,7 @@ def _check_rates(**rates: float) -> None:
             raise ValueError(f"{name}={rate} must be in [0, 1)")
 
 
-class LSTM(nn.Module):
+class LSTM(Recomputable):
     r"""Autoregressive LSTM with the regularisation of AWD-LSTM.
 
     The parameters at position i depend on ``x[:, :i]`` only; a learned vector stands before the first symbol.
@@ -208,7 +211,8 @@ class LSTM(nn.Module):
         for i, layer in enumerate(self._layers()):
             if self.training and i:
                 h = locked_dropout(h, self.dropout_hidden)
-            h, _ = self._run(layer, h, dropout=self.weight_drop if self.training else 0.0)
+            rate = self.weight_drop if self.training else 0.0
+            h, _ = self.recomputed(self._run, layer, h, None, rate)
         if self.training:
             h = locked_dropout(h, self.dropout)
         out: Tensor = self.head(h)
@@ -272,9 +276,11 @@ class LSTM(nn.Module):
             warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
             # The kernel's training flag only keeps what a gradient needs; its own dropout is 0.
             keep = torch.is_grad_enabled()
-            out, hidden, cell = torch.lstm(
-                h, state or (zeros, zeros), [ih, dropped, *biases], True, 1, 0.0, keep, False, True
-            )
+            # The kernel of CPUs has no float16.
+            with without_float16(h) if h.device.type == "cpu" else nullcontext():
+                out, hidden, cell = torch.lstm(
+                    h, state or (zeros, zeros), [ih, dropped, *biases], True, 1, 0.0, keep, False, True
+                )
         return out, (hidden, cell)
 
     def start(self, batch: int, context: Context | None = None) -> _LstmState:
@@ -330,6 +336,11 @@ class LSTM(nn.Module):
 
         The states before the last entries are kept, so that it can go back to them.
         """
+        # In the precision of the weights, as `step`, whose operations in place know no autocast.
+        with full_precision(state.weights.table):
+            return self._ahead(x, begins, state)
+
+    def _ahead(self, x: Tensor, begins: Sequence[int], state: _LstmState) -> Tensor:
         width, weights, first = x.shape[1], state.weights, torch.tensor(begins, device=x.device)
         if state.past is None:
             state.past = self._past(state, begins[0])
@@ -399,7 +410,8 @@ class LSTM(nn.Module):
             recurrent.append((torch.cat([ih, hh], 1) if n else hh)[order].t().contiguous())
             biases.append((b_ih + b_hh)[order])
         input_weight = self._layers()[0].all_weights[0][0][order]
-        table = torch.addmm(biases[0], torch.cat([self.embedding, self.before[None]]), input_weight.t())
+        with full_precision(input_weight):
+            table = torch.addmm(biases[0], torch.cat([self.embedding, self.before[None]]), input_weight.t())
         snapshot = [p.detach().clone() for p in parameters]
         self._laid_out = _LstmWeights(snapshot, table, recurrent, biases)
         return self._laid_out

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflow.core import Context, only_lengths
+from dflow.nn.recompute import Recomputable
 from dflow.ops.modular import check_alphabet, one_hot
 
 
-class MADE(nn.Module):
+class MADE(Recomputable):
     """Params at i depend on ``x[:, :i]`` only, by masks on the weights of a feed-forward net.
 
     The masks are buffers applied at each call, so that training cannot change them. Both modes run the same
@@ -54,6 +55,9 @@ class MADE(nn.Module):
         only_lengths(context, len(x))
         if x.shape[1] != self.dim:
             raise ValueError(f"expected {self.dim} entries, found x of shape {tuple(x.shape)}")
+        return self.recomputed(self._forward, x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         dtype = self._first.dtype
         h: Tensor = (x if x.is_floating_point() else one_hot(x, self.K, dtype)).to(dtype).flatten(1)
         for i, layer in enumerate(self.layers):

@@ -8,9 +8,10 @@ from torch.nn import functional as F
 
 from dflow.core import Context
 from dflow.nn.flat import check_sizes, flat_input, zero_
+from dflow.nn.recompute import Recomputable
 
 
-class MaskedConv(nn.Module):
+class MaskedConv(Recomputable):
     """Parameters of entry i depend on ``x[:, :i]`` and the whole context only, entries in the order C, H, W.
 
     So entry (c, h, w) sees all channels before c at every place, and its own channel before (h, w), row by
@@ -89,12 +90,16 @@ class MaskedConv(nn.Module):
         Raises:
             ValueError: an ``x`` or context of another size.
         """
+        return self.recomputed(self._forward, x, context)
+
+    def _forward(self, x: Tensor, context: Context | None) -> Tensor:
         h = flat_input(x, context, self.sizes, None, self.head.weight)
         h = self.first(h.unflatten(1, (-1, *self.size)))
         for layer in self.layers:
             h = h + layer(F.silu(h))
         out: Tensor = self.head(F.silu(h))
-        return out.view(len(x), self.num_params, -1).transpose(1, 2)
+        params: Tensor = out.flatten(1).unflatten(1, (self.num_params, -1))
+        return params.transpose(1, 2)
 
 
 #: Kinds of hidden channels, each of which may depend on all that the kind before depends on; image entries.

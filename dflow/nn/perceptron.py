@@ -8,9 +8,10 @@ from torch.nn import functional as F
 
 from dflow.core import Context, only_lengths
 from dflow.nn.flat import check_levels, check_sizes, flat_input, zero_
+from dflow.nn.recompute import Recomputable
 
 
-class InfillPerceptron(nn.Module):
+class InfillPerceptron(Recomputable):
     """Parameters of hidden entries given known ones, for short sequences.
 
     A symbol is looked up in the table of its position and the rows are added up (the first layer of a
@@ -75,8 +76,10 @@ class InfillPerceptron(nn.Module):
             x: int64 ``(batch, n_known)`` or one-hot rows ``(batch, n_known, K)``.
             context: lengths of whole sequences, or None.
         """
+        return self.recomputed(self._forward, x, only_lengths(context, len(x)))
+
+    def _forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         symbols = x.argmax(-1) if x.is_floating_point() else x
-        lengths = only_lengths(context, len(x))
         if lengths is not None:
             symbols = symbols.masked_fill(self.known >= lengths[:, None], self.K)
         rows = symbols + (self.K + 1) * torch.arange(len(self.known), device=x.device)
@@ -84,16 +87,17 @@ class InfillPerceptron(nn.Module):
         if x.is_floating_point() and x.requires_grad:
             # The sum above is that of the inference mode to the last bit. The same sum as a product with the
             # one-hot rows contributes only its gradient.
-            weight = torch.where((symbols == self.K)[..., None], 0.0, x)
+            weight = torch.where((symbols == self.K)[..., None], 0.0, x).to(h.dtype)
             soft = torch.einsum("bik,ikh->bh", weight, self.embedding.detach()[:, : self.K])
             h = h + (soft - soft.detach())
         for layer in self.layers:
             h = h + layer(h)
         out: Tensor = self.head(self.norm(h))
-        return out.view(len(x), self.num_hidden, -1)
+        params: Tensor = out.unflatten(1, (self.num_hidden, -1))
+        return params
 
 
-class Perceptron(nn.Module):
+class Perceptron(Recomputable):
     """Parameters of a few entries given a few numbers: a product and SiLU, then residual ones as wide.
 
     A cheap conditioner of vectors, called like `dflow.nn.densenet.DenseNet`.
@@ -148,10 +152,14 @@ class Perceptron(nn.Module):
         Raises:
             ValueError: an ``x`` or context of another size.
         """
-        return self.features(x, context).view(len(x), self.num_params, -1).transpose(1, 2)
+        params: Tensor = self.features(x, context).unflatten(1, (self.num_params, -1))
+        return params.transpose(1, 2)
 
     def features(self, x: Tensor, context: Context | None = None) -> Tensor:
         """The output, flat, as a context for other networks: ``(batch, num_params * out_entries)``."""
+        return self.recomputed(self._features, x, context)
+
+    def _features(self, x: Tensor, context: Context | None) -> Tensor:
         h = F.silu(self.first(flat_input(x, context, self.sizes, self.levels, self.head.weight)))
         for layer in self.layers:
             h = h + F.silu(layer(h))

@@ -108,7 +108,7 @@ class Plan:
         later: the entries of all rows but the first, one list after the other.
         inverse: the place of each position in ``entries``, all lists one after the other.
         least: the smallest position that a slot predicts or carries.
-        rotation: complex (slots, 2, 1, head / 2), turns queries and keys to their positions.
+        rotation: of the slots' queries and keys to their positions, see `dflow.nn.attention.rotations`.
         mask: which slot attends to which, (slots, slots); None when each sees the slots before it and itself.
         ascending: whether the positions of the slots ascend.
         dim: entries of the sequence.

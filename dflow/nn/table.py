@@ -60,8 +60,9 @@ class InfillTable(nn.Module):
             other = code[:, None, None] + (line - symbols[..., None]) * self.places[:, None]
             weight = x if absent is None else torch.where(absent[..., None], 0.0, x)
             soft = torch.einsum("bik,bikp->bp", weight, self.table.detach()[other].to(x.dtype))
-            out = out + (soft - soft.detach())
-        return out.view(len(x), self.num_hidden, -1)
+            out = out + (soft - soft.detach()).to(out.dtype)
+        params: Tensor = out.unflatten(1, (self.num_hidden, -1))
+        return params
 
 
 class PrefixTable(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflow.core import Context, only_lengths
-from dflow.nn.attention import Block, TransformerSize, initialize, ngrams
+from dflow.nn.attention import Block, TransformerSize, initialize, ngrams, rotated
 from dflow.nn.counted import Counted
 from dflow.nn.embed import Neighbours
 from dflow.nn.plans import GAPS, Plan, Reach, Reading, make_plan
@@ -384,10 +384,9 @@ class GroupCausalTransformer(nn.Module):
         rotation = plan.rotation[present]
         for w, keys, values in zip(state.weights, state.keys, state.values, strict=True):
             qkv = _product(F.layer_norm(h, norm, w.norm_attention), w.qkv)
-            pairs = torch.view_as_complex(qkv[:, : 2 * size].view(batch, width, 2, -1, head // 2, 2))
-            qk = torch.view_as_real(pairs * rotation).view(batch, width, 2 * heads, head)
-            qk = qk.transpose(1, 2)
-            value = qkv[:, 2 * size :].view(batch, width, -1, head)
+            qk = rotated(qkv[:, : 2 * size].view(batch, width, 2, heads, head), rotation)
+            qk = qk.flatten(2, 3).transpose(1, 2)
+            value = qkv[:, 2 * size :].view(batch, width, heads, head)
             if slots is None:
                 keys[:, :, begin:end] = qk[:, heads:]
                 values[:, :, begin:end] = value.transpose(1, 2)

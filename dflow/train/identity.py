@@ -18,7 +18,7 @@ from dflow.train.tasks import Task, task_of
 
 #: Settings of the training on which its result does not depend, but for the budget.
 _FREE = {
-    *("steps", "minutes", "accumulation", "samples", "trackers", "shard", "compile"),
+    *("steps", "minutes", "accumulation", "samples", "trackers", "shard", "compile", "checkpointing"),
     *("eval_every", "eval_minutes", "save_every", "keep", "skip"),
 }
 

@@ -30,6 +30,7 @@ from dflow.nn.batch_norm import StochasticBatchNorm
 from dflow.terminal import shown
 from dflow.threads import Suited
 from dflow.train import identity, machine, schedule, state
+from dflow.train.footprint import footprint
 from dflow.train.identity import resume_command
 from dflow.train.material import Batch, mix
 from dflow.train.methods import Judgement
@@ -108,6 +109,7 @@ class Run:
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self._check_batch_size()
         self.base = task.method.closed_form(task.model)
+        self.footprint = footprint(task, self.world)
         self.weights = Weights(task, self.accelerator)
         self.states = state.States(task, self.weights, self.say)
         self.progress = state.Progress()
@@ -175,7 +177,7 @@ class Run:
             f"{self.world} process{'es' * (self.world > 1)} on {self.accelerator.device.type}, "
             f"{'each with a piece of the model, ' * self.weights.sharded}"
             f"precision {self.config.mixed_precision}, {torch.get_num_threads()} threads each; "
-            f"output {output}"
+            f"output {output}" + (f"\n{self.footprint}" if self.footprint else "")
         )
 
     def save_state(self) -> None:

@@ -93,9 +93,8 @@ def compile_in_place(objective: nn.Module, device: torch.device) -> None:
             f"train.compile: no compiler that works ({str(error).splitlines()[0]}); install one (g++; for a "
             "GPU Triton as well), or leave out train.compile"
         ) from error
-    # Warnings that complex numbers (rotary positions) are not compiled, and that a gradient is looked at.
-    for message in ("Torchinductor does not support code generation for complex", "The .grad attribute of a"):
-        warnings.filterwarnings("ignore", message)
+    # A warning that a gradient is looked at.
+    warnings.filterwarnings("ignore", "The .grad attribute of a")
     objective.compile(options={"fallback_random": True})
 
 

@@ -74,6 +74,9 @@ class TrainConfig:
         False,
         "keep on each process a piece of weights, gradients, moments and averages (FSDP), not all (DDP)",
     )
+    checkpointing: bool = setting(
+        False, "make intermediate results of networks anew in the backward pass: less memory, more time"
+    )
     compile: bool = setting(
         False, "compile the steps (torch.compile; needs a compiler, and a minute at the beginning)"
     )

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from dflow.nn.recompute import recompute
 from dflow.train import schedule, shards
 from dflow.train.machine import compile_in_place
 from dflow.train.tasks import Task
@@ -55,6 +56,8 @@ class Weights:
             betas=(0.9, 0.99),
             fused=True,
         )
+        if config.checkpointing:
+            recompute(objective)
         if config.compile:
             compile_in_place(objective, device)
         self.objective: Any
