@@ -440,6 +440,9 @@ class AheadNet(SequenceNet, Protocol):
 
     Attributes:
         ahead_cost: what one more entry in a call takes, in calls of one entry, for one sequence on a CPU.
+
+    A state may have an attribute ``even``. Set to True, calls of `ahead` of one width give an entry of one
+    sequence the same bits wherever they begin and whatever stands behind it, on one machine and one thread.
     """
 
     ahead_cost: float

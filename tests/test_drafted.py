@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,9 @@ from dflow.data.counting import count
 from dflow.distributions import Drafted, LawDrafter, SequenceCategorical
 from dflow.distributions.documents import Documents
 from dflow.distributions.drafted import OpenDraws
-from dflow.generate import generate, pieces
+from dflow.generate import faster, generate, pieces
+from dflow.hf.counts import counts_drafter
+from dflow.nn.backoff import BackoffNet
 from dflow.ops.noise import Controls, Noise
 
 K, DIM = 4, 30
@@ -75,6 +79,7 @@ DRAFTERS: dict[str, Any] = {
     "lstm": lambda: LawDrafter(law("lstm", 1)),
     "transformer": lambda: LawDrafter(law("transformer", 1)),
     "random": lambda: Guessing(random_symbols),
+    "counts": lambda: counts_drafter(LAWS["ngram"]),
 }
 
 
@@ -103,6 +108,21 @@ def test_draws_are_those_of_the_plain_loop(name: str, batch: int, turns: int) ->
 @pytest.mark.parametrize(("batch", "turns"), [(1, 14), (3, 21), (16, 14)])
 def test_200_draws_are_those_of_the_plain_loop(name: str, drafter: str, batch: int, turns: int) -> None:
     check_draws(name, batch, turns, [DRAFTERS[drafter]()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_200_draws_of_256_symbols_are_those_of_the_plain_loop(name: str) -> None:
+    """By drafts of every kind, of 1 to 32 symbols."""
+    long, number = law(name, 3, 256), 0
+    drafters = [make() for make in DRAFTERS.values()]
+    for batch, turns in ((1, 8), (3, 8), (16, 11)):
+        for turn in range(turns):
+            context = Context(noise=Noise(5, torch.arange(number, number + batch)))
+            drafted = Drafted(long, drafters[turn % len(drafters)], 1 + 7 * turn % 32)
+            assert torch.equal(drafted.sample(batch, context), long.sample(batch, context)), turn
+            number += batch
+    assert number >= 200
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -250,6 +270,28 @@ def test_single_entries_of_counts_are_those_of_the_full_pass() -> None:
             torch.testing.assert_close(single, full[i], rtol=0, atol=1e-9)
 
 
+def test_a_law_of_counts_is_what_its_formula_says() -> None:
+    """By counting in the text, and normalised; entry by entry as in the full pass."""
+    text = torch.randint(0, 3, (60,), generator=torch.Generator().manual_seed(0))
+    source = counting_causal(3, DIM, "ngram").counted
+    source.use(count(text, 3, source.patterns))
+    net, x = BackoffNet(source), text[7:25][None]
+    full = net(x)[0]
+    torch.testing.assert_close(full.exp().sum(-1), torch.ones(18).double())
+    for i in range(18):
+        p = [Fraction(1, 3)] * 3
+        line = x[0, :i].tolist()
+        for n in range(min(i, net.counts) + 1):
+            places = [j for j in range(n, 60) if text[j - n : j].tolist() == line[i - n :]]
+            follow = [text[j] for j in places]
+            new = 8 * len({int(symbol) for symbol in follow})
+            if places:
+                p = [(follow.count(s) + new * p[s]) / (len(follow) + new) for s in range(3)]
+        expected = torch.tensor([float(share) for share in p]).double()
+        torch.testing.assert_close(full[i].exp(), expected)
+        torch.testing.assert_close(net.single(line).exp(), expected)
+
+
 # -- models, commands, comparisons ---------------------------------------------------------------------------
 
 
@@ -304,6 +346,40 @@ def test_models_of_the_same_counts_share_them() -> None:
             assert module.table is table
 
 
+class Slow:
+    """Takes its time, and is right."""
+
+    def __init__(self, model: hf.DflowModel) -> None:
+        self.drafter = LawDrafter(model.law)
+
+    def start(self, draws: OpenDraws) -> Callable[[int], Tensor]:
+        draft = self.drafter.start(draws)
+
+        def slow(w: int) -> Tensor:
+            time.sleep(0.05)
+            return draft(w)
+
+        return slow
+
+
+def test_a_drafter_is_taken_where_it_is_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("transformer", 5, 24)
+    assert faster(model, 1, drafter=Slow(model)) is model
+    assert faster(model, 1) is model
+    assert faster(make_model("grouped", 5, 24), 1, drafter=Slow(model)).tally is None
+    step = model.distribution.net.step
+
+    def slow(*arguments: Any) -> Tensor:
+        time.sleep(0.01)
+        out: Tensor = step(*arguments)
+        return out
+
+    monkeypatch.setattr(model.distribution.net, "step", slow)
+    drafted = faster(model, 1, drafter=LawDrafter(ngram_model(5).law))
+    assert drafted.tally is not None
+    assert not drafted.tally.calls
+
+
 def test_commands_take_a_model_that_drafts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = write_text(tmp_path)
     model, other = (str(write_model(tmp_path / name, name, text)) for name in ("transformer", "lstm"))
@@ -317,7 +393,11 @@ def test_commands_take_a_model_that_drafts(tmp_path: Path, capsys: pytest.Captur
     assert re.search(
         r"network calls a sample: mean [\d.]+, 10% \d, median \d, 90% \d, most \d; ", drafted.err
     )
-    assert cli.main([*words, "--draft", "none"]) == 0
+    for draft in ("none", "auto"):
+        assert cli.main([*words, "--draft", draft]) == 0
+        assert capsys.readouterr().out == plain.out
+    assert cli.main([*words, "--draft", "counts"]) == 2
+    assert "--draft counts: this model has no counts" in capsys.readouterr().err
     grouped_model = str(write_model(tmp_path / "grouped", "grouped", text))
     assert cli.main([*words, "--draft", grouped_model]) == 2
     assert f"--draft {grouped_model}: the model that drafts is not drawn" in capsys.readouterr().err

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from dflow.cli.drafts import drafted
 from dflow.cli.flags import Verbs, argument, flag
-from dflow.cli.shared import Machine, Results, drafted, load_model, show_comparison
+from dflow.cli.shared import Machine, Results, load_model, show_comparison
 from dflow.cli.source import Source
 from dflow.config import InputError
 
@@ -40,8 +41,8 @@ class Compare(Source, Machine, Results):
         "how the text is scored by all models; see dflow evaluate", "chunks"
     )
     draft: str | None = flag(
-        "folder of a faster model of the same alphabet, as one of family ngram: each model that can "
-        "take its drafts (transformer, lstm) has a second row, drawn with them",
+        "folder of a faster model of the same alphabet, as one of family ngram, or counts, those of each "
+        "model: each model that can take the drafts (transformer, lstm) has a second row, drawn with them",
         None,
     )
     prime: str | None = flag(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dflow.cli.drafts import find_drafter
 from dflow.cli.flags import Verbs, argument, flag, provided, refuse
 from dflow.cli.shared import Results, Threads, make_folder, print_lines
 from dflow.config import InputError
@@ -70,6 +71,12 @@ class Compress(Threads, Results):
     adapt: bool = flag(
         "under --protocol rolling, let the counts of the model go on with the text before a chunk", False
     )
+    draft: str = flag(
+        "under --protocol rolling, code a text so that a transformer decompresses it in fewer network calls; "
+        "what proposes symbols then is counts, those of the model itself, or the folder of a faster model of "
+        "the same alphabet, as one of family ngram; auto is counts where the model has any; or none",
+        "none",
+    )
     batch_size: int = flag("number of tiles, or chunks of a text, that the networks see at a time", 64)
 
 
@@ -102,8 +109,9 @@ def compress_pictures(flags: Compress, jobs: Jobs) -> int:
     from dflow.compress import LIMIT, compress_images, load_image_coder
     from dflow.generate import write_whole
 
-    if flags.protocol != "chunks" or flags.adapt:
-        what = "--adapt" if flags.adapt else f"--protocol {flags.protocol}"
+    if flags.protocol != "chunks" or flags.adapt or flags.draft != "none":
+        what = f"--draft {flags.draft}" if flags.draft != "none" else f"--protocol {flags.protocol}"
+        what = "--adapt" if flags.adapt else what
         raise InputError(f"{what} is for models of text; {flags.model} is of another kind")
     coder = tuned(load_image_coder(flags.model, flags.mode, flags.batch_size), flags)
     reports, notes = [], list[str]()
@@ -140,6 +148,8 @@ def compress_pictures(flags: Compress, jobs: Jobs) -> int:
 
 def compress_files(flags: Compress, jobs: Jobs) -> int:
     """`dflow compress` by a model of text."""
+    import torch
+
     from dflow.compress import TextCoder, compress_text
     from dflow.generate import write_whole
 
@@ -150,6 +160,7 @@ def compress_files(flags: Compress, jobs: Jobs) -> int:
     for _, group in jobs:
         check_distinct(group, [file.name for file in group], "come back as")
     coder, reports, notes = TextCoder.load(flags.model), [], list[str]()
+    drafter = find_drafter(flags.draft, coder.law, coder.tokenizer, torch.device("cpu"))
     for target, group in jobs:
         data, report = compress_text(
             {file.name: file.read_bytes() for file in group},
@@ -157,6 +168,7 @@ def compress_files(flags: Compress, jobs: Jobs) -> int:
             batch=flags.batch_size,
             rolling=flags.protocol == "rolling",
             adapt=flags.adapt,
+            draft=drafter,
             verify=not flags.no_verify,
             progress=True,
         )
@@ -165,11 +177,17 @@ def compress_files(flags: Compress, jobs: Jobs) -> int:
         notes += [f"{target}: {note}" for note in report.notes]
     raw, symbols = sum(r.raw for r in reports), sum(r.symbols for r in reports)
     bits = 8 * sum(r.bytes for r in reports) / raw if raw else None
-    figures = {"raw_bytes": raw, "bits_a_byte": bits, "symbols": symbols}
+    figures: dict[str, Any] = {"raw_bytes": raw, "bits_a_byte": bits, "symbols": symbols}
     rows = [
         ("bits a byte", "none: the files are empty" if bits is None else f"{bits:.4f} of {raw:,}"),
         ("symbols", f"{symbols:,}"),
     ]
+    if any(r.calls is not None for r in reports):
+        calls, accepted = sum(r.calls or 0 for r in reports), sum(r.accepted for r in reports)
+        drafts, seconds = sum(r.drafted for r in reports), sum(r.decode.total for r in reports if r.decode)
+        figures |= {"calls": calls, "drafted": drafts, "accepted": accepted, "decode_seconds": seconds}
+        share = f"{calls:,} network calls; {accepted:,} of {drafts:,} drafted symbols accepted"
+        rows.append(("decoded in", f"{seconds:.2f} s, {share}"))
     return show_reports(flags, jobs, reports, notes, figures, rows)
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dflow.cli.drafts import drafted
 from dflow.cli.flags import Verbs, flag, refuse
-from dflow.cli.shared import Drawing, drafted, load_model, say_once, suit_threads
+from dflow.cli.shared import Drawing, load_model, say_once, suit_threads
 from dflow.config import InputError
 
 if TYPE_CHECKING:
@@ -35,8 +36,9 @@ class Generate(Drawing):
         None,
     )
     draft: str | None = flag(
-        "folder of a faster model of the same alphabet, as one of family ngram, that proposes symbols ahead: "
-        "the same samples in fewer network calls, for models of family transformer; or none (the default)",
+        "what proposes symbols ahead, so that models of family transformer draw the same samples in fewer "
+        "network calls: counts, those of the model itself; the folder of a faster model of the same "
+        "alphabet, as one of family ngram; auto, counts if they are measured to be faster; or none (default)",
         None,
     )
     verbose: bool = flag("say on stderr how many network calls each sample took", False)
@@ -49,7 +51,7 @@ class Generate(Drawing):
 
 def generate(flags: Generate) -> int:
     """`dflow generate`; under ``accelerate launch`` the batches are spread over the processes."""
-    from dflow.generate import Spelling, check_output, pieces, say, write
+    from dflow.generate import Spelling, check_output, faster, pieces, say, write
     from dflow.generate import generate as run
     from dflow.hf import DflowClassifier, DflowImageModel, kind_of
 
@@ -64,10 +66,12 @@ def generate(flags: Generate) -> int:
         check_output(output)
     device, accelerator = flags.processes()
     model, tokenizer = load_model(flags.model, device)
-    if flags.draft not in (None, "none"):
-        model = drafted(model, tokenizer, str(flags.draft))
     suit_threads(model, min(flags.n, flags.batch_size), model.num_calls)
     controls = flags.controls()
+    if flags.draft == "auto":
+        model = faster(model, min(flags.n, flags.batch_size), controls)
+    elif flags.draft is not None:
+        model = drafted(model, tokenizer, flags.draft)
     prompt = prompt_of(flags, tokenizer)
     begin = 0 if prompt is None else len(tokenizer.decode(prompt))
     lines = model.config.explicit_length

@@ -181,17 +181,6 @@ def load_model(folder: str, device: torch.device) -> tuple[DflowModel, Tokenizer
     return model, tokenizer
 
 
-def drafted(model: DflowModel, tokenizer: Tokenizer, folder: str) -> DflowModel:
-    """The model that draws in fewer calls, since the one in ``folder`` drafts for it."""
-    drafter, other = load_model(folder, model.device)
-    if other != tokenizer:
-        raise InputError(f"--draft {folder}: this model was trained with another vocabulary")
-    try:
-        return model.drafted(drafter)
-    except InputError as error:
-        raise InputError(f"--draft {folder}: {error}") from None
-
-
 def read_text(file: str) -> tuple[str, str]:
     """Name and content of a file of text in UTF-8, or of standard input where it is -.
 

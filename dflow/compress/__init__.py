@@ -1,5 +1,6 @@
 """Files as ``.dfl`` files and back, without loss, by a model's likelihood."""
 
+from dflow.compress.ahead import Drafts
 from dflow.compress.coders import BitsBackCoder, ImageCoder, load_image_coder
 from dflow.compress.dfl import LIMIT
 from dflow.compress.images import (
@@ -18,6 +19,7 @@ from dflow.compress.text_coder import TextCoder
 __all__ = [
     "LIMIT",
     "BitsBackCoder",
+    "Drafts",
     "Form",
     "ImageCoder",
     "Picture",

@@ -16,17 +16,17 @@ from torch import Tensor
 from dflow.coding import codec
 from dflow.coding.coder import Coder
 from dflow.coding.codes import Shared, Stack
-from dflow.coding.container import Damaged
+from dflow.coding.container import Damaged, Reader, varint
 from dflow.coding.tables import Tables, integer_counts
-from dflow.compress import planes
+from dflow.compress import ahead, planes
+from dflow.compress.ahead import Drafts
 from dflow.compress.clock import progress_bar
 from dflow.compress.planes import Counts
 from dflow.compress.text_coder import TextCoder, TextPlan
+from dflow.compress.walker import Walker
 from dflow.config import InputError
-from dflow.core import Context, Distribution, Known
-from dflow.data import Bytes, GrowingCounts
-from dflow.distributions import SequenceCategorical
-from dflow.hf.counts import counted, patterns_in
+from dflow.core import Context
+from dflow.data import Bytes
 
 Array = NDArray[Any]
 
@@ -138,19 +138,20 @@ class Chunks:
         coder: TextCoder,
         most: int,
         weight: int | None,
+        width: int = 0,
     ) -> TextPlan:
         """What the header says of them, where up to ``most`` are coded together.
 
-        With a ``weight``, of counts that adapt or 0, they are coded one after another.
+        With a ``weight``, of counts that adapt or 0, they are coded one after another; with a ``width`` by
+        network calls of so many symbols.
         """
         n = len(self.x)
         batch = ceil(n / ceil(n / most)) if n and weight is None else 0
         context = coder.context if n and weight is not None else 0
         last = int(self.lengths[-1:].sum()) if coder.lengths is None else 0
         weight = (weight or 0) if n else 0
-        return TextPlan(
-            files, True, symbols.latin, coder.calls, n, last, batch, context, weight, symbols.counts
-        )
+        numbers = coder.calls, n, last, batch, context, weight, width if n else 0
+        return TextPlan(files, True, symbols.latin, *numbers, symbols.counts)
 
     def block(self, plan: TextPlan, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Rows of a block and their lengths, filled up with absent ones to the size of all blocks."""
@@ -190,51 +191,10 @@ class _Recorder:
             stack.push(start, size)
 
 
-class _Walker:
-    """The laws of chunks that are coded one after another, each given the text before it.
-
-    Args:
-        coder: of a model with a context.
-        plan: what the header says.
-    """
-
-    def __init__(self, coder: TextCoder, plan: TextPlan) -> None:
-        self.coder, self.plan = coder, plan
-        self.text = torch.zeros(1, 0, dtype=torch.int64)
-        modules = list(counted(coder.law))
-        self.growing: GrowingCounts | None = None
-        if plan.weight:
-            if not modules:
-                raise Damaged("is coded with counts that adapt, and the model has none")
-            self.growing = GrowingCounts(coder.tokenizer.size, patterns_in(coder.law), plan.weight)
-        for module in modules:
-            module.also = self.growing
-
-    def close(self) -> None:
-        """Leave the model as it was: other files may be coded in another way by the same one."""
-        for module in counted(self.coder.law):
-            module.also = None
-
-    def law(self, length: int) -> tuple[Distribution, Context, Tensor]:
-        """The law of the next chunk, its context, and the known symbols before it, ``(1, known)``."""
-        tail = self.text[:, max(0, self.text.shape[1] - self.plan.context) :]
-        mask = torch.arange(tail.shape[1] + length) < tail.shape[1]
-        law, symbols = self.coder.law, torch.cat([tail, tail.new_zeros(1, length)], 1)
-        if isinstance(law, SequenceCategorical):
-            law = law.among(mask)
-        return law.eval(), Context(known=Known(symbols, mask)), tail
-
-    def advance(self, chunk: Tensor) -> None:
-        """Take a chunk, int64 ``(1, n)``, for known from now on."""
-        self.text = torch.cat([self.text, chunk], 1)
-        if self.growing is not None:
-            self.growing.extend(chunk[0])
-
-
 def _push_rolling(stack: Coder, coder: TextCoder, plan: TextPlan, chunks: Chunks, bar: Any) -> None:
     """Push chunks that are coded one after another."""
     recorders = list[_Recorder]()
-    with closing(_Walker(coder, plan)) as walker:
+    with closing(Walker(coder, plan)) as walker:
         for x, length in zip(chunks.x, chunks.lengths.tolist(), strict=True):
             law, context, tail = walker.law(length)
             recorders.append(_Recorder())
@@ -249,7 +209,7 @@ def _pop_rolling(
     stack: Coder, coder: TextCoder, plan: TextPlan, lengths: Tensor, bar: Any
 ) -> Iterator[Array]:
     """The chunks that `_push_rolling` pushed."""
-    with closing(_Walker(coder, plan)) as walker:
+    with closing(Walker(coder, plan)) as walker:
         for length in lengths.tolist():
             law, context, tail = walker.law(length)
             chunk = codec.pop(law, 1, stack, context)[:, tail.shape[1] :]
@@ -269,14 +229,22 @@ def _length_code(law: Tensor, n: int) -> Shared:
 
 
 def push(
-    stack: Coder, coder: TextCoder, plan: TextPlan, symbols: ChunkSymbols, chunks: Chunks, progress: bool
-) -> float:
-    """Push planes, then the text from its end, then lengths: popped in turn. Returns the bits of planes."""
+    coder: TextCoder, plan: TextPlan, symbols: ChunkSymbols, chunks: Chunks, progress: bool
+) -> tuple[bytes, float]:
+    """Push planes, then the text from its end, then lengths: popped in turn. Also returns the bits of planes.
+
+    Where symbols can be drafted, the text is on stacks of its own behind that.
+    """
+    stack = Coder()
     if coder.alphabet is not None:
         steps = coder.alphabet.planes(symbols.stream, symbols.cuts, symbols.counts)
         stack.push(*planes.intervals(steps, symbols.values))
     plane_bits = float(stack.num_bits)
     with progress_bar(plan.chunks, "chunk", "encode", progress) as bar:
+        if plan.ahead:
+            text = ahead.push(coder, plan, chunks.x, chunks.lengths, bar)
+            beside = stack.to_bytes()
+            return varint(len(beside)) + beside + text, plane_bits
         if plan.rolling:
             _push_rolling(stack, coder, plan, chunks, bar)
         for start, stop in () if plan.rolling else reversed(plan.blocks):
@@ -285,28 +253,35 @@ def push(
             bar.update(stop - start)
     if coder.lengths is not None:
         stack.push(*_length_code(coder.lengths, plan.chunks).intervals(chunks.lengths))
-    return plane_bits
+    return stack.to_bytes(), plane_bits
 
 
-def pop(data: bytes, coder: TextCoder, plan: TextPlan, progress: bool) -> bytes:
+def pop(data: bytes, coder: TextCoder, plan: TextPlan, progress: bool, drafts: Drafts) -> bytes:
     """The text; `Damaged` where the stack does not hold one."""
+    text = b""
+    if plan.ahead:
+        reader = Reader(data)
+        data = reader.take(reader.varint(reader.left))
+        text = reader.take(reader.left)
     try:
         stack = Coder(data)
-        text = _popped(stack, coder, plan, progress)
+        lengths = _lengths(stack, coder, plan)
+        with progress_bar(plan.chunks, "chunk", "decode", progress) as bar:
+            if plan.ahead:
+                streams = ahead.pop(text, coder, plan, lengths, drafts, bar)
+            else:
+                streams = _streams(stack, coder, plan, lengths, bar)
+            stream: Array = np.concatenate([np.zeros(0, np.int64), *streams])
+        back = _spelled(coder, stream) if coder.alphabet is None else b""
+        if coder.alphabet is not None:
+            steps = coder.alphabet.planes(stream, _cuts(lengths.numpy(), coder), plan.counts)
+            back = _joined(planes.pop(steps, stack), plan.latin)
         stack.finish()
+    except InputError:  # of a drafter
+        raise
     except ValueError as error:
         raise Damaged(str(error)) from None
-    return text
-
-
-def _popped(stack: Coder, coder: TextCoder, plan: TextPlan, progress: bool) -> bytes:
-    lengths = _lengths(stack, coder, plan)
-    stream: Array = np.concatenate([np.zeros(0, np.int64), *_streams(stack, coder, plan, lengths, progress)])
-    alphabet = coder.alphabet
-    if alphabet is None:
-        return _spelled(coder, stream)
-    points = planes.pop(alphabet.planes(stream, _cuts(lengths.numpy(), coder), plan.counts), stack)
-    return _joined(points, plan.latin)
+    return back
 
 
 def _lengths(stack: Coder, coder: TextCoder, plan: TextPlan) -> Tensor:
@@ -322,19 +297,16 @@ def _lengths(stack: Coder, coder: TextCoder, plan: TextPlan) -> Tensor:
     return lengths
 
 
-def _streams(
-    stack: Coder, coder: TextCoder, plan: TextPlan, lengths: Tensor, progress: bool
-) -> Iterator[Array]:
+def _streams(stack: Coder, coder: TextCoder, plan: TextPlan, lengths: Tensor, bar: Any) -> Iterator[Array]:
     """The symbols that are present, block by block."""
-    with progress_bar(plan.chunks, "chunk", "decode", progress) as bar:
-        if plan.rolling:
-            yield from _pop_rolling(stack, coder, plan, lengths, bar)
-            return
-        for start, stop in plan.blocks:
-            filled = _filled(lengths[start:stop], plan.batch)
-            x = codec.pop(coder.law, plan.batch, stack, _context(filled, coder))[: stop - start]
-            yield x[torch.arange(coder.length) < lengths[start:stop, None]].numpy()
-            bar.update(stop - start)
+    if plan.rolling:
+        yield from _pop_rolling(stack, coder, plan, lengths, bar)
+        return
+    for start, stop in plan.blocks:
+        filled = _filled(lengths[start:stop], plan.batch)
+        x = codec.pop(coder.law, plan.batch, stack, _context(filled, coder))[: stop - start]
+        yield x[torch.arange(coder.length) < lengths[start:stop, None]].numpy()
+        bar.update(stop - start)
 
 
 @torch.no_grad()
@@ -342,7 +314,7 @@ def ideal(coder: TextCoder, plan: TextPlan, chunks: Chunks) -> float:
     """Bits of the symbols by the likelihood."""
     nats = 0.0
     if plan.rolling:
-        with closing(_Walker(coder, plan)) as walker:
+        with closing(Walker(coder, plan)) as walker:
             for x, length in zip(chunks.x, chunks.lengths.tolist(), strict=True):
                 law, context, tail = walker.law(length)
                 nats -= float(law.log_prob(torch.cat([tail, x[None, :length]], 1), context))

@@ -39,7 +39,7 @@ def networks(module: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def clock(law: nn.Module) -> Iterator[Clock]:
-    """Time what is done with ``law``: calls of its networks, and their steps (`dflow.core.SequenceNet`)."""
+    """Time what is done with ``law``: calls of its networks, and their steps (`dflow.core.AheadNet`)."""
     seconds, begins = Clock(), list[float]()
 
     def start(*_: Any) -> None:
@@ -58,8 +58,9 @@ def clock(law: nn.Module) -> Iterator[Clock]:
                 network.register_forward_hook(stop, always_call=True),
             ):
                 stack.callback(hook.remove)
-            if hasattr(network, "step"):
-                stack.enter_context(_timed_steps(network, start, stop))
+            for name in ("step", "read", "ahead"):
+                if hasattr(network, name):
+                    stack.enter_context(_timed(network, name, start, stop))
         begin = time.perf_counter()
         try:
             yield seconds
@@ -68,24 +69,24 @@ def clock(law: nn.Module) -> Iterator[Clock]:
 
 
 @contextmanager
-def _timed_steps(network: Any, start: Callable[[], None], stop: Callable[[], None]) -> Iterator[None]:
-    """Surround every step of a network; torch calls hooks for its call as a whole only."""
-    step, before = network.step, vars(network).get("step")
+def _timed(network: Any, name: str, start: Callable[[], None], stop: Callable[[], None]) -> Iterator[None]:
+    """Surround every call of a method of a network; torch calls hooks for its call as a whole only."""
+    method, before = getattr(network, name), vars(network).get(name)
 
     def timed(*arguments: Any) -> Any:
         start()
         try:
-            return step(*arguments)
+            return method(*arguments)
         finally:
             stop()
 
-    network.step = timed
+    setattr(network, name, timed)
     try:
         yield
     finally:
-        del network.step
+        delattr(network, name)
         if before is not None:  # a clock around this one
-            network.step = before
+            setattr(network, name, before)
 
 
 def progress_bar(total: int, unit: str, what: str, progress: bool) -> tqdm[Any]:

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from dflow.coding import container
-from dflow.coding.coder import Coder
 from dflow.coding.container import Container, Damaged, Segment, crc32
 from dflow.coding.numeric import MODES, one_thread
+from dflow.compress import ahead, dfl, text_coder
 from dflow.compress import chunks as chunking
-from dflow.compress import dfl, text_coder
+from dflow.compress.ahead import Drafts
 from dflow.compress.chunks import Chunks
 from dflow.compress.clock import Clock, clock
 from dflow.compress.dfl import BATCH, LIMIT, BaseReport, Description
@@ -33,6 +33,7 @@ from dflow.compress.text_coder import MOST_BATCH, TextCoder, TextPlan
 from dflow.config import InputError
 from dflow.data.counting import WEIGHT
 from dflow.distributions import SequenceCategorical
+from dflow.distributions.drafted import Drafter
 from dflow.flows import Infilled
 from dflow.hf.counts import counted
 
@@ -46,6 +47,9 @@ class TextReport(BaseReport):
         symbols: that the model coded.
         side: bits of what the vocabulary lacks, beside the counts in the header.
         stored: whether the bytes are stored as they are.
+        calls: network calls of decoding, where symbols were drafted and the result was decoded; else None.
+        drafted: symbols that were drafted then.
+        accepted: those of them that were right.
         notes: why bytes are stored, and the like.
     """
 
@@ -53,6 +57,9 @@ class TextReport(BaseReport):
     symbols: int
     side: float
     stored: bool
+    calls: int | None = None
+    drafted: int = 0
+    accepted: int = 0
     notes: tuple[str, ...] = ()
 
 
@@ -63,6 +70,7 @@ def compress_text(
     batch: int = BATCH,
     rolling: bool = False,
     adapt: bool = False,
+    draft: Drafter | None = None,
     verify: bool = True,
     analytic: bool = False,
     progress: bool = False,
@@ -76,21 +84,36 @@ def compress_text(
             directions.
         rolling: code chunks one after another, each given the text before it: fewer bits, and slower.
         adapt: with ``rolling``, let the counts of the model go on with the text before a chunk.
+        draft: with ``rolling``, code the text so that a drafter can propose symbols to the decoder, which
+            then takes fewer network calls: see `dflow.compress.ahead`. This one is for ``verify``; any other
+            may be given to `decompress_text`.
         verify: decode the result and compare.
         analytic: compute the bits by the likelihood too.
         progress: show a bar on stderr.
 
     Raises:
         InputError: no files, a name that no file can have, a model that is not one of text; a result that
-            does not decode to these bytes; ``rolling`` or ``adapt`` by a model that cannot.
+            does not decode to these bytes; ``rolling``, ``adapt`` or ``draft`` by a model that cannot.
     """
     _check(files, batch)
     coder = model if isinstance(model, TextCoder) else TextCoder.load(model)
-    weight = _weight(coder, rolling, adapt)
+    weight, width = _weight(coder, rolling, adapt), 0
+    if draft is not None:
+        if weight is None:
+            raise InputError(
+                "draft: each chunk is coded by itself, many of them in a network call; code them rolling, or "
+                "leave draft out"
+            )
+        ahead.check(coder)
+        width = ahead.WIDTH
     whole = b"".join(files.values())
     stored = TextPlan(tuple((name, len(data)) for name, data in files.items()))
     with one_thread(), clock(coder.law) as encode:
-        coded = _encode(whole, coder, stored, batch, weight, analytic, progress) if whole else _Coded(stored)
+        coded = (
+            _encode(whole, coder, stored, (batch, weight, width), analytic, progress)
+            if whole
+            else _Coded(stored)
+        )
     note = ""
     if whole and not coded.plan.coded:
         note = f"the vocabulary of {coder.where} cannot spell it: stored as it is"
@@ -100,7 +123,8 @@ def compress_text(
     segment = Segment(crc32(whole), not plan.coded, (payload,))
     mode = MODES.index(coder.mode)
     data = container.write(Container(container.TEXT, mode, coder.fingerprint, plan.to_bytes(), (segment,)))
-    decode = _verify(data, coder, files, progress) if verify else None
+    drafts = Drafts(draft)
+    decode = _verify(data, coder, files, progress, drafts) if verify else None
     report = TextReport(
         files=len(files),
         raw=len(whole),
@@ -110,6 +134,9 @@ def compress_text(
         side=coded.side,
         analytic=coded.analytic,
         stored=not plan.coded,
+        calls=drafts.calls if verify and plan.ahead else None,
+        drafted=drafts.tally.drafted,
+        accepted=drafts.tally.accepted,
         encode=encode,
         decode=decode,
         notes=(note,) if note else (),
@@ -160,8 +187,7 @@ def _encode(
     whole: bytes,
     coder: TextCoder,
     stored: TextPlan,
-    batch: int,
-    weight: int | None,
+    way: tuple[int, int | None, int],
     analytic: bool,
     progress: bool,
 ) -> _Coded:
@@ -169,11 +195,11 @@ def _encode(
     symbols = chunking.spell(whole, coder)
     if symbols is None:
         return _Coded(stored)
-    chunks, stack = Chunks.of(symbols, coder), Coder()
-    plan = chunks.plan(stored.files, symbols, coder, batch, weight)
-    side = chunking.push(stack, coder, plan, symbols, chunks, progress)
+    chunks = Chunks.of(symbols, coder)
+    plan = chunks.plan(stored.files, symbols, coder, *way)
+    payload, side = chunking.push(coder, plan, symbols, chunks, progress)
     bits = chunking.ideal(coder, plan, chunks) if analytic else None
-    return _Coded(plan, stack.to_bytes(), len(symbols.stream), side, bits)
+    return _Coded(plan, payload, len(symbols.stream), side, bits)
 
 
 def decompress_text(
@@ -183,6 +209,7 @@ def decompress_text(
     name: str = "the file",
     limit: int = LIMIT,
     progress: bool = False,
+    drafts: Drafts | None = None,
 ) -> dict[str, bytes]:
     """The files in a ``.dfl``, by name.
 
@@ -192,6 +219,7 @@ def decompress_text(
         name: of the ``.dfl``, for errors.
         limit: bytes that it may declare.
         progress: show a bar on stderr.
+        drafts: what proposes symbols of a file that was coded for it; other files are decoded as ever.
 
     Raises:
         InputError: a file that is damaged, not a ``.dfl``, or of another model; more bytes than ``limit``.
@@ -199,7 +227,7 @@ def decompress_text(
     with dfl.named(name):
         parsed, plan = text_coder.parse(data)
         coder = model if isinstance(model, TextCoder) else TextCoder.load(model, plan.calls)
-        return _decode(parsed, plan, coder, limit, progress)
+        return _decode(parsed, plan, coder, limit, progress, drafts or Drafts())
 
 
 def describe_text(data: bytes, name: str = "the file") -> Description:
@@ -217,6 +245,7 @@ def describe_text(data: bytes, name: str = "the file") -> Description:
         if plan.rolling:
             how = f"one after another, each given the {plan.context:,} symbols before it"
             how += f" and counts of all before it, {plan.weight} times" if plan.weight else ""
+            how += f", {plan.ahead} symbols a network call" if plan.ahead else ""
         rows.append(("chunks", f"{plan.chunks:,}, {how}{calls}"))
         rows.append(("outside the vocabulary", f"{sum(plan.counts.escapes):,} characters"))
     else:
@@ -227,7 +256,7 @@ def describe_text(data: bytes, name: str = "the file") -> Description:
 
 
 def _decode(
-    parsed: Container, plan: TextPlan, coder: TextCoder, limit: int, progress: bool
+    parsed: Container, plan: TextPlan, coder: TextCoder, limit: int, progress: bool, drafts: Drafts
 ) -> dict[str, bytes]:
     # What is stored was made by no number of calls.
     dfl.check_model(parsed, coder, not plan.coded or plan.calls == coder.calls)
@@ -236,7 +265,7 @@ def _decode(
     [data] = segment.levels
     if plan.coded:
         with one_thread():
-            data = chunking.pop(data, coder, plan, progress)
+            data = chunking.pop(data, coder, plan, progress, drafts)
     if len(data) != plan.raw or crc32(data) != segment.crc:
         raise Damaged("does not decode to its checksum: it is damaged, or this machine rounds otherwise")
     files, start = {}, 0
@@ -245,11 +274,13 @@ def _decode(
     return files
 
 
-def _verify(data: bytes, coder: TextCoder, files: Mapping[str, bytes], progress: bool) -> Clock:
+def _verify(
+    data: bytes, coder: TextCoder, files: Mapping[str, bytes], progress: bool, drafts: Drafts
+) -> Clock:
     """Decode what was written; `InputError` where that gives other bytes."""
     try:
         with clock(coder.law) as seconds:
-            back = _decode(*text_coder.parse(data), coder, 1 << 62, progress)
+            back = _decode(*text_coder.parse(data), coder, 1 << 62, progress, drafts)
         if back == dict(files):
             return seconds
         reason = "other bytes"

@@ -24,6 +24,8 @@ from dflow.data import Characters, Tokenizer
 MOST_BATCH = 1 << 8
 #: Most times that a symbol of the text before counts.
 MOST_WEIGHT = 1 << 8
+#: Most entries of a network call, where symbols can be drafted.
+MOST_AHEAD = 1 << 6
 #: Probability of an empty line, which models of sentences do not know.
 _EMPTY = 2.0**-10
 
@@ -126,6 +128,8 @@ class TextPlan:
             before it.
         context: symbols before a chunk that it is given, at most, where chunks come one after another.
         weight: how often the model's counts count each symbol of the text before a chunk; 0 for not at all.
+        ahead: entries of a network call, where chunks are coded so that symbols can be drafted, see
+            `dflow.compress.ahead`; 0 where they are coded one symbol a call.
         counts: of the planes.
     """
 
@@ -138,6 +142,7 @@ class TextPlan:
     batch: int = 0
     context: int = 0
     weight: int = 0
+    ahead: int = 0
     counts: Counts = field(default_factory=Counts)
 
     @property
@@ -164,7 +169,10 @@ class TextPlan:
         if self.coded:
             data += b"".join(map(varint, (self.calls, self.chunks, self.last, self.batch)))
             if self.rolling:
-                data += varint(self.context) + varint(self.weight)
+                # Readers from before there were drafts refuse a weight so large.
+                drafted = (MOST_WEIGHT + 1) * (self.ahead > 0)
+                data += varint(self.context) + varint(self.weight + drafted)
+                data += varint(self.ahead) if self.ahead else b""
             data += self.counts.to_bytes()
         return data
 
@@ -187,9 +195,14 @@ class TextPlan:
             calls, chunks, last = reader.varint(1 << 20), reader.varint(), reader.varint()
             batch = reader.varint(MOST_BATCH)
             rolling = chunks > 0 and batch == 0
-            context, weight = (reader.varint(), reader.varint(MOST_WEIGHT)) if rolling else (0, 0)
+            context = reader.varint() if rolling else 0
+            drafted, weight = divmod(reader.varint(2 * MOST_WEIGHT + 1) if rolling else 0, MOST_WEIGHT + 1)
+            ahead = reader.varint(MOST_AHEAD) if drafted else 0
+            if drafted and ahead < 2:
+                raise Damaged(f"declares network calls of {ahead} symbols")
             counts = Counts.read(reader, plan.raw + 1)
-            plan = TextPlan(plan.files, True, latin, calls, chunks, last, batch, context, weight, counts)
+            numbers = calls, chunks, last, batch, context, weight, ahead
+            plan = TextPlan(plan.files, True, latin, *numbers, counts)
             # Each chunk but the last, and each line, has a byte at least.
             if chunks > plan.raw + 1 or batch > chunks:
                 raise Damaged("declares more chunks than it has bytes")

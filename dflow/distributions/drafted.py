@@ -54,11 +54,18 @@ class OpenDraws:
     known: int
     gumbel: Tensor
     controls: Controls | None
+    #: The noise of single entries, made when it is first needed.
+    _noise: list[tuple[Tensor, ...]] | None = field(default=None, init=False)
 
     @property
     def K(self) -> int:
         """Size of the alphabet."""
         return self.gumbel.shape[2]
+
+    @property
+    def prefix(self) -> Tensor:
+        """The symbols that were known at the start, (n, known)."""
+        return self.symbols[:, : self.known]
 
     def before(self, begins: Sequence[int], width: int) -> Tensor:
         """The symbol before each of ``width`` entries from ``begins`` on, (n, width); K before the first."""
@@ -80,6 +87,17 @@ class OpenDraws:
             rows = torch.arange(len(begins), device=logits.device)[:, None]
             noise = self.gumbel[rows, self._places(begins, width) - self.known]
         return (self._controlled(logits.double()) + noise).argmax(-1)
+
+    def draw_one(self, logits: Tensor, row: int, place: int) -> int:
+        """The symbol of one law with ``logits`` (K,), of the entry at ``place`` of a sequence."""
+        if self._noise is None:
+            self._noise = [noise.unbind(0) for noise in self.gumbel]
+        return int((self._controlled(logits) + self._noise[row][place - self.known]).argmax())
+
+    def noise_of(self, row: int, begin: int, w: int) -> Tensor | None:
+        """The noise of w entries of a sequence, (w, K), where it alone decides what is drawn, else None."""
+        first = begin - self.known
+        return self.gumbel[row, first : first + w] if self.controls is None else None
 
     def _controlled(self, logits: Tensor) -> Tensor:
         return logits if self.controls is None else self.controls(logits)
@@ -128,7 +146,7 @@ class Tally:
         self.drafted = self.accepted = 0
 
 
-class _Pace:
+class Pace:
     r"""How many symbols to draft: as many as pay off by how many were right of late.
 
     If each is right with probability a, a call with d drafts gives :math:`1 + a + \dots + a^d` symbols. It
@@ -141,7 +159,13 @@ class _Pace:
         self._fixed, self._cost = fixed, cost
         self._right, self._tried = 0.0, 0.0
 
+    @classmethod
+    def of(cls, draft: Callable[[int], Tensor] | None) -> Pace:
+        """The pace where verifying takes the same for any number of drafts; None drafts nothing."""
+        return cls(0 if draft is None else None, getattr(draft, "cost", _LOOK_UP))
+
     def __call__(self) -> int:
+        """The number."""
         if self._fixed is not None:
             return self._fixed
         a = (self._right + _PRIOR * _TRIED) / (self._tried + _TRIED)
@@ -175,8 +199,16 @@ _DECAY, _DECAY_UNUSED = 0.9, 0.97
 _LOOK_UP, _NETWORK = 0.08, 0.4
 
 
-class _AheadLaw:
-    """A law from left to right whose network reads several entries a call."""
+class AheadLaw:
+    """A law from left to right whose network reads several entries a call.
+
+    Args:
+        law: a `SequenceCategorical` whose network is a `dflow.core.AheadNet`.
+        name: what to call it in messages.
+
+    Raises:
+        InputError: another law.
+    """
 
     def __init__(self, law: Distribution, name: str) -> None:
         if not isinstance(law, SequenceCategorical) or not _from_left_to_right(law):
@@ -188,17 +220,17 @@ class _AheadLaw:
         self._plan: Memo[Any] = Memo()
         self._reach = 0
 
-    def start(self, draws: OpenDraws) -> Any:
-        """The state of the network, which has read what is known."""
-        n, known = len(draws.begins), draws.symbols[:, : draws.known]
+    def start(self, known: Tensor, reach: int) -> Any:
+        """The state of the network for entries before ``reach``, which has read the known (n, entries)."""
+        n = len(known)
         extra: tuple[Any, ...] = ()
         if hasattr(self.net, "plan"):
-            self._reach = max(self._reach, draws.symbols.shape[1])
+            self._reach = max(self._reach, reach)
             key = (self._reach, next(self.net.parameters()).dtype)
             line = torch.arange(self._reach, device=known.device)[:, None]
             extra = (self._plan(lambda: self.net.plan(line, None, len(line)), key=(key, known.device)),)
         state = self.net.start(n, None, *extra)
-        if draws.known:
+        if known.shape[1]:
             once = n > 1 and bool((known == known[:1]).all())
             self.net.read(known[:1] if once else known, state)
         return state
@@ -220,7 +252,7 @@ class LawDrafter:
     """
 
     def __init__(self, law: Distribution) -> None:
-        self._reader = _AheadLaw(law, "the model that drafts")
+        self._reader = AheadLaw(law, "the model that drafts")
 
     def start(self, draws: OpenDraws) -> Callable[[int], Tensor]:
         """See `Drafter`."""
@@ -237,22 +269,18 @@ class _OneByOne:
 
     def __init__(self, net: Any, draws: OpenDraws) -> None:
         self._net, self._draws = net, draws
-        self._noise = [noise.unbind(0) for noise in draws.gumbel]
 
     def __call__(self, w: int) -> Tensor:
         draws, single = self._draws, self._net.single
         drafts: list[list[int]] = []
         for row, begin in enumerate(draws.begins):
             line: list[int] = draws.symbols[row, :begin].tolist()
-            if draws.controls is None:
-                first = begin - draws.known
-                drafts.append(self._net.draft(line, draws.gumbel[row, first : first + w]))
+            noise = draws.noise_of(row, begin, w)
+            if noise is not None:
+                drafts.append(self._net.draft(line, noise))
                 continue
-            for noise in self._noise[row][begin - draws.known : begin - draws.known + w]:
-                logits = single(line)
-                if draws.controls is not None:
-                    logits = draws.controls(logits)
-                line.append(int((logits + noise).argmax()))
+            for place in range(begin, begin + w):
+                line.append(draws.draw_one(single(line), row, place))
             drafts.append(line[begin:])
         return torch.tensor(drafts)
 
@@ -260,8 +288,9 @@ class _OneByOne:
 class _Following:
     """Drafts by a network with a state, which first reads what was drawn since the last draft."""
 
-    def __init__(self, reader: _AheadLaw, draws: OpenDraws) -> None:
-        self._net, self._draws, self._state = reader.net, draws, reader.start(draws)
+    def __init__(self, reader: AheadLaw, draws: OpenDraws) -> None:
+        self._net, self._draws = reader.net, draws
+        self._state = reader.start(draws.prefix, draws.symbols.shape[1])
         self.cost = _LOOK_UP if hasattr(reader.net, "single") else _NETWORK
         #: The first entry of each sequence that the network has not given yet.
         self._reached = list(draws.begins)
@@ -315,7 +344,7 @@ class Drafted(Distribution):
         super().__init__()
         if width is not None and not 0 <= width <= LONGEST_DRAFT:
             raise InputError(f"width {width} must be from 0 to {LONGEST_DRAFT}")
-        self._reader = _AheadLaw(law, "this model")
+        self._reader = AheadLaw(law, "this model")
         self.law: SequenceCategorical = self._reader.law
         self.drafter, self.width, self.tally = drafter, width, Tally()
 
@@ -394,10 +423,11 @@ class Drafted(Distribution):
 
     def _draw(self, draws: OpenDraws, ends: list[int], samples: list[int]) -> None:
         """Draw all sequences up to their ends."""
-        net, state, draft = self.law.net, self._reader.start(draws), self.drafter.start(draws)
+        net, draft = self.law.net, self.drafter.start(draws)
+        state = self._reader.start(draws.prefix, draws.symbols.shape[1])
         begins = draws.begins
         verifying, drafting = net.ahead_cost * math.sqrt(len(begins)), getattr(draft, "cost", _LOOK_UP)
-        pace = _Pace(self.width, verifying + drafting)
+        pace = Pace(self.width, verifying + drafting)
         if draws.known:
             # One call has read what is known.
             self.tally.add(samples)
@@ -407,7 +437,7 @@ class Drafted(Distribution):
             drafted: list[list[int]] = [[]] * len(begins)
             if d:
                 proposed = draft(d)
-                _check(proposed, (len(begins), d), draws.K)
+                check_draft(proposed, (len(begins), d), draws.K)
                 x, drafted = torch.cat([x, proposed], 1), proposed.tolist()
             drawn = draws.draw(net.ahead(x, begins, state), begins)
             right = tried = 0
@@ -426,7 +456,7 @@ class Drafted(Distribution):
             pace.learn(right, tried)
 
 
-def _check(proposed: Tensor, shape: tuple[int, int], K: int) -> None:
+def check_draft(proposed: Tensor, shape: tuple[int, int], K: int) -> None:
     """InputError unless a drafter has proposed symbols of an alphabet, in a tensor of ``shape``."""
     if proposed.dtype != torch.int64 or tuple(proposed.shape) != shape:
         raise InputError(

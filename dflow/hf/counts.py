@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dflow.config import InputError
+from dflow.distributions.drafted import LawDrafter
+from dflow.distributions.sequence import SequenceCategorical
+from dflow.nn.backoff import BackoffNet
 from dflow.nn.counted import Counted
 from dflow.ops.counts import CountsError, CountTable, Pattern
 
@@ -36,6 +40,18 @@ def patterns_in(model: nn.Module) -> list[Pattern]:
 def count_bytes(model: nn.Module) -> int:
     """Size of the counts of ``model``, 0 for none."""
     return max((module.table.num_bytes for module in counted(model) if module.has_table), default=0)
+
+
+def counts_drafter(model: nn.Module) -> LawDrafter | None:
+    """What drafts for a model by the counts of its own; None for a model without.
+
+    Raises:
+        InputError: the model has not been given its counts yet.
+    """
+    for module in counted(model):
+        order = torch.arange(1)[:, None].to(module.table.keys.device)
+        return LawDrafter(SequenceCategorical(BackoffNet(module), order, 1))
+    return None
 
 
 def save(model: nn.Module, folder: Path) -> None:

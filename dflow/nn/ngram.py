@@ -47,7 +47,7 @@ class NgramNet(nn.Module):
         """Logits ``(batch, n, K)`` of symbols int64 ``(batch, n)`` or one-hot rows ``(batch, n, K)``."""
         only_lengths(context, len(x))
         return self._logits(
-            neighbours(x.argmax(-1) if x.is_floating_point() else x, self.counted.offsets, self.K)
+            neighbours(x.argmax(-1) if x.is_floating_point() else x, [*range(-self.counts, 0)], self.K)
         )
 
     def start(self, batch: int, context: Context | None = None) -> NgramState:
@@ -75,10 +75,14 @@ class NgramNet(nn.Module):
         Args:
             before: all symbols before the entry, or at least the last ``counts``.
         """
+        return self._logits(torch.tensor(self._last(before)))
+
+    def _last(self, before: Sequence[int]) -> Sequence[int]:
+        """The symbols that an entry's contexts are made of; K where there is none."""
         symbols = before[-self.counts :]
         if len(symbols) < self.counts:
             symbols = [self.K] * (self.counts - len(symbols)) + list(symbols)
-        return self._logits(torch.tensor(symbols))
+        return symbols
 
     def draft(self, before: Sequence[int], gumbel: Tensor) -> list[int]:
         """Symbols one after another under noise float64 ``(drafted, K)``, see `Counted.draft`."""

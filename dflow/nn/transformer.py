@@ -51,6 +51,8 @@ class State:
         hidden: features of the slots of the present call.
         row: number of steps so far.
         read: slots that were read before the first step, see `GroupCausalTransformer.read`.
+        even: whether each call attends to the slots of the whole plan, those to come with the weight 0. Then
+            calls of one width give an entry the same bits wherever they begin, see `dflow.core.AheadNet`.
     """
 
     batch: int
@@ -63,6 +65,7 @@ class State:
     hidden: Tensor
     row: int = 0
     read: int = 0
+    even: bool = False
 
 
 class Inner(nn.Module):
@@ -366,6 +369,8 @@ class GroupCausalTransformer(nn.Module):
         size, plan, batch = self.size.hidden_size, state.plan, state.batch
         width = end - begin if slots is None else slots.shape[1]
         heads, head, norm = self.size.num_attention_heads, self.size.head_size, (size,)
+        # The last bits of a sum depend on the number of its terms.
+        stop = len(plan.least) if state.even else end
         present = slice(begin, end) if slots is None else slots
         gaps = None if plan.slots.gaps is None else plan.slots.gaps[present]
         h: Tensor = self.embed(_at(state.symbols, plan.slots.sources[present]), gaps).flatten(0, 1)
@@ -377,9 +382,9 @@ class GroupCausalTransformer(nn.Module):
         if slots is not None:
             mask = slots[:, None, :, None] >= torch.arange(end, device=h.device)
             rows = torch.arange(batch, device=h.device)[:, None]
-        elif width > 1 and (plan.mask is None or (begin == 0 and len(plan.known))):
+        elif (width > 1 or state.even) and (plan.mask is None or (begin == 0 and len(plan.known))):
             # Several groups, or known entries and the first group, in one call.
-            seen = _causal(begin, end, h.device) if plan.mask is None else plan.mask[:end, :end]
+            seen = _causal(begin, end, h.device, stop) if plan.mask is None else plan.mask[:end, :end]
             mask = seen if mask is None else mask & (seen | diagonal)
         rotation = plan.rotation[present]
         for w, keys, values in zip(state.weights, state.keys, state.values, strict=True):
@@ -394,7 +399,7 @@ class GroupCausalTransformer(nn.Module):
                 keys[rows, :, slots] = qk[:, heads:].transpose(1, 2)
                 values[rows, :, slots] = value
             out = F.scaled_dot_product_attention(
-                qk[:, :heads], keys[:, :, :end], values[:, :, :end], attn_mask=mask
+                qk[:, :heads], keys[:, :, :stop], values[:, :, :stop], attn_mask=mask
             )
             h = _product(out.transpose(1, 2).reshape(-1, size), w.out, h)
             up = _product(F.layer_norm(h, norm, w.norm_mlp), w.up).relu_()
@@ -402,10 +407,13 @@ class GroupCausalTransformer(nn.Module):
         return h.view(batch, width, size)
 
 
-def _causal(begin: int, end: int, device: torch.device) -> Tensor:
-    """Mask of the slots from ``begin`` to before ``end``, which see those before them and themselves."""
-    line = torch.arange(end, device=device)
-    return line[begin:, None] >= line
+def _causal(begin: int, end: int, device: torch.device, stop: int | None = None) -> Tensor:
+    """Mask of the slots from ``begin`` to before ``end``, which see those before them and themselves.
+
+    It has a column for each slot before ``stop``, by default the end.
+    """
+    line = torch.arange(end if stop is None else stop, device=device)
+    return line[begin:end, None] >= line
 
 
 def _at(symbols: Tensor, places: Tensor) -> Tensor:
