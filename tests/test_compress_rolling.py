@@ -191,6 +191,11 @@ def test_a_changed_byte_of_a_drafted_text_is_refused(coders: dict[str, TextCoder
         changed[place] ^= 1
         with pytest.raises(InputError):
             decompress_text(bytes(changed), coder)
+    parsed = container.read(data)
+    plan = replace(TextPlan.read(parsed.meta), context=1 << 40)
+    forged = container.write(replace(parsed, meta=plan.to_bytes()))
+    with pytest.raises(InputError, match="a context of 1099511627776 symbols, of a model of 8"):
+        decompress_text(forged, coder)
     plan = TextPlan((("a", 99),), True, chunks=3, last=2, context=8, weight=3, ahead=8)
     for ahead in (0, 8, 64):
         assert TextPlan.read(replace(plan, ahead=ahead).to_bytes()) == replace(plan, ahead=ahead)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dflow.coding.codes import RowsCode
+from dflow.coding.container import Damaged
 from dflow.coding.lanes import Lanes, interleave
 from dflow.coding.tables import PRECISION, logit_counts
 from dflow.compress.text_coder import TextCoder, TextPlan
@@ -66,7 +67,9 @@ class _Calls:
     """The laws of the entries of chunks, in calls of one width."""
 
     def __init__(self, coder: TextCoder, plan: TextPlan) -> None:
-        self._law, self.width = AheadLaw(coder.law, coder.where), plan.ahead
+        if plan.context != coder.context:
+            raise Damaged(f"declares a context of {plan.context} symbols, of a model of {coder.context}")
+        self._law = AheadLaw(coder.law, coder.where)
         # Of all chunks: what the sums of a call run over has to be the same in both directions.
         self._reach = plan.context + coder.length + plan.ahead
 
@@ -112,7 +115,8 @@ def pop(
     """The symbols of each chunk that `push` pushed.
 
     Raises:
-        ValueError: bytes that `push` has not made.
+        ValueError: bytes or a plan that `push` has not made.
+        InputError: the drafter proposes what is no draft.
     """
     calls, stacks = _Calls(coder, plan), Lanes(data, plan.ahead)
     drafter, tally, pace = drafts.drafter, drafts.tally, None
