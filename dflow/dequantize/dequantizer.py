@@ -12,6 +12,7 @@ from dflow.bijectors.conditioner import check_params, full_precision
 from dflow.core import Bijector, Context
 from dflow.dequantize.partition import Partition, inside
 from dflow.distributions.normal import standard_energy
+from dflow.ops.devices import widen, widest
 
 
 class Dequantizer(nn.Module, ABC):
@@ -63,7 +64,7 @@ class Dequantizer(nn.Module, ABC):
     def _placed(self, x: Tensor, z: Tensor, noise: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
         """``v`` of z, and log q, where log_det ``(batch,)`` is that of noise to z."""
         v, terms = self.partition.place(z, x)
-        log_q = -standard_energy(noise) - log_det - terms.sum(1, dtype=torch.float64)
+        log_q = -standard_energy(noise) - log_det - terms.sum(1, dtype=widest(x.device))
         return v, log_q.to(v.dtype)
 
 
@@ -131,7 +132,7 @@ class NormalDequantizer(Dequantizer):
             z = params[..., 0] + log_scale.exp() * noise
             if self.full:
                 z = z + (params[..., 2:].tril(-1) @ noise[..., None]).squeeze(-1)
-            return self._placed(x, z, noise, log_scale.sum(1, dtype=torch.float64))
+            return self._placed(x, z, noise, log_scale.sum(1, dtype=widest(x.device)))
 
 
 class FlowDequantizer(Dequantizer):
@@ -163,7 +164,7 @@ class FlowDequantizer(Dequantizer):
         """``v`` and log q."""
         features = (self.context(x) if context is None else context).to(noise.dtype)
         z, log_det = self.bijector.forward(noise, Context(given=(features,)))
-        return self._placed(x, z, noise, log_det.double())
+        return self._placed(x, z, noise, widen(log_det))
 
 
 def floating(x: Tensor, module: nn.Module) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dflow.ops.devices import widen, widest
+
 
 class Partition(nn.Module, ABC):
     """Disjoint boxes that cover space, one for each discrete ``x`` ``(batch, dim)``.
@@ -181,10 +183,8 @@ class Columns(Partition):
     def quantize(self, v: Tensor) -> Tensor:
         """Each run by its partition; int64, or float64 where a column is continuous."""
         runs = zip(self.runs, self._split(v), strict=True)
-        columns = [
-            values.double() if cells is None else cells.quantize(values) for (cells, _), values in runs
-        ]
-        dtype = torch.int64 if self._count == len(self.mask) else torch.float64
+        columns = [widen(values) if cells is None else cells.quantize(values) for (cells, _), values in runs]
+        dtype = torch.int64 if self._count == len(self.mask) else widest(v.device)
         return torch.cat([values.to(dtype) for values in columns], 1)
 
     def spread(self, z: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:

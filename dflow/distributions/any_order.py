@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from dflow.config import InputError
 from dflow.core import Context, Distribution, known_in, lengths_in, noise_in, present
+from dflow.ops.devices import widest
 from dflow.ops.memo import Memo
 from dflow.ops.modular import check_alphabet
 from dflow.ops.orders import check_order
@@ -96,8 +97,8 @@ class AnyOrder(nn.Module):
             calls = torch.arange(len(sizes), device=x.device).repeat_interleave(sizes.to(x.device))
             return self.log_prob_along(x, calls[rank], len(sizes), context)
         known, count = self._known(x, context), self._count(x, context)
-        offset = torch.arange(batch, dtype=torch.float64, device=x.device) / max(1, batch)
-        position = (offset + torch.rand((), dtype=torch.float64, device=x.device, generator=generator)) % 1
+        offset = torch.arange(batch, dtype=widest(x.device), device=x.device) / max(1, batch)
+        position = (offset + torch.rand((), dtype=offset.dtype, device=x.device, generator=generator)) % 1
         hidden = count - known
         t = known + torch.minimum((position * hidden).long(), hidden - 1)
         return self.elbo_given(x, rank < t[:, None], context)
@@ -131,7 +132,7 @@ class AnyOrder(nn.Module):
     ) -> Tensor:
         """Exact nats (batch,), the sum of `terms_along` in float64."""
         terms = self.terms_along(x, calls, num_calls, context)
-        return terms.sum(1, dtype=torch.float64).to(terms.dtype)
+        return terms.sum(1, dtype=widest(x.device)).to(terms.dtype)
 
     def terms_along(self, x: Tensor, calls: Tensor, num_calls: int, context: Context | None = None) -> Tensor:
         """Exact nats of each entry (batch, n) if call ``calls[b, i]`` draws entry i of sequence b.
@@ -177,7 +178,7 @@ class AnyOrder(nn.Module):
             for batch in x.split(batch_size):
                 noise = torch.rand(batch.shape, device=x.device, generator=generator)
                 known = noise.argsort(1).argsort(1) < t
-                costs[i] -= self._terms(batch, known, None)[~known].sum(dtype=torch.float64).cpu()
+                costs[i] -= self._terms(batch, known, None)[~known].cpu().sum(dtype=torch.float64)
             costs[i] /= len(x) * (self.dim - t)
         line = torch.arange(self.dim)
         right = torch.searchsorted(measured, line).clamp(max=points - 1)
@@ -313,7 +314,7 @@ class Walk(Distribution):
     def log_prob_by_steps(self, x: Tensor, context: Context | None = None) -> Tensor:
         """`log_prob` computed as `sample` draws."""
         terms = self._terms_by_steps(x, context)
-        return terms.sum(1, dtype=torch.float64).to(terms.dtype)
+        return terms.sum(1, dtype=widest(x.device)).to(terms.dtype)
 
     def log_prob_each(self, x: Tensor, context: Context | None = None) -> Tensor:
         """The terms of `log_prob`, ``(batch, n)``; 0 for entries that are absent or known.
@@ -396,7 +397,7 @@ class Ordered(Walk):
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact nats (batch,) of symbols ``(batch, n)`` or rows ``(batch, n, K)``, several calls at once."""
         terms = self.log_prob_each(x, context)
-        return terms.sum(1, dtype=torch.float64).to(terms.dtype)
+        return terms.sum(1, dtype=widest(x.device)).to(terms.dtype)
 
     def log_prob_each(self, x: Tensor, context: Context | None = None) -> Tensor:
         """See `Walk.log_prob_each`; several calls at once."""
@@ -483,7 +484,7 @@ def schedule(costs: Tensor, num_calls: int) -> Tensor:
             f"{costs.dtype} and {num_calls}"
         )
     line = torch.arange(dim + 1)
-    level = costs.detach().double().cpu().sort(descending=True).values
+    level = costs.detach().cpu().double().sort(descending=True).values
     # step[t, s]: from t known entries to s by one call.
     step = (line - line[:dim, None]) * level[:, None]
     step = step.masked_fill(line <= line[:dim, None], math.inf)

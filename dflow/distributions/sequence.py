@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from dflow.config import InputError
 from dflow.core import Context, Distribution, Known, known_in, lengths_in, noise_in, present
+from dflow.ops.devices import widest
 from dflow.ops.memo import Memo
 from dflow.ops.orders import check_order
 
@@ -291,7 +292,7 @@ class SequenceCategorical(Distribution):
         state = self.net.start(len(x), trimmed, *self._extra())
         previous = None
         x = F.pad(x, (0, self.dim - x.shape[1]))
-        total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        total = torch.zeros(len(x), dtype=widest(x.device), device=x.device)
         for row in self._drawn(int(limit.max())):
             log_p = self.net.step(previous, state).log_softmax(-1)
             previous = x[:, row]

@@ -14,6 +14,7 @@ from dflow.config import InputError
 from dflow.data import ImageSet, Samples
 from dflow.evaluate.driver import Rows, Scorer, check_positive, total
 from dflow.hf import DflowImageModel
+from dflow.ops.devices import moved
 
 #: A row that occurs more often is scored this often, and counts as often as it occurs.
 _REPEATS = 32
@@ -173,7 +174,7 @@ class _Estimates(Scorer):
     def _batch(self, rows: slice) -> tuple[Tensor, torch.Generator]:
         """Rows on the device of the model, and the randomness of their draws."""
         x = self.values[rows]
-        x = self.model.check((x if x.is_floating_point() else x.long()).to(self.model.device))
+        x = self.model.check(moved(x if x.is_floating_point() else x.long(), self.model.device))
         return x, torch.Generator(x.device).manual_seed(self.seed + rows.start)
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dflow.ops.devices import widest
+
 
 @dataclass(frozen=True)
 class TransformerSize:
@@ -152,8 +154,8 @@ def rotations(
 
     They are complex128 for ``dtype`` float64, else complex64.
     """
-    exponent = torch.arange(0, head_size, 2, device=queries.device, dtype=torch.float64) / head_size
-    angle = torch.stack([queries, keys], -1)[..., None].to(torch.float64) * base**-exponent
+    exponent = torch.arange(0, head_size, 2, device=queries.device, dtype=widest(queries.device)) / head_size
+    angle = torch.stack([queries, keys], -1)[..., None].to(exponent.dtype) * base**-exponent
     rotation = torch.polar(torch.ones_like(angle), angle)[..., None, :]
     return rotation.to(torch.complex128 if dtype == torch.float64 else torch.complex64)
 

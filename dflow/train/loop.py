@@ -27,6 +27,7 @@ from dflow.config import InputError
 from dflow.core import Context, Known
 from dflow.memory import keep_memory
 from dflow.nn.batch_norm import StochasticBatchNorm
+from dflow.ops.devices import moved, widest
 from dflow.terminal import shown
 from dflow.threads import Suited
 from dflow.train import identity, machine, schedule, state
@@ -314,7 +315,7 @@ class Run:
     def _on_device(self, batch: Batch) -> Batch:
         x, lengths = batch
         device = self.accelerator.device
-        return x.to(device), None if lengths is None else lengths.to(device)
+        return moved(x, device), None if lengths is None else lengths.to(device)
 
     def _agree(self, nats: Tensor, elapsed: float) -> float:
         """Add up the loss of all processes; set the time spent and whether to stop, alike on all of them.
@@ -324,9 +325,7 @@ class Run:
         device = self.accelerator.device
         time_spent = elapsed if self.accelerator.is_main_process else 0.0
         stops = [float(self.signals.number == number) for number in machine.SIGNALS]
-        message = torch.tensor(
-            [0.0, time_spent, *stops], dtype=torch.float64 if device.type != "mps" else None
-        )
+        message = torch.tensor([0.0, time_spent, *stops], dtype=widest(device))
         message = message.to(device)
         message[0] = nats
         if self.world > 1:
@@ -402,7 +401,7 @@ class Run:
         seed = mix(self.config.seed, self.rank)
         torch.manual_seed(seed)
         noise = torch.Generator(device).manual_seed(seed)
-        nats = torch.zeros((), dtype=torch.float64, device=device)
+        nats = torch.zeros((), dtype=widest(device), device=device)
         for batch in batches:
             # A process that has to make room within seconds cannot finish: the others learn of it at the end.
             if self.signals.number:

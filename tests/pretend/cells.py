@@ -1,0 +1,246 @@
+"""What every family of the registry does on a device, next to the same on the CPU.
+
+Run as a program it prints a line of JSON for each cell: its name, and its fault ("" for none). It takes the
+library of the pretend device and "float64" or "float32", which switches float64 off.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import sys
+import traceback
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dflow import fill, hf, zoo
+from dflow.data import count
+from dflow.hf.counts import counted
+from dflow.ops.devices import WITHOUT_FLOAT64
+from dflow.ops.noise import Noise
+
+#: Sizes of the tiny models, each for the families that have such a setting.
+TINY: dict[str, Any] = {
+    "length": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8,
+    "window": 2, "num_calls": 3, "num_flows": 2, "embedding_size": 4, "components": 2, "spline_bins": 3,
+    "mixture_components": 2, "context_size": 2, "dequantizer_flows": 2, "dequantizer_hidden_size": 8,
+    "dequantizer_hidden_layers": 1, "shape": [1, 4, 4], "levels": [4], "classes": 3, "channels": [3, 4],
+    "hidden": [5],
+}  # fmt: skip
+
+#: Settings that are no choices, each as a variant of its own.
+MORE: dict[str, list[Any]] = {
+    "context": [3], "counts": [3], "ngram_rows": [7], "dropout": [0.2], "block": [2], "calls": [[1, 4]],
+    "num_levels": [2], "num_spectra": [1], "weight_drop": [0.1], "prior_components": [2], "groups": [2],
+}  # fmt: skip
+
+#: What a choice needs beside it, by the setting and its value.
+BESIDE: dict[tuple[str, object], dict[str, Any]] = {
+    ("prior", "hurdle"): {"num_flows": 0},
+    ("partition", "orthant"): {"levels": [2], "dequantizer": "normal"},
+    ("dequantizer", "truncated"): {"density": "diagonal"},
+    ("fit", "gradient"): {"density": "covariance"},
+    ("schedule", "dp"): {"order": "random"},
+    ("masks", "blocks"): {"conditioner": "perceptron"},
+    ("conditioner", "table"): {"masks": "halves"},
+    ("head", "bce"): {"kind": "probabilistic"},
+    ("block", 2): {"num_calls": 2},
+}
+
+K = 5
+_BATCH = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A family with some of its settings."""
+
+    family: str
+    changes: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return " ".join([self.family, *(f"{key}={value}" for key, value in self.changes)])
+
+    def values(self) -> dict[str, Any]:
+        names = zoo.find(self.family).fields
+        beside: dict[str, Any] = {}
+        for key, value in self.changes:
+            if not isinstance(value, list):
+                beside |= BESIDE.get((key, value), {})
+        wanted = TINY | {key: value for key, value in beside.items()} | dict(self.changes)
+        return {key: value for key, value in wanted.items() if key in names}
+
+    def model(self) -> Any:
+        """A model with random weights and counts, on the CPU."""
+        torch.manual_seed(0)
+        record, values = zoo.find(self.family), self.values()
+        model: Any
+        if record.kind == "text":
+            model = hf.DflowModel(hf.DflowConfig(family=self.family, vocab_size=K, **values))
+            for module in counted(model):
+                module.use(count(torch.randint(0, K, (200,)), K, module.patterns))
+        elif record.kind == "images":
+            model = hf.DflowImageModel(hf.DflowImageConfig(family=self.family, **values))
+            model.initialize(torch.randint(0, values["levels"][0], (40, 16)))
+        else:
+            model = hf.DflowClassifier(hf.DflowClassifierConfig(family=self.family, **values))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        return model.eval()
+
+
+def variants(family: str) -> list[Variant]:
+    """The family with tiny settings, and with each other value of each setting that is a choice."""
+    record = zoo.find(family)
+    kinds, found = typing.get_type_hints(record.settings), [Variant(family)]
+    for field in dataclasses.fields(record.settings):
+        kind = kinds[field.name]
+        choices: list[Any] = [*MORE.get(field.name, []), *field.metadata.get("known", {})]
+        if typing.get_origin(kind) is typing.Literal:
+            choices += typing.get_args(kind)
+        if kind is bool:
+            choices += [True, False]
+        if field.name == "context" and record.known == "no":
+            continue
+        found += [Variant(family, ((field.name, value),)) for value in choices if value != field.default]
+    return found
+
+
+# -- properties: each takes the model on the CPU, that on the device, and a batch on the CPU
+
+
+def close(on_device: Tensor, on_cpu: Tensor) -> None:
+    assert on_device.device.type != "cpu", "the result is on the CPU"
+    torch.testing.assert_close(on_device.cpu().float(), on_cpu.float(), rtol=1e-3, atol=1e-4)
+
+
+def batch_of(model: Any) -> Tensor:
+    torch.manual_seed(1)
+    if isinstance(model, hf.DflowModel):
+        return torch.randint(0, K, (_BATCH, model.config.length))
+    return torch.randint(0, model._settings.levels[0], (_BATCH, model.dim))
+
+
+def generator(device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(0)
+
+
+@torch.no_grad()
+def score(on_cpu: Any, model: Any, x: Tensor) -> None:
+    device = model.device
+    if isinstance(model, hf.DflowImageModel) and not model.exact:
+        for result in (model.elbo(x.to(device), 2, generator(device)), model.iwbo(x.to(device), 2)):
+            assert bool(result.values.isfinite().all())
+        return
+    torch.manual_seed(0)  # pooling draws
+    expected = on_cpu.log_prob(x)
+    torch.manual_seed(0)
+    close(model.log_prob(x.to(device)), expected)
+    if isinstance(model, hf.DflowModel):
+        if model.law.by_entry:
+            close(model.log_prob_each(x.to(device)), on_cpu.log_prob_each(x))
+        if not model.config.context:
+            lengths = torch.arange(_BATCH) % 4 + 5
+            close(model.log_prob(x.to(device), lengths.to(device)), on_cpu.log_prob(x, lengths))
+
+
+def labels_of(model: Any, device: torch.device) -> dict[str, Tensor]:
+    return (
+        {"labels": torch.arange(_BATCH, device=device) % 3} if isinstance(model, hf.DflowClassifier) else {}
+    )
+
+
+def train(on_cpu: Any, model: Any, x: Tensor) -> None:
+    model = copy.deepcopy(model).train()
+    learned = list(model.parameters())
+    optimizer = torch.optim.AdamW(learned) if learned else None
+    for _ in range(2):
+        loss = model(x.to(model.device), **labels_of(model, model.device)).loss
+        if optimizer is not None:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert bool(loss.isfinite())
+    assert all(bool(p.grad.isfinite().all()) for p in learned if p.grad is not None)
+
+
+def draw(on_cpu: Any, model: Any, x: Tensor) -> None:
+    device = model.device
+    if isinstance(model, hf.DflowModel):
+        noise = [Noise(7, torch.arange(20, device=where)) for where in (device, torch.device("cpu"))]
+        drawn, expected = model.generate(20, noise=noise[0]), on_cpu.generate(20, noise=noise[1])
+        # A tie up to rounding goes either way, and all that is drawn later with it.
+        assert int((drawn.cpu() != expected).any(1).sum()) <= 1
+    assert model.generate(3, generator=generator(device)).device.type != "cpu"
+
+
+def prompt(on_cpu: Any, model: Any, x: Tensor) -> None:
+    start = torch.tensor([2, 0])
+    drawn = model.generate(4, generator=generator(model.device), prompt=start.to(model.device))
+    assert bool((drawn[:, :2].cpu() == start).all())
+
+
+def known(on_cpu: Any, model: Any, x: Tensor) -> None:
+    hidden = torch.zeros(model.config.length, dtype=torch.bool)
+    hidden[-2:] = True
+    if zoo.find(model.config.family).known == "anywhere":
+        hidden[2] = True
+    for result in fill.fill(model, x[0], hidden, 3):
+        assert bool((result.ids[~hidden] == x[0][~hidden]).all())
+
+
+def round_trip(on_cpu: Any, model: Any, x: Tensor) -> None:
+    assert model.round_trip(x.to(model.device)) is True
+
+
+def properties(variant: Variant, model: Any) -> Iterator[Callable[[Any, Any, Tensor], None]]:
+    """What a model of this variant does."""
+    record = zoo.find(variant.family)
+    yield from (score, train)
+    if record.kind == "labels":
+        return
+    yield draw
+    if record.prompt != "no":
+        yield prompt
+    if record.kind == "text" and (record.known == "before" or model.config.context):
+        yield known
+    if record.exact:
+        yield round_trip
+
+
+def main(library: str, precision: str) -> None:
+    """Print the fault of each cell."""
+    from pretend import device as pretend
+
+    device = pretend.start(Path(library), precision == "float64")
+    if precision != "float64":
+        WITHOUT_FLOAT64.add(device.type)
+    for family in sys.argv[3:] or zoo.names():
+        for variant in variants(family):
+            try:
+                on_cpu = variant.model()
+                model = copy.deepcopy(on_cpu).to(device)
+                x = batch_of(on_cpu)
+            except Exception:
+                print(json.dumps([variant.name, "build", traceback.format_exc()]), flush=True)
+                continue
+            for property in properties(variant, model):
+                fault = ""
+                try:
+                    property(on_cpu, model, x)
+                except Exception:
+                    fault = traceback.format_exc()
+                print(json.dumps([variant.name, property.__name__, fault]), flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1], sys.argv[2])
