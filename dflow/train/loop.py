@@ -43,7 +43,7 @@ class Preempted(KeyboardInterrupt):
     """A signal other than Ctrl-C asked for room: the state is saved, and the training can be resumed."""
 
 
-def train(recipe: Recipe, resume: bool = False) -> Path:
+def train(recipe: Recipe, resume: bool = False, device: torch.device | None = None) -> Path:
     """Train, evaluate and save; returns the output folder, which is a model folder.
 
     Ctrl-C ends the step in progress, saves the state and raises `KeyboardInterrupt`; so do SIGTERM and
@@ -52,6 +52,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     Args:
         recipe: what to train on what.
         resume: go on from the last whole state; from the beginning where a run was killed before its first.
+        device: on which one process trains; None for the one that accelerate chooses, for each process.
 
     Raises:
         InputError: the output exists (and not ``resume``), nothing to resume, another process that trains
@@ -75,7 +76,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     config = task.model.config
     piece = recipe.train.batch_size // recipe.train.accumulation
     Suited.to(config.record.multiplications(config.settings(), piece))
-    run = Run(task)
+    run = Run(task, device)
     try:
         run.clean(resume)
         if states:
@@ -103,9 +104,9 @@ class Run:
         saved: whether the output folder holds something that is not this run's to remove.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, device: torch.device | None) -> None:
         self.task, self.recipe, self.config = task, task.recipe, task.recipe.train
-        self.accelerator = machine.accelerator_of(self.recipe)
+        self.accelerator = machine.accelerator_of(self.recipe, device)
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self._check_batch_size()
         self.base = task.method.closed_form(task.model)

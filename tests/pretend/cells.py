@@ -6,10 +6,14 @@ library of the pretend device and "float64" or "float32", which switches float64
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import functools
+import io
 import json
 import sys
+import tempfile
 import traceback
 import typing
 from collections.abc import Callable, Iterator
@@ -17,13 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from folders import write_pictures, write_table, write_text
+from test_classifiers import fake
 from torch import Tensor
 
-from dflow import fill, hf, zoo
-from dflow.data import count
+from dflow import cli, fill, hf, zoo
+from dflow.data import count, image_sets
 from dflow.hf.counts import counted
 from dflow.ops.devices import WITHOUT_FLOAT64
 from dflow.ops.noise import Noise
+from pretend import device as pretend
 
 #: Sizes of the tiny models, each for the families that have such a setting.
 TINY: dict[str, Any] = {
@@ -52,6 +60,9 @@ BESIDE: dict[tuple[str, object], dict[str, Any]] = {
     ("head", "bce"): {"kind": "probabilistic"},
     ("block", 2): {"num_calls": 2},
 }
+
+#: Settings of images that a training takes from its data.
+SHAPES = ("shape", "levels", "classes")
 
 K = 5
 _BATCH = 6
@@ -216,31 +227,106 @@ def properties(variant: Variant, model: Any) -> Iterator[Callable[[Any, Any, Ten
         yield round_trip
 
 
-def main(library: str, precision: str) -> None:
-    """Print the fault of each cell."""
-    from pretend import device as pretend
+# -- verbs: each takes a folder of its family, where the recipe is ------------------------------------------
 
+
+def command(*words: object, device: torch.device | None = None) -> None:
+    """Run a verb of the program; AssertionError with what it wrote where it fails."""
+    chosen = [] if device is None else ["--device", str(device)]
+    written = io.StringIO()
+    with contextlib.redirect_stdout(written), contextlib.redirect_stderr(written):
+        code = cli.main([*map(str, words), *chosen])
+    assert code == 0, written.getvalue()
+
+
+def write_recipe(folder: Path, family: str) -> None:
+    """A recipe of the family, with data that it takes."""
+    record = zoo.find(family)
+    model = {key: value for key, value in Variant(family).values().items() if key not in SHAPES}
+    train: dict[str, Any] = {"steps": 2, "batch_size": 4, "eval_every": 1, "eval_chunks": 4, "trackers": []}
+    data: dict[str, Any] = {"name": "mnist"}
+    if record.kind == "text":
+        data = {"name": str(write_text(folder))}
+        model |= {"context": 3} if record.known != "no" else {}
+    elif family == "dequantized":
+        # A column of reals: data in float64.
+        data = {"name": str(write_table(folder, "i0,i1,x"))}
+        train["ema"] = 0.9
+    elif record.kind == "images":
+        data = {"name": str(write_pictures(folder / "pictures", size=4)), "bits": 2}
+    recipe = {
+        "data": data,
+        "model": {"family": family} | model,
+        "train": train,
+        "output": str(folder / "out"),
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+
+
+def commands(folder: Path, family: str, device: torch.device) -> Iterator[tuple[str, Callable[[], None]]]:
+    """By name what is done with a family at the command line."""
+    record, out = zoo.find(family), folder / "out"
+
+    def fill_a_gap() -> None:
+        text = folder / "gap.txt"
+        text.write_text("line ____" + (" of a" if record.known == "anywhere" else ""), encoding="utf-8")
+        command("fill", text, "--model", out, "--size", 3, device=device)
+
+    def compress() -> None:
+        file = next(folder.glob("pictures/*.png"), folder / "text.txt")
+        command("compress", file, "--model", out, "-o", folder / "a.dfl")
+        command("decompress", folder / "a.dfl", "--model", out, "-o", folder / "back")
+
+    def score_a_text() -> None:
+        (folder / "short.txt").write_text("line 0 o", encoding="utf-8")
+        command("score", folder / "short.txt", "--model", out, device=device)
+
+    yield "dflow train", lambda: command("train", folder / "recipe.yaml", device=device)
+    resumed = ["train", out, "--resume", "--set", "train.steps=4"]
+    yield "dflow train --resume", lambda: command(*resumed, device=device)
+    yield "dflow evaluate", lambda: command("evaluate", "--model", out, device=device)
+    if record.kind == "labels":
+        yield "dflow export", lambda: command("export", "--model", out, "-o", folder / "net", device=device)
+        return
+    drawn = [] if record.kind == "text" else ["-o", folder / "drawn.csv"]
+    yield "dflow generate", lambda: command("generate", "--model", out, "--samples", 3, *drawn, device=device)
+    if family != "dequantized":
+        yield "dflow compress", compress
+    if record.kind == "text":
+        yield "dflow score", score_a_text
+        yield "dflow compare", lambda: command("compare", out, "--rounds", 1, "--limit", 2, device=device)
+    if record.known != "no":
+        yield "dflow fill", fill_a_gap
+
+
+def main(library: str, precision: str, *families: str) -> None:
+    """Print the fault of each cell."""
     device = pretend.start(Path(library), precision == "float64")
     if precision != "float64":
         WITHOUT_FLOAT64.add(device.type)
-    for family in sys.argv[3:] or zoo.names():
+    image_sets.KNOWN["mnist"] = dataclasses.replace(image_sets.KNOWN["mnist"], read=fake)
+    for family in families or zoo.names():
         for variant in variants(family):
-            try:
-                on_cpu = variant.model()
-                model = copy.deepcopy(on_cpu).to(device)
-                x = batch_of(on_cpu)
-            except Exception:
-                print(json.dumps([variant.name, "build", traceback.format_exc()]), flush=True)
-                continue
-            for property in properties(variant, model):
-                fault = ""
-                try:
-                    property(on_cpu, model, x)
-                except Exception:
-                    fault = traceback.format_exc()
-                print(json.dumps([variant.name, property.__name__, fault]), flush=True)
+            on_cpu = variant.model()
+            model, x = copy.deepcopy(on_cpu).to(device), batch_of(on_cpu)
+            for task in properties(variant, model):
+                report(variant.name, task.__name__, functools.partial(task, on_cpu, model, x))
+        with tempfile.TemporaryDirectory() as name:
+            write_recipe(Path(name), family)
+            for verb, run in commands(Path(name), family, device):
+                report(family, verb, run)
+
+
+def report(variant: str, task: str, run: Callable[[], None]) -> None:
+    """Print the fault of a cell, "" for none."""
+    fault = ""
+    try:
+        run()
+    except Exception:
+        fault = traceback.format_exc()
+    print(json.dumps([variant, task, fault]), flush=True)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1], sys.argv[2])
+    main(*sys.argv[1:])
