@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import dflow
 
@@ -21,12 +22,10 @@ _READ = {
 
 
 class Waits(TorchDispatchMode):
-    """Within ``with``: the places in dflow at which the CPU waits.
-
-    On a device of its own a copy to the CPU is one too, which on the CPU itself is no operation.
+    """Within ``with``: the places in dflow at which the CPU waits for an accelerator.
 
     Attributes:
-        places: for each wait the operation, and the file and line in dflow that asks for it.
+        places: for each wait the file and line in dflow that asks for it, and the operation.
     """
 
     def __init__(self) -> None:
@@ -34,21 +33,24 @@ class Waits(TorchDispatchMode):
         self.places: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.__name__.partition(".")[0]
-        if self._waits(name, func.__name__, args, kwargs or {}):
+        kwargs = kwargs or {}
+        if _waits(func.__name__, args, kwargs):
             frames = [f for f in traceback.extract_stack() if Path(f.filename).is_relative_to(_PACKAGE)]
-            where = (
-                f"{Path(frames[-1].filename).relative_to(_PACKAGE)}:{frames[-1].lineno}" if frames else "?"
-            )
-            self.places.append(f"{name} at {where}")
-        return func(*args, **(kwargs or {}))
+            last = frames[-1] if frames else None
+            where = f"{Path(last.filename).relative_to(_PACKAGE)}:{last.lineno}" if last else "elsewhere"
+            self.places.append(f"{where} {func.__name__}")
+        return func(*args, **kwargs)
 
-    def _waits(self, name: str, overload: str, args: Any, kwargs: dict[str, Any]) -> bool:
-        if name in _READ or (overload == "repeat_interleave.Tensor" and kwargs.get("output_size") is None):
-            return True
-        if name in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"):
-            return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
-        if name == "_to_copy":
-            target = torch.device(kwargs.get("device") or args[0].device)
-            return target.type == "cpu" and args[0].device.type not in ("cpu", "meta")
-        return name == "copy_" and args[0].device.type == "cpu" != args[1].device.type
+
+def _waits(operation: str, args: Any, kwargs: dict[str, Any]) -> bool:
+    name = operation.partition(".")[0]
+    tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        return False
+    if name in _READ or (operation == "repeat_interleave.Tensor" and kwargs.get("output_size") is None):
+        return True
+    if name in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"):
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    if name == "_to_copy":
+        return torch.device(kwargs.get("device") or args[0].device).type == "cpu"
+    return bool(name == "copy_" and args[0].device.type == "cpu")

@@ -160,10 +160,10 @@ class Categorical(Distribution):
         n = check_entries(z, span_in(context, self.dim)[1], self.K)
         index = (self.classes_in(context) * self.K + symbols(z)).flatten()
         mask = present(context, len(z), n)
-        if mask is not None:
-            index = index[mask.flatten()]
-        counts = torch.bincount(index, minlength=self.n_classes * self.K)
-        return counts.view(self.n_classes, self.K).to(self._dtype())
+        # Sums of ones are exact, and the device is not asked how many there are.
+        ones = index.new_ones(len(index)) if mask is None else mask.flatten()
+        counts = torch.zeros(self.n_classes * self.K, dtype=self._dtype(), device=index.device)
+        return counts.index_add_(0, index, ones.to(counts.dtype)).view(self.n_classes, self.K)
 
     @torch.no_grad()
     def update(self, counts: Tensor, momentum: float) -> None:

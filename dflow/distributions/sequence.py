@@ -73,6 +73,7 @@ class SequenceCategorical(Distribution):
         #: Whether the order differs from the one that the network was built with, so that it needs a plan.
         self._planned = False
         self._plan: Memo[Any] = Memo()
+        self._rows: Memo[tuple[list[Tensor], list[int]]] = Memo()
         self._among: Memo[SequenceCategorical] = Memo()
         #: Entries that are known, bool (dim,): they are neither scored nor drawn.
         self._mask: Tensor | None = None
@@ -274,9 +275,14 @@ class SequenceCategorical(Distribution):
 
     def _drawn(self, length: int) -> list[Tensor]:
         """Positions of each row, up to the last that holds one below ``length``: later ones need no call."""
-        needed = (self.order < length).any(1).nonzero()
-        rows = self.order[: int(needed.max()) + 1 if len(needed) else 0]
-        return [row[row < self.dim] for row in rows]
+        rows, lasts = self._rows(self._rows_of_order, self.order)
+        return rows[: max((i + 1 for i, least in enumerate(lasts) if least < length), default=0)]
+
+    def _rows_of_order(self) -> tuple[list[Tensor], list[int]]:
+        """The positions of each row, and the least of them; the device is waited for once for an order."""
+        rows = [row[row < self.dim] for row in self.order.cpu()]
+        positions = torch.cat(rows).to(self.order.device).split([len(row) for row in rows])
+        return list(positions), [int(row.min()) for row in rows]
 
     @torch.no_grad()
     def log_prob_by_steps(self, x: Tensor, context: Context | None = None) -> Tensor:

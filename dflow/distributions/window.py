@@ -11,6 +11,7 @@ from dflow.core import Context, only_given
 from dflow.distributions.conditional import Conditional, check_rows
 from dflow.distributions.logistic import check_numbers
 from dflow.ops.devices import float64, widen, widest
+from dflow.ops.memo import Memo
 
 #: Most integers that a window holds.
 MOST = 1024
@@ -61,6 +62,7 @@ class ConditionalWindow(Conditional):
         self.net, self.dim, self.K = net, len(low), K
         self.register_buffer("low", low.clone())
         self.register_buffer("start", torch.zeros(K + 2))
+        self._common: Memo[int] = Memo()
 
     def extra_repr(self) -> str:
         """For ``repr``."""
@@ -69,7 +71,7 @@ class ConditionalWindow(Conditional):
     @property
     def common(self) -> int:
         """The most frequent symbol, that of the largest ``start``: one logit decides whether it is drawn."""
-        return int(self.start.argmax())
+        return self._common(lambda: int(self.start.argmax()), self.start)
 
     def logits(self, context: Context | None) -> Tensor:
         """Logits of the symbols, ``(batch, dim, K + 2)``, at least float32."""

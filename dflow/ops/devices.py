@@ -34,3 +34,8 @@ def float64(x: Tensor) -> Tensor:
 def moved(x: Tensor, device: torch.device) -> Tensor:
     """The numbers on a device; those of float64 in its widest type."""
     return x.to(device, widest(device)) if x.dtype == torch.float64 else x.to(device)
+
+
+def maybe(mask: Tensor) -> bool:
+    """Whether an entry of a mask may be True. Only the CPU looks: an accelerator would be waited for."""
+    return mask.device.type != "cpu" or bool(mask.any())

@@ -298,8 +298,7 @@ class Run:
             nats = nats + loss.detach()
             if latents is not None:
                 counts = latents if counts is None else counts + latents
-        norm = weights.clip()
-        total = self._agree(nats, time.monotonic() - started)
+        total, norm = self._agree(nats, time.monotonic() - started, weights.clip())
         count = self.task.data.count(batch) * share_hidden
         value = objectives.bits(total, count)
         # A scaler of fp16 looks after gradients by itself.
@@ -318,22 +317,25 @@ class Run:
         device = self.accelerator.device
         return moved(x, device), None if lengths is None else lengths.to(device)
 
-    def _agree(self, nats: Tensor, elapsed: float) -> float:
-        """Add up the loss of all processes; set the time spent and whether to stop, alike on all of them.
+    def _agree(self, nats: Tensor, elapsed: float, norm: Tensor | None = None) -> tuple[float, float]:
+        """The loss, summed over all processes, and the norm; set the time spent and whether to stop on all.
 
         The time is that of the main process, and a signal to one stops all.
         """
         device = self.accelerator.device
         time_spent = elapsed if self.accelerator.is_main_process else 0.0
         stops = [float(self.signals.number == number) for number in machine.SIGNALS]
-        message = torch.tensor([0.0, time_spent, *stops], dtype=widest(device))
+        message = torch.tensor([0.0, 0.0, time_spent, *stops], dtype=widest(device))
         message = message.to(device)
         message[0] = nats
+        if norm is not None:
+            message[1] = norm / self.world  # the same on all processes
         if self.world > 1:
             message = self.accelerator.reduce(message)
-        total, self.progress.elapsed, *stops = message.tolist()
+        # The one place at which a step waits for an accelerator.
+        total, whole_norm, self.progress.elapsed, *stops = message.tolist()
         self.stop = next((n for n, stop in zip(machine.SIGNALS, stops, strict=True) if stop), 0)
-        return float(total)
+        return total, whole_norm
 
     def _leave_out(self, value: float) -> None:
         """Go on without this step; after too many in a row stop, with the weights of before them."""
@@ -408,7 +410,7 @@ class Run:
             if self.signals.number:
                 break
             nats += self.task.method.nats(model, batch, noise)
-        return objectives.bits(self._agree(nats, self.progress.elapsed), count)
+        return objectives.bits(self._agree(nats, self.progress.elapsed)[0], count)
 
     def _keep(self, model: Any, loss: float, bits: float, judgement: Judgement) -> None:
         """Save the model if it is the best; report its figures and samples."""

@@ -16,21 +16,25 @@ import sys
 import tempfile
 import traceback
 import typing
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import yaml
 from folders import write_pictures, write_table, write_text
 from test_classifiers import fake
 from torch import Tensor
+from waits import Waits
 
 from dflow import cli, fill, hf, zoo
 from dflow.data import count, image_sets
 from dflow.hf.counts import counted
 from dflow.ops.devices import WITHOUT_FLOAT64
 from dflow.ops.noise import Noise
+from dflow.train import loop
 from pretend import device as pretend
 
 #: Sizes of the tiny models, each for the families that have such a setting.
@@ -64,6 +68,15 @@ BESIDE: dict[tuple[str, object], dict[str, Any]] = {
 #: Settings of images that a training takes from its data.
 SHAPES = ("shape", "levels", "classes")
 
+#: Files that wait for the device at every step of a drawing or a training, each with its reason.
+WAITS = {
+    "train/loop.py": "the loss of a step is read for the progress bar, once, with all else that is asked for",
+    "ops/counts.py": "counts are looked up sparsely: how many are met decides the shape of what follows",
+    "bijectors/autoregressive.py": "an inverse is iterated until nothing changes",
+    "elementwise/mixture.py": "a mixture is inverted by iteration, for the entries that have not converged",
+    "distributions/normal.py": "moments in closed form are checked, and enlarged until they have a density",
+}
+
 K = 5
 _BATCH = 6
 
@@ -87,6 +100,10 @@ class Variant:
                 beside |= BESIDE.get((key, value), {})
         wanted = TINY | {key: value for key, value in beside.items()} | dict(self.changes)
         return {key: value for key, value in wanted.items() if key in names}
+
+    def longer(self) -> Variant:
+        """The same with twice the steps to draw a text."""
+        return Variant(self.family, (*self.changes, ("length", 16), ("num_calls", 6), ("num_flows", 4)))
 
     def model(self) -> Any:
         """A model with random weights and counts, on the CPU."""
@@ -212,6 +229,24 @@ def round_trip(on_cpu: Any, model: Any, x: Tensor) -> None:
     assert model.round_trip(x.to(model.device)) is True
 
 
+def waits_in_drawing(variant: Variant, device: torch.device) -> None:
+    """What a longer text waits for more often than a short one is listed."""
+    counts = []
+    for size in (variant, variant.longer()):
+        model = size.model().to(device)
+        model.generate(3, generator=generator(device))
+        with Waits() as waits:
+            model.generate(3, generator=generator(device))
+        counts.append(Counter(waits.places))
+    unlisted(counts[1] - counts[0])
+
+
+def unlisted(places: Iterable[str]) -> None:
+    """AssertionError if one of the places is in a file that is not listed."""
+    others = [place for place in places if place.partition(":")[0] not in WAITS]
+    assert not others, f"the device is waited for at every step: {others}"
+
+
 def properties(variant: Variant, model: Any) -> Iterator[Callable[[Any, Any, Tensor], None]]:
     """What a model of this variant does."""
     record = zoo.find(variant.family)
@@ -281,6 +316,24 @@ def commands(folder: Path, family: str, device: torch.device) -> Iterator[tuple[
         (folder / "short.txt").write_text("line 0 o", encoding="utf-8")
         command("score", folder / "short.txt", "--model", out, device=device)
 
+    def waits_in_training() -> None:
+        steps: list[list[str]] = []
+        one_step = loop.Run._one_step
+
+        def counted_step(run: loop.Run, started: float) -> tuple[float, float]:
+            with Waits() as waits:
+                result = one_step(run, started)
+            steps.append(waits.places)
+            return result
+
+        no_context = ["--set", "model.context=0"] if record.known != "no" else []
+        with mock.patch.object(loop.Run, "_one_step", counted_step):
+            command("train", folder / "recipe.yaml", "-o", folder / "other", *no_context, device=device)
+        # What depends on the model alone is computed at the first step.
+        unlisted(steps[-1])
+        assert sum(place.startswith("train/loop.py") for place in steps[-1]) == 1
+
+    yield "waits in training", waits_in_training
     yield "dflow train", lambda: command("train", folder / "recipe.yaml", device=device)
     resumed = ["train", out, "--resume", "--set", "train.steps=4"]
     yield "dflow train --resume", lambda: command(*resumed, device=device)
@@ -311,6 +364,8 @@ def main(library: str, precision: str, *families: str) -> None:
             model, x = copy.deepcopy(on_cpu).to(device), batch_of(on_cpu)
             for task in properties(variant, model):
                 report(variant.name, task.__name__, functools.partial(task, on_cpu, model, x))
+            if zoo.find(family).kind == "text":
+                report(variant.name, "waits in drawing", functools.partial(waits_in_drawing, variant, device))
         with tempfile.TemporaryDirectory() as name:
             write_recipe(Path(name), family)
             for verb, run in commands(Path(name), family, device):
