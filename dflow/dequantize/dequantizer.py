@@ -13,6 +13,7 @@ from dflow.core import Bijector, Context
 from dflow.dequantize.partition import Partition, inside
 from dflow.distributions.normal import standard_energy
 from dflow.ops.devices import widen, widest
+from dflow.ops.memo import Memo
 
 
 class Dequantizer(nn.Module, ABC):
@@ -83,6 +84,7 @@ class Uniform(Dequantizer):
         super().__init__(partition)
         if not partition.finite:
             raise ValueError(f"no law is uniform on an infinite cell: {partition}")
+        self._columns: Memo[Tensor] = Memo()
 
     def forward(self, x: Tensor, noise: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``v = lower + noise * width`` and log q."""
@@ -92,8 +94,9 @@ class Uniform(Dequantizer):
             if noise.shape[1] == x.shape[1]:
                 return inside(lower + noise * widths, lower, upper), -widths.log().sum(1)
             mask = self.partition.discrete(x.shape[1]).to(noise.device)
-            v = lower.masked_scatter(mask.expand(x.shape), lower[:, mask] + noise * widths[:, mask])
-            return inside(v, lower, upper), -widths[:, mask].log().sum(1)
+            columns = self._columns(lambda: mask.nonzero().flatten(), mask)
+            v = lower.index_copy(1, columns, lower[:, columns] + noise * widths[:, columns])
+            return inside(v, lower, upper), -widths[:, columns].log().sum(1)
 
 
 class NormalDequantizer(Dequantizer):

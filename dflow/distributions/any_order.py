@@ -413,7 +413,7 @@ class Ordered(Walk):
             moved = torch.cat(places).to(self.rank.device).split([len(part) for part in places])
             return calls, places, list(moved)
 
-        return self._placed(placed, *depends_on)
+        return self._placed(placed, *depends_on, key=len(depends_on))
 
     def entries(self, call: int, x: Tensor, known: Tensor, context: Context | None) -> Entries:
         """See `Walk.entries`."""

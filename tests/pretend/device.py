@@ -5,7 +5,6 @@ Torch then takes the whole process for one with an accelerator: tests start one 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -22,8 +21,8 @@ _TORCH = Path(torch.__file__).parent
 
 
 def compiler() -> str | None:
-    """The C++ compiler, or None where there is none."""
-    return shutil.which(os.environ.get("CXX", "c++"))
+    """The C++ compiler, or None where there is none (or a system of another kind)."""
+    return None if os.name != "posix" else shutil.which(os.environ.get("CXX", "c++"))
 
 
 def build() -> Path:
@@ -34,6 +33,8 @@ def build() -> Path:
     Raises:
         CalledProcessError: the source does not compile; the compiler has said why.
     """
+    import fcntl  # which not every system has
+
     text = _SOURCE.read_bytes() + f"{torch.__version__} {_TORCH}".encode()
     digest = hashlib.sha256(text).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"dflow-pretend-{os.getuid()}"
