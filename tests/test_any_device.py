@@ -32,10 +32,11 @@ MISTAKES = [
 
 
 def run(package: Path, precision: str, *families: str) -> Faults:
-    """The fault of each cell, "" for none, in a process of its own: it belongs to the device altogether."""
-    path = os.pathsep.join([str(package), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    """The fault of each cell, "" for none, in a process of its own, which the device changes."""
+    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "pretend.cells", str(build()), precision, *families],
+        cwd=package,  # from which modules come first
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
