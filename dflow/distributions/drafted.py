@@ -24,6 +24,7 @@ from torch import Tensor
 from dflow.config import InputError
 from dflow.core import Context, Distribution, known_in, lengths_in, noise_in, present
 from dflow.distributions.sequence import SequenceCategorical
+from dflow.ops.devices import widen
 from dflow.ops.memo import Memo
 from dflow.ops.noise import Controls
 
@@ -79,7 +80,7 @@ class OpenDraws:
         else:
             rows = torch.arange(len(begins), device=logits.device)[:, None]
             noise = self.gumbel[rows, self._places(begins, width) - self.known]
-        return (self._controlled(logits.double()) + noise).argmax(-1)
+        return (self._controlled(widen(logits)) + noise).argmax(-1)
 
     def _controlled(self, logits: Tensor) -> Tensor:
         return logits if self.controls is None else self.controls(logits)
