@@ -16,6 +16,7 @@ from dflow.core import Context, Distribution, Known
 from dflow.data import Tokenizer
 from dflow.distributions.documents import Documents
 from dflow.hf import DflowModel
+from dflow.ops.devices import widen, widest
 from dflow.ops.noise import Controls, Noise
 
 
@@ -161,7 +162,7 @@ def fill(
 def _draw(law: Distribution, pieces: Sequence[Window], symbols: Tensor, noise: Noise) -> Iterator[Filled]:
     """The samples of some noise: the windows of a text, one after another."""
     x = symbols.repeat(len(noise.samples), 1)
-    log_prob = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    log_prob = torch.zeros(len(x), dtype=widest(x.device), device=x.device)
     for window in pieces:
         places = torch.arange(window.begin, window.end, device=x.device)
         mask = ~window.hidden.to(x.device)
@@ -169,7 +170,7 @@ def _draw(law: Distribution, pieces: Sequence[Window], symbols: Tensor, noise: N
         # A document stops at its end, not behind its chunk.
         options: dict[str, Any] = {"length": len(places)} if isinstance(law, Documents) else {}
         x[:, places] = law.sample(len(x), context, **options)
-        log_prob += law.log_prob(x[:, places], Context(known=Known(x[:, places], mask))).double()
+        log_prob += widen(law.log_prob(x[:, places], Context(known=Known(x[:, places], mask))))
     return map(Filled, x.cpu(), log_prob.tolist())
 
 

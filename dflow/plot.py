@@ -21,6 +21,7 @@ from dflow.config import InputError
 from dflow.data import Samples
 from dflow.dequantize import Partition
 from dflow.hf import DflowImageModel
+from dflow.ops.devices import moved
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -129,7 +130,7 @@ def density(model: DflowImageModel, data: Samples, cells: int = 400, draws: int 
     law, device = model.dequantized, model.device
     generator = torch.Generator(device).manual_seed(0)
     x, _ = data.crops(draws, 2, torch.Generator().manual_seed(0))
-    v = torch.cat([law.dequantize(rows.to(device), generator) for rows in x.split(10_000)]).cpu()
+    v = torch.cat([law.dequantize(moved(rows, device), generator) for rows in x.split(10_000)]).cpu()
     margin = 0.05 * float((v.quantile(0.999, 0) - v.quantile(0.001, 0)).max())
     low, high = v.quantile(0.001, 0).min().item() - margin, v.quantile(0.999, 0).max().item() + margin
     grid = torch.linspace(low, high, cells, device=device, dtype=model.dtype)
@@ -334,7 +335,7 @@ def frontier(curves: Sequence[Curve], text: str, length: int, line: tuple[str, f
 
 
 def _square(values: Tensor, cells: int) -> np.ndarray:
-    return values.view(cells, cells).double().cpu().numpy()
+    return values.view(cells, cells).cpu().double().numpy()
 
 
 def _edges(partition: Partition, x: Tensor, column: int) -> list[float]:

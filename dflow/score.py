@@ -255,7 +255,7 @@ def _document_terms(
     for piece in ids.split(batch_size * law.length):
         # What a chunk is given ends with the last symbols before it; no more are read.
         given = whole[max(0, start - law.context) : start]
-        terms.append(model.log_prob_each(piece[None].to(model.device), given=given)[0].double().cpu())
+        terms.append(model.log_prob_each(piece[None].to(model.device), given=given)[0].cpu().double())
         start += len(piece)
         bar.update(len(piece))
     return torch.cat(terms)
@@ -289,7 +289,7 @@ def _batched(
         numbers = list(group)
         for start in range(0, len(numbers), batch_size):
             batch = numbers[start : start + batch_size]
-            scored = log_prob(torch.stack([rows[i] for i in batch])).double().cpu()
+            scored = log_prob(torch.stack([rows[i] for i in batch])).cpu().double()
             results |= dict(zip(batch, scored, strict=True))
             bar.update(sum(len(rows[i]) for i in batch))
     return [results[i] for i in range(len(rows))]

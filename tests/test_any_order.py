@@ -15,7 +15,7 @@ from dflow.distributions import any_order as module
 from dflow.distributions.any_order import schedule
 from dflow.nn.attention import TransformerSize
 from dflow.nn.infill import MaskedTransformer
-from dflow.nn.plans import gap_classes
+from dflow.nn.plans import GAPS, buckets, gap_classes
 from dflow.ops.modular import one_hot
 from dflow.ops.orders import ORDERS, lockstep, shuffled
 
@@ -101,6 +101,12 @@ def mean_over_orders(net: AnyOrder, x: torch.Tensor, sizes: list[int]) -> torch.
     calls = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     ranks = [calls[list(p)] for p in itertools.permutations(range(x.shape[1]))]
     return torch.stack([net.log_prob_along(x, rank, len(sizes)) for rank in ranks]).mean(0)
+
+
+def test_classes_of_distances_are_half_powers_of_two():
+    distances = torch.arange(1, 2000)
+    assert buckets(distances).tolist() == [min(int(2 * math.log2(d)), GAPS - 1) for d in distances.tolist()]
+    assert buckets(torch.tensor([[1 << 20]])).tolist() == [[GAPS - 1]]
 
 
 @torch.no_grad()

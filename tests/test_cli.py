@@ -22,6 +22,7 @@ import dflow.generate
 import dflow.train
 from dflow import cli
 from dflow.cli import VERBS, add_flags, build_parser, flag, main, read_flags
+from dflow.cli.shared import _first_gpu
 from dflow.config import InputError
 from dflow.evaluate import evaluate
 from dflow.hf import DflowModel
@@ -465,14 +466,32 @@ def test_python_dash_m_is_the_same_command() -> None:
     assert done.returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("gpu", "chosen", "note"), [(None, "cpu", ""), ("cuda", "cuda", ""), ("mps", "cpu", "--device mps")]
+)
+def test_the_first_gpu_is_taken_if_it_has_float64(
+    gpu: str | None,
+    chosen: str,
+    note: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    device = None if gpu is None else torch.device(gpu)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: device)
+    assert _first_gpu() == chosen
+    assert note in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("device", ["nonsense", "cuda:1"])
 def test_under_a_launcher_devices_are_not_to_be_chosen(
     device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     model = write_model(tmp_path, "lstm", write_text(tmp_path))
-    assert cli.main(["evaluate", "--model", str(model), "--device", device]) == 2
-    assert f"--device {device}: under a launcher" in capsys.readouterr().err
+    for verb in (["evaluate", "--model", str(model)], ["train", "recipe.yaml"]):
+        assert cli.main([*verb, "--device", device]) == 2
+        assert f"--device {device}: under a launcher" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("seed", ["-1", str(10**20)])

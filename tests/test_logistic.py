@@ -11,7 +11,8 @@ from torch import nn
 
 from dflow.core import Context
 from dflow.distributions import ConditionalLogistic, Logistic, LogisticMixture
-from dflow.distributions.logistic import LEAST, MOST, log_mass
+from dflow.distributions.logistic import LEAST, MOST, _standard, log_mass
+from dflow.ops import devices
 
 WINDOW = torch.arange(-4000, 4001)
 
@@ -142,7 +143,10 @@ def test_modes_agree_and_gradients_reach_everything(kind):
 
 
 @each
-def test_draws_are_those_of_the_law(kind):
+@pytest.mark.parametrize("without_float64", [False, True])
+def test_draws_are_those_of_the_law(kind, without_float64, monkeypatch):
+    if without_float64:
+        monkeypatch.setattr(devices, "WITHOUT_FLOAT64", {"cpu"})
     law, n = build(kind), 40_000
     x = law.sample(n, context_of(kind, n), torch.Generator().manual_seed(2))
     assert x.dtype == torch.int64
@@ -157,6 +161,12 @@ def test_draws_are_those_of_the_law(kind):
         # Total variation of an empirical law: about sqrt(2 / (pi n)) sum sqrt(p) / 2.
         limit = 2 * (2 / (math.pi * n)) ** 0.5 * law_of.sqrt().sum().item() / 2
         assert (found - law_of).abs().sum().item() / 2 < limit
+
+
+def test_without_float64_draws_are_finite_and_their_tails_reach_far(monkeypatch):
+    monkeypatch.setattr(devices, "WITHOUT_FLOAT64", {"cpu"})
+    monkeypatch.setattr(torch, "rand", lambda shape, **kwargs: torch.zeros(shape, dtype=kwargs["dtype"]))
+    assert _standard((1,), None, torch.device("cpu")).tolist() == pytest.approx([-50 * math.log(2)], rel=1e-5)
 
 
 def test_components_start_apart_and_within_one_logistic():

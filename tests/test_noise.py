@@ -12,7 +12,7 @@ from folders import make_model
 from dflow.config import InputError
 from dflow.core import Context
 from dflow.generate import generate
-from dflow.ops.noise import COMPONENTS, LENGTHS, SYMBOLS, Controls, Noise, philox
+from dflow.ops.noise import COMPONENTS, LENGTHS, SYMBOLS, Controls, Noise, gumbel_of, philox
 
 K = 5
 
@@ -37,7 +37,9 @@ def test_philox_gives_the_known_answers(counter: list[int], key: list[int], word
 
 def test_uniform_numbers_are_even_and_never_0_or_1() -> None:
     rows, positions = torch.arange(200)[:, None], torch.arange(100)
-    u = Noise(7, torch.arange(200)).uniform(rows, positions, 50).flatten()
+    bits = Noise(7, torch.arange(200)).bits(rows, positions, 50).flatten()
+    assert 0 <= int(bits.min()) <= int(bits.max()) < 1 << 52
+    u = (bits.double() + 0.5) * 2.0**-52
     assert len(u) == 10**6
     assert len(u.unique()) == 10**6
     counts = torch.histc(u, 100, 0, 1)
@@ -47,6 +49,21 @@ def test_uniform_numbers_are_even_and_never_0_or_1() -> None:
     assert torch.equal(steps % 1, torch.full_like(u, 0.5))
     assert abs(float((steps.floor() % 2).mean()) - 0.5) < 0.002
     assert math.isfinite(-math.log(-math.log(1 - 2.0**-53)))
+
+
+def test_without_float64_noise_keeps_its_tails_and_draws_differ_only_at_ties() -> None:
+    ends = torch.tensor([0, 1, 2, (1 << 51) - 1, 1 << 51, (1 << 52) - 2, (1 << 52) - 1])
+    random_bits = Noise(5, torch.arange(2000)).bits(torch.arange(2000)[:, None], torch.arange(50), 5)
+    for bits in (ends, random_bits):
+        exact, rounded = gumbel_of(bits, torch.float64), gumbel_of(bits, torch.float32)
+        assert rounded.dtype == torch.float32
+        assert float(((rounded - exact).abs() / (1 + exact.abs())).max()) < 3e-7
+    logits = torch.tensor([0.0, -1.0, -2.0, -8.0, 0.5])
+    scores = logits.double() + exact
+    differs = scores.argmax(-1) != (logits + rounded).argmax(-1)
+    first, second = scores.topk(2, -1).values.unbind(-1)
+    assert int(differs.sum()) <= 2  # of 100,000
+    assert bool(((first - second)[differs] < 1e-5).all())
 
 
 def test_noise_depends_on_its_address_alone() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dflow.core import Bijector, Context, Distribution, only_given
+from dflow.ops.devices import float64
 from dflow.ops.precision import at_least_float32, full_precision
 
 #: Smallest standard deviation that `fitting` divides by, so that a constant channel is not scaled up.
@@ -133,8 +134,9 @@ class Conv1x1(_Channels):
         only_given(context)
         with full_precision(z):
             # The inverse of the rounded matrix that `forward` multiplies by.
+            # Without a look at its success, for which an accelerator would be waited for: |det| is not 0.
             weight = self.weight
-            inverse = torch.linalg.inv(weight.double()).to(weight.dtype)
+            inverse = torch.linalg.inv_ex(float64(weight)).inverse.to(weight)
             return self._product(inverse, z), self._log_det(-1, z)
 
     def _product(self, weight: Tensor, x: Tensor) -> Tensor:

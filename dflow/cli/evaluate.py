@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from dflow.cli.flags import Verbs, flag, provided, refuse
-from dflow.cli.shared import Machine, Results, complain, load_model, suit_threads
+from dflow.cli.shared import Machine, Results, complain, load_model, say_once, suit_threads
 from dflow.cli.source import Source
 from dflow.config import InputError
 
@@ -136,6 +136,7 @@ def score_pictures(flags: Evaluate, device: torch.device, options: dict[str, Any
     from dflow.data import load_images
     from dflow.evaluate import check_data, evaluate_exact, evaluate_images
     from dflow.hf import DflowImageModel, load
+    from dflow.ops.devices import WITHOUT_FLOAT64
 
     model = load(flags.model, device, DflowImageModel)
     if model.exact:
@@ -147,6 +148,8 @@ def score_pictures(flags: Evaluate, device: torch.device, options: dict[str, Any
     suit_threads(model, options.get("batch_size", 100))
     if flags.precision is not None:
         options["precision"] = getattr(torch, flags.precision)
+    elif device.type in WITHOUT_FLOAT64:
+        say_once(f"note: scored on the CPU, in float64; --precision float32 scores on {device.type}")
     name = f"{images.name}, {split}"
     if model.exact:
         exact = evaluate_exact(model, images.split(split), **options)

@@ -83,9 +83,7 @@ class Machine(Threads):
         import torch
 
         self.set_threads()
-        name = self.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = _first_gpu() if self.device == "auto" else self.device
         try:
             device = torch.device(name)
             torch.empty(1, device=device).tolist()
@@ -98,10 +96,27 @@ class Machine(Threads):
 
     def processes(self) -> tuple[torch.device, Accelerator | None]:
         """The device, and under a launcher the processes among which the work is shared."""
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if _alone():
             return self.settle(), None
         import torch
         from accelerate import Accelerator
+
+        self._check_launched()
+        accelerator = Accelerator(cpu=self.device == "cpu" or not torch.cuda.is_available())
+        return accelerator.device, accelerator
+
+    def settle_training(self) -> torch.device | None:
+        """The device to train on; None under a launcher, where each process takes one of its own."""
+        if _alone():
+            return self.settle()
+        import torch
+
+        self._check_launched()
+        return torch.device("cpu") if self.device == "cpu" else None
+
+    def _check_launched(self) -> None:
+        """Set the threads of a process of a launcher; InputError for a device that not each can take."""
+        import torch
 
         self.set_threads()
         if self.device not in ("auto", "cpu", "cuda") or (
@@ -111,8 +126,29 @@ class Machine(Threads):
                 f"--device {self.device}: under a launcher each process takes a device of its own; give cpu, "
                 "cuda where there is one, or nothing"
             )
-        accelerator = Accelerator(cpu=self.device == "cpu" or not torch.cuda.is_available())
-        return accelerator.device, accelerator
+
+
+def _alone() -> bool:
+    """Whether no launcher has started this process among others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1
+
+
+def _first_gpu() -> str:
+    """The type of the first GPU; the CPU where there is none, or where it has no float64, which is said."""
+    import torch
+
+    from dflow.ops.devices import WITHOUT_FLOAT64
+
+    gpu = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if gpu is None:
+        return "cpu"
+    if gpu.type in WITHOUT_FLOAT64:
+        say_once(
+            f"note: computing on the CPU, since this GPU has no float64; --device {gpu.type} computes on it, "
+            "and rounds sums to float32"
+        )
+        return "cpu"
+    return gpu.type
 
 
 @dataclass(kw_only=True)

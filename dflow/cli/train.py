@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dflow.cli.flags import Verbs, argument, flag
-from dflow.cli.shared import Threads, say_once
+from dflow.cli.shared import Machine, say_once
 from dflow.config import InputError, nearest
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class Train(Threads):
+class Train(Machine):
     """Train a model by a recipe, or go on with a training.
 
     To go on: dflow train --resume FOLDER.
@@ -44,10 +44,10 @@ def train(flags: Train) -> int:
     from dflow.train import Preempted
     from dflow.train import train as run
 
-    flags.set_threads()
+    device = flags.settle_training()
     recipe = recipe_to_train(flags)
     try:
-        run(recipe, resume=flags.resume)
+        run(recipe, flags.resume, device)
     except Preempted as stop:
         say_once(str(stop))
     return 0

@@ -12,6 +12,8 @@ from dflow.bijectors.conditioner import check_params
 from dflow.core import Bijector, Context
 from dflow.dequantize.partition import Partition, inside
 from dflow.distributions.normal import standard_energy
+from dflow.ops.devices import widen, widest
+from dflow.ops.memo import Memo
 from dflow.ops.precision import full_precision
 
 
@@ -64,7 +66,7 @@ class Dequantizer(nn.Module, ABC):
     def _placed(self, x: Tensor, z: Tensor, noise: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
         """``v`` of z, and log q, where log_det ``(batch,)`` is that of noise to z."""
         v, terms = self.partition.place(z, x)
-        log_q = -standard_energy(noise) - log_det - terms.sum(1, dtype=torch.float64)
+        log_q = -standard_energy(noise) - log_det - terms.sum(1, dtype=widest(x.device))
         return v, log_q.to(v.dtype)
 
 
@@ -83,6 +85,7 @@ class Uniform(Dequantizer):
         super().__init__(partition)
         if not partition.finite:
             raise ValueError(f"no law is uniform on an infinite cell: {partition}")
+        self._columns: Memo[Tensor] = Memo()
 
     def forward(self, x: Tensor, noise: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``v = lower + noise * width`` and log q."""
@@ -92,8 +95,9 @@ class Uniform(Dequantizer):
             if noise.shape[1] == x.shape[1]:
                 return inside(lower + noise * widths, lower, upper), -widths.log().sum(1)
             mask = self.partition.discrete(x.shape[1]).to(noise.device)
-            v = lower.masked_scatter(mask.expand(x.shape), lower[:, mask] + noise * widths[:, mask])
-            return inside(v, lower, upper), -widths[:, mask].log().sum(1)
+            columns = self._columns(lambda: mask.nonzero().flatten(), mask)
+            v = lower.index_copy(1, columns, lower[:, columns] + noise * widths[:, columns])
+            return inside(v, lower, upper), -widths[:, columns].log().sum(1)
 
 
 class NormalDequantizer(Dequantizer):
@@ -132,7 +136,7 @@ class NormalDequantizer(Dequantizer):
             z = params[..., 0] + log_scale.exp() * noise
             if self.full:
                 z = z + (params[..., 2:].tril(-1) @ noise[..., None]).squeeze(-1)
-            return self._placed(x, z, noise, log_scale.sum(1, dtype=torch.float64))
+            return self._placed(x, z, noise, log_scale.sum(1, dtype=widest(x.device)))
 
 
 class FlowDequantizer(Dequantizer):
@@ -164,7 +168,7 @@ class FlowDequantizer(Dequantizer):
         """``v`` and log q."""
         features = (self.context(x) if context is None else context).to(noise.dtype)
         z, log_det = self.bijector.forward(noise, Context(given=(features,)))
-        return self._placed(x, z, noise, log_det.double())
+        return self._placed(x, z, noise, widen(log_det))
 
 
 def floating(x: Tensor, module: nn.Module) -> Tensor:

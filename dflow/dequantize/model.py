@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from dflow.dequantize.dequantizer import Dequantizer
 from dflow.dequantize.partition import Partition
 from dflow.dequantize.truncated import TruncatedNormal
 from dflow.distributions import CovarianceNormal, Gaussian, Normal
+from dflow.ops.devices import WITHOUT_FLOAT64, widen, widest
 
 #: Points ``(n, dims)`` of the unit cube, float64, to log values ``(n,)``.
 Integrand = Callable[[Tensor], Tensor]
@@ -66,15 +68,15 @@ class Units:
 
     def standardize(self, x: Tensor) -> Tensor:
         """Of data ``(batch, dim)``, float64."""
-        return (x.double() - self._like(self.loc, x)) / self._like(self.scale, x)
+        return (widen(x) - self._like(self.loc, x)) / self._like(self.scale, x)
 
     def restore(self, x: Tensor) -> Tensor:
         """The inverse of `standardize`."""
-        return x.double() * self._like(self.scale, x) + self._like(self.loc, x)
+        return widen(x) * self._like(self.scale, x) + self._like(self.loc, x)
 
     @staticmethod
     def _like(values: tuple[float, ...], x: Tensor) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=x.device)
+        return torch.tensor(values, dtype=widest(x.device), device=x.device)
 
 
 class Dequantized(nn.Module):
@@ -190,12 +192,12 @@ class Dequantized(nn.Module):
             raise ValueError(f"chunk must be at least 1, found {chunk}")
         x = self.standardize(x)
         context = self.dequantizer.context(x)
-        start = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        start = torch.zeros(len(x), dtype=widest(x.device), device=x.device)
         top, total, sum_weights, sum_squares = start - torch.inf, start, start, start
         for done in range(0, k, chunk):
             count = min(chunk, k - done)
             given_noise = None if noise is None else noise[done : done + count]
-            lw = self._weigh(x, context, self._noise(x, count, generator, given_noise))[0].double()
+            lw = widen(self._weigh(x, context, self._noise(x, count, generator, given_noise))[0])
             new = torch.maximum(top, lw.amax(0))
             shift = torch.where(torch.isinf(new), 0, new)
             # Sums of w / exp(top), and of its square, moved to the new top.
@@ -225,12 +227,14 @@ class Dequantized(nn.Module):
             # Every importance weight of the exact posterior is P(x).
             half = torch.full((len(x), d), 0.5, dtype=self._dtype(), device=x.device)
             x = self.standardize(x)
-            return TruncatedNormal(partition, self.density).truncate(x, half)[1].double() - self._log_scale
+            return widen(TruncatedNormal(partition, self.density).truncate(x, half)[1]) - self._log_scale
         if d > 2:
             raise ValueError(
                 f"log P(x) is an integral over {d} columns: exact for a diagonal normal law, by quadrature "
                 "up to 2; use iwbo or assess()"
             )
+        if x.device.type in WITHOUT_FLOAT64:
+            return widen(copy.deepcopy(self).cpu().exact_log_prob(x.cpu())).to(x.device)
         cells, index = torch.unique(x, dim=0, return_inverse=True)
         log_probs = []
         for cell in self.standardize(cells)[:, None]:
@@ -304,7 +308,7 @@ def _by_uniform(truncated: TruncatedNormal, x: Tensor, d: int, dtype: torch.dtyp
 
     def integrand(t: Tensor) -> Tensor:
         noise = torch.cat([torch.full_like(t, 0.5), t], 1)[:, -d:]
-        return truncated.truncate(x.expand(len(t), -1), noise.to(dtype))[1].double()
+        return widen(truncated.truncate(x.expand(len(t), -1), noise.to(dtype))[1])
 
     return integrand
 
@@ -325,7 +329,7 @@ def _by_cell(partition: Partition, density: Distribution, x: Tensor, dtype: torc
         place = torch.where(below, high - far, low + torch.where(above, far, width * t))
         v[:, mask] = place
         log_det = torch.where(infinite, log_det, width.log())
-        return density.log_prob(v.to(dtype)).double() + log_det.sum(1)
+        return widen(density.log_prob(v.to(dtype))) + log_det.sum(1)
 
     return integrand
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dflow.ops.devices import widen, widest
+
 
 class Partition(nn.Module, ABC):
     """Disjoint boxes that cover space, one for each discrete ``x`` ``(batch, dim)``.
@@ -85,7 +87,8 @@ class Hypercube(Partition):
         lower = _values(x, dtype)
         # From 2^23 in float32 on, no number lies inside a cell.
         fits = (lower == lower.floor()) & (lower.abs() < 1 / torch.finfo(dtype).eps)
-        if not torch.compiler.is_compiling() and not fits.all():
+        # Looking at them would wait for an accelerator, at every step, and what is compiled reads no values.
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not fits.all():
             raise ValueError(f"{dtype} has no unit cell for {_misfit(x, fits)}: is it an integer?")
         return lower, lower + 1
 
@@ -181,10 +184,8 @@ class Columns(Partition):
     def quantize(self, v: Tensor) -> Tensor:
         """Each run by its partition; int64, or float64 where a column is continuous."""
         runs = zip(self.runs, self._split(v), strict=True)
-        columns = [
-            values.double() if cells is None else cells.quantize(values) for (cells, _), values in runs
-        ]
-        dtype = torch.int64 if self._count == len(self.mask) else torch.float64
+        columns = [widen(values) if cells is None else cells.quantize(values) for (cells, _), values in runs]
+        dtype = torch.int64 if self._count == len(self.mask) else widest(v.device)
         return torch.cat([values.to(dtype) for values in columns], 1)
 
     def spread(self, z: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:

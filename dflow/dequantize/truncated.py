@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from dflow.dequantize.dequantizer import Dequantizer
 from dflow.dequantize.partition import Partition, inside
 from dflow.distributions import Gaussian
+from dflow.ops.devices import widest
 from dflow.ops.normal import (
     LOG_SQRT_2PI,
     interval_slopes,
@@ -75,7 +76,7 @@ class TruncatedNormal(Dequantizer):
             low, high = lower.clamp(-far, far), upper.clamp(-far, far)
             if L.ndim == 1:
                 y, terms = _independent(L, low - loc, high - loc, noise, mask)
-                log_weight = terms.sum(1, dtype=torch.float64).to(noise.dtype)
+                log_weight = terms.sum(1, dtype=widest(noise.device)).to(noise.dtype)
             else:
                 flags = [True] * dim if mask is None else mask.tolist()
                 rows = (value.T.contiguous() for value in (low, high, noise))
@@ -135,7 +136,7 @@ class _Sweep(torch.autograd.Function):
             e = torch.where(mask, e, a)
             terms = torch.where(mask, terms, diag.log()[:, None] - 0.5 * a.square() - LOG_SQRT_2PI)
         ctx.save_for_backward(L, low, high, u, a, b, e, y, mask)
-        return y, terms.sum(0, dtype=torch.float64).to(L.dtype)
+        return y, terms.sum(0, dtype=widest(L.device)).to(L.dtype)
 
     @staticmethod
     @once_differentiable

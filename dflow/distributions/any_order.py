@@ -19,9 +19,10 @@ from torch.nn import functional as F
 
 from dflow.config import InputError
 from dflow.core import Context, Distribution, known_in, lengths_in, noise_in, present
+from dflow.ops.devices import widest
 from dflow.ops.memo import Memo
 from dflow.ops.modular import check_alphabet
-from dflow.ops.orders import check_order
+from dflow.ops.orders import check_order, ranks, schedule
 from dflow.ops.precision import agree, at_least_float32
 
 #: As many calls of a fixed order are scored at once as have at most this many entries together.
@@ -32,6 +33,11 @@ _STEP = 2.0**-10
 
 #: Factor by which each visit to an entry of `AnyOrder.costs` decreases the weight of earlier visits.
 _MOMENTUM = 0.99
+
+
+#: Places of m entries, int64 ``(batch, m)``, ascending; which of them a call draws, bool ``(batch, m)``; and
+#: the logits of all m, ``(batch, m, K)``.
+Entries = tuple[Tensor, Tensor, Tensor]
 
 
 class AnyOrder(nn.Module):
@@ -97,8 +103,8 @@ class AnyOrder(nn.Module):
             calls = torch.arange(len(sizes), device=x.device).repeat_interleave(sizes.to(x.device))
             return self.log_prob_along(x, calls[rank], len(sizes), context)
         known, count = self._known(x, context), self._count(x, context)
-        offset = torch.arange(batch, dtype=torch.float64, device=x.device) / max(1, batch)
-        position = (offset + torch.rand((), dtype=torch.float64, device=x.device, generator=generator)) % 1
+        offset = torch.arange(batch, dtype=widest(x.device), device=x.device) / max(1, batch)
+        position = (offset + torch.rand((), dtype=offset.dtype, device=x.device, generator=generator)) % 1
         hidden = count - known
         t = known + torch.minimum((position * hidden).long(), hidden - 1)
         return self.elbo_given(x, rank < t[:, None], context)
@@ -132,7 +138,7 @@ class AnyOrder(nn.Module):
     ) -> Tensor:
         """Exact nats (batch,), the sum of `terms_along` in float64."""
         terms = self.terms_along(x, calls, num_calls, context)
-        return terms.sum(1, dtype=torch.float64).to(terms.dtype)
+        return terms.sum(1, dtype=widest(x.device)).to(terms.dtype)
 
     def terms_along(self, x: Tensor, calls: Tensor, num_calls: int, context: Context | None = None) -> Tensor:
         """Exact nats of each entry (batch, n) if call ``calls[b, i]`` draws entry i of sequence b.
@@ -178,7 +184,7 @@ class AnyOrder(nn.Module):
             for batch in x.split(batch_size):
                 noise = torch.rand(batch.shape, device=x.device, generator=generator)
                 known = noise.argsort(1).argsort(1) < t
-                costs[i] -= self._terms(batch, known, None)[~known].sum(dtype=torch.float64).cpu()
+                costs[i] -= self._terms(batch, known, None)[~known].cpu().sum(dtype=torch.float64)
             costs[i] /= len(x) * (self.dim - t)
         line = torch.arange(self.dim)
         right = torch.searchsorted(measured, line).clamp(max=points - 1)
@@ -249,8 +255,13 @@ class Walk(Distribution):
         return self._num_calls
 
     @abstractmethod
+    def entries(self, call: int, x: Tensor, known: Tensor, context: Context | None) -> Entries:
+        """What a call may draw, given the known entries: the number m depends on no tensor of the device."""
+
     def step(self, call: int, x: Tensor, known: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
         """The entries that a call draws, bool (batch, n), and their logits (entries, K), given known ones."""
+        places, drawn, logits = self.entries(call, x, known, context)
+        return torch.zeros_like(known).scatter(1, places, drawn), logits[drawn]
 
     def needed(self, length: int, context: Context | None = None) -> int:
         """Calls after which the first ``length`` entries are drawn, given those that the context knows."""
@@ -282,12 +293,12 @@ class Walk(Distribution):
         longest = dim if length is None else length
         if lengths is not None:
             longest = min(longest, max(1, *lengths.tolist()))
-        noise = noise_in(context, n, generator, device)
+        noise, samples = noise_in(context, n, generator, device), torch.arange(n, device=device)[:, None]
         for call in range(self.needed(longest, context)):
-            drawn, logits = self.step(call, x, known, context)
-            rows, positions = drawn.nonzero(as_tuple=True)
-            x[drawn] = noise.draw(logits, rows, positions)
-            known = known | drawn
+            places, drawn, logits = self.entries(call, x, known, context)
+            symbols = noise.draw(logits, samples, places)
+            x = x.scatter(1, places, torch.where(drawn, symbols, x.gather(1, places)))
+            known = known.scatter(1, places, drawn | known.gather(1, places))
         return x if mask is None else torch.where(mask, x, 0)
 
     def _begin(self, batch: int, n: int, context: Context | None, device: torch.device) -> Tensor:
@@ -314,7 +325,7 @@ class Walk(Distribution):
     def log_prob_by_steps(self, x: Tensor, context: Context | None = None) -> Tensor:
         """`log_prob` computed as `sample` draws."""
         terms = self._terms_by_steps(x, context)
-        return terms.sum(1, dtype=torch.float64).to(terms.dtype)
+        return terms.sum(1, dtype=widest(x.device)).to(terms.dtype)
 
     def log_prob_each(self, x: Tensor, context: Context | None = None) -> Tensor:
         """The terms of `log_prob`, ``(batch, n)``; 0 for entries that are absent or known.
@@ -327,14 +338,15 @@ class Walk(Distribution):
         known = self._begin(len(x), x.shape[1], context, x.device)
         each = torch.zeros(x.shape[:2], device=x.device)
         for call in range(self.needed(x.shape[1], context)):
-            drawn, logits = self.step(call, x, known, context)
-            log_p, seen = logits.log_softmax(-1), x[drawn]
+            places, drawn, logits = self.entries(call, x, known, context)
+            log_p = logits.log_softmax(-1)
             if x.is_floating_point():
-                terms = (seen * log_p).sum(-1)
+                terms = (_at(x, places) * log_p).sum(-1)
             else:
-                terms = log_p.gather(-1, seen[:, None]).squeeze(-1)
-            each = each.to(terms.dtype).masked_scatter(drawn, terms)
-            known = known | drawn
+                terms = log_p.gather(-1, x.gather(1, places)[..., None]).squeeze(-1)
+            each = each.to(terms.dtype)
+            each = each.scatter(1, places, torch.where(drawn, terms, each.gather(1, places)))
+            known = known.scatter(1, places, drawn | known.gather(1, places))
         return each
 
 
@@ -359,7 +371,8 @@ class Ordered(Walk):
             raise ValueError(f"num_calls is for orders with one lane, found {order.shape[1]} lanes")
         super().__init__(model, len(order) if num_calls is None else num_calls)
         self.merged = num_calls is not None
-        self.register_buffer("rank", _ranks(order, model.dim))
+        self.register_buffer("rank", ranks(order, model.dim))
+        self._placed: Memo[tuple[Tensor, list[Tensor], list[Tensor]]] = Memo()
 
     def calls(self, context: Context | None = None) -> Tensor:
         """The call that draws each entry, int64 (dim,); -1 for an entry that the context knows.
@@ -380,24 +393,43 @@ class Ordered(Walk):
         else:
             number = int(hidden.sum())
             rows = self.lay(number, min(number, self.num_calls)).to(hidden.device)
-            places = _ranks(rows, number)
+            places = ranks(rows, number)
         return torch.full_like(hidden, -1, dtype=torch.int64).masked_scatter(hidden, places)
 
     def needed(self, length: int, context: Context | None = None) -> int:
         """See `Walk.needed`."""
-        return int(self.calls(context)[:length].max()) + 1
+        return int(self._by_call(context)[0][:length].max()) + 1
 
-    def step(self, call: int, x: Tensor, known: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
-        """See `Walk.step`."""
-        drawn = (self.calls(context)[: x.shape[1]] == call) & ~known
-        mask = present(context, *x.shape[:2], takes_known=True)
-        drawn = drawn if mask is None else drawn & mask
-        return drawn, self.model.logits(x, known, context)[drawn]
+    def _by_call(self, context: Context | None) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """The call of each entry, and the places of each call, on the CPU; the places on the device.
+
+        The device is waited for once for an order.
+        """
+        before = known_in(context)
+        depends_on = [self.rank, self.model.costs, *([] if before is None else [before.mask])]
+
+        def placed() -> tuple[Tensor, list[Tensor], list[Tensor]]:
+            calls = self.calls(context).cpu()
+            places = [(calls == call).nonzero().flatten() for call in range(self.num_calls)]
+            moved = torch.cat(places).to(self.rank.device).split([len(part) for part in places])
+            return calls, places, list(moved)
+
+        return self._placed(placed, *depends_on, key=len(depends_on))
+
+    def entries(self, call: int, x: Tensor, known: Tensor, context: Context | None) -> Entries:
+        """See `Walk.entries`."""
+        batch, n = x.shape[:2]
+        _, places, moved = self._by_call(context)
+        at = moved[call][: int((places[call] < n).sum())].expand(batch, -1)
+        mask = present(context, batch, n, takes_known=True)
+        drawn = ~known.gather(1, at)
+        drawn = drawn if mask is None else drawn & mask.gather(1, at)
+        return at, drawn, _at(self.model.logits(x, known, context), at)
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact nats (batch,) of symbols ``(batch, n)`` or rows ``(batch, n, K)``, several calls at once."""
         terms = self.log_prob_each(x, context)
-        return terms.sum(1, dtype=torch.float64).to(terms.dtype)
+        return terms.sum(1, dtype=widest(x.device)).to(terms.dtype)
 
     def log_prob_each(self, x: Tensor, context: Context | None = None) -> Tensor:
         """See `Walk.log_prob_each`; several calls at once."""
@@ -406,12 +438,9 @@ class Ordered(Walk):
         return self.model.terms_along(x, calls, self.needed(x.shape[1], context), context)
 
 
-def _ranks(order: Tensor, dim: int) -> Tensor:
-    """The row of ``order``, int64 ``(G, S)``, in which each position stands, int64 ``(dim,)``."""
-    row = torch.arange(len(order), device=order.device)[:, None].expand_as(order)
-    rank = torch.empty(dim, dtype=torch.int64, device=order.device)
-    rank[order[order < dim]] = row[order < dim]
-    return rank
+def _at(values: Tensor, places: Tensor) -> Tensor:
+    """The rows ``(batch, m, K)`` of ``values`` ``(batch, n, K)`` at places ``(batch, m)``."""
+    return values.gather(1, places[..., None].expand(-1, -1, values.shape[-1]))
 
 
 class Confident(Walk):
@@ -437,13 +466,15 @@ class Confident(Walk):
         super().__init__(model, num_calls)
         self.measured = measured
 
-    def step(self, call: int, x: Tensor, known: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
-        """See `Walk.step`."""
-        n, dim = x.shape[1], self.model.dim
+    def _done(self, calls: int) -> int:
+        """Entries of a whole sequence that are drawn after so many calls."""
         if self.measured:
-            done = int(self.model.sizes(self.num_calls)[: call + 1].sum())
-        else:
-            done = -(-dim * (call + 1) // self.num_calls)
+            return int(self.model.sizes(self.num_calls)[:calls].sum())
+        return -(-self.model.dim * calls // self.num_calls)
+
+    def entries(self, call: int, x: Tensor, known: Tensor, context: Context | None) -> Entries:
+        """See `Walk.entries`."""
+        n, dim, done = x.shape[1], self.model.dim, self._done(call + 1)
         mask, lengths = present(context, len(x), n, takes_known=True), lengths_in(context)
         count = torch.full((len(x),), n, device=x.device) if lengths is None else lengths
         hidden = ~known if mask is None else ~known & mask
@@ -459,42 +490,8 @@ class Confident(Walk):
         segments = F.pad(entropy, (0, -n % self.num_calls), value=math.inf).unflatten(1, (-1, self.num_calls))
         place = segments.argsort(dim=2, stable=True).argsort(2).flatten(1)[:, :n]
         overall = entropy.argsort(dim=1, stable=True).argsort(1)
-        rank = (place * n + overall).masked_fill(~hidden, n * n).argsort(dim=1, stable=True).argsort(1)
-        drawn = (rank < quota[:, None]) & hidden
-        return drawn, logits[drawn]
-
-
-def schedule(costs: Tensor, num_calls: int) -> Tensor:
-    """How many entries each call should draw, int64 (num_calls,), at least one each, by dynamic programming.
-
-    Drawing k entries once t are known costs k * L_t. The L_t are sorted first: without noise they could only
-    fall as more entries are known. Hoogeboom et al. 2022, section 3 and appendix A.2.
-
-    Args:
-        costs: L_t for t = 0..dim-1, floating (dim,).
-        num_calls: in 1..dim.
-
-    >>> schedule(torch.tensor([3.0, 1.0, 1.0, 1.0]), 2)
-    tensor([1, 3])
-    """
-    dim = len(costs)
-    if costs.ndim != 1 or not costs.is_floating_point() or not 1 <= num_calls <= dim:
-        raise ValueError(
-            f"a schedule takes floating costs (dim,) and 1..dim calls, found {tuple(costs.shape)} "
-            f"{costs.dtype} and {num_calls}"
-        )
-    line = torch.arange(dim + 1)
-    level = costs.detach().double().cpu().sort(descending=True).values
-    # step[t, s]: from t known entries to s by one call.
-    step = (line - line[:dim, None]) * level[:, None]
-    step = step.masked_fill(line <= line[:dim, None], math.inf)
-    best, choices = torch.full((dim + 1,), math.inf, dtype=torch.float64), []
-    best[0] = 0
-    for _ in range(num_calls):
-        least = (best[:dim, None] + step).min(0)
-        best = least.values
-        choices.append(least.indices)
-    ends = [dim]
-    for choice in reversed(choices):
-        ends.append(int(choice[ends[-1]]))
-    return torch.tensor(ends[::-1]).diff()
+        ranked = (place * n + overall).masked_fill(~hidden, n * n).argsort(dim=1, stable=True)
+        # No sequence has a quota beyond that of a whole one of which nothing is known.
+        most = min(n, done - self._done(call))
+        at, rank = ranked[:, :most].sort(1)
+        return at, (rank < quota[:, None]) & hidden.gather(1, at), _at(logits, at)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dflow.core import Context, Distribution, lengths_in, noise_in, present, span_in
 from dflow.distributions.conditional import Conditional, check_rows
+from dflow.ops.devices import float64, widen, widest
 from dflow.ops.memo import Memo
 from dflow.ops.modular import check_alphabet, symbols
 from dflow.ops.noise import COMPONENTS
@@ -91,9 +92,9 @@ class Categorical(Distribution):
     def log_law(self) -> Tensor:
         """``log b``, float64 ``(n_classes, K)``, ``peak`` included."""
         if self.learned:
-            law = torch.log_softmax(self.logits.double(), -1)
+            law = torch.log_softmax(widen(self.logits), -1)
         else:
-            counts = self.counts.double()
+            counts = widen(self.counts)
             prior = 0.5 if self.lay is None else self.K / 2 * _smoothed(counts.sum(0))
             law = torch.log((counts + prior) / (counts.sum(-1, keepdim=True) + self.K / 2))
         if self.peak == 0:
@@ -159,10 +160,10 @@ class Categorical(Distribution):
         n = check_entries(z, span_in(context, self.dim)[1], self.K)
         index = (self.classes_in(context) * self.K + symbols(z)).flatten()
         mask = present(context, len(z), n)
-        if mask is not None:
-            index = index[mask.flatten()]
-        counts = torch.bincount(index, minlength=self.n_classes * self.K)
-        return counts.view(self.n_classes, self.K).to(self._dtype())
+        # Sums of ones are exact, and the device is not asked how many there are.
+        ones = index.new_ones(len(index)) if mask is None else mask.flatten()
+        counts = torch.zeros(self.n_classes * self.K, dtype=self._dtype(), device=index.device)
+        return counts.index_add_(0, index, ones.to(counts.dtype)).view(self.n_classes, self.K)
 
     @torch.no_grad()
     def update(self, counts: Tensor, momentum: float) -> None:
@@ -195,7 +196,7 @@ class Categorical(Distribution):
         Raises:
             ValueError: no law over K symbols, or a weight that is not positive.
         """
-        counts = smoothed_counts(marginals, self.K, weight).to(self.classes.device)
+        counts = smoothed_counts(marginals, self.K, weight)
         if self.learned:
             self.logits.copy_(torch.log((counts + 0.5) / (weight + self.K / 2)))
         else:
@@ -235,15 +236,15 @@ class Mixture(Distribution):
         Raises:
             ValueError: no law over K symbols, or a weight that is not positive.
         """
-        counts = smoothed_counts(marginals, self.K, weight).to(self.logits.device)
-        start = torch.log((counts + 0.5) / (weight + self.K / 2)).to(self.logits.dtype)
+        counts = smoothed_counts(marginals, self.K, weight)
+        start = torch.log((counts + 0.5) / (weight + self.K / 2)).to(self.logits)
         self.logits.copy_(start + 0.1 * torch.randn_like(self.logits))
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact log-likelihood in nats, ``(batch,)``; dtypes as in `Categorical.log_prob`."""
         start, n = span_in(context, self.dim)
         check_entries(x, n, self.K)
-        law = torch.log_softmax(self.logits[:, start : start + n].double(), -1)
+        law = torch.log_softmax(widen(self.logits[:, start : start + n]), -1)
         mask = present(context, len(x), n)
         if x.is_floating_point():
             # (batch, components, dim) would be the largest tensor of a model: contract in one product.
@@ -255,8 +256,8 @@ class Mixture(Distribution):
             terms = law[:, torch.arange(n, device=x.device), x]
             joint = total(terms, mask).T
             dtype = torch.promote_types(self.logits.dtype, torch.float32)
-        weights = torch.log_softmax(self.weight_logits.double(), -1)
-        return torch.logsumexp(joint.double() + weights, -1).to(dtype)
+        weights = torch.log_softmax(widen(self.weight_logits), -1)
+        return torch.logsumexp(widen(joint) + weights, -1).to(dtype)
 
     @torch.no_grad()
     def sample(
@@ -266,7 +267,7 @@ class Mixture(Distribution):
         noise = noise_in(context, n, generator, self.logits.device)
         rows = torch.arange(n, device=self.logits.device)
         gumbel = noise.gumbel(rows, torch.zeros_like(rows), self.components, COMPONENTS)
-        component = (self.weight_logits.double() + gumbel).argmax(-1)
+        component = (widen(self.weight_logits) + gumbel).argmax(-1)
         start, number = span_in(context, self.dim)
         logits = self.logits[component, start : start + number]
         x = draw_all(logits, n, Context(noise=noise), None)
@@ -321,7 +322,7 @@ def draw_all(logits: Tensor, n: int, context: Context | None, generator: torch.G
     """``n`` draws, int64 ``(n, dim)``, of independent entries with logits ``(dim, K)`` or ``(n, dim, K)``."""
     lengths_in(context)
     if context is None or context.noise is None:
-        law = logits.double().softmax(-1)
+        law = widen(logits).softmax(-1)
         if law.ndim == 2:
             return law.multinomial(n, replacement=True, generator=generator).T
         return law.flatten(0, 1).multinomial(1, generator=generator).view(law.shape[:2])
@@ -356,7 +357,7 @@ def total(terms: Tensor, mask: Tensor | None) -> Tensor:
     """Sum over the last axis in float64, of the present entries."""
     if mask is not None:
         terms = torch.where(mask, terms, 0)
-    return terms.sum(-1, dtype=torch.float64)
+    return terms.sum(-1, dtype=widest(terms.device))
 
 
 def clear_absent(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -366,7 +367,7 @@ def clear_absent(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def smoothed_counts(marginals: Tensor, K: int, weight: float) -> Tensor:
     """``weight * marginals``, float64 ``(K,)``; ValueError unless marginals are a law over K symbols."""
-    law = marginals.double()
+    law = float64(marginals)
     if law.shape != (K,) or not (law >= 0).all() or abs(float(law.sum()) - 1) > 1e-6:
         raise ValueError(f"marginals must be {K} probabilities that sum to 1, found {marginals.tolist()}")
     if not weight > 0:

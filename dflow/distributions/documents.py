@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dflow.config import InputError
 from dflow.core import Context, Distribution, Known, known_in, lengths_in, noise_in
+from dflow.ops.devices import widen, widest
 
 #: Windows that are scored together hold at most so many entries.
 _ENTRIES = 1 << 14
@@ -52,17 +53,17 @@ class Documents(Distribution):
         """Exact nats ``(batch,)`` of those of the symbols, int64 ``(batch, n)``, that are not known."""
         if self.by_entry:
             return self.log_prob_each(x, context).sum(1)
-        total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        total = torch.zeros(len(x), dtype=widest(x.device), device=x.device)
         for _, _, windows in self._together(x, context):
-            terms = self.law.log_prob(windows.symbols, Context(known=windows)).double()
+            terms = widen(self.law.log_prob(windows.symbols, Context(known=windows)))
             total += terms.view(-1, len(x)).sum(0)
         return total
 
     def log_prob_each(self, x: Tensor, context: Context | None = None) -> Tensor:
         """The terms of `log_prob`, float64 ``(batch, n)``; 0 for symbols that are known."""
-        each = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+        each = torch.zeros(x.shape, dtype=widest(x.device), device=x.device)
         for starts, before, windows in self._together(x, context):
-            terms = self.law.log_prob_each(windows.symbols, Context(known=windows)).double()
+            terms = widen(self.law.log_prob_each(windows.symbols, Context(known=windows)))
             for start, chunk in zip(starts, terms.split(len(x)), strict=True):
                 each[:, start + before : start + chunk.shape[1]] = chunk[:, before:]
         return each

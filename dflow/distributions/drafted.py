@@ -24,6 +24,7 @@ from torch import Tensor
 from dflow.config import InputError
 from dflow.core import Context, Distribution, known_in, lengths_in, noise_in, present
 from dflow.distributions.sequence import SequenceCategorical
+from dflow.ops.devices import widen
 from dflow.ops.memo import Memo
 from dflow.ops.noise import Controls
 
@@ -86,7 +87,7 @@ class OpenDraws:
         else:
             rows = torch.arange(len(begins), device=logits.device)[:, None]
             noise = self.gumbel[rows, self._places(begins, width) - self.known]
-        return (self._controlled(logits.double()) + noise).argmax(-1)
+        return (self._controlled(widen(logits)) + noise).argmax(-1)
 
     def draw_one(self, logits: Tensor, row: int, place: int) -> int:
         """The symbol of one law with ``logits`` (K,), of the entry at ``place`` of a sequence."""

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from dflow.core import Context, Distribution, conditioned, only_given
 from dflow.distributions.categorical import check_classes
 from dflow.distributions.conditional import Conditional, check_rows
+from dflow.ops.devices import float64, widen, widest
 from dflow.ops.precision import at_least_float32
 
 #: Limits of log scales. Below the lower one a bin away from loc has less than exp(-80000) of the mass.
@@ -106,7 +107,7 @@ class Logistics(Distribution):
         loc, _, *log_weights = self.params(context)
         if log_weights:
             loc = (loc * log_weights[0].exp()).sum(-1)
-        return loc.double().round().long()
+        return widen(loc).round().long()
 
     @abstractmethod
     def _raw(self, context: Context | None) -> Tensor:
@@ -156,7 +157,7 @@ class Logistics(Distribution):
             terms = log_mass(entries, loc, log_scale)
         else:
             terms = torch.logsumexp(log_mass(entries[..., None], loc, log_scale) + log_weights[0], -1)
-        return terms.sum(-1, dtype=torch.float64).to(x.dtype if x.is_floating_point() else loc.dtype)
+        return terms.sum(-1, dtype=widest(x.device)).to(x.dtype if x.is_floating_point() else loc.dtype)
 
     @torch.no_grad()
     def sample(
@@ -169,14 +170,13 @@ class Logistics(Distribution):
         shape = (n, *loc.shape[1:])
         if log_weights:
             # The exponential variable with the smallest value wins; its rate is the weight of the component.
-            clocks = torch.empty(shape, dtype=torch.float64, device=loc.device)
+            clocks = torch.empty(shape, dtype=widest(loc.device), device=loc.device)
             chosen = (log_weights[0] - clocks.exponential_(generator=generator).log()).argmax(
                 -1, keepdim=True
             )
             loc, log_scale = (v.expand(shape).gather(-1, chosen).squeeze(-1) for v in (loc, log_scale))
-        u = torch.rand(n, self.dim, dtype=torch.float64, device=loc.device, generator=generator)
-        scale = log_scale.double().clamp(LEAST, MOST).exp()
-        return (loc + scale * torch.logit(u, 2.0**-54)).round().to(torch.int64)
+        scale = widen(log_scale).clamp(LEAST, MOST).exp()
+        return (loc + scale * _standard((n, self.dim), generator, loc.device)).round().to(torch.int64)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Context | None = None) -> None:
@@ -185,10 +185,10 @@ class Logistics(Distribution):
         Centres and units are the means and the logistic scales of these parts. A unit is at least 1/4 and at
         least 1/16 of its old value, since an entry may be constant in a few rows.
         """
-        rows = x.double().repeat(-(-self.components // len(x)), 1).sort(0).values
+        rows = float64(x).repeat(-(-self.components // len(x)), 1).sort(0).values
         moments = [torch.var_mean(piece, 0, correction=0) for piece in rows.tensor_split(self.components)]
         variance, mean = (torch.stack(moment, 1) for moment in zip(*moments, strict=True))
-        least = (self.unit.double() / 16).clamp_min(0.25)
+        least = (float64(self.unit) / 16).clamp_min(0.25)
         self.centre.copy_(mean)
         self.unit.copy_(torch.maximum(variance.sqrt() * PER_DEVIATION, least))
 
@@ -277,10 +277,22 @@ class ConditionalLogistic(Conditional, Logistics):
         if fit is None:
             return super().initialize(x)
         weight, prediction = fit
-        super().initialize(x - prediction)
+        super().initialize(float64(x) - prediction)
         for buffer in (self.centre, self.unit):
             planes = buffer.view(len(weight), -1, self.components)
             planes.copy_(planes.mean(1, keepdim=True).expand_as(planes))
-        units = self.unit.view(len(weight), -1, self.components)[:, 0].double()
-        self.net.net.lead(weight, 1 / units)  # type: ignore[union-attr, operator]
+        units = self.unit.view(len(weight), -1, self.components)[:, 0]
+        self.net.net.lead(weight, 1 / float64(units))  # type: ignore[union-attr, operator]
         return None
+
+
+def _standard(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Draws of the standard logistic law, in the widest type of the device; finite."""
+    dtype = widest(device)
+    u = torch.rand(shape, dtype=dtype, device=device, generator=generator)
+    if dtype == torch.float64:
+        return torch.logit(u, 2.0**-54)
+    # The law is symmetric: a sign, and one side, whose uniform numbers below 1/2 have 48 bits in two parts.
+    fine, side = (torch.rand(shape, dtype=dtype, device=device, generator=generator) for _ in range(2))
+    tail = ((u + fine * 2.0**-24) / 2).clamp(2.0**-50, 0.5)
+    return torch.where(side < 0.5, 1, -1) * torch.logit(tail)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from dflow.core import Context, Distribution, only_given
 from dflow.distributions.conditional import Conditional, check_rows
+from dflow.ops.devices import float64, widest
 from dflow.ops.normal import LOG_SQRT_2PI, log_interval
 from dflow.ops.precision import at_least_float32, full_precision
 
@@ -57,6 +60,13 @@ class Gaussian(Distribution):
         if not learned:
             self.register_buffer("moments", torch.zeros(self._moments_shape, dtype=torch.float64))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if not self.learned:
+            # Where the device has no float64, the moments are kept in float32; they are still added up in it.
+            device = fn(self.moments.new_zeros((), dtype=torch.float32)).device
+            self.moments = self.moments.to(widest(device))
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+
     def extra_repr(self) -> str:
         """For ``repr``."""
         return f"dim={self.dim}, learned={self.learned}"
@@ -76,7 +86,7 @@ class Gaussian(Distribution):
         with full_precision(v):
             L, centred = L.to(v.dtype), v - loc.to(v.dtype)
             e = centred * L if L.ndim == 1 else centred @ L
-        return e, self.log_diag.sum(dtype=torch.float64)
+        return e, self.log_diag.sum(dtype=widest(v.device))
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact log-density in nats, ``(batch,)``, summed in float64, in the dtype of ``x``."""
@@ -101,7 +111,7 @@ class Gaussian(Distribution):
         weights = v.new_ones(len(v)) if weights is None else weights
         if weights.shape != v.shape[:1]:
             raise ValueError(f"weights have shape {tuple(weights.shape)} for {len(v)} points")
-        return self._moments(v.double(), weights.double())
+        return self._moments(float64(v), float64(weights))
 
     @torch.no_grad()
     def update(self, statistics: Tensor, momentum: float) -> None:
@@ -139,10 +149,10 @@ class Gaussian(Distribution):
             raise ValueError(
                 f"statistics have shape {tuple(statistics.shape)}, expected {self._moments_shape}"
             )
-        weight, total_v, total_square = self._unpack(statistics.double())
+        weight, total_v, total_square = self._unpack(float64(statistics))
         old_weight, old_mean, old_covariance = weight * 0, total_v * 0, total_square * 0
         if momentum:
-            old_weight, old_mean, old_covariance = self._unpack(self.moments.double())
+            old_weight, old_mean, old_covariance = self._unpack(float64(self.moments))
             old_weight = momentum * old_weight
         total = weight + old_weight
         if not (torch.isfinite(statistics).all() and total > 0):
@@ -220,7 +230,7 @@ class Normal(Gaussian):
         # Finite numbers in place of infinity: the gradient for L is a product with the bound.
         far = torch.finfo(lower.dtype).max ** 0.5
         a, b = (self.standardize(bound.clamp(-far, far))[0] for bound in (lower, upper))
-        return log_interval(a, b).sum(-1, dtype=torch.float64).to(lower.dtype)
+        return log_interval(a, b).sum(-1, dtype=widest(lower.device)).to(lower.dtype)
 
     @property
     def _moments_shape(self) -> tuple[int, int]:
@@ -319,7 +329,7 @@ class ConditionalNormal(Conditional):
         if x.shape != loc.shape:
             raise ValueError(f"x has shape {tuple(x.shape)}, the params of the net {tuple(loc.shape)}")
         e = (x - loc) * torch.exp(-log_scale)
-        return (-standard_energy(e) - log_scale.sum(-1, dtype=torch.float64)).to(x.dtype)
+        return (-standard_energy(e) - log_scale.sum(-1, dtype=widest(x.device))).to(x.dtype)
 
     @torch.no_grad()
     def sample(
@@ -368,4 +378,4 @@ class StandardNormal(Distribution):
 
 def standard_energy(e: Tensor) -> Tensor:
     """``-log`` of the standard normal density of each row of ``e``, in nats, float64 ``(batch,)``."""
-    return (0.5 * e.square() + LOG_SQRT_2PI).sum(-1, dtype=torch.float64)
+    return (0.5 * e.square() + LOG_SQRT_2PI).sum(-1, dtype=widest(e.device))

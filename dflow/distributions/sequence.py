@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from dflow.config import InputError
 from dflow.core import Context, Distribution, Known, known_in, lengths_in, noise_in, present
+from dflow.ops.devices import widest
 from dflow.ops.memo import Memo
 from dflow.ops.orders import check_order
 from dflow.ops.precision import agree, at_least_float32
@@ -73,6 +74,7 @@ class SequenceCategorical(Distribution):
         #: Whether the order differs from the one that the network was built with, so that it needs a plan.
         self._planned = False
         self._plan: Memo[Any] = Memo()
+        self._rows: Memo[tuple[list[Tensor], list[int]]] = Memo()
         self._among: Memo[SequenceCategorical] = Memo()
         #: Entries that are known, bool (dim,): they are neither scored nor drawn.
         self._mask: Tensor | None = None
@@ -273,9 +275,14 @@ class SequenceCategorical(Distribution):
 
     def _drawn(self, length: int) -> list[Tensor]:
         """Positions of each row, up to the last that holds one below ``length``: later ones need no call."""
-        needed = (self.order < length).any(1).nonzero()
-        rows = self.order[: int(needed.max()) + 1 if len(needed) else 0]
-        return [row[row < self.dim] for row in rows]
+        rows, lasts = self._rows(self._rows_of_order, self.order)
+        return rows[: max((i + 1 for i, least in enumerate(lasts) if least < length), default=0)]
+
+    def _rows_of_order(self) -> tuple[list[Tensor], list[int]]:
+        """The positions of each row, and the least of them; the device is waited for once for an order."""
+        rows = [row[row < self.dim] for row in self.order.cpu()]
+        positions = torch.cat(rows).to(self.order.device).split([len(row) for row in rows])
+        return list(positions), [int(row.min()) for row in rows]
 
     @torch.no_grad()
     def log_prob_by_steps(self, x: Tensor, context: Context | None = None) -> Tensor:
@@ -291,7 +298,7 @@ class SequenceCategorical(Distribution):
         state = self.net.start(len(x), trimmed, *self._extra())
         previous = None
         x = F.pad(x, (0, self.dim - x.shape[1]))
-        total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        total = torch.zeros(len(x), dtype=widest(x.device), device=x.device)
         for row in self._drawn(int(limit.max())):
             log_p = at_least_float32(self.net.step(previous, state)).log_softmax(-1)
             previous = x[:, row]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dflow.core import Context, Distribution, noise_in, present
 from dflow.distributions.categorical import clear_absent
+from dflow.ops.devices import widen, widest
 from dflow.ops.noise import Noise
 from dflow.ops.precision import agree
 
@@ -79,11 +80,11 @@ class Stepwise(Distribution):
         """`log_prob` of symbols ``(n, dim)``, from the logits that `steps` yields, float64 ``(n,)``."""
         mask = present(context, len(x), self.dim)
         line = clear_absent(x, mask).flatten()
-        total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        total = torch.zeros(len(x), dtype=widest(x.device), device=x.device)
 
         def score(places: Tensor, logits: Tensor) -> Tensor:
             symbols = line[places]
-            terms = logits.double().log_softmax(-1).gather(-1, symbols[:, None]).flatten()
+            terms = widen(logits).log_softmax(-1).gather(-1, symbols[:, None]).flatten()
             if mask is not None:
                 terms = torch.where(mask.flatten()[places], terms, 0.0)
             total.index_add_(0, places // self.dim, terms)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from dflow.core import Context, only_given
 from dflow.distributions.conditional import Conditional, check_rows
 from dflow.distributions.logistic import check_numbers
+from dflow.ops.devices import float64, widen, widest
+from dflow.ops.memo import Memo
 
 #: Most integers that a window holds.
 MOST = 1024
@@ -60,6 +62,7 @@ class ConditionalWindow(Conditional):
         self.net, self.dim, self.K = net, len(low), K
         self.register_buffer("low", low.clone())
         self.register_buffer("start", torch.zeros(K + 2))
+        self._common: Memo[int] = Memo()
 
     def extra_repr(self) -> str:
         """For ``repr``."""
@@ -68,7 +71,7 @@ class ConditionalWindow(Conditional):
     @property
     def common(self) -> int:
         """The most frequent symbol, that of the largest ``start``: one logit decides whether it is drawn."""
-        return int(self.start.argmax())
+        return self._common(lambda: int(self.start.argmax()), self.start)
 
     def logits(self, context: Context | None) -> Tensor:
         """Logits of the symbols, ``(batch, dim, K + 2)``, at least float32."""
@@ -76,7 +79,7 @@ class ConditionalWindow(Conditional):
 
     def law(self, context: Context | None) -> Tensor:
         """Probabilities of the symbols, float64 ``(batch, dim, K + 2)``."""
-        logits, c = self.logits(context).double(), self.common
+        logits, c = widen(self.logits(context)), self.common
         common = logits[..., c].sigmoid()
         law = _without(logits, c).softmax(-1) * (1 - common)[..., None]
         law[..., c] = common
@@ -120,10 +123,10 @@ class ConditionalWindow(Conditional):
             is_common, 0, others
         )
         beyond = (symbol == 0) | (symbol == self.K + 1)
-        # The exponent of a float64 is exact for integers below 2^53.
-        q = torch.frexp((far + 1).double()).exponent - 1
-        tails = torch.where(beyond, -math.log(2) * (2 * q + 1).double(), 0)
-        total = (terms.double() + tails).sum(-1)
+        # The exponent is exact for integers below 2^53, in float32 below 2^24.
+        q = torch.frexp(widen(far + 1)).exponent - 1
+        tails = torch.where(beyond, -math.log(2) * widen(2 * q + 1), 0)
+        total = (widen(terms) + tails).sum(-1)
         return total.to(x.dtype if x.is_floating_point() else logits.dtype)
 
     @torch.no_grad()
@@ -134,7 +137,7 @@ class ConditionalWindow(Conditional):
         law = self.law(context)
         check_rows(n, len(law))
         symbol = law.flatten(0, 1).multinomial(1, generator=generator).view(law.shape[:2])
-        u = torch.rand(n, self.dim, 2, dtype=torch.float64, device=law.device, generator=generator)
+        u = torch.rand(n, self.dim, 2, dtype=law.dtype, device=law.device, generator=generator)
         # q is geometric, and the integers of one q have equal probability; none beyond 2^53 is drawn.
         q = (-torch.log2(1 - u[..., 0])).floor().clamp(0, 52)
         far = torch.floor((1 + u[..., 1]) * 2**q).long() - 1
@@ -149,7 +152,7 @@ class ConditionalWindow(Conditional):
         Computed for a few rows of the context at a time, since each has many logits.
         """
         size = max(1, _LOGITS // (self.dim * (self.K + 2)))
-        values = torch.arange(self.K, dtype=torch.float64, device=self.low.device)
+        values = torch.arange(self.K, dtype=widest(self.low.device), device=self.low.device)
         means = []
         for start in range(0, len(context.given[0]) if context and context.given else 1, size):
             law = self.law(context and context.rows(start, start + size))[..., 1:-1]
@@ -165,7 +168,7 @@ class ConditionalWindow(Conditional):
         Counts are smoothed by 1/2 (Krichevsky and Trofimov 1981).
         """
         symbol, _ = self.symbols(x.long())
-        counts = torch.bincount(symbol.flatten(), minlength=self.K + 2).double() + 0.5
+        counts = float64(torch.bincount(symbol.flatten(), minlength=self.K + 2)) + 0.5
         share, c = counts / counts.sum(), int(counts.argmax())
         start = share.log()
         # Log-odds are at least the log of the share, so that this stays the largest start.

@@ -43,7 +43,7 @@ class Discrete(Elementwise):
             z like ``x``, and log_det, zeros ``(batch, dim)``.
 
         Raises:
-            ValueError: wrong shapes or dtype, or a symbol outside 0..K-1.
+            ValueError: wrong shapes or dtype; on the CPU, a symbol outside 0..K-1.
         """
         return self._map(x, params, True)
 
@@ -67,9 +67,10 @@ class Discrete(Elementwise):
         if rows:
             z = self._rows(x, params, to_latent)
         else:
-            # Only data come from the user; latents come from a base over the same K symbols. What is compiled
-            # reads no values: whoever compiles checks the data before, as models do.
-            check = to_latent and not torch.compiler.is_compiling()
+            # Only data come from the user; latents come from a base over the same K symbols. Looking at them
+            # would wait for an accelerator, at every layer. What is compiled reads no values: models check
+            # the data before.
+            check = to_latent and x.device.type == "cpu" and not torch.compiler.is_compiling()
             if check and x.numel() and (int(x.min()) < 0 or int(x.max()) >= self.K):
                 raise ValueError(f"symbols lie in 0..{self.K - 1}, found {int(x.min())}..{int(x.max())}")
             z = self._symbols(x, params.detach(), to_latent)

@@ -184,10 +184,10 @@ def total(
 
 def _sums(rows: Rows, names: tuple[str, ...]) -> Tensor:
     """The sums of `Totals` over a batch, float64 ``(3 + 3 * names,)`` on the CPU."""
-    values = torch.stack([rows.values[name].double().cpu() for name in names])
+    values = torch.stack([rows.values[name].cpu().double() for name in names])
     ones = torch.ones(values.shape[1], dtype=torch.float64)
-    weights = ones if rows.weights is None else rows.weights.double().cpu()
-    sizes = ones if rows.sizes is None else rows.sizes.double().cpu()
+    weights = ones if rows.weights is None else rows.weights.cpu().double()
+    sizes = ones if rows.sizes is None else rows.sizes.cpu().double()
     figures = torch.stack([values, values**2, values * sizes], 1).flatten(0, 1)
     return (torch.cat([torch.stack([ones, sizes, sizes**2]), figures]) * weights).sum(1)
 

@@ -14,6 +14,7 @@ from dflow.config import InputError
 from dflow.data import ImageSet, Samples
 from dflow.evaluate.driver import Rows, Scorer, check_positive, total
 from dflow.hf import DflowImageModel
+from dflow.ops.devices import WITHOUT_FLOAT64, moved
 
 #: A row that occurs more often is scored this often, and counts as often as it occurs.
 _REPEATS = 32
@@ -100,7 +101,7 @@ def evaluate_images(
     scored 32 times with new draws each; the expectation is the same.
 
     Args:
-        model: scored in a copy of the precision asked for.
+        model: scored in a copy of the precision asked for; on the CPU in float64 where its device has none.
         data: a split.
         unit: "bits a dimension", or "bits" for those of a whole datum.
         draws: K.
@@ -173,7 +174,7 @@ class _Estimates(Scorer):
     def _batch(self, rows: slice) -> tuple[Tensor, torch.Generator]:
         """Rows on the device of the model, and the randomness of their draws."""
         x = self.values[rows]
-        x = self.model.check((x if x.is_floating_point() else x.long()).to(self.model.device))
+        x = self.model.check(moved(x if x.is_floating_point() else x.long(), self.model.device))
         return x, torch.Generator(x.device).manual_seed(self.seed + rows.start)
 
 
@@ -219,7 +220,7 @@ def evaluate_exact(
     P sums to 1 over all integers, not over the range of the data.
 
     Args:
-        model: scored in a copy of the precision asked for.
+        model: scored in a copy of the precision asked for; on the CPU in float64 where its device has none.
         data: a split.
         unit: "bits a dimension", or "bits" for those of a whole datum.
         batch_size: number of data a pass, on each process.
@@ -268,9 +269,11 @@ class _LikelihoodScorer(Scorer):
 
 
 def _copy(model: DflowImageModel, precision: torch.dtype) -> DflowImageModel:
-    """A copy of the model in another precision."""
-    copied: DflowImageModel = nn.Module.to(copy.deepcopy(model), precision)
-    return copied
+    """A copy of the model in another precision; on the CPU where its device has none such."""
+    copied = copy.deepcopy(model)
+    if precision == torch.float64 and model.device.type in WITHOUT_FLOAT64:
+        copied = copied.cpu()
+    return nn.Module.to(copied, precision)
 
 
 def _distinct(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -108,7 +108,7 @@ def evaluate_labels(
         torch.manual_seed(seed)
         for name, net in _networks(model, estimated_on, drawn, generator):
             # float64, in which no probability of a soft-max is 0 for want of digits.
-            batches = [net(batch.to(device)).double().softmax(1).cpu() for batch in x.split(batch_size)]
+            batches = [net(batch.to(device)).cpu().double().softmax(1) for batch in x.split(batch_size)]
             predicted.append((name, torch.cat(batches)))
             bar.update()
     named = [(name, probabilities) for name, probabilities in predicted if name]

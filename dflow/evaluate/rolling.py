@@ -18,6 +18,7 @@ from dflow.evaluate.driver import Rows, Scorer
 from dflow.hf import DflowModel
 from dflow.hf.counts import counted, patterns_in
 from dflow.nn.lstm import LSTM, Carried
+from dflow.ops.devices import widen
 from dflow.ops.precision import agree
 
 
@@ -245,7 +246,7 @@ class _StreamScorer(Rolling):
         x = ids[ids >= 0].to(self.model.device)[None]
         logits, self.carried = self.net.carry(x, self.carried)
         nats = torch.zeros(len(ids), dtype=torch.float64)
-        nats[: x.shape[1]] = F.cross_entropy(logits[0].double(), x[0], reduction="none").cpu()
+        nats[: x.shape[1]] = F.cross_entropy(widen(logits[0]), x[0], reduction="none").cpu()
         pieces = nats.view(-1, self.length).sum(1)
         checked = self.scored[rows]
         checked.copy_(pieces[: len(checked)])
@@ -260,7 +261,7 @@ class _StreamScorer(Rolling):
             if i and i % self.length == 0:
                 self._count(rows.start + i // self.length - 1)
             logits = self.net.step(self.drawn, self.drawing)[0, 0]
-            stepped.view(-1)[i] = F.cross_entropy(logits.double(), symbol)
+            stepped.view(-1)[i] = F.cross_entropy(widen(logits), symbol)
             self.drawn = symbol.view(1, 1)
         self._count(rows.stop - 1)
         return agree(stepped.sum(1), self.scored[rows], self.net)

@@ -275,11 +275,11 @@ class _Outcomes(Scorer):
         self.weights = None if probabilities is None else self.num_rows * probabilities
         log_p = None if self.listed else law.log_prob(self.x)
         self.offset = torch.zeros(1) if log_p is None else log_p + (law.entropy or 0.0)
-        self.offset = self.offset.double().expand(self.num_rows)
+        self.offset = self.offset.cpu().double().expand(self.num_rows)
         self.num_checks = min(checks, len(self.draws))
 
     def score(self, rows: slice) -> Rows:
-        nats = -self.model.log_prob(self.x[rows].to(self.model.device)).double().cpu()
+        nats = -self.model.log_prob(self.x[rows].to(self.model.device)).cpu().double()
         weights = None if self.weights is None else self.weights[rows]
         return Rows({"nats": nats + self.offset[rows]}, weights=weights)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dflow.config import InputError
 from dflow.core import Around, Context, Distribution, known_in, lengths_in
+from dflow.ops.memo import Memo
 
 
 class Infilled(Distribution):
@@ -32,6 +33,8 @@ class Infilled(Distribution):
     def __init__(self, law: Distribution, length: int, first: Callable[[int], int] | None = None) -> None:
         super().__init__()
         self.law, self.length, self.first = law, length, first
+        #: The mask of before, as long as it is the same: the layers inside then need not compare it too.
+        self._mask: Memo[Tensor] = Memo()
 
     def within(self, context: Context | None, n: int | None = None) -> Context:
         """The context of the law inside, for a sequence of n entries, known and hidden.
@@ -46,6 +49,8 @@ class Infilled(Distribution):
             mask = known.mask
         if n not in (None, len(mask)):
             raise InputError(f"known entries of a sequence of {len(mask)} entries, for one of {n}")
+        if not torch.compiler.is_compiling():
+            mask = self._mask(mask.clone, mask)
         places = (~mask).nonzero().flatten()
         if not len(places):
             raise InputError("every entry is known, so that there is nothing to score or to draw")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dflow.core import Context, Distribution, agreed, lengths_in, present, span_in
+from dflow.ops.memo import Memo
 
 
 class Split(Distribution):
@@ -44,6 +45,7 @@ class Split(Distribution):
         self.base = base
         self.register_buffer("kept_index", mask.nonzero().flatten())
         self.register_buffer("rest_index", (~mask).nonzero().flatten())
+        self._span: Memo[tuple[Tensor, Tensor, int, int]] = Memo()
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact log-likelihood in nats, ``(batch,)``."""
@@ -56,18 +58,23 @@ class Split(Distribution):
         if x.shape[1] != n:
             raise ValueError(f"expected {n} entries, found x of shape {tuple(x.shape)}")
         present(context, len(x), n)
-        kept, rest = self._places(start, n)
+        kept, rest, _, _ = self._places(start, n)
         x_a, x_b = x.index_select(1, kept), x.index_select(1, rest)
         of_base, of_conditional = self.contexts(x_a, context)
         return (x_a, of_base), (x_b, of_conditional)
 
-    def _places(self, start: int, n: int) -> tuple[Tensor, Tensor]:
-        """Kept and other entries among the n from ``start`` on, counted from there."""
-        if n == self.dim:
-            return self.kept_index, self.rest_index
+    def _places(self, start: int, n: int) -> tuple[Tensor, Tensor, int, int]:
+        """Kept and other entries among the n from ``start`` on, counted from there; those before them."""
         both = self.kept_index, self.rest_index
-        kept, rest = (index[(index >= start) & (index < start + n)] - start for index in both)
-        return kept, rest
+        if n == self.dim:
+            return *both, 0, 0
+
+        def places() -> tuple[Tensor, Tensor, int, int]:
+            kept, rest = (index[(index >= start) & (index < start + n)] - start for index in both)
+            kept_before, rest_before = (int((index < start).sum()) for index in both)
+            return kept, rest, kept_before, rest_before
+
+        return self._span(places, *both, key=(start, n))
 
     def sample(
         self, n: int, context: Context | None = None, generator: torch.Generator | None = None
@@ -81,7 +88,7 @@ class Split(Distribution):
     def join(self, x_a: Tensor, x_b: Tensor, context: Context | None = None) -> Tensor:
         """``x`` from its parts: the inverse of `parts`."""
         start, n = span_in(context, self.dim)
-        kept, rest = self._places(start, n)
+        kept, rest, _, _ = self._places(start, n)
         x = x_a.new_empty(len(x_a), n, *x_a.shape[2:])
         return x.index_copy(1, kept, x_a).index_copy(1, rest, x_b)
 
@@ -91,18 +98,19 @@ class Split(Distribution):
         with_kept = given if x_a is None else (x_a, *given)
         start, n = span_in(context, self.dim)
         noise, around = (None, None) if context is None else (context.noise, context.around)
+        kept_places, rest_places, *before = self._places(start, n)
         kept, rest = (
             Context(
                 noise=noise and noise.select(index),
-                around=around and replace(around, number=len(index), start=int((part < start).sum())),
+                around=around and replace(around, number=len(index), start=skipped),
             )
-            for index, part in zip(self._places(start, n), (self.kept_index, self.rest_index), strict=True)
+            for index, skipped in zip((kept_places, rest_places), before, strict=True)
         )
         if lengths is None:
             of_base = context if noise is None and around is None else replace(kept, given=given)
             return of_base, replace(rest, given=with_kept)
         total = lengths.clamp(max=n)
-        num_kept = (self._places(start, n)[0] < total[:, None]).sum(1)
+        num_kept = (kept_places < total[:, None]).sum(1)
         return (
             replace(kept, lengths=num_kept, given=given),
             replace(rest, lengths=total - num_kept, given=(*with_kept, num_kept)),

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from transformers.utils.generic import ModelOutput
 
 from dflow.config import InputError, nearest
+from dflow.ops.devices import widen
 
 F = TypeVar("F", bound=Callable[..., Any])
 Output = TypeVar("Output", bound=ModelOutput)
@@ -151,7 +152,7 @@ def scaled(loss: Tensor, entries: int | Tensor, num_items_in_batch: int | Tensor
     """
     if num_items_in_batch is None:
         return loss
-    return loss * (entries / torch.as_tensor(num_items_in_batch, device=loss.device).double().mean()).to(loss)
+    return loss * (entries / widen(torch.as_tensor(num_items_in_batch, device=loss.device)).mean()).to(loss)
 
 
 def answer(output: Output, return_dict: bool | None, config: PreTrainedConfig) -> Output | tuple[Any, ...]:

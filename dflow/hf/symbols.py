@@ -24,6 +24,7 @@ from dflow.hf.arguments import IGNORED, answer, labels_optional, present_lengths
 from dflow.hf.config import DflowConfig
 from dflow.hf.counts import counted
 from dflow.hf.pretrained import Pretrained
+from dflow.ops.devices import widen
 from dflow.ops.noise import LENGTHS, Noise
 
 
@@ -414,9 +415,9 @@ class DflowModel(Pretrained):
 
     def _length_log_prob(self) -> Tensor:
         """Log-probability of each length from 1, smoothed by half a count (Krichevsky and Trofimov 1981)."""
-        counts = self.length_counts.double() + 0.5
+        counts = widen(self.length_counts) + 0.5
         counts[0] = 0
-        return (counts / counts.sum()).log().to(torch.float64)
+        return (counts / counts.sum()).log()
 
     def _check(self, input_ids: Tensor, lengths: Tensor | None, complete: bool = True) -> None:
         if input_ids.ndim != 2 or input_ids.dtype != torch.int64:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflow.nn.recompute import Recomputable
+from dflow.ops.devices import widest
 from dflow.ops.precision import at_least_float32
 
 
@@ -158,15 +159,13 @@ def rotations(
     numbers rounds in a way that no sequence of real operations repeats (some places of a tensor with a fused
     multiplication, some without), so that a decoder would compute other bits than an older encoder.
     """
-    exponent = torch.arange(0, head_size, 2, dtype=torch.float64) / head_size
-    positions = torch.stack([queries, keys], -1).cpu()
-    angle = positions[..., None].to(torch.float64) * base**-exponent
-    rotation = torch.polar(torch.ones_like(angle), angle)[..., None, :]
-    if dtype != torch.float64:
-        cos, sin = rotation.real, rotation.imag
-        pairs = torch.stack([torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)], -3)
-        rotation = pairs.flatten(-2).to(torch.float32)
-    return rotation.to(queries.device)
+    exponent = torch.arange(0, head_size, 2, device=queries.device, dtype=widest(queries.device)) / head_size
+    angle = torch.stack([queries, keys], -1)[..., None].to(exponent.dtype) * base**-exponent
+    if dtype == torch.float64:
+        return torch.polar(torch.ones_like(angle), angle)[..., None, :]
+    cos, sin = angle.cos()[..., None, :], angle.sin()[..., None, :]
+    pairs = torch.stack([torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)], -3)
+    return pairs.flatten(-2).to(torch.float32)
 
 
 def rotated(x: Tensor, rotation: Tensor) -> Tensor:

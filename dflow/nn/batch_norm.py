@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dflow.nn.flat import check_sizes
 from dflow.nn.moments import Moments
+from dflow.ops.devices import float64
 from dflow.ops.precision import at_least_float32
 
 
@@ -75,14 +76,14 @@ class StochasticBatchNorm(nn.Module):
             ValueError: fewer than two numbers in a channel.
         """
         pairs = [x if isinstance(x, Moments) else Moments(x, x.new_zeros(1, 1)) for x in batches]
-        means = [mean.transpose(0, 1).flatten(1).double() for mean, _ in pairs]
+        means = [float64(mean.transpose(0, 1).flatten(1)) for mean, _ in pairs]
         count = sum(mean.shape[1] for mean in means)
         if count < 2:
             raise ValueError(f"no variance of {count} numbers in a channel; give two or more")
         m = torch.stack([mean.sum(1) for mean in means]).sum(0) / count
         v = torch.zeros_like(m)
         for mean, (_, var) in zip(means, pairs, strict=True):
-            v += (mean - m[:, None]).square().sum(1) + _mean(var).double() * mean.shape[1]
+            v += (mean - m[:, None]).square().sum(1) + float64(_mean(var)) * mean.shape[1]
         self.running_mean.copy_(m)
         self.running_var.copy_(v / (count - 1))
 

@@ -11,6 +11,7 @@ from torch.nn import functional
 from dflow.core import Context
 from dflow.nn.flat import check_levels, check_sizes, flat_input, zero_
 from dflow.nn.recompute import Recomputable
+from dflow.ops.devices import float64
 
 
 class DenseNet(Recomputable):
@@ -132,7 +133,7 @@ class DenseNet(Recomputable):
         rows = self._around(x)
         if len(rows) < 10 * rows.shape[1]:
             return None
-        targets = y.double().unflatten(1, (-1, self.size[0] * self.size[1])).transpose(1, 2).flatten(0, 1)
+        targets = float64(y).unflatten(1, (-1, self.size[0] * self.size[1])).transpose(1, 2).flatten(0, 1)
         ridge = 1e-4 * len(rows) * torch.eye(rows.shape[1], dtype=torch.float64, device=rows.device)
         ridge[-1, -1] = 0
         solution: Tensor = torch.linalg.solve(rows.T @ rows + ridge, rows.T @ targets)
@@ -151,13 +152,13 @@ class DenseNet(Recomputable):
         inputs, count = self.sizes[0] // (self.size[0] * self.size[1]), factor.shape[1]
         maps = factor.T[..., None] * weight
         head = self.head.weight.unflatten(0, (self.num_params, -1))[:count, :, :inputs]
-        head.add_(maps[..., :-1].reshape(head.shape).to(head.dtype))
+        head.add_(maps[..., :-1].reshape(head.shape).to(head))
         bias: Tensor = self.head.bias  # type: ignore[assignment]
-        bias.unflatten(0, (self.num_params, -1))[:count].add_(maps[..., -1].to(head.dtype))
+        bias.unflatten(0, (self.num_params, -1))[:count].add_(maps[..., -1].to(head))
 
     def _around(self, x: Tensor) -> Tensor:
         """Rows of a 3x3 neighbourhood and a one: float64 ``(batch * H * W, in_channels * k + 1)``."""
-        planes = x.double().unflatten(1, (-1, *self.size))
+        planes = float64(x).unflatten(1, (-1, *self.size))
         if self.size == (1, 1):
             rows = planes.flatten(1)
         else:

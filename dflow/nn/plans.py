@@ -6,6 +6,7 @@ reads.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,13 +19,16 @@ from dflow.ops.orders import check_order
 #: Number of classes of distances to the nearest known symbol; each class is half a power of two wide.
 GAPS = 18
 
+#: The least distance of each class but the first, ``2^(k / 2)`` rounded up: integers, exact on every device.
+_EDGES = [math.isqrt((1 << k) - 1) + 1 for k in range(1, GAPS)]
+
 #: The distance where there is no known symbol.
 FAR = 1 << 20
 
 
 def buckets(distances: Tensor) -> Tensor:
-    """Classes 0..GAPS-1 of distances from 1 on: half powers of two."""
-    return (2 * distances.double().log2()).long().clamp(max=GAPS - 1)
+    """Classes 0..GAPS-1 of distances d from 1 on, half powers of two: ``min(floor(2 log2(d)), GAPS - 1)``."""
+    return torch.bucketize(distances, torch.tensor(_EDGES, device=distances.device), right=True)
 
 
 def gap_classes(known: Tensor) -> Tensor:

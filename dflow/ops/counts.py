@@ -7,6 +7,7 @@ are in one table, by 64-bit hashes of theirs, so that one search finds them all.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -171,7 +172,11 @@ class CountTable:
         """The table on a device."""
         if self.keys.device == device:
             return self
-        return CountTable(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
+        # Checked already: on the device, every check would be waited for.
+        moved = copy.copy(self)
+        for name in (*_DTYPES, "starts"):
+            object.__setattr__(moved, name, getattr(self, name).to(device))
+        return moved
 
     def dense(self, keys: Tensor, present: Tensor, K: int) -> Tensor:
         """Counts of all K symbols in contexts, float32 ``(..., K)``; zeros for contexts not in the table.

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dflow.ops.devices import maybe
+
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 
 
@@ -73,7 +75,7 @@ def truncated_quantile(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
     least = torch.minimum(below, above) / 2
     e = torch.copysign(torch.special.ndtri(least), below - above)
     far = least < torch.finfo(e.dtype).tiny
-    if far.any():
+    if maybe(far):
         log_u, log_v = torch.log(u), torch.log1p(-u)
         logs = [
             torch.logaddexp(log_v + torch.special.log_ndtr(s * a), log_u + torch.special.log_ndtr(s * b))
@@ -125,7 +127,7 @@ class _NdtrLogit(torch.autograd.Function):
         log_least = torch.log(least)
         slope = torch.exp(s * s / -2 - LOG_SQRT_2PI) / (least * (1 - least))
         far = s > (12.0 if t.dtype == torch.float32 else 37.0)
-        if far.any():
+        if maybe(far):
             log_least = torch.where(far, torch.special.log_ndtr(-s), log_least)
             slope = torch.where(far, _hazard(-s), slope)
         ctx.save_for_backward(slope)

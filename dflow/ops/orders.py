@@ -9,6 +9,7 @@ lengths that are no multiple of G.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -120,3 +121,47 @@ def check_order(order: Tensor, dim: int) -> None:
 def _check(dim: int, num_groups: int) -> None:
     if not 1 <= num_groups <= dim:
         raise ValueError(f"num_groups must lie in 1..{dim} (the length), found {num_groups}")
+
+
+def ranks(order: Tensor, dim: int) -> Tensor:
+    """The row of ``order``, int64 ``(G, S)``, in which each position stands, int64 ``(dim,)``."""
+    row = torch.arange(len(order), device=order.device)[:, None].expand_as(order)
+    rank = torch.empty(dim, dtype=torch.int64, device=order.device)
+    rank[order[order < dim]] = row[order < dim]
+    return rank
+
+
+def schedule(costs: Tensor, num_calls: int) -> Tensor:
+    """How many entries each call should draw, int64 (num_calls,), at least one each, by dynamic programming.
+
+    Drawing k entries once t are known costs k * L_t. The L_t are sorted first: without noise they could only
+    fall as more entries are known. Hoogeboom et al. 2022, section 3 and appendix A.2.
+
+    Args:
+        costs: L_t for t = 0..dim-1, floating (dim,).
+        num_calls: in 1..dim.
+
+    >>> schedule(torch.tensor([3.0, 1.0, 1.0, 1.0]), 2)
+    tensor([1, 3])
+    """
+    dim = len(costs)
+    if costs.ndim != 1 or not costs.is_floating_point() or not 1 <= num_calls <= dim:
+        raise ValueError(
+            f"a schedule takes floating costs (dim,) and 1..dim calls, found {tuple(costs.shape)} "
+            f"{costs.dtype} and {num_calls}"
+        )
+    line = torch.arange(dim + 1)
+    level = costs.detach().cpu().double().sort(descending=True).values
+    # step[t, s]: from t known entries to s by one call.
+    step = (line - line[:dim, None]) * level[:, None]
+    step = step.masked_fill(line <= line[:dim, None], math.inf)
+    best, choices = torch.full((dim + 1,), math.inf, dtype=torch.float64), []
+    best[0] = 0
+    for _ in range(num_calls):
+        least = (best[:dim, None] + step).min(0)
+        best = least.values
+        choices.append(least.indices)
+    ends = [dim]
+    for choice in reversed(choices):
+        ends.append(int(choice[ends[-1]]))
+    return torch.tensor(ends[::-1]).diff()

@@ -54,4 +54,4 @@ def agree(a: Tensor, b: Tensor, network: nn.Module) -> bool:
     relative, absolute = 1e-4, 1e-3
     if dtype in HALF:
         relative, absolute = torch.finfo(dtype).eps, 16 * torch.finfo(dtype).eps
-    return torch.allclose(a.double(), b.double(), rtol=relative, atol=absolute)
+    return torch.allclose(a.cpu().double(), b.cpu().double(), rtol=relative, atol=absolute)

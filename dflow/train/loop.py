@@ -27,6 +27,7 @@ from dflow.config import InputError
 from dflow.core import Context, Known
 from dflow.memory import keep_memory
 from dflow.nn.batch_norm import StochasticBatchNorm
+from dflow.ops.devices import moved, widest
 from dflow.terminal import shown
 from dflow.threads import Suited
 from dflow.train import identity, machine, schedule, state
@@ -43,7 +44,7 @@ class Preempted(KeyboardInterrupt):
     """A signal other than Ctrl-C asked for room: the state is saved, and the training can be resumed."""
 
 
-def train(recipe: Recipe, resume: bool = False) -> Path:
+def train(recipe: Recipe, resume: bool = False, device: torch.device | None = None) -> Path:
     """Train, evaluate and save; returns the output folder, which is a model folder.
 
     Ctrl-C ends the step in progress, saves the state and raises `KeyboardInterrupt`; so do SIGTERM and
@@ -52,6 +53,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     Args:
         recipe: what to train on what.
         resume: go on from the last whole state; from the beginning where a run was killed before its first.
+        device: on which one process trains; None for the one that accelerate chooses, for each process.
 
     Raises:
         InputError: the output exists (and not ``resume``), nothing to resume, another process that trains
@@ -75,7 +77,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     config = task.model.config
     piece = recipe.train.batch_size // recipe.train.accumulation
     Suited.to(config.record.multiplications(config.settings(), piece))
-    run = Run(task)
+    run = Run(task, device)
     try:
         run.clean(resume)
         if states:
@@ -103,9 +105,9 @@ class Run:
         saved: whether the output folder holds something that is not this run's to remove.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, device: torch.device | None) -> None:
         self.task, self.recipe, self.config = task, task.recipe, task.recipe.train
-        self.accelerator = machine.accelerator_of(self.recipe)
+        self.accelerator = machine.accelerator_of(self.recipe, device)
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self._check_batch_size()
         self.base = task.method.closed_form(task.model)
@@ -298,8 +300,7 @@ class Run:
             nats = nats + loss.detach()
             if latents is not None:
                 counts = latents if counts is None else counts + latents
-        norm = weights.clip()
-        total = self._agree(nats, time.monotonic() - started)
+        total, norm = self._agree(nats, time.monotonic() - started, weights.clip())
         count = self.task.data.count(batch) * share_hidden
         value = objectives.bits(total, count)
         # A scaler of fp16 looks after gradients by itself.
@@ -316,26 +317,27 @@ class Run:
     def _on_device(self, batch: Batch) -> Batch:
         x, lengths = batch
         device = self.accelerator.device
-        return x.to(device), None if lengths is None else lengths.to(device)
+        return moved(x, device), None if lengths is None else lengths.to(device)
 
-    def _agree(self, nats: Tensor, elapsed: float) -> float:
-        """Add up the loss of all processes; set the time spent and whether to stop, alike on all of them.
+    def _agree(self, nats: Tensor, elapsed: float, norm: Tensor | None = None) -> tuple[float, float]:
+        """The loss, summed over all processes, and the norm; set the time spent and whether to stop on all.
 
         The time is that of the main process, and a signal to one stops all.
         """
         device = self.accelerator.device
         time_spent = elapsed if self.accelerator.is_main_process else 0.0
         stops = [float(self.signals.number == number) for number in machine.SIGNALS]
-        message = torch.tensor(
-            [0.0, time_spent, *stops], dtype=torch.float64 if device.type != "mps" else None
-        )
+        message = torch.tensor([0.0, 0.0, time_spent, *stops], dtype=widest(device))
         message = message.to(device)
         message[0] = nats
+        if norm is not None:
+            message[1] = norm / self.world  # the same on all processes
         if self.world > 1:
             message = self.accelerator.reduce(message)
-        total, self.progress.elapsed, *stops = message.tolist()
+        # The one place at which a step waits for an accelerator.
+        total, whole_norm, self.progress.elapsed, *stops = message.tolist()
         self.stop = next((n for n, stop in zip(machine.SIGNALS, stops, strict=True) if stop), 0)
-        return float(total)
+        return total, whole_norm
 
     def _leave_out(self, value: float) -> None:
         """Go on without this step; after too many in a row stop, with the weights of before them."""
@@ -404,13 +406,13 @@ class Run:
         seed = mix(self.config.seed, self.rank)
         torch.manual_seed(seed)
         noise = torch.Generator(device).manual_seed(seed)
-        nats = torch.zeros((), dtype=torch.float64, device=device)
+        nats = torch.zeros((), dtype=widest(device), device=device)
         for batch in batches:
             # A process that has to make room within seconds cannot finish: the others learn of it at the end.
             if self.signals.number:
                 break
             nats += self.task.method.nats(model, batch, noise)
-        return objectives.bits(self._agree(nats, self.progress.elapsed), count)
+        return objectives.bits(self._agree(nats, self.progress.elapsed)[0], count)
 
     def _keep(self, model: Any, loss: float, bits: float, judgement: Judgement) -> None:
         """Save the model if it is the best; report its figures and samples."""

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, patch_environment
 from torch import nn
 from tqdm import tqdm
 
@@ -32,21 +32,30 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if
 ECHO = 1.0
 
 
-def accelerator_of(recipe: Recipe) -> Accelerator:
+def accelerator_of(recipe: Recipe, device: torch.device | None) -> Accelerator:
     """The processes of a training, their device and precision.
+
+    Args:
+        recipe: of the training.
+        device: on which one process trains; None for the one that accelerate chooses, for each process.
 
     Raises:
         InputError: a precision that the device lacks, or accelerate is configured to cut models into pieces.
     """
-    AcceleratorState._reset_state()  # a second training in one process may use another precision
+    # A second training in one process may use another precision, or another device where it is the only one.
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    # Asked for by name, since several processes are seen on a CPU only then.
+    cpu = not torch.accelerator.is_available() if device is None else device.type == "cpu"
+    # Accelerate reads the name of any other device from the environment.
+    named = {} if device is None or cpu else {"ACCELERATE_TORCH_DEVICE": str(device)}
     try:
-        accelerator = Accelerator(
-            # Asked for by name, since several processes are seen on a CPU only then.
-            cpu=not torch.accelerator.is_available(),
-            mixed_precision=recipe.train.mixed_precision,
-            log_with=[tracker for tracker in recipe.train.trackers if tracker] or None,
-            project_dir=str(recipe.output),
-        )
+        with patch_environment(**named):
+            accelerator = Accelerator(
+                cpu=cpu,
+                mixed_precision=recipe.train.mixed_precision,
+                log_with=[tracker for tracker in recipe.train.trackers if tracker] or None,
+                project_dir=str(recipe.output),
+            )
     except ValueError as error:
         raise InputError(f"train: {error}") from None
     if (kind := accelerator.distributed_type) in _CUT_MODELS:

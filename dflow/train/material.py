@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dflow import hf, zoo
 from dflow.config import InputError
 from dflow.data import Corpus, ImageConfig, ImageSet, dealt, files, pictures
+from dflow.ops.devices import moved
 from dflow.train.folds import Folds
 from dflow.train.patterns import pattern
 from dflow.train.recipe import Recipe
@@ -220,7 +221,7 @@ class Images(Material):
             for start in range(rank * size, total, world * size):
                 which = torch.arange(start, min(total, start + size)) % num_rows
                 labels = rows.labels[which].to(device) if self.labelled and rows.labels is not None else None
-                yield rows.rows(which).to(device), labels
+                yield moved(rows.rows(which), device), labels
 
         return batches(), float(total if self.whole_rows else total * self.images.dim)
 

@@ -15,6 +15,7 @@ from dflow import hf, objectives
 from dflow.core import Context
 from dflow.dequantize import Iwbo, TruncatedNormal
 from dflow.distributions import Categorical, Gaussian
+from dflow.ops.devices import widen
 from dflow.train.material import Batch, Images, mix
 from dflow.train.recipe import Schedule, TrainConfig
 
@@ -60,7 +61,7 @@ class Method:
     def nats(self, model: Any, batch: Batch, noise: torch.Generator) -> Tensor:
         """Minus the log-likelihood of a batch, or its bound with random ``noise``: summed, float64."""
         log_p: Tensor = model.log_prob(*(tensor for tensor in batch if tensor is not None))
-        return -log_p.double().sum()
+        return -widen(log_p).sum()
 
     def judge(self, model: Any, bits: float, device: torch.device) -> Judgement:
         """How good a model is that costs so many bits."""
@@ -195,7 +196,7 @@ class Classification(Method):
 
     def nats(self, model: hf.DflowClassifier, batch: Batch, noise: torch.Generator) -> Tensor:
         x, labels = batch
-        return nn.functional.nll_loss(model.log_prob(x).double(), cast(Tensor, labels), reduction="sum")
+        return nn.functional.nll_loss(widen(model.log_prob(x)), cast(Tensor, labels), reduction="sum")
 
     @torch.no_grad()
     def judge(self, model: hf.DflowClassifier, bits: float, device: torch.device) -> Judgement:

@@ -79,13 +79,13 @@ class Weights:
         if self.learned:
             self.accelerator.backward(loss)
 
-    def clip(self) -> float:
+    def clip(self) -> Tensor:
         """Clip the gradient; returns its norm before, 0 where nothing is optimised."""
         if not self.learned:
-            return 0.0
+            return torch.zeros((), device=self.accelerator.device)
         # Without a limit nothing is clipped, and the norm says whether the gradient is finite.
         norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.config.clip or math.inf)
-        return 0.0 if norm is None else float(shards.whole(norm))
+        return torch.zeros((), device=self.accelerator.device) if norm is None else shards.whole(norm)
 
     def step(self, index: int) -> None:
         """Move weights and averages by the gradient."""
