@@ -235,6 +235,6 @@ def test_commands_draft(
         assert cli.main(["decompress", str(out), "--model", model, "-o", str(folder), "--draft", draft]) == 0
         assert (folder / "a.txt").read_bytes() == FILES["a.txt"]
     capsys.readouterr()
-    words[3] = coders["grouped blocks"].where
+    words[3], words[5] = coders["grouped blocks"].where, str(tmp_path / "b.dfl")
     assert cli.main([*words, "--protocol", "rolling", "--draft", "counts"]) == 2
     assert "this model has no counts of its training text" in capsys.readouterr().err
