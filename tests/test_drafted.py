@@ -273,7 +273,7 @@ def test_single_entries_of_counts_are_those_of_the_full_pass() -> None:
 def test_a_law_of_counts_is_what_its_formula_says() -> None:
     """By counting in the text, and normalised; entry by entry as in the full pass."""
     text = torch.randint(0, 3, (60,), generator=torch.Generator().manual_seed(0))
-    source = counting_causal(3, DIM, "ngram").counted
+    source = counting_causal(3, DIM, "ngram").net.counted
     source.use(count(text, 3, source.patterns))
     net, x = BackoffNet(source), text[7:25][None]
     full = net(x)[0]
