@@ -135,7 +135,6 @@ def test_drafts_decide_the_number_of_calls_and_never_the_text(
     drafter = counts_drafter(coder.law)
     data, report = compress_text(FILES, coder, rolling=True, adapt=adapt, draft=drafter, analytic=True)
     assert report.analytic is not None
-    assert report.calls is not None
     bits = 8 * report.bytes - 8 * report.header - report.side
     # Eight states of 64 bits.
     assert abs(bits - report.analytic) < 0.01 * report.symbols + 64 + 8 * 64
@@ -150,8 +149,8 @@ def test_drafts_decide_the_number_of_calls_and_never_the_text(
         calls.append(drafts.calls)
     assert calls[0] == report.symbols
     assert calls[1] < calls[0]
-    assert report.calls < 0.7 * report.symbols
-    assert report.accepted <= report.drafted
+    assert report.drafts.calls < 0.7 * report.symbols
+    assert report.drafts.tally.accepted <= report.drafts.tally.drafted
     if not adapt:
         # The law itself: all drafts are right, but at the ends of chunks.
         assert calls[3] < report.symbols / 4
@@ -235,6 +234,6 @@ def test_commands_draft(
         assert cli.main(["decompress", str(out), "--model", model, "-o", str(folder), "--draft", draft]) == 0
         assert (folder / "a.txt").read_bytes() == FILES["a.txt"]
     capsys.readouterr()
-    words[3] = coders["grouped blocks"].where
+    words[3], words[5] = coders["grouped blocks"].where, str(tmp_path / "b.dfl")
     assert cli.main([*words, "--protocol", "rolling", "--draft", "counts"]) == 2
     assert "this model has no counts of its training text" in capsys.readouterr().err

@@ -182,9 +182,10 @@ def compress_files(flags: Compress, jobs: Jobs) -> int:
         ("bits a byte", "none: the files are empty" if bits is None else f"{bits:.4f} of {raw:,}"),
         ("symbols", f"{symbols:,}"),
     ]
-    if any(r.calls is not None for r in reports):
-        calls, accepted = sum(r.calls or 0 for r in reports), sum(r.accepted for r in reports)
-        drafts, seconds = sum(r.drafted for r in reports), sum(r.decode.total for r in reports if r.decode)
+    if calls := sum(r.drafts.calls for r in reports):
+        accepted = sum(r.drafts.tally.accepted for r in reports)
+        drafts = sum(r.drafts.tally.drafted for r in reports)
+        seconds = sum(r.decode.total for r in reports if r.decode)
         figures |= {"calls": calls, "drafted": drafts, "accepted": accepted, "decode_seconds": seconds}
         share = f"{calls:,} network calls; {accepted:,} of {drafts:,} drafted symbols accepted"
         rows.append(("decoded in", f"{seconds:.2f} s, {share}"))

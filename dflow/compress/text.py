@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from dflow.coding import container
@@ -47,9 +47,7 @@ class TextReport(BaseReport):
         symbols: that the model coded.
         side: bits of what the vocabulary lacks, beside the counts in the header.
         stored: whether the bytes are stored as they are.
-        calls: network calls of decoding, where symbols were drafted and the result was decoded; else None.
-        drafted: symbols that were drafted then.
-        accepted: those of them that were right.
+        drafts: what drafted symbols when the result was decoded, and in how many network calls.
         notes: why bytes are stored, and the like.
     """
 
@@ -57,9 +55,7 @@ class TextReport(BaseReport):
     symbols: int
     side: float
     stored: bool
-    calls: int | None = None
-    drafted: int = 0
-    accepted: int = 0
+    drafts: Drafts = field(default_factory=Drafts)
     notes: tuple[str, ...] = ()
 
 
@@ -84,9 +80,8 @@ def compress_text(
             directions.
         rolling: code chunks one after another, each given the text before it: fewer bits, and slower.
         adapt: with ``rolling``, let the counts of the model go on with the text before a chunk.
-        draft: with ``rolling``, code the text so that a drafter can propose symbols to the decoder, which
-            then takes fewer network calls: see `dflow.compress.ahead`. This one is for ``verify``; any other
-            may be given to `decompress_text`.
+        draft: with ``rolling``, code the text for decoders that draft (`dflow.compress.ahead`); this one
+            drafts for ``verify``, and any other may for `decompress_text`.
         verify: decode the result and compare.
         analytic: compute the bits by the likelihood too.
         progress: show a bar on stderr.
@@ -97,35 +92,20 @@ def compress_text(
     """
     _check(files, batch)
     coder = model if isinstance(model, TextCoder) else TextCoder.load(model)
-    weight, width = _weight(coder, rolling, adapt), 0
-    if draft is not None:
-        if weight is None:
-            raise InputError(
-                "draft: each chunk is coded by itself, many of them in a network call; code them rolling, or "
-                "leave draft out"
-            )
-        ahead.check(coder)
-        width = ahead.WIDTH
+    weight = _weight(coder, rolling, adapt)
     whole = b"".join(files.values())
     stored = TextPlan(tuple((name, len(data)) for name, data in files.items()))
+    way = batch, weight, _width(coder, weight, draft)
     with one_thread(), clock(coder.law) as encode:
-        coded = (
-            _encode(whole, coder, stored, (batch, weight, width), analytic, progress)
-            if whole
-            else _Coded(stored)
-        )
-    note = ""
-    if whole and not coded.plan.coded:
-        note = f"the vocabulary of {coder.where} cannot spell it: stored as it is"
-    elif len(coded.stack) + len(coded.plan.to_bytes()) >= len(whole) > 0:
-        note = f"{coder.where} makes it no smaller: stored as it is"
+        coded = _encode(whole, coder, stored, way, analytic, progress) if whole else _Coded(stored)
+    note = _why_stored(whole, coded, coder.where)
     plan, payload = (coded.plan, coded.stack) if whole and not note else (stored, whole)
     segment = Segment(crc32(whole), not plan.coded, (payload,))
     mode = MODES.index(coder.mode)
     data = container.write(Container(container.TEXT, mode, coder.fingerprint, plan.to_bytes(), (segment,)))
     drafts = Drafts(draft)
     decode = _verify(data, coder, files, progress, drafts) if verify else None
-    report = TextReport(
+    return data, TextReport(
         files=len(files),
         raw=len(whole),
         symbols=coded.symbols,
@@ -134,14 +114,33 @@ def compress_text(
         side=coded.side,
         analytic=coded.analytic,
         stored=not plan.coded,
-        calls=drafts.calls if verify and plan.ahead else None,
-        drafted=drafts.tally.drafted,
-        accepted=drafts.tally.accepted,
+        drafts=drafts,
         encode=encode,
         decode=decode,
         notes=(note,) if note else (),
     )
-    return data, report
+
+
+def _why_stored(whole: bytes, coded: _Coded, where: str) -> str:
+    """Why bytes are stored as they are; empty where they are coded, or none."""
+    if whole and not coded.plan.coded:
+        return f"the vocabulary of {where} cannot spell it: stored as it is"
+    if len(coded.stack) + len(coded.plan.to_bytes()) >= len(whole) > 0:
+        return f"{where} makes it no smaller: stored as it is"
+    return ""
+
+
+def _width(coder: TextCoder, weight: int | None, draft: Drafter | None) -> int:
+    """Symbols of a network call where they can be drafted, else 0."""
+    if draft is None:
+        return 0
+    if weight is None:
+        raise InputError(
+            "draft: each chunk is coded by itself, many of them in a network call; code them rolling, or "
+            "leave draft out"
+        )
+    ahead.check(coder)
+    return ahead.WIDTH
 
 
 def _check(files: Mapping[str, bytes], batch: int) -> None:

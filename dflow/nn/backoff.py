@@ -24,7 +24,7 @@ _FEW = 16
 
 
 @dataclass(frozen=True)
-class _Row:
+class _Shares:
     """A context: the share of what is new to it, and its symbols with their shares."""
 
     new: float
@@ -57,7 +57,7 @@ class BackoffNet(NgramNet):
         self.offsets, self.patterns = patterns_of(self.counts, False)
         self._read = ContextReader(self.K, self.offsets, self.patterns)
         self._row: RowReader | None = None
-        self._rows: dict[int, _Row | None] = {}
+        self._rows: dict[int, _Shares | None] = {}
 
     def start(self, batch: int, context: object = None) -> NgramState:
         """State before the first `step` of ``batch`` sequences."""
@@ -65,7 +65,7 @@ class BackoffNet(NgramNet):
 
     def single(self, before: Sequence[int]) -> Tensor:
         """See `NgramNet.single`."""
-        rows = list[_Row]()
+        rows = list[_Shares]()
         for key in self._read.one(self._last(before)):
             if (row := self._find(key)) is None:
                 break
@@ -88,7 +88,7 @@ class BackoffNet(NgramNet):
             line.append(int((self.single(line) + noise).argmax()))
         return line[len(before) :]
 
-    def _find(self, key: int | None) -> _Row | None:
+    def _find(self, key: int | None) -> _Shares | None:
         if key is None:
             return None
         if key in self._rows:
@@ -105,7 +105,7 @@ class BackoffNet(NgramNet):
             if len(shares) > _FEW:
                 tensors = torch.tensor(counts.symbols), torch.tensor(shares, dtype=torch.float64)
             few = counts.symbols if tensors is None else []
-            row = _Row(new / total, few, shares[: len(few)], tensors)
+            row = _Shares(new / total, few, shares[: len(few)], tensors)
         self._rows[key] = row
         return row
 
