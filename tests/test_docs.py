@@ -13,9 +13,9 @@ import pytest
 from folders import write_model, write_text
 from stand_ins import ROOT, Workshop, replace_data_sets
 
-from dflow import cli
+from dflow import cli, recipes
 
-PAGES = ["README.md", *(str(p.relative_to(ROOT)) for p in [*(ROOT / "docs").rglob("*.md")])]
+PAGES = ["README.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
 
 #: Commands that are only parsed, and why they cannot be run here.
 NOT_RUN = {
@@ -78,6 +78,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_commands_run(page: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace_data_sets(monkeypatch)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recipes, "folder", lambda: tmp_path / "recipes")
     workshop = Workshop(tmp_path, models)
     for code in blocks(page, "python"):
         if name := re.match(r"# (\w+\.py)\n", code):
@@ -113,6 +114,8 @@ def test_recipes_and_scripts_that_commands_name_exist() -> None:
         for line in lines_of(page):
             for path in re.findall(r"\b(?:scripts|recipes)/[\w/]+\.(?:py|yaml)", line):
                 assert (ROOT / path).is_file(), f"{page}: {path}"
+            for name in re.findall(r"\bdflow (?:train|recipes) ([a-z]\w*(?:/\w+)*)(?= |$)", line):
+                assert name in recipes.names(), f"{page}: {name}"
 
 
 def test_links_between_pages_lead_somewhere() -> None:

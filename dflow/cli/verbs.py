@@ -23,6 +23,7 @@ FILES = (
     "decompress",
     "check",
     "info",
+    "recipes",
     "settings",
     "plot",
     "data",
