@@ -27,6 +27,7 @@ FILES = (
     "settings",
     "plot",
     "data",
+    "completion",
 )
 
 _MODULES = {file: import_module(f"dflow.cli.{file}") for file in FILES}
