@@ -115,7 +115,8 @@ def test_recipes_and_scripts_that_commands_name_exist() -> None:
         for line in lines_of(page):
             for path in re.findall(r"\b(?:scripts|recipes)/[\w/]+\.(?:py|yaml)", line):
                 assert (ROOT / path).is_file(), f"{page}: {path}"
-            for name in re.findall(r"\bdflow (?:train|recipes) ([a-z]\w*(?:/\w+)*)(?= |$)", line):
+            command = line.partition("#")[0]
+            for name in re.findall(r"\bdflow (?:train|recipes) ([a-z]\w*(?:/\w+)*)(?= |$)", command):
                 assert name in recipes.names(), f"{page}: {name}"
 
 
