@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check bench clean
+.PHONY: help install demo test test-slow check dist bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,8 +22,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)  ## Train a grouped model and an LSTM on Python's help, draw text, compare (in demo/)
 	rm -rf demo
-	$(BIN)/dflow train recipes/demo_grouped.yaml
-	$(BIN)/dflow train recipes/demo_lstm.yaml
+	$(BIN)/dflow train demo_grouped
+	$(BIN)/dflow train demo_lstm
 	$(BIN)/dflow generate --model demo/grouped --n 100 --output demo/samples.txt
 	head -n 40 demo/samples.txt
 	$(BIN)/dflow compare demo/grouped demo/lstm --output demo
@@ -41,8 +41,14 @@ check: $(INSTALLED)  ## Lint, formatting, types, floors
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+dist: $(INSTALLED)  ## Build sdist and wheel into dist/, and check what a package index would show of them
+	rm -rf dist build
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt build twine
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 bench: $(INSTALLED)  ## Measure the operations against their baselines
 	$(BIN)/python scripts/bench_ops.py
 
 clean:  ## Remove the environment and what the tools cache
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

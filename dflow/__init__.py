@@ -61,7 +61,7 @@ if TYPE_CHECKING:
         PackedNetwork,
     )
 
-__version__ = "0.1.1"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "ActNorm",

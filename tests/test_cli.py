@@ -427,7 +427,7 @@ def test_train_hands_on_recipe_overrides_and_output(
 
 def test_train_refuses(lstm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(Path(lstm) / "recipe.yaml")
-    assert "no such recipe; recipes/ holds some" in fails(capsys, "train", str(tmp_path / "none.yaml"))
+    assert "no such recipe; `dflow recipes` lists" in fails(capsys, "train", str(tmp_path / "none.yaml"))
     misspelt = fails(capsys, "train", recipe.replace("recipe.yaml", "recpie.yaml"))
     assert "recpie.yaml: no such recipe; did you mean 'recipe.yaml'?" in misspelt
     assert "neither the folder of a training nor" in fails(

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from folders import write_model, write_text
 from stand_ins import ROOT, Workshop, replace_data_sets
 
-from dflow import cli
+from dflow import cli, recipes
 
-PAGES = ["README.md", *(str(p.relative_to(ROOT)) for p in [*(ROOT / "docs").rglob("*.md")])]
+PAGES = ["README.md", "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
 
 #: Commands that are only parsed, and why they cannot be run here.
 NOT_RUN = {
@@ -78,6 +79,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_commands_run(page: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace_data_sets(monkeypatch)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recipes, "folder", lambda: tmp_path / "recipes")
     workshop = Workshop(tmp_path, models)
     for code in blocks(page, "python"):
         if name := re.match(r"# (\w+\.py)\n", code):
@@ -113,6 +115,22 @@ def test_recipes_and_scripts_that_commands_name_exist() -> None:
         for line in lines_of(page):
             for path in re.findall(r"\b(?:scripts|recipes)/[\w/]+\.(?:py|yaml)", line):
                 assert (ROOT / path).is_file(), f"{page}: {path}"
+            command = line.partition("#")[0]
+            for name in re.findall(r"\bdflow (?:train|recipes) ([a-z]\w*(?:/\w+)*)(?= |$)", command):
+                assert name in recipes.names(), f"{page}: {name}"
+
+
+def test_the_workflow_makes_targets_that_exist_and_the_citation_is_complete() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    targets = set(workflow["jobs"]["make"]["strategy"]["matrix"]["target"])
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert targets <= set(re.findall(r"^([a-z-]+):.*## ", makefile, re.M))
+    assert targets >= set(re.findall(r"^make ([a-z-]+)$", (ROOT / ".ci" / "run").read_text("utf-8"), re.M))
+    # Keys that Citation File Format 1.2.0 requires.
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert set(citation) >= {"cff-version", "message", "title", "authors"}
+    # The version stands in one place, dflow/__init__.py.
+    assert "version" not in citation
 
 
 def test_links_between_pages_lead_somewhere() -> None:

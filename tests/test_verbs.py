@@ -133,6 +133,19 @@ def test_the_table_keeps_to_the_terminal(
     assert set(zoo.names()) <= set(out.replace(",", " ").replace(";", " ").replace(".", " ").split())
 
 
+@pytest.mark.parametrize(
+    ("section", "classes"), [("data", [DataConfig, ImageConfig]), ("train", [TrainConfig])]
+)
+def test_settings_of_a_section_alone(
+    section: str, classes: list[type[Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["settings", section, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["family"] is None
+    expected = [(section, name) for cls in classes for name in defaults(cls)]
+    assert [(row["section"], row["name"]) for row in shown["settings"]] == expected
+
+
 def test_a_family_that_is_none_is_hinted_at(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown family 'groupde'; did you mean 'grouped'?" in said(capsys, "settings", "groupde")
 

@@ -83,6 +83,8 @@ def add_flags(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
         options: dict[str, Any] = {"help": f.metadata["help"].replace("%", "%%")}
         if typing.get_origin(kind) in (Union, types.UnionType):
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else None
+        metavar = "|".join(choices) if choices else f.name.upper()
         if f.metadata.get("positional"):
             if f.default_factory is not dataclasses.MISSING:
                 options |= {"nargs": "*", "default": argparse.SUPPRESS}
@@ -90,7 +92,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
                 options |= {"nargs": "?", "default": argparse.SUPPRESS}
             elif typing.get_origin(kind) is list:
                 options["nargs"] = "+"
-            parser.add_argument(f.name, metavar=f.name.upper(), **options)
+            parser.add_argument(f.name, metavar=metavar, **options)
             continue
         names = options_of(f)
         if len(names) > 1:
@@ -102,9 +104,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
         elif typing.get_origin(kind) is list:
             options |= {"nargs": "+", "action": "extend", "metavar": "WORD"}
         else:
-            choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else None
-            options["metavar"] = "|".join(choices) if choices else f.name.upper()
-            options["required"] = f.default is dataclasses.MISSING
+            options |= {"metavar": metavar, "required": f.default is dataclasses.MISSING}
         parser.add_argument(*names, default=argparse.SUPPRESS, **options)
 
 

@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="dflow",
         description="Normalizing flows of discrete data: text in few network calls, dequantized images.",
-        epilog="example: dflow train recipes/grouped.yaml",
+        epilog="example: dflow train grouped",
     )
     parser.add_argument("--version", action="version", version=f"dflow {dflow.__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)

@@ -19,6 +19,9 @@ from dflow.cli.shared import Results
 #: Columns of the table; between two of them stand two spaces.
 _HEAD = ("name", "type", "default", "meaning")
 
+#: Sections of recipes whose settings do not depend on the family.
+SECTIONS = ("data", "train")
+
 #: Characters that a column of types or of defaults takes, and those that one of meanings takes at least.
 _NARROW, _LEAST = (8, 16), 20
 
@@ -27,10 +30,14 @@ _NARROW, _LEAST = (8, 16), 20
 class Settings(Results):
     """List settings of recipes: names, types, defaults, meanings.
 
-    They are those of one family of models; without a family the names of all are listed.
+    They are those of one family of models, or of a section of recipes alone; without a family the names of
+    all are listed.
     """
 
-    family: str | None = argument("family of models (default: none, and the names of all are shown)", None)
+    family: str | None = argument(
+        "family of models, or data or train, a section (default: none, and the names of all are shown)",
+        None,
+    )
 
 
 @dataclass(frozen=True)
@@ -52,24 +59,26 @@ def settings(flags: Settings) -> int:
     from dflow.train import TrainConfig
 
     families = {kind: [name for name in zoo.names() if zoo.find(name).kind == kind] for kind in zoo.KINDS}
-    data: dict[str, type[Any]] = {f"data of {zoo.KINDS['text']}": DataConfig}
-    data[f"data of {zoo.KINDS['images']}"] = ImageConfig
-    sections: list[tuple[str, list[Setting]]] = []
-    if flags.family is None:
-        sections += [(title, settings_of(cls, "data")) for title, cls in data.items()]
+    classes = {"text": DataConfig, "images": ImageConfig}
+    data = {kind: (f"data of {zoo.KINDS[kind]}", settings_of(cls, "data")) for kind, cls in classes.items()}
+    train = ("train", settings_of(TrainConfig, "train"))
+    if flags.family == "data":
+        sections = [*data.values()]
+    elif flags.family == "train":
+        sections = [train]
+    elif flags.family is None:
         lines = [f"{zoo.KINDS[kind]}: {', '.join(names)}" for kind, names in families.items()]
         about = "; ".join(lines) + ". `dflow settings FAMILY` shows the settings of one"
-        sections.append(("model", [Setting("model", "family", "str", True, None, about)]))
+        model = Setting("model", "family", "str", True, None, about)
+        sections = [*data.values(), ("model", [model]), train]
     else:
         family = zoo.find(flags.family, where="dflow settings")
-        title = list(data)[family.kind != "text"]
-        sections.append((title, settings_of(data[title], "data")))
         name = Setting("model", "family", "str", True, None, f"{family.name}: the family, by its name")
-        sections.append((f"model {family.name}", [name, *settings_of(family.settings, "model")]))
-    sections.append(("train", settings_of(TrainConfig, "train")))
+        rows = [name, *settings_of(family.settings, "model")]
+        sections = [data.get(family.kind, data["images"]), (f"model {family.name}", rows), train]
     flags.end(
         {
-            "family": flags.family,
+            "family": None if flags.family in SECTIONS else flags.family,
             "families": families,
             "settings": [{"part": title} | record(s) for title, rows in sections for s in rows],
         }

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from dflow.cli.flags import Verbs, argument, flag
 from dflow.cli.shared import Machine, say_once
 from dflow.config import InputError, nearest
+from dflow.recipes import hint, trainable
 
 if TYPE_CHECKING:
     from dflow.train import Recipe
@@ -25,7 +26,10 @@ class Train(Machine):
     To go on: dflow train --resume FOLDER.
     """
 
-    recipe: str = argument("recipe, a YAML file; with --resume also the folder of a training")
+    recipe: str = argument(
+        "recipe, by its name (`dflow recipes` lists them) or a YAML file; with --resume also the folder of a "
+        "training"
+    )
     set: list[str] = flag(
         "settings that replace those of the recipe: train.minutes=3 model.num_calls=16 ...; or "
         "one by one: --train.minutes 3 --model.num_calls=16 (`dflow settings` lists them)",
@@ -58,7 +62,9 @@ def recipe_to_train(flags: Train) -> Recipe:
     from dflow.train import STATE, load_recipe, resume_command, resumed_recipe
 
     path = Path(flags.recipe)
-    if path.is_dir():
+    # A recipe may be called as the folder that it was trained into.
+    named = path.as_posix() in trainable() and (flags.output is not None or not flags.resume)
+    if path.is_dir() and not named:
         if not flags.resume:
             raise InputError(
                 f"{path}: a folder; name a recipe, or go on with the training in it: {resume_command(path)}"
@@ -66,8 +72,8 @@ def recipe_to_train(flags: Train) -> Recipe:
         if flags.output is not None:
             raise InputError(f"--output {flags.output}: the training in {path} stays there; leave it out")
         return resumed_recipe(path, flags.set)
-    if flags.resume and not path.exists():
-        raise InputError(f"{path}: neither the folder of a training nor a recipe; name one of these")
+    if flags.resume and not path.exists() and path.as_posix() not in trainable():
+        raise InputError(f"{path}: neither the folder of a training nor a recipe; {hint(path)}")
     recipe = load_recipe(path, flags.set, flags.output)
     if flags.output is not None:
         recipe = dataclasses.replace(recipe, output=Path(flags.output))
@@ -76,10 +82,10 @@ def recipe_to_train(flags: Train) -> Recipe:
         return recipe
     if flags.output is None and not any(word.startswith("output=") for word in flags.set):
         # A user who trained into another folder would train from the beginning, into this one.
-        named = path.parent if (path.parent / STATE).is_file() else Path("FOLDER")
+        folder = path.parent if (path.parent / STATE).is_file() else Path("FOLDER")
         raise InputError(
             f"{recipe.output}: nothing to resume; go on with a training by its folder: "
-            f"{resume_command(named)}, or leave out --resume to begin one"
+            f"{resume_command(folder)}, or leave out --resume to begin one"
         )
     say_once(f"{recipe.output}: nothing to resume yet; a new training begins")
     return recipe
@@ -137,6 +143,4 @@ def hint_of_setting(option: str) -> str:
     return ""
 
 
-VERBS: Verbs = (
-    ("train", Train, train, "dflow train recipes/grouped.yaml --set train.minutes=3 --output runs/quick"),
-)
+VERBS: Verbs = (("train", Train, train, "dflow train grouped --set train.minutes=3 --output runs/quick"),)

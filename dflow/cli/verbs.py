@@ -23,9 +23,11 @@ FILES = (
     "decompress",
     "check",
     "info",
+    "recipes",
     "settings",
     "plot",
     "data",
+    "completion",
 )
 
 _MODULES = {file: import_module(f"dflow.cli.{file}") for file in FILES}

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from dflow import hf, plugins, zoo
+from dflow import hf, plugins, recipes, zoo
 from dflow.config import InputError, convert, nearest, parse
 from dflow.data import DataConfig, ImageConfig, files
 from dflow.ops.straight_through import SCHEDULES, scheduled
@@ -253,19 +253,17 @@ class _Loader(yaml.SafeLoader):
 def load_recipe(path: str | Path, overrides: list[str] | None = None, output: str | None = None) -> Recipe:
     """Read a recipe strictly; ``overrides`` are ``key=value`` with dotted keys and YAML values.
 
-    A recipe without an ``output`` gets the one given here.
+    ``path`` may also be the name of a recipe that comes with dflow. A recipe without an ``output`` gets the
+    one given here.
 
     Raises:
         InputError: no such file, no YAML, an unknown key or a value of the wrong type.
     """
+    file = recipes.locate(path)
     try:
-        if Path(path).stat().st_size > _LONGEST:
+        if file.stat().st_size > _LONGEST:
             raise InputError(f"{path}: larger than {_LONGEST:,} bytes; name a recipe, a YAML file")
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
-        beside = [other.name for other in Path(path).parent.glob("*.yaml")]
-        hint = nearest(Path(path).name, beside) if beside else "recipes/ holds some to start from"
-        raise InputError(f"{path}: no such recipe; {hint}") from None
+        values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -290,7 +288,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, output: st
     if output is not None:
         tree.setdefault("output", output)
     recipe = recipe_from(tree, str(path))
-    return dataclasses.replace(recipe, data=_located(recipe, Path(path)))
+    return dataclasses.replace(recipe, data=_located(recipe, file))
 
 
 def _located(recipe: Recipe, path: Path) -> DataConfig | ImageConfig:

@@ -158,7 +158,7 @@ def _transfer(model: hf.DflowClassifier) -> None:
         return
     if not Path(init).is_dir():
         raise InputError(
-            f"model.init {init}: no such folder; train recipes/binary/mnist_float.yaml first, or "
+            f"model.init {init}: no such folder; train the recipe binary/mnist_float first, or "
             "give the folder of a trained network of floats, or uniform"
         )
     start = hf.load(init, kind=hf.DflowClassifier)
