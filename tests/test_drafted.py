@@ -292,6 +292,24 @@ def test_a_law_of_counts_is_what_its_formula_says() -> None:
         torch.testing.assert_close(net.single(line).exp(), expected)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_law_of_counts_drafts_symbol_by_symbol(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr("dflow.nn.backoff.loops", lambda: None)
+    text = torch.randint(0, 3, (60,), generator=torch.Generator().manual_seed(0))
+    source = counting_causal(3, DIM, "ngram").net.counted
+    source.use(count(text, 3, source.patterns))
+    net = BackoffNet(source)
+    gumbel = (
+        -torch.rand(30, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64).log().neg().log()
+    )
+    for before in ([], [2], [0, 1, 2, 0, 1]):
+        line = list(before)
+        for noise in gumbel:
+            line.append(int((net.single(line) + noise).argmax()))
+        assert net.draft(before, gumbel) == line[len(before) :]
+
+
 # -- models, commands, comparisons ---------------------------------------------------------------------------
 
 

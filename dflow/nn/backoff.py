@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dflow.nn.counted import Counted
+from dflow.nn.counted import Counted, loops
 from dflow.nn.ngram import NgramNet, NgramState
 from dflow.ops.counts import ContextReader, RowReader, patterns_of
 
@@ -83,10 +83,20 @@ class BackoffNet(NgramNet):
 
     def draft(self, before: Sequence[int], gumbel: Tensor) -> list[int]:
         """See `NgramNet.draft`."""
-        line = [*before]
-        for noise in gumbel:
-            line.append(int((self.single(line) + noise).argmax()))
-        return line[len(before) :]
+        line = [*before[-self.counts :]] if self.counts else []
+        begin = len(line)
+        if loops() is None:
+            for noise in gumbel:
+                line.append(int((self.single(line) + noise).argmax()))
+            return line[begin:]
+        if self._row is None:
+            self._row = RowReader(self.table)
+        symbols, offsets = torch.tensor([*line, *[self.K] * len(gumbel)]), torch.tensor(self.offsets)
+        reading = self._read.factors.cpu().numpy(), self._read.bits
+        arrays = offsets.numpy(), symbols.numpy(), begin, gumbel.numpy(), _NEW
+        loops().back_off(self._row.arrays, reading, *arrays)
+        drafted: list[int] = symbols[begin:].tolist()
+        return drafted
 
     def _find(self, key: int | None) -> _Shares | None:
         if key is None:

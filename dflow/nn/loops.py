@@ -54,20 +54,26 @@ def _gelu(x):  # type: ignore[no-untyped-def]
 
 
 @_compiled
+def _place(table, reading, symbols, K, p):  # type: ignore[no-untyped-def]
+    """The place of an entry's context of one pattern in the table, -1 where it is not met."""
+    keys, _, _, _, begins, low, high, shift = table
+    factors, bits = reading
+    key = np.int64(0)
+    for c in range(len(symbols)):
+        factor = factors[c, p]
+        if factor != 0:
+            if symbols[c] == K:
+                return -1
+            key += (symbols[c] + 1) * factor
+    return _find(keys, begins, low, high, shift, key >> bits)
+
+
+@_compiled
 def _look_up(table, reading, symbols, K, places, inputs):  # type: ignore[no-untyped-def]
     """The place of each context of an entry, -1 where it is not met, and what the gate reads of it."""
-    keys, starts, _, counts, begins, low, high, shift = table
-    factors, bits = reading
-    for p in range(factors.shape[1]):
-        key, known = np.int64(0), True
-        for c in range(len(symbols)):
-            factor = factors[c, p]
-            if factor != 0:
-                if symbols[c] == K:
-                    known = False
-                    break
-                key += (symbols[c] + 1) * factor
-        places[p] = place = _find(keys, begins, low, high, shift, key >> bits) if known else -1
+    starts, counts = table[1], table[3]
+    for p in range(len(places)):
+        places[p] = place = _place(table, reading, symbols, K, p)
         if place < 0:
             continue
         total, once, most = 0, 0, 0
@@ -158,6 +164,25 @@ def mix(table, reading, gate, symbols, law, h, out):  # type: ignore[no-untyped-
 
 
 @_compiled
+def _columns(offsets, line, place, K, symbols):  # type: ignore[no-untyped-def]
+    """The symbols at offsets from a place of a line, K before its beginning."""
+    for c in range(len(offsets)):
+        at = place + offsets[c]
+        symbols[c] = line[at] if at >= 0 else K
+
+
+@_compiled
+def _most(law, noise):  # type: ignore[no-untyped-def]
+    """The symbol whose log-probability and noise have the largest sum."""
+    best, value = 0, -math.inf
+    for k in range(len(law)):
+        score = math.log(max(law[k], 1.1754944e-38)) + noise[k]
+        if score > value:
+            best, value = k, score
+    return best
+
+
+@_compiled
 def draft(table, reading, gate, offsets, line, begin, noise):  # type: ignore[no-untyped-def]
     """Symbols one after another, each the most probable one after Gumbel noise, by counts alone.
 
@@ -174,13 +199,31 @@ def draft(table, reading, gate, offsets, line, begin, noise):  # type: ignore[no
     law = np.full(K, -math.log(K), np.float32)
     out, symbols, h = np.empty(K, np.float32), np.empty(len(offsets), np.int64), np.empty(0, np.float32)
     for i in range(len(noise)):
-        for c in range(len(offsets)):
-            place = begin + i + offsets[c]
-            symbols[c] = line[place] if place >= 0 else K
+        _columns(offsets, line, begin + i, K, symbols)
         _mixture(table, reading, gate, symbols, law, h, out)
-        best, value = 0, -math.inf
-        for k in range(K):
-            score = math.log(max(out[k], np.float32(1.1754944e-38))) + noise[i, k]
-            if score > value:
-                best, value = k, score
-        line[begin + i] = best
+        line[begin + i] = _most(out, noise[i])
+
+
+@_compiled
+def back_off(table, reading, offsets, line, begin, noise, new):  # type: ignore[no-untyped-def]
+    """As `draft` by the law of `dflow.nn.backoff`, with ``new`` for each symbol of a context."""
+    starts, members, counts = table[1], table[2], table[3]
+    K = noise.shape[1]
+    out, symbols = np.empty(K, np.float64), np.empty(len(offsets), np.int64)
+    for i in range(len(noise)):
+        _columns(offsets, line, begin + i, K, symbols)
+        out[:] = 1 / K
+        for p in range(reading[0].shape[1]):
+            place = _place(table, reading, symbols, K, p)
+            if place < 0:
+                break
+            first, end = starts[place], starts[place + 1]
+            more = new * (end - first)
+            total = more
+            for j in range(first, end):
+                total += counts[j]
+            for k in range(K):
+                out[k] *= more / total
+            for j in range(first, end):
+                out[members[j]] += counts[j] / total
+        line[begin + i] = _most(out, noise[i])
