@@ -412,7 +412,7 @@ def test_train_hands_on_recipe_overrides_and_output(
     lstm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[Any, bool]] = []
-    monkeypatch.setattr(dflow.train, "train", lambda recipe, resume: calls.append((recipe, resume)))
+    monkeypatch.setattr(dflow.train, "train", lambda recipe, resume, device: calls.append((recipe, resume)))
     recipe = str(Path(lstm) / "recipe.yaml")
     argv = ["train", recipe, "--set", "train.steps=7", "model.hidden_size=16", "--set", "train.seed=5"]
     assert main([*argv, "--output", str(tmp_path / "new"), "--resume"]) == 0

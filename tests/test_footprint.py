@@ -35,7 +35,7 @@ LARGE = {"hidden_size": 96, "num_hidden_layers": 3, "counts": 0}
 
 def test_the_estimate_is_what_a_step_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task = task_of(load_recipe(recipe(tmp_path, LARGE, ema=0.9)), False)
-    run = Run(task)
+    run = Run(task, None)
     try:
         estimate = run.footprint
         assert estimate is not None

@@ -58,13 +58,13 @@ def test_what_is_scored_is_what_is_drawn(model):
         net, step = model.distribution.net, model.distribution.net.step
         net.step = lambda *args: step(*args) + torch.arange(K)
     elif isinstance(model.distribution, Walk):
-        step = model.distribution.step
+        entries = model.distribution.entries
 
         def other(*args):
-            drawn, logits = step(*args)
-            return drawn, logits + torch.arange(K)
+            places, drawn, logits = entries(*args)
+            return places, drawn, logits + torch.arange(K)
 
-        model.distribution.step = other
+        model.distribution.entries = other
     else:
         d = model.distribution
         owner = d.conditional.elementwise if isinstance(d, Split) else d.bijector

@@ -162,7 +162,7 @@ def folder(tmp_path: Path) -> Path:
 def recipes(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
     """The recipes that are trained by."""
     seen: list[Recipe] = []
-    monkeypatch.setattr(dflow.train, "train", lambda recipe, resume: seen.append(recipe))
+    monkeypatch.setattr(dflow.train, "train", lambda recipe, resume, device: seen.append(recipe))
     return seen
 
 
