@@ -87,14 +87,14 @@ class RankedSequence(SequenceCategorical):
         components: C.
 
     Raises:
-        ValueError: components < 2.
+        ValueError: components < 1.
 
     Source: Lindt and Hoogeboom 2021, arXiv 2107.11625 (maps by sorting probabilities).
     """
 
     def __init__(self, net: nn.Module, order: Tensor, dim: int, K: int, components: int) -> None:
-        if components < 2:
-            raise ValueError(f"components must be at least 2, found {components}: one law: a factorized base")
+        if components < 1:
+            raise ValueError(f"components must be at least 1, found {components}")
         super().__init__(_Ranked(net, K, components), order, dim)
 
     def losses(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:

@@ -187,7 +187,7 @@ class AutoregressiveConfig(TransformerConfig):
         "base law: factorized, mixture, autoregressive, spectra (a few shared laws, mixed for each entry; of "
         "one bijector)",
     )
-    num_spectra: int = setting(16, "shared laws of a base of spectra", least=2)
+    num_spectra: int = setting(16, "shared laws of a base of spectra", least=1)
     base_classes: int = setting(
         16, "first entries with separate laws in a factorized base; all later entries share one law", least=1
     )

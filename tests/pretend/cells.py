@@ -107,6 +107,8 @@ class Variant:
             if not isinstance(value, list):
                 beside |= BESIDE.get((key, value), {})
         wanted = TINY | {key: value for key, value in beside.items()} | dict(self.changes)
+        if wanted.get("base") == "spectra":
+            wanted["num_flows"] = 1
         return {key: value for key, value in wanted.items() if key in names}
 
     def longer(self) -> Variant:
