@@ -266,10 +266,9 @@ class LawDrafter:
 class _OneByOne:
     """Drafts by a network that gives single entries in little time, from the symbols before them."""
 
-    cost = _LOOK_UP
-
     def __init__(self, net: Any, draws: OpenDraws) -> None:
         self._net, self._draws = net, draws
+        self.cost = getattr(net, "single_cost", _LOOK_UP)
 
     def __call__(self, w: int) -> Tensor:
         draws, single = self._draws, self._net.single

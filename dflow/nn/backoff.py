@@ -63,6 +63,11 @@ class BackoffNet(NgramNet):
         """State before the first `step` of ``batch`` sequences."""
         return NgramState(torch.full((batch, self.counts), self.K, device=self.table.keys.device))
 
+    @property
+    def single_cost(self) -> float:
+        """See `NgramNet.single_cost`."""
+        return 0.01 if loops() else 0.08
+
     def single(self, before: Sequence[int]) -> Tensor:
         """See `NgramNet.single`."""
         rows = list[_Shares]()

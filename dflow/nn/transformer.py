@@ -118,7 +118,7 @@ class GroupCausalTransformer(nn.Module):
     offsets: Tensor
     size: TransformerSize
 
-    ahead_cost = 0.07
+    ahead_cost = 0.11
 
     def __init__(
         self,
