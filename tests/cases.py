@@ -339,7 +339,6 @@ BASES: dict[str, Callable[[int, int], Distribution]] = {
     "counts, transformer": lambda K, dim: counting_causal(K, dim, "transformer"),
     "counts, lstm": lambda K, dim: counting_causal(K, dim, "lstm"),
     "counts, ngram": lambda K, dim: counting_causal(K, dim, "ngram"),
-    "ranked": ranked,
     "counts, ranked": lambda K, dim: counting(ranked(K, dim, counts=2), K),
     "split": split,
     "split flow": split_flow,

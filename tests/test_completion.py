@@ -13,6 +13,8 @@ from dflow import recipes
 from dflow.cli import VERBS, build_parser, main
 from dflow.cli.completion import FILES, FOLDERS, SHELLS, entries
 
+pytestmark = pytest.mark.slow
+
 #: Calls the function of the script for the words "$@", and prints what it offers.
 ASK = {
     "bash": """

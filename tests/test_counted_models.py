@@ -102,7 +102,7 @@ def test_the_commands_take_them(
         (lambda file, other: reversed_keys(file), "truncated or damaged"),
     ],
 )
-@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("listed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_damaged_counts_are_refused(
     change: Any, message: str, listed: bool, trained: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -16,6 +16,9 @@ from stand_ins import ROOT, Workshop, replace_data_sets
 
 from dflow import cli, recipes
 
+#: Pages whose commands take most of the time of all pages.
+LONG = {f"docs/{page}.md" for page in ("RESULTS", "samples", "guide/comparing", "guide/counts", "guide/text")}
+LONG.add("docs/guide/compression.md")
 PAGES = ["README.md", "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
 
 #: Commands that are only parsed, and why they cannot be run here.
@@ -73,8 +76,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.usefixtures("registries")
 @pytest.mark.parametrize(
     "page",
-    # The measurements take half of the time of all pages.
-    [pytest.param(p, marks=[pytest.mark.slow] * (p == "docs/RESULTS.md")) for p in PAGES if commands(p)],
+    [pytest.param(p, marks=[pytest.mark.slow] * (p in LONG)) for p in PAGES if commands(p)],
 )
 def test_commands_run(page: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace_data_sets(monkeypatch)

@@ -430,7 +430,7 @@ def test_a_comparison_has_rows_with_and_without_drafts(tmp_path: Path) -> None:
     text = corpus_of(write_text(tmp_path)).test
     vocab_size = int(text.ids.max()) + 1
     model = make_model("transformer", vocab_size)
-    rows = [Contestant("plain", model, text), Contestant("drafted", model.drafted(model), text)]
+    rows = [Contestant("plain", model, text), Contestant("drafted", model.drafted(model, width=3), text)]
     comparison = compare(rows, batch_size=2, rounds=2)
     plain, drafted = comparison.rows
     assert (plain.num_calls, plain.accepted) == (8, None)

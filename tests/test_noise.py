@@ -90,7 +90,11 @@ def test_noise_depends_on_its_address_alone() -> None:
         assert not torch.isin(other, whole).any()
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize(
+    "name",
+    # Counts of many draws at once take longest.
+    [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("counts, ")) for name in BASES],
+)
 def test_draws_by_address_follow_the_law_and_do_not_depend_on_the_batch(name: str) -> None:
     K, n = 2, 40_000
     law = build_base(name, K).eval()
