@@ -121,7 +121,7 @@ def with_drafts(
     """The contestants, and behind each that can be drawn with drafts by the model in ``folder`` that one.
 
     Raises:
-        InputError: there is none.
+        InputError: no contestant can be drawn with these drafts.
     """
     rows: list[Contestant] = []
     refusals: list[InputError] = []

@@ -134,7 +134,7 @@ def _alone() -> bool:
 
 
 def _first_gpu() -> str:
-    """The type of the first GPU; the CPU where there is none, or where it has no float64, which is said."""
+    """The type of the first GPU; without a GPU that has float64 the CPU, with a note for one that lacks it."""
     import torch
 
     from dflow.ops.devices import WITHOUT_FLOAT64
