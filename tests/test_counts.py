@@ -204,11 +204,12 @@ def test_a_few_entries_in_single_precision(K: int, hidden: int, way: str) -> Non
     agree()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @torch.no_grad()
-def test_drafts_are_the_most_probable_symbols_after_noise(way: str) -> None:
+def test_drafts_are_the_most_probable_symbols_after_noise(dtype: torch.dtype, way: str) -> None:
     torch.manual_seed(0)
     K = 5
-    module = Counted(K, 0, *patterns_of(4, False)).eval()
+    module = Counted(K, 0, *patterns_of(4, False)).eval().to(dtype)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     module.use(count(random_text(K), K, module.patterns))
@@ -217,7 +218,7 @@ def test_drafts_are_the_most_probable_symbols_after_noise(way: str) -> None:
         line = list(before)
         for row in noise:
             padded = torch.tensor([K] * 4 + line)[-4:]
-            line.append(int((module(torch.zeros(K), padded) + row).argmax()))
+            line.append(int((module(torch.zeros(K, dtype=dtype), padded) + row).argmax()))
         assert module.draft(before, noise) == line[len(before) :]
 
 

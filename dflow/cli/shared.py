@@ -134,7 +134,7 @@ def _alone() -> bool:
 
 
 def _first_gpu() -> str:
-    """The type of the first GPU; without a GPU that has float64 the CPU, with a note for one that lacks it."""
+    """The type of the first GPU; the CPU without one, and with a note for one that has no float64."""
     import torch
 
     from dflow.ops.devices import WITHOUT_FLOAT64

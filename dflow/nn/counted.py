@@ -225,7 +225,8 @@ class Counted(Recomputable):
 
     def _arrays(self, dtype: torch.dtype) -> tuple[Any, ...] | None:
         """The table, how it is read and the weights of the gate, for loops; None where tensors are used."""
-        if dtype != torch.float32 or self.also is not None or loops() is None:
+        single = dtype == self.features.weight.dtype == torch.float32
+        if not single or self.also is not None or loops() is None:
             return None
         layers, hidden = (self.features, self.inner, self.weights), self.hidden
         # Arrays share the memory of weights, and hold until these are moved.
@@ -263,7 +264,7 @@ class Counted(Recomputable):
             for noise in gumbel:
                 columns = [self.K] * max(0, reach - len(line)) + line[-reach:]
                 columns = [columns[offset + reach] for offset in self.offsets]
-                law = self(noise.new_zeros(self.K, dtype=torch.float32), torch.tensor(columns))
+                law = self(self.features.weight.new_zeros(self.K), torch.tensor(columns))
                 line.append(int((law + noise).argmax()))
             return line[begin:]
         symbols = torch.tensor([*line, *[self.K] * len(gumbel)])
