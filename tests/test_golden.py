@@ -36,6 +36,9 @@ EXPECTED = expectations()
 #: Text of samples 0 to 2 of seed 1.
 BY_ADDRESS = json.loads((ARCHIVE.parent / "draws_by_address.json").read_text(encoding="utf-8"))
 FLOWS = [name for name in EXPECTED if name != "pbnet"]
+#: Figures that are lower since laws of integers have a floor (version 0.2): a value that the net was too sure
+#: of has a bound now.
+FLOORED = {"multiscale_integer": {"nll": 7.382802943929338}}
 FIGURES = ["bpc", "nats", "vi", "nll", "exact"]
 
 
@@ -61,7 +64,8 @@ def test_figures_are_those_of_before(old: Path, name: str, capsys: pytest.Captur
     figures = [figure for figure in FIGURES if before.get(figure) is not None]
     assert figures
     for figure in figures:
-        assert now[figure] == pytest.approx(before[figure], rel=1e-5), figure
+        expected = FLOORED.get(name, before).get(figure, before[figure])
+        assert now[figure] == pytest.approx(expected, rel=1e-5), figure
     assert now["kind"] == before["kind"]
     assert now["checksum"] == before["checksum"]
 

@@ -117,7 +117,14 @@ def test_each_entry_sums_to_one_and_they_are_independent(kind):
         loc, log_scale, *weights = (p[0, entry] for p in params)
         terms = log_mass(WINDOW[:, None].double(), loc, log_scale)
         terms = torch.logsumexp(terms + weights[0], -1) if weights else terms.squeeze(1)
-        assert terms.exp().sum().item() == pytest.approx(1, abs=1e-12)
+        # The floor, law U of the module, around the rounded mean of the centres.
+        offset = WINDOW - law.centre[entry].mean().round()
+        j = torch.where(offset < 0, -1 - offset, offset).double()
+        floor = 2.0 ** -(2 * torch.floor(torch.log2(j + 1)) + 2)
+        terms = torch.log((1 - 2.0**-16) * terms.exp() + 2.0**-16 * floor)
+        outside = 2.0**-16 * (1 - floor.sum())
+        terms_sum = terms.exp().sum() + outside
+        assert terms_sum.item() == pytest.approx(1, abs=1e-12)
         masses.append(terms)
     x = torch.cartesian_prod(torch.arange(-9, 14), torch.arange(-30, 9))
     expected = masses[0][x[:, 0] + 4000] + masses[1][x[:, 1] + 4000]
@@ -166,7 +173,8 @@ def test_draws_are_those_of_the_law(kind, without_float64, monkeypatch):
 def test_without_float64_draws_are_finite_and_their_tails_reach_far(monkeypatch):
     monkeypatch.setattr(devices, "WITHOUT_FLOAT64", {"cpu"})
     monkeypatch.setattr(torch, "rand", lambda shape, **kwargs: torch.zeros(shape, dtype=kwargs["dtype"]))
-    assert _standard((1,), None, torch.device("cpu")).tolist() == pytest.approx([-50 * math.log(2)], rel=1e-5)
+    draws, _, _ = _standard((1,), None, torch.device("cpu"))
+    assert draws.tolist() == pytest.approx([-50 * math.log(2)], rel=1e-5)
 
 
 def test_components_start_apart_and_within_one_logistic():

@@ -43,12 +43,13 @@ def context(n: int, dtype: torch.dtype = torch.float64) -> Context:
     return Context(given=(torch.tensor([[1.0, -0.5]], dtype=dtype).expand(n, 2),))
 
 
-def hurdle(logits: Tensor, common: int) -> list[float]:
-    """Probabilities of the symbols, one by one."""
+def hurdle(logits: Tensor, common: int, floor: float = 2.0**-16) -> list[float]:
+    """Probabilities of the symbols, one by one, with the share of an even law."""
     values = logits.tolist()
     first = 1 / (1 + math.exp(-values[common]))
     total = sum(math.exp(v) for i, v in enumerate(values) if i != common)
-    return [first if i == common else (1 - first) * math.exp(v) / total for i, v in enumerate(values)]
+    shares = [first if i == common else (1 - first) * math.exp(v) / total for i, v in enumerate(values)]
+    return [(1 - floor) * p + floor / len(values) for p in shares]
 
 
 def by_hand(law: ConditionalWindow, entry: int, x: int) -> float:
@@ -77,6 +78,23 @@ def test_masses_are_those_of_the_formula_and_sum_to_one() -> None:
     found = (law.log_prob(rows, context(len(rows))).exp() / by_hand(law, 1, 8)).sum()
     p = hurdle(law.logits(context(1))[0, 0], law.common)
     assert float(found.detach()) == pytest.approx(1 - (p[0] + p[-1]) * 2.0**-12, abs=1e-12)
+
+
+def test_no_symbol_of_a_window_costs_more_than_its_bound() -> None:
+    law = ConditionalWindow(Net(), LOW, K).double()
+    with torch.no_grad():
+        law.net.linear.weight.zero_()
+        law.net.linear.bias.zero_()
+        law.net.linear.bias[:: K + 2] = 1e9
+        # The most frequent symbol is sure not to come, or sure to come.
+        for start in (-1e9, 1e9):
+            law.start[1] = start
+            line = torch.arange(-1, K + 1)
+            rows = LOW + torch.stack([line, line], 1)
+            bits = -law.log_prob(rows, context(len(rows))) / math.log(2)
+            # A tail adds a bit for its first value.
+            assert float(bits.max()) <= 2 * (16 + math.log2(K + 2) + 1)
+            assert float(bits.max()) > 2 * 16
 
 
 def test_modes_agree_and_gradients_reach_the_net() -> None:
@@ -154,7 +172,7 @@ def test_laws_that_are_nearly_sure_cost_what_they_say(symbols: int) -> None:
     logits[10:20, :, common] -= 30
     logits[20:30, :, 1] += 25
     low = torch.tensor([0, -4, 1000])
-    law = torch.tensor([hurdle(row, common) for row in (logits + start).flatten(0, 1)]).double()
+    law = torch.tensor([hurdle(row, common, 0.0) for row in (logits + start).flatten(0, 1)]).double()
     # A law that is nearly sure tells the others apart still. Tails are another test's.
     symbol = 1 + law[:, 1:-1].multinomial(1, generator=generator).squeeze(1)
     x = (symbol - 1).view(rows, entries) + low

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dflow.core import Context, only_given
 from dflow.distributions.conditional import Conditional, check_rows
+from dflow.distributions.floor import FLOOR, gamma_bits, gamma_draws
 from dflow.distributions.logistic import check_numbers
 from dflow.ops.devices import float64, widen, widest
 from dflow.ops.memo import Memo
@@ -24,8 +25,10 @@ class ConditionalWindow(Conditional):
     """Entries independent given the context, each with a probability for every integer of a window.
 
     A hurdle model over K + 2 symbols: with logits ``l = start + net(context)`` and the symbol c that is most
-    frequent in the data, ``p[c] = sigmoid(l[c])``. The other symbols share the remaining probability, ``p[k]
-    = (1 - p[c]) softmax(l without l[c])[k]``. ``P(x_i) = p_i[x_i - low_i + 1]`` in the window
+    frequent in the data, ``h[c] = sigmoid(l[c])``. The other symbols share the remaining probability, ``h[k]
+    = (1 - h[c]) softmax(l without l[c])[k]``. ``p[k] = (1 - f) h[k] + f / (K + 2)`` with the share f = 2^-16
+    of an even law, so that no symbol costs more than ``16 + log2(K + 2)`` bits, 24.01 for K = 256, however
+    sure the net is. ``P(x_i) = p_i[x_i - low_i + 1]`` in the window
     ``low_i .. low_i + K - 1``. The first and the last symbol are the tails: the jth integer beyond an end, j
     from 0, has a share of ``2^-(2 q + 1)`` of its tail, ``q = floor(log2(j + 1))``. P sums to 1 over all
     integers. No gradient goes to x.
@@ -83,7 +86,7 @@ class ConditionalWindow(Conditional):
         common = logits[..., c].sigmoid()
         law = _without(logits, c).softmax(-1) * (1 - common)[..., None]
         law[..., c] = common
-        return law
+        return law.mul_(1 - FLOOR).add_(FLOOR / (self.K + 2))
 
     def raw(self, context: Context | None) -> Tensor:
         """The logits without ``start``: the output of the net."""
@@ -122,10 +125,10 @@ class ConditionalWindow(Conditional):
         terms = nn.functional.logsigmoid(torch.where(is_common, gate, -gate)) + torch.where(
             is_common, 0, others
         )
+        even = torch.full_like(terms, math.log(FLOOR / (self.K + 2)))
+        terms = torch.logaddexp(terms + math.log1p(-FLOOR), even)
         beyond = (symbol == 0) | (symbol == self.K + 1)
-        # The exponent is exact for integers below 2^53, in float32 below 2^24.
-        q = torch.frexp(widen(far + 1)).exponent - 1
-        tails = torch.where(beyond, -math.log(2) * widen(2 * q + 1), 0)
+        tails = torch.where(beyond, -math.log(2) * gamma_bits(far), 0)
         total = (widen(terms) + tails).sum(-1)
         return total.to(x.dtype if x.is_floating_point() else logits.dtype)
 
@@ -137,10 +140,8 @@ class ConditionalWindow(Conditional):
         law = self.law(context)
         check_rows(n, len(law))
         symbol = law.flatten(0, 1).multinomial(1, generator=generator).view(law.shape[:2])
-        u = torch.rand(n, self.dim, 2, dtype=law.dtype, device=law.device, generator=generator)
-        # q is geometric, and the integers of one q have equal probability; none beyond 2^53 is drawn.
-        q = (-torch.log2(1 - u[..., 0])).floor().clamp(0, 52)
-        far = torch.floor((1 + u[..., 1]) * 2**q).long() - 1
+        u = torch.rand(n, self.dim, dtype=law.dtype, device=law.device, generator=generator)
+        far = gamma_draws(1 - u)
         offset = symbol - 1
         offset = torch.where(symbol == 0, -1 - far, torch.where(symbol == self.K + 1, self.K + far, offset))
         return self.low + offset
