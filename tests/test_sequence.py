@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import enumerate_all, grouped, randomize, transformer
+from cases import counting, enumerate_all, grouped, randomize, transformer
 from torch.nn import functional as F
 
 from dflow.core import Context
@@ -89,7 +89,8 @@ def test_one_call_a_group():
 def test_a_law_of_several_budgets_is_a_law_at_each():
     K, dim = 3, 6
     orders = [lockstep(dim, 2), lockstep(dim, 3), lockstep(dim, 6), islands(dim, 4)]
-    law = randomize(SequenceCategorical(transformer(K, K, orders[0], dim), orders[0], dim, 1, orders[1:]))
+    others = [(order, 1) for order in orders[1:]]
+    law = randomize(SequenceCategorical(transformer(K, K, orders[0], dim), orders[0], dim, 1, others))
     assert law.budgets == [2, 3, 4, 6]
     x, found = enumerate_all(K, dim), []
     for calls in law.budgets:
@@ -109,6 +110,29 @@ def test_a_law_of_several_budgets_is_a_law_at_each():
     torch.testing.assert_close(law.log_prob(x), found[0])
     with pytest.raises(ValueError, match="no order of 5 calls"):
         law.at(5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("counts", [0, 3])
+def test_a_network_of_blocks_walks_smaller_blocks_too(counts):
+    K, dim, first = 2, 7, lockstep(7, 4)
+    net = counting(transformer(K, K, first, dim, block=4, counts=counts), K)
+    others = [(lockstep(dim, 6), 3), (lockstep(dim, 7), 2), (lockstep(dim, 7), 1)]
+    law = randomize(SequenceCategorical(net, first, dim, 4, others))
+    assert law.budgets == [1, 2, 4, 7]
+    x, one_call = enumerate_all(K, dim), law.net._call
+    calls = []
+    law.net._call = lambda *a: calls.append(1) or one_call(*a)
+    for budget in law.budgets:
+        other = law.at(budget)
+        log_prob = other.log_prob(x)
+        assert abs(float(log_prob.exp().sum()) - 1) < 1e-12
+        torch.testing.assert_close(other.log_prob_by_steps(x), log_prob)
+        calls.clear()
+        other.sample(2)
+        assert len(calls) == other.num_calls == budget
+    with pytest.raises(ValueError, match="1 to 4 rows of this network, asked for 5"):
+        net.plan(first, None, dim, 5)
 
 
 def test_blocks_cost_one_call_each():

@@ -33,7 +33,7 @@ class SequenceCategorical(Distribution):
         order: int64 ``(R, S)``, see `dflow.ops.orders`; the same that the network was built with.
         dim: longest sequence.
         block: rows that the network draws in one call.
-        others: further orders that the network can walk, each a law of its own: see `at`.
+        others: further orders that the network can walk, each with its block and a law of its own: see `at`.
         known: bool ``(dim,)``, entries that are in no row of the order since they are known, or None.
 
     Attributes:
@@ -52,7 +52,7 @@ class SequenceCategorical(Distribution):
         order: Tensor,
         dim: int,
         block: int = 1,
-        others: Sequence[Tensor] = (),
+        others: Sequence[tuple[Tensor, int]] = (),
         known: Tensor | None = None,
     ) -> None:
         """See the class."""
@@ -62,17 +62,17 @@ class SequenceCategorical(Distribution):
         # A contiguous copy: a matrix of one column may keep unusual strides, and torch refuses to broadcast
         # such a matrix to other processes because it believes that its entries overlap.
         self.register_buffer("order", order.clone(memory_format=torch.contiguous_format))
-        for i, other in enumerate(others):
+        #: By number of calls: the name of the order, and the rows of a call.
+        self._names = {-(-len(order) // block): ("order", block)}
+        for i, (other, rows) in enumerate(others):
             self.register_buffer(f"order_{i}", other.clone(memory_format=torch.contiguous_format))
-        self._names = {-(-len(order) // block): "order"}
-        for i, other in enumerate(others):
             check_order(other, dim)
-            self._names.setdefault(-(-len(other) // block), f"order_{i}")
+            self._names.setdefault(-(-len(other) // rows), (f"order_{i}", rows))
         read_before = order.new_zeros(0) if known is None else known.nonzero().flatten()
         check_order(torch.cat([order.flatten(), read_before])[:, None], dim)
         self._laws: dict[int, Memo[SequenceCategorical]] = {calls: Memo() for calls in self._names}
-        #: Whether the order differs from the one that the network was built with, so that it needs a plan.
-        self._planned = False
+        #: Whether order or block differ from those that the network was built with, so that it needs a plan.
+        self._planned = getattr(net, "block", block) != block
         self._plan: Memo[Any] = Memo()
         self._rows: Memo[tuple[list[Tensor], list[int]]] = Memo()
         self._among: Memo[SequenceCategorical] = Memo()
@@ -96,10 +96,11 @@ class SequenceCategorical(Distribution):
             return self
         if calls not in self._names:
             raise ValueError(f"no order of {calls} calls; there are {self.budgets}")
-        order: Tensor = getattr(self, self._names[calls])
+        name, block = self._names[calls]
+        order: Tensor = getattr(self, name)
 
         def law() -> SequenceCategorical:
-            law = SequenceCategorical(self.net, order, self.dim, self.block)
+            law = SequenceCategorical(self.net, order, self.dim, block)
             law._planned, law.lay = True, self.lay
             return law
 
@@ -112,7 +113,11 @@ class SequenceCategorical(Distribution):
         if not self._planned:
             return ()
         dtype = next(self.net.parameters()).dtype
-        return (self._plan(lambda: self.net.plan(self.order, self._slots, self.dim), self.order, key=dtype),)
+
+        def plan() -> Any:
+            return self.net.plan(self.order, self._slots, self.dim, self.block)
+
+        return (self._plan(plan, self.order, key=dtype),)
 
     def _of(self, context: Context | None) -> SequenceCategorical:
         """The law that a context asks for: this one, or that of the entries that are not known."""

@@ -116,6 +116,7 @@ class Plan:
         mask: which slot attends to which, (slots, slots); None when each sees the slots before it and itself.
         ascending: whether the positions of the slots ascend.
         dim: entries of the sequence.
+        block: rows of the order that one call predicts.
         around: positions (dim, columns) of the symbols around each entry from which contexts are read that
             are counted; ``dim`` where a symbol is not drawn before the entry. None where nothing is counted.
         known: positions (known,) of the entries that are known before the first call. Each has a slot, among
@@ -131,6 +132,7 @@ class Plan:
     mask: Tensor | None
     ascending: bool
     dim: int
+    block: int
     around: Tensor | None
     known: Tensor
 
@@ -141,7 +143,7 @@ class Reach:
 
     Attributes:
         dim: longest sequence.
-        block: rows of the order that one call predicts.
+        carried: how many of the symbols that a lane drew last are read.
         offsets: offsets of the neighbours that are read, (neighbours,).
         gaps_row: the first row of the embedding for distances to the nearest known symbols; None where the
             network does not read these.
@@ -149,7 +151,7 @@ class Reach:
     """
 
     dim: int
-    block: int
+    carried: int
     offsets: Tensor
     gaps_row: int | None
     counted: Tensor | None = None
@@ -163,7 +165,7 @@ class Reach:
             drawn: the row that draws each position, (dim + 1,).
             positions: positions of the entries, (entries,).
             row: the first row whose symbols are not known yet, (entries,).
-            carried: positions of the symbols that the lane drew last, (entries, block).
+            carried: positions of the symbols that the lane drew last, (entries, `carried`).
             slots: the slot that each entry belongs to, ascending.
             cuts: number of entries in the first 0, 1, 2, ... groups.
         """
@@ -184,15 +186,20 @@ class Reach:
 
 @torch.no_grad()
 def make_plan(
-    order: Tensor, reach: Reach, head_size: int, dtype: torch.dtype, known: Tensor | None = None
+    order: Tensor, reach: Reach, head_size: int, dtype: torch.dtype, known: Tensor | None, block: int
 ) -> Plan:
     """How to walk ``order``, int64 ``(R, S)``, with attention heads of ``head_size`` in ``dtype``.
 
-    The positions ``known``, int64 ``(known,)``, are in no row of the order.
+    The positions ``known``, int64 ``(known,)``, are in no row of the order. A call predicts ``block`` rows.
+
+    Raises:
+        ValueError: more rows than symbols that are carried, some of which nobody would read.
     """
+    if not 1 <= block <= reach.carried:
+        raise ValueError(f"a call predicts 1 to {reach.carried} rows of this network, asked for {block}")
     known = order.new_zeros(0) if known is None else known
     check_order(torch.cat([order.flatten(), known])[:, None], reach.dim)
-    m, n, device = reach.block, reach.dim, order.device
+    m, n, width, device = block, reach.dim, reach.carried, order.device
     order = order.masked_fill(order >= n, n)
     order = torch.cat([order, order.new_full((-len(order) % m, order.shape[1]), n)])
     rows, lanes = order.shape
@@ -200,9 +207,9 @@ def make_plan(
     drawn = torch.full((n + 1,), rows, device=device)
     drawn[order] = torch.arange(rows, device=device)[:, None].expand_as(order)
     drawn[n], drawn[known] = rows, -1
-    history = torch.cat([order.new_full((m, lanes), n), order])
+    history = torch.cat([order.new_full((width, lanes), n), order])
     # Column c: the position that the lane drew c + 1 rows before.
-    last = torch.stack([history[m - 1 - c : m - 1 - c + rows] for c in range(m)], -1)
+    last = torch.stack([history[width - 1 - c : width - 1 - c + rows] for c in range(width)], -1)
     blocks, carried = order.unflatten(0, (-1, m)).transpose(1, 2), last[::m]
     present = blocks < n
     used = present.any(-1) | (carried < n).any(-1)
@@ -240,6 +247,7 @@ def make_plan(
         None if lanes == 1 and not len(known) else group_of_slot[:, None] >= group_of_slot,
         lanes == 1 and not len(known) and bool((slots.positions.diff() > 0).all()),
         n,
+        m,
         _around(drawn, reach.counted),
         known,
     )
@@ -247,7 +255,7 @@ def make_plan(
 
 def _after(reach: Reach, drawn: Tensor, known: Tensor, slots: Reading) -> Reading:
     """A slot for each known entry, which carries its symbol, then ``slots``; the known ones are one group."""
-    nothing = known.new_full((len(known), reach.block - 1), reach.dim)
+    nothing = known.new_full((len(known), reach.carried - 1), reach.dim)
     carried = torch.cat([known[:, None], nothing], 1)
     line = torch.arange(len(known), device=known.device)
     before = reach.reading(drawn, known, torch.zeros_like(known), carried, line, [])

@@ -99,7 +99,7 @@ class GroupCausalTransformer(nn.Module):
     the entry by then. It models the dependence inside a group at a small fraction of the cost of a call.
 
     No parameter belongs to an order: a slot sees only which symbols around an entry are known, so that the
-    network can walk any order (`plan`).
+    network can walk any order, in blocks of as many rows as it was built for or of fewer (`plan`).
 
     Args:
         K: size of the alphabet.
@@ -108,7 +108,7 @@ class GroupCausalTransformer(nn.Module):
         dim: longest sequence.
         size: see `TransformerSize`; ``window`` counts symbols before an entry, and n-grams may lie before the
             entry, after it or around it.
-        block: rows of the order that one call predicts.
+        block: rows of the order that one call predicts, at most.
         ahead: how many symbols after an entry are read directly, where an order draws any of them earlier;
             default ``window`` if the order has several lanes, else 0.
         zero_head: start with an output of zeros (the identity, for the parameters of a bijector).
@@ -167,17 +167,21 @@ class GroupCausalTransformer(nn.Module):
             nn.init.zeros_(self.head.weight)
         self.counted = Counted.of(size, K, ahead > 0, num_params - K)
 
-    def plan(self, order: Tensor, known: Tensor | None = None, dim: int | None = None) -> Plan:
+    def plan(
+        self, order: Tensor, known: Tensor | None = None, dim: int | None = None, block: int | None = None
+    ) -> Plan:
         """How to walk ``order``, another one, over sequences of ``dim`` entries (default: the network's).
 
         The positions ``known``, int64 ``(known,)``, are read before the first call, and are not in the order.
+        A call predicts ``block`` rows, at most as many as the network was built for, the default.
         """
         gaps_row = self.embed.extra_row if self.gaps else None
         counted = None
         if self.counted is not None:
             counted = torch.tensor(self.counted.offsets, device=self.offsets.device)
         reach = Reach(self.dim if dim is None else dim, self.block, self.offsets, gaps_row, counted)
-        return make_plan(order, reach, self.size.head_size, self.norm.weight.dtype, known)
+        rows = self.block if block is None else block
+        return make_plan(order, reach, self.size.head_size, self.norm.weight.dtype, known, rows)
 
     def _own_plan(self) -> Plan:
         """The plan of the network's own order, made once for an order and a precision."""
@@ -277,17 +281,17 @@ class GroupCausalTransformer(nn.Module):
         """Parameters (batch, m, num_params) of the next row, given the symbols of the last.
 
         ``x``, int64 (batch, entries of the last row), is None at the first step; symbols beyond a length are
-        ignored. Every `block` steps cost one call of the network.
+        ignored. Every ``block`` steps of the plan cost one call of the network.
         """
         plan = state.plan
         if x is not None:
-            g, j = divmod(state.row - 1, self.block)
+            g, j = divmod(state.row - 1, plan.block)
             drawn = plan.entries[j]
             positions = drawn.positions[drawn.cuts[g] : drawn.cuts[g + 1]]
             if state.lengths is not None:
                 x = x.masked_fill(positions >= state.lengths, self.K)
             state.symbols[:, positions] = x
-        g, j = divmod(state.row, self.block)
+        g, j = divmod(state.row, plan.block)
         state.row += 1
         begin = max(plan.slots.cuts[g], state.read)
         if j == 0:

@@ -167,14 +167,17 @@ def _order(name: str, dim: int, num_groups: int) -> Tensor:
 def grouped(config: GroupedConfig, K: int) -> Distribution:
     """A sequence drawn in groups, with its exact likelihood in one pass; see `dflow.ops.orders`."""
 
-    def rows(calls: int) -> Tensor:
-        return _order(config.order, config.length, min(config.length, calls * config.block))
+    def walked(calls: int) -> tuple[Tensor, int]:
+        """An order in so many calls, and the rows of a call: fewer where there are not so many entries."""
+        fits = calls <= -(-config.length // config.block)
+        block = config.block if fits else config.length // calls
+        return _order(config.order, config.length, min(config.length, calls * block)), block
 
-    order, others = rows(config.num_calls), [rows(calls) for calls in config.calls]
-    both_sides = config.context > 0 or any(o.shape[1] > 1 for o in (order, *others))
+    (order, block), *others = (walked(calls) for calls in (config.num_calls, *config.calls))
+    both_sides = config.context > 0 or any(o.shape[1] > 1 for o, _ in ((order, block), *others))
     ahead = config.window if both_sides else 0
     net = GroupCausalTransformer(K, K, order, config.length, config.size(), block=config.block, ahead=ahead)
-    law = SequenceCategorical(net, order, config.length, config.block, others)
+    law = SequenceCategorical(net, order, config.length, block, others)
     law.lay = functools.partial(_order, config.order)
     return law
 

@@ -90,18 +90,17 @@ class GroupedConfig(TransformerConfig):
     order: str = choice("lockstep", ORDERS, "order in which positions are drawn")
     block: int = setting(
         1,
-        "symbols of a lane that one call draws, those after the first by a small network inside the group",
+        "symbols of a lane that one call draws, those after the first by a small network inside the group; "
+        "fewer where a sequence is drawn in so many calls that there are not as many",
         least=1,
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.num_calls <= self.length:
-            raise InputError(f"num_calls must lie in 1..{self.length} (length), found {self.num_calls}")
-        most = -(-self.length // self.block)
-        for calls in (self.num_calls, *self.calls):
-            if not 1 <= calls <= most:
-                raise InputError(f"calls must lie in 1..{most} (length / block), found {calls}")
+        for name, values in (("num_calls", [self.num_calls]), ("calls", self.calls)):
+            for calls in values:
+                if not 1 <= calls <= self.length:
+                    raise InputError(f"{name} must lie in 1..{self.length} (length), found {calls}")
 
 
 @dataclass
