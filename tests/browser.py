@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+#: What the browser is called, by Debian and by others.
+_NAMES = ("chromium", "chromium-browser", "google-chrome")
 #: Nothing is fetched, reported or remembered.
 _FLAGS = (
     "--headless=new",
@@ -28,7 +30,8 @@ _FLAGS = (
 def browser(profile: Path, *flags: str) -> Iterator[Any]:
     """A driver of Selenium, with a profile of its own; Selenium looks for no driver in the network."""
     selenium = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    binary = next(filter(None, map(shutil.which, _NAMES)), None)
+    driver = shutil.which("chromedriver")
     if binary is None or driver is None:
         pytest.skip("no chromium with chromedriver on this machine")
     options = selenium.ChromeOptions()

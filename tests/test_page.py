@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 from browser import browser
-from folders import TEXT, write_model, write_text
+from folders import TEXT, make_model, write_model, write_text
 
-from dflow import hf
+from dflow import hf, zoo
 from dflow.cli import main
-from dflow.data import Bytes, Tokenizer
+from dflow.data import Bytes, Characters, Tokenizer
 from dflow.generate import generate
-from dflow.page import document, pieces_of
+from dflow.page import document, pieces_of, role_of, traces
 
 LENGTH, SAMPLES, LIMIT = 24, 2, 4
 BUDGETS = {"calls": [1, 4], "num_calls": 2, "block": 2}
@@ -102,10 +102,10 @@ def test_samples_are_those_of_generate_and_cost_what_the_model_says(
     for role, name in (("groups", "groups"), ("causal", "causal")):
         model, tokenizer = hf.load(folder / name), Tokenizer.load(folder / name)
         panel = record[role]
-        for calls, traces in zip(panel["calls"], panel["samples"], strict=True):
+        for calls, rows in zip(panel["calls"], panel["samples"], strict=True):
             law = model.at(calls)
-            assert len(traces) == SAMPLES
-            for trace, ids in zip(traces, generate(law, SAMPLES), strict=True):
+            assert len(rows) == SAMPLES
+            for trace, ids in zip(rows, generate(law, SAMPLES), strict=True):
                 assert "".join(trace["pieces"]) == tokenizer.decode(ids)
                 bits = -law.log_prob(ids[None]).item() / math.log(2)
                 assert trace["total_bits"] == pytest.approx(bits, rel=1e-6)
@@ -152,6 +152,27 @@ def test_symbols_of_several_bytes_spell_their_text() -> None:
     ids = [*"aé€ \n".encode(), 0xFF, 0x62]
     assert pieces_of(Bytes(), torch.tensor(ids)) == ["a", "", "é", "", "", "€", " ", "\n", "", "\ufffdb"]
     assert pieces_of(Bytes(), torch.tensor([0x61, 0xC3])) == ["a", "\ufffd"]
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["streams", "lines"])
+@pytest.mark.parametrize("family", zoo.names("text"))
+@torch.no_grad()
+def test_every_family_has_a_trace_or_none(family: str, ended: bool) -> None:
+    tokenizer = Characters(list("abcde"))
+    model = make_model(family, tokenizer.size, explicit_length=ended)
+    if role_of(model) is None:
+        assert family in ("bipartite", "autoregressive", "multiscale")
+        return
+    for trace, ids in zip(traces(model, tokenizer, 3, seed=1), generate(model, 3, seed=1), strict=True):
+        text, n = tokenizer.decode(ids), int((ids >= 0).sum())
+        assert "".join(trace.pieces) == text
+        assert (len(trace.calls), len(trace.bits), trace.num_characters) == (n, n, n + ended)
+        lengths = torch.tensor([n]) if ended else None
+        bits = -model.log_prob(tokenizer.encode(text)[None], lengths).item() / math.log(2)
+        assert trace.total_bits == pytest.approx(bits, rel=1e-5)
+        assert 1 <= min(trace.calls) <= max(trace.calls) == trace.num_calls <= model.num_calls
+        if role_of(model) == "causal":
+            assert trace.calls == list(range(1, n + 1))
 
 
 # -- the file --------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ const count = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s
 const fixed = (x, digits) => x.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
 /** Bits from which on a symbol has the full shade. */
 const FULL = 8;
-const still = matchMedia("(prefers-reduced-motion: reduce)");
 /** A symbol as it can be seen: ends of lines and what has no text of its own get a sign. */
 const seen = (piece) => (piece === "" ? "" : piece.replace(/\n/g, "↵").replace(/\t/g, "⇥"));
 const named = (piece) => ({ " ": "space", "\n": "line break", "\t": "tab", "": "part of a character" })[piece] ?? piece;
