@@ -326,7 +326,7 @@ function cost() {
   } else {
     $("plot-calls").hidden = $("plot-time").hidden = true;
   }
-  const heads = ["network calls", ...(hasBits ? ["bits a character", "standard error"] : []), "milliseconds", "threads"];
+  const heads = ["network calls", ...(hasBits ? ["bits a character", "standard error"] : []), "ms", "threads"];
   const cells = (point) => [point.calls.toLocaleString("en"), ...(hasBits ? [fixed(point.bits, 4), point.standard_error === null ? "" : fixed(point.standard_error, 4)] : []), fixed(point.milliseconds, 1), `${point.threads}`];
   const groups = record.models.flatMap((model) => [false, true].map((drafted) => [model, figuresOf(model, drafted)])).filter(([, points]) => points.length);
   const bodies = groups.map(([model, points]) => make("tbody", {}, make("tr", {}, make("th", { scope: "rowgroup", colspan: heads.length }, pointName(model, points[0]))),
