@@ -110,6 +110,7 @@ def make_model(
     explicit_length: bool = False,
     seed: int = 0,
     context: int = 0,
+    **changes: Any,
 ) -> hf.DflowModel:
     torch.manual_seed(seed)
     config = hf.DflowConfig(
@@ -118,7 +119,7 @@ def make_model(
         length=length,
         explicit_length=explicit_length,
         context=context,
-        **SETTINGS[family],
+        **SETTINGS[family] | changes,
     )
     model = hf.DflowModel(config)
     with_counts(model, vocab_size)
@@ -129,17 +130,23 @@ def make_model(
 
 
 def write_model(
-    folder: Path, family: str, text: Path, protocol: str = "stream", length: int = LENGTH, seed: int = 0
+    folder: Path,
+    family: str,
+    text: Path,
+    protocol: str = "stream",
+    length: int = LENGTH,
+    seed: int = 0,
+    **changes: Any,
 ) -> Path:
     corpus = corpus_of(text, protocol)
-    model = make_model(family, corpus.tokenizer.size, length, protocol == "sentence", seed)
+    model = make_model(family, corpus.tokenizer.size, length, protocol == "sentence", seed, **changes)
     if protocol == "sentence":
         model.set_length_counts(corpus.train.length_counts(length).float())
     hf.save(model, folder)
     corpus.tokenizer.save(folder)
     recipe = {
         "data": {"name": str(text), "protocol": protocol},
-        "model": {"family": family, "length": length, **SETTINGS[family]},
+        "model": {"family": family, "length": length, **SETTINGS[family], **changes},
         "train": {"steps": 1},
         "output": str(folder),
     }

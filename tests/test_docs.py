@@ -23,6 +23,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for p in (RO
 
 #: Commands that are only parsed, and why they cannot be run here.
 NOT_RUN = {
+    "dflow serve": "it serves until it is stopped; tests/test_serve.py draws on its page",
     "dflow train recipes/images/multiscale_histology.yaml": "its pictures are no known set",
     "dflow compare runs/ptb/calls_grouped@{": "its bipartite models are cut by scripts/truncate_flow.py",
 }
@@ -31,6 +32,7 @@ SHORT = {
     "train": ["--set", "train.steps=2"],
     "compare": ["--rounds", "1", "--batch-size", "2", "--threads", "1"],
     "codecs": ["--rounds", "1"],
+    "page": ["--rounds", "1", "--threads", "1"],
 }
 
 

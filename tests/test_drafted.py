@@ -150,6 +150,29 @@ def test_what_is_known_and_where_draws_end_are_as_ever(name: str, drafter: str) 
         drafted.sample(n, holes)
 
 
+def test_a_log_of_calls_replays_the_draws() -> None:
+    context, drafted = (
+        Context(noise=Noise(2, torch.arange(3) + 7)),
+        Drafted(LAWS["transformer"], LawDrafter(law("ngram", 1))),
+    )
+    drafted.tally.log = []
+    x, log = drafted.sample(3, context), drafted.tally.log
+    for row, number in enumerate((7, 8, 9)):
+        calls = [call for call in log if call.sample == number]
+        assert len(calls) == drafted.tally.calls[number] < DIM
+        assert [symbol for call in calls for symbol in call.drawn] == x[row].tolist()
+        for call in calls:
+            line = x[row, call.begin :].tolist()
+            assert call.drafted[: call.accepted] == line[: call.accepted]
+            rejected, own = call.drafted[call.accepted :], line[call.accepted : call.accepted + 1]
+            assert not rejected or rejected[0] != own[0]
+            assert call.drawn == line[: len(call.drawn)]
+    assert sum(call.accepted for call in log) == drafted.tally.accepted > 0
+    assert sum(len(call.drafted) for call in log) == drafted.tally.drafted
+    drafted.tally.clear()
+    assert drafted.tally.log == []
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_texts_of_several_chunks_are_those_of_the_plain_loop(name: str) -> None:
     prompt = torch.randint(0, K, (1, 5)).expand(2, -1)

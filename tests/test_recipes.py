@@ -127,7 +127,8 @@ def test_a_wheel_has_all_recipes_and_finds_them(tmp_path: Path) -> None:
         archive.extractall(site)
     modules = {path.relative_to(ROOT / "dflow") for path in (ROOT / "dflow").rglob("*.py")}
     assert {path.relative_to(site / "dflow") for path in (site / "dflow").rglob("*.py")} == modules
-    assert (site / "dflow" / "py.typed").is_file()
+    others = {path.name for path in (site / "dflow").rglob("*.*") if path.suffix not in (".py", ".yaml")}
+    assert others == {"py.typed", "page.html", "page.css", "page.js", "plots.js"}
 
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -5,9 +5,10 @@ import torch
 from cases import counting, enumerate_all, grouped, randomize, transformer
 from torch.nn import functional as F
 
-from dflow.core import Context
+from dflow.core import Context, Known
 from dflow.distributions import SequenceCategorical, sequence
 from dflow.ops.modular import one_hot
+from dflow.ops.noise import Noise
 from dflow.ops.orders import ORDERS, islands, lockstep
 
 CASES = [(order, dim, calls) for order in ORDERS for dim, calls in ((5, 2), (4, 4), (6, 3))]
@@ -71,6 +72,40 @@ def test_noise_drawn_in_blocks_gives_the_same_draws_for_a_seed(monkeypatch):
     once = law.sample(4, generator=torch.Generator().manual_seed(3))
     monkeypatch.setattr(sequence, "_NOISE_BLOCK", 1)
     assert torch.equal(law.sample(4, generator=torch.Generator().manual_seed(3)), once)
+
+
+KNOWN = {"nothing": [0, 0, 0, 0, 0, 0], "before": [1, 1, 0, 0, 0, 0], "holes": [0, 1, 0, 0, 1, 0]}
+
+
+@pytest.mark.parametrize("block", [1, 2])
+@pytest.mark.parametrize("known", [None, *KNOWN])
+def test_calls_are_those_in_which_a_draw_draws(known, block, monkeypatch):
+    dim, drawn = 6, []
+    order = lockstep(dim, 4)
+    law = randomize(SequenceCategorical(transformer(3, 3, order, dim, block=block), order, dim, block))
+    law.lay = lockstep
+    context = None
+    if known is not None:
+        mask = torch.tensor(KNOWN[known]).bool()
+        context = Context(known=Known(torch.ones(1, dim, dtype=torch.int64), mask))
+    draw = Noise.draw
+    monkeypatch.setattr(Noise, "draw", lambda self, *args: (drawn.append(args[2]), draw(self, *args))[1])
+    law.sample(1, context)
+    calls = law.calls(context)
+    # A row is drawn after another, and a call draws a block of them.
+    assert [calls[row].tolist() for row in drawn] == [[i // block] * len(row) for i, row in enumerate(drawn)]
+    assert sorted(torch.cat(drawn).tolist()) == (calls >= 0).nonzero().flatten().tolist()
+    assert (calls < 0).sum() == sum(KNOWN.get(known, []))
+    assert int(calls.max()) + 1 == law.needed(dim, context)
+
+
+def test_calls_of_a_prompt_that_one_call_reads():
+    order = torch.arange(6)[:, None]
+    law = randomize(SequenceCategorical(transformer(3, 3, order, 6), order, 6))
+    known = Known(torch.ones(1, 6, dtype=torch.int64), torch.arange(6) < 2)
+    assert law.calls().tolist() == [0, 1, 2, 3, 4, 5]
+    assert law.calls(Context(known=known)).tolist() == [-1, -1, 1, 2, 3, 4]
+    assert law.needed(6, Context(known=known)) == 5
 
 
 def test_one_call_a_group():

@@ -13,7 +13,7 @@ from dflow import recipes
 from dflow.cli.flags import Verbs, argument
 
 #: Arguments that take a file or a folder, by their names.
-FILES = ("auxiliary", "data", "file", "files", "output", "prime", "prompt_file", "recipe", "_modules")
+FILES = ("auxiliary", "data", "file", "files", "output", "prime", "prompt_file", "recipe", "text", "_modules")
 FOLDERS = ("draft", "folder", "model", "models", "runs")
 
 

@@ -25,6 +25,8 @@ FILES = (
     "info",
     "recipes",
     "settings",
+    "page",
+    "serve",
     "plot",
     "data",
     "completion",

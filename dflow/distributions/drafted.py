@@ -122,6 +122,26 @@ class Drafter(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class VerifiedCall:
+    """A network call that verified drafts of one sample.
+
+    Attributes:
+        sample: its number.
+        begin: the first entry of the call.
+        drafted: symbols that were proposed for it and the next ones.
+        accepted: how many of these were right, up to the first that was not.
+        drawn: the symbols that the call settled: those accepted, and where there is room for it the law's own
+            symbol behind them.
+    """
+
+    sample: int
+    begin: int
+    drafted: list[int]
+    accepted: int
+    drawn: list[int]
+
+
 @dataclass
 class Tally:
     """What draws took.
@@ -130,11 +150,13 @@ class Tally:
         calls: network calls for each sample, by its number.
         drafted: symbols that were drafted.
         accepted: those of them that were right, with all before them in the draft.
+        log: the calls one by one, in a list that is put here before a draw; None notes none.
     """
 
     calls: dict[int, int] = field(default_factory=dict)
     drafted: int = 0
     accepted: int = 0
+    log: list[VerifiedCall] | None = None
 
     def add(self, samples: Sequence[int], calls: int = 1) -> None:
         """Count calls for some samples."""
@@ -145,6 +167,8 @@ class Tally:
         """Forget all."""
         self.calls.clear()
         self.drafted = self.accepted = 0
+        if self.log is not None:
+            self.log.clear()
 
 
 class Pace:
@@ -453,6 +477,9 @@ class Drafted(Distribution):
                 self.tally.add(samples[row : row + 1])
                 self.tally.accepted += min(agreed, rest)
                 self.tally.drafted += min(d, rest)
+                if self.tally.log is not None:
+                    call = VerifiedCall(samples[row], begin, guess[:rest], min(agreed, rest), line[:taken])
+                    self.tally.log.append(call)
             pace.learn(right, tried)
 
 

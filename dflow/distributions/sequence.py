@@ -278,6 +278,16 @@ class SequenceCategorical(Distribution):
         read = self._num_read(known_in(context))
         return min(1, read) + -(-(len(self._drawn(length)) - read) // self.block)
 
+    def calls(self, context: Context | None = None) -> Tensor:
+        """The network call that draws each entry, int64 ``(dim,)``, from 0; -1 for known ones."""
+        if (law := self._of(context)) is not self:
+            return law.calls(context)
+        read = self._num_read(known_in(context))
+        calls = torch.full((self.dim,), -1, device=self.order.device)
+        for row, positions in enumerate(self._drawn(self.dim)[read:]):
+            calls[positions] = min(1, read) + row // self.block
+        return calls if self._mask is None else calls.masked_fill(self._mask, -1)
+
     def _drawn(self, length: int) -> list[Tensor]:
         """Positions of each row, up to the last that holds one below ``length``: later ones need no call."""
         rows, lasts = self._rows(self._rows_of_order, self.order)
