@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from dflow.data import Tokenizer
     from dflow.generate import ImageFormat
-    from dflow.hf import DflowModel
+    from dflow.models import TextModel
 
 
 @dataclass(kw_only=True)
@@ -53,11 +53,12 @@ def generate(flags: Generate) -> int:
     """`dflow generate`; under ``accelerate launch`` the batches are spread over the processes."""
     from dflow.generate import Spelling, check_output, faster, pieces, say, write
     from dflow.generate import generate as run
-    from dflow.hf import DflowClassifier, DflowImageModel, kind_of
+    from dflow.models import config_of, split_calls
 
-    if kind_of(flags.model) is DflowClassifier:
+    kind = config_of(split_calls(flags.model)[0])["model_type"]
+    if kind == "dflow-classifier":
         raise InputError(f"{flags.model}: a model of labels, which draws nothing; give one of text or images")
-    if kind_of(flags.model) is DflowImageModel:
+    if kind == "dflow-image":
         return generate_pictures(flags)
     if flags.format not in (None, "text", "jsonl"):
         raise InputError(f"--format {flags.format}: this is a model of text; use text or jsonl")
@@ -109,10 +110,10 @@ def generate(flags: Generate) -> int:
     return 0
 
 
-def calls_taken(model: DflowModel, length: int, prompt: Tensor | None) -> str:
+def calls_taken(model: TextModel, length: int, prompt: Tensor | None) -> str:
     """A line on the network calls of the samples that were drawn."""
     from dflow.core import Context
-    from dflow.hf.symbols import prompted
+    from dflow.models import prompted
 
     if model.tally is None:
         if model.documents is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -32,6 +32,14 @@ _FEW, _FEW_NUMBERS = 64, 1 << 14
 def loops() -> Any:
     """`dflow.nn.loops`; None where numba is not installed."""
     return import_module("dflow.nn.loops") if find_spec("numba") else None
+
+
+@cache
+def _not_compiled() -> Callable[[Counted, Tensor], Tensor]:
+    """`Counted._look_up`, of which torch.compile keeps out. To import what says so takes a second."""
+    reason = "how many contexts are met depends on the text"
+    look_up: Callable[[Counted, Tensor], Tensor] = torch.compiler.disable(Counted._look_up, reason=reason)
+    return look_up
 
 
 class _Read:
@@ -302,9 +310,13 @@ class Counted(Recomputable):
         if self.has_table and other.has_table and torch.equal(self.digest.cpu(), other.digest.cpu()):
             self._table = other.table
 
-    @torch.compiler.disable(reason="how many contexts are met depends on the text")  # type: ignore[untyped-decorator]
     def _counts(self, symbols: Tensor) -> Tensor:
         """Counts of all symbols in the contexts of entries, float32 ``(..., patterns, K)``."""
+        look_up = _not_compiled() if torch.compiler.is_compiling() else Counted._look_up
+        return look_up(self, symbols)
+
+    def _look_up(self, symbols: Tensor) -> Tensor:
+        """See `_counts`."""
         keys, present = self._read(symbols)
         if self.training and self.dropout:
             present = present & (
