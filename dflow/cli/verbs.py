@@ -22,6 +22,7 @@ FILES = (
     "compress",
     "decompress",
     "check",
+    "compact",
     "info",
     "recipes",
     "settings",

@@ -59,10 +59,18 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def save(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
-    """`save_pretrained` without messages: every file is replaced completely or not at all."""
+def save(
+    model: PreTrainedModel, folder: str | os.PathLike[str], state: dict[str, Tensor] | None = None
+) -> None:
+    """`save_pretrained` without messages: every file is replaced completely or not at all.
+
+    Args:
+        model: the model.
+        folder: to write into.
+        state: what to write for its weights, as in another precision; default themselves.
+    """
     with _quiet():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state)
 
 
 def kind_of(folder: str | os.PathLike[str]) -> ModelClass:

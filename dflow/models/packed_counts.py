@@ -1,4 +1,4 @@
-"""Tables of counts in a fifth of their size: contexts as a tree, and integers that are as narrow as they can be.
+"""Tables of counts in a third of their size: contexts as a tree, and integers as narrow as they can be.
 
 A table names a context by a hash, which is most of its size and says nothing that the context itself does
 not. Here the contexts of a pattern are told by those of a pattern with one symbol less, their parents: how
@@ -70,8 +70,9 @@ def packed(table: CountTable, K: int, patterns: Sequence[Pattern]) -> dict[str, 
         places.append(place)
         contexts.append(len(place))
     rest = np.flatnonzero(~finder.taken)
-    columns = _ordered((table.sizes, table.symbols, table.counts), np.concatenate([*places, rest]))
-    sizes, symbols, counts = (column.numpy() for column in columns)
+    columns = table.sizes, table.symbols, table.counts
+    ordered = _ordered(columns, np.concatenate([*places, rest]))
+    sizes, symbols, counts = (column.numpy() for column in ordered)
     large = counts > np.iinfo(np.uint8).max
     tensors = {
         CONTEXTS: np.array(contexts),
@@ -107,7 +108,7 @@ def unpacked(tensors: Mapping[str, Tensor], K: int, patterns: Sequence[Pattern])
             sums[pattern] = np.zeros(number, np.int64)
             continue
         each, symbols = children.next(len(sums[parent])), added.next(number)
-        if len(each) and int(each.min()) < 0 or int(each.sum()) != number:
+        if (len(each) and int(each.min()) < 0) or int(each.sum()) != number:
             raise CountsError("numbers of contexts that do not add up")
         sums[pattern] = np.repeat(sums[parent], each) + (symbols + 1) * factor(offset)
     keys = np.concatenate([np.concatenate(list(sums.values())) >> bits, column[HASHES]])
@@ -127,7 +128,7 @@ def unpacked(tensors: Mapping[str, Tensor], K: int, patterns: Sequence[Pattern])
 
 
 def _steps(patterns: Sequence[Pattern]) -> list[tuple[Pattern, Pattern | None, int]]:
-    """The patterns, each behind its parent, with this parent and the offset that it has beside; or None and 0."""
+    """The patterns, each behind its parent, with this parent and the offset beside it; or None and 0."""
     steps, known = list[tuple[Pattern, Pattern | None, int]](), set(patterns)
     for pattern in sorted(known, key=lambda p: (len(p), p)):
         parents = [
