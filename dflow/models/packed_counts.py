@@ -70,8 +70,8 @@ def packed(table: CountTable, K: int, patterns: Sequence[Pattern]) -> dict[str, 
         places.append(place)
         contexts.append(len(place))
     rest = np.flatnonzero(~finder.taken)
-    columns = table.sizes, table.symbols, table.counts
-    ordered = _ordered(columns, np.concatenate([*places, rest]))
+    of_contexts = table.sizes, table.symbols, table.counts
+    ordered = _ordered(of_contexts, np.concatenate([*places, rest]))
     sizes, symbols, counts = (column.numpy() for column in ordered)
     large = counts > np.iinfo(np.uint8).max
     tensors = {
