@@ -24,6 +24,7 @@ FILES = (
     "check",
     "compact",
     "info",
+    "models",
     "recipes",
     "settings",
     "plot",

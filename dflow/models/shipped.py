@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-#: Beside this file each has a folder with this file of its description in it.
+#: What a model is, what it was trained on, and under which licence it is; in the folder of each.
 CARD = "README.md"
 
 
 def names() -> list[str]:
-    """The names of the models."""
-    return sorted(card.parent.name for card in _place().glob(f"*/{CARD}"))
+    """The names of the models, which are those of the folders beside this file."""
+    return sorted(config.parent.name for config in _place().glob("*/config.json"))
 
 
 def folder_of(name: str) -> Path:
