@@ -86,6 +86,11 @@ def start(model: TextModel, recipe: Recipe, init: str) -> None:
     learned, sizes = dict(source.named_parameters()), (source.config.vocab_size, model.config.vocab_size)
     for name, weight in model.named_parameters():
         weight.copy_(_grown(learned[name].to(weight), weight, *sizes))
+    counted = dict(source.named_buffers())
+    for name, buffer in model.named_buffers():
+        # Bases and costs in closed form, which have no weights. The law of lengths is that of the new text.
+        if buffer.is_floating_point() and name != "length_counts" and counted[name].shape == buffer.shape:
+            buffer.copy_(counted[name])
 
 
 def _grown(old: Tensor, fresh: Tensor, before: int, now: int) -> Tensor:

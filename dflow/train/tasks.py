@@ -78,12 +78,12 @@ def _of_text(recipe: Recipe, corpus: Corpus, init: str | None = None) -> Task:
         **asdict(recipe.model),
     )
     model = hf.DflowModel(settings)
-    if init is not None:
-        initial.start(model, recipe, init)
     data.count_text(model, recipe.model)
     base = innermost(model.distribution)
     if isinstance(base, (Categorical, Mixture)):
         base.initialize(corpus.train.marginals(corpus.tokenizer.size))
+    if init is not None:
+        initial.start(model, recipe, init)
     if explicit:
         _check_lengths(model, recipe.family)
         model.set_length_counts(corpus.train.length_counts(data.length).float())
