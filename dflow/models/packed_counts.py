@@ -111,6 +111,8 @@ def unpacked(tensors: Mapping[str, Tensor], K: int, patterns: Sequence[Pattern])
         if (len(each) and int(each.min()) < 0) or int(each.sum()) != number:
             raise CountsError("numbers of contexts that do not add up")
         sums[pattern] = np.repeat(sums[parent], each) + (symbols + 1) * factor(offset)
+    children.end()
+    added.end()
     keys = np.concatenate([np.concatenate(list(sums.values())) >> bits, column[HASHES]])
     counts = column[COUNTS]
     large = counts == 0
@@ -199,3 +201,8 @@ class _Reader:
         if number < 0 or len(part) != number:
             raise CountsError("columns that end too early")
         return part
+
+    def end(self) -> None:
+        """Raise `CountsError` where numbers are left."""
+        if self.place != len(self.column):
+            raise CountsError("columns that are too long")
