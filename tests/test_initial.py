@@ -82,6 +82,8 @@ def test_without_a_recipe_it_is_that_of_the_model(
     assert (tuned.family, tuned.data.name) == ("transformer", str(text))
     assert cli.main(["train"]) == 2
     assert "name a recipe" in capsys.readouterr().err
+    assert cli.main(["train", "--set", "train.steps=3", "recipe.yaml"]) == 2
+    assert "all words after --set belong to it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("family", ["grouped", "transformer", "lstm", "any_order", "bipartite"])

@@ -68,7 +68,10 @@ def recipe_to_train(flags: Train) -> Recipe:
     from dflow.train import RECIPE, load_recipe, resume_command, resumed_recipe
 
     if flags.recipe is None and flags.init is None:
-        raise InputError("name a recipe (`dflow recipes` lists them), or a model to start from: --init MODEL")
+        greedy = "; all words after --set belong to it, so give a recipe before" if flags.set else ""
+        raise InputError(
+            f"name a recipe (`dflow recipes` lists them), or a model to start from: --init MODEL{greedy}"
+        )
     if flags.recipe is None:
         return _new_or_begun(flags, recipe_to_tune(flags, str(flags.init)), Path(RECIPE))
     path = Path(flags.recipe)

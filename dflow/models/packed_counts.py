@@ -100,7 +100,7 @@ def unpacked(tensors: Mapping[str, Tensor], K: int, patterns: Sequence[Pattern])
     if len(column[CONTEXTS]) != len(steps):
         raise CountsError(f"contexts of {len(column[CONTEXTS])} patterns, and there are {len(steps)}")
     sums: dict[Pattern, Integers] = {}
-    children, added = _Reader(column[CHILDREN]), _Reader(column[ADDED])
+    children, added = _Parts(column[CHILDREN]), _Parts(column[ADDED])
     for (pattern, parent, offset), number in zip(steps, column[CONTEXTS].tolist(), strict=True):
         if parent is None:
             if not 0 <= number <= (not pattern):
@@ -184,7 +184,7 @@ class _Finder:
         return low
 
 
-class _Reader:
+class _Parts:
     """Takes one part of a column after another."""
 
     def __init__(self, column: Integers) -> None:
