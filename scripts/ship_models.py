@@ -20,11 +20,10 @@ from pathlib import Path
 
 import torch
 
-from dflow import models
+from dflow import models, shipped
 from dflow.config import InputError
 from dflow.data import Corpus, DataConfig, Tokenizer, load
 from dflow.evaluate import evaluate
-from dflow.models import shipped
 from dflow.train import Size, compact, history, recipe_of
 
 #: Binary digits of weights in matrices: with 4 both models take 8 MB in a wheel; the cards say what it costs.

@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import AutoModel
 
 import dflow
-from dflow import hf, models
+from dflow import hf, models, shipped
 from dflow.cli import main
 from dflow.config import InputError
 from dflow.data import Tokenizer, count
-from dflow.models import packed_counts, shipped
+from dflow.models import packed_counts
 from dflow.ops.counts import CountsError, CountTable, patterns_of
 from dflow.train import compact, load_recipe, train
 

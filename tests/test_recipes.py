@@ -15,11 +15,10 @@ import pytest
 from stand_ins import ROOT
 
 import dflow
-from dflow import recipes
+from dflow import recipes, shipped
 from dflow.cli import main, read_flags
 from dflow.cli.train import Train, recipe_to_train
 from dflow.config import InputError
-from dflow.models import shipped
 from dflow.train import load_recipe
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

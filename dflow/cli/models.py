@@ -37,7 +37,7 @@ class Row:
 
 def models(flags: Models) -> int:
     """`dflow models`."""
-    from dflow.models import shipped
+    from dflow import shipped
 
     if flags.folder is None:
         places = {name: shipped.folder_of(name) for name in shipped.names()}

@@ -12,8 +12,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from dflow import shipped
 from dflow.config import InputError
-from dflow.models import shipped
 from dflow.models.counts import COUNTS
 from dflow.models.manifest import verify
 

@@ -13,10 +13,10 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from dflow import hf
+from dflow import hf, shipped
 from dflow.config import InputError
 from dflow.data import dealt
-from dflow.models import counts, shipped
+from dflow.models import counts
 from dflow.models.files import TABLES
 from dflow.train.recipe import METRICS, RECIPE, load_recipe
 

@@ -9,7 +9,7 @@ CARD = "README.md"
 
 
 def names() -> list[str]:
-    """The names of the models, which are those of the folders beside this file."""
+    """The names of the models."""
     return sorted(config.parent.name for config in _place().glob("*/config.json"))
 
 
@@ -19,4 +19,4 @@ def folder_of(name: str) -> Path:
 
 
 def _place() -> Path:
-    return Path(__file__).parent
+    return Path(__file__).parent / "models"
