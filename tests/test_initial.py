@@ -39,7 +39,7 @@ def recipe(folder: Path, name: str, text: str, family: str = "transformer", **tr
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a model that has learned a text."""
     folder = tmp_path_factory.mktemp("initial")
-    return train(load_recipe(recipe(folder, "base", TEXT, steps=120, learning_rate=0.03)))
+    return train(load_recipe(recipe(folder, "base", TEXT, steps=120, eval_every=120, learning_rate=0.03)))
 
 
 def scored(folder: Path, text: str) -> Tensor:
@@ -86,7 +86,14 @@ def test_without_a_recipe_it_is_that_of_the_model(
     assert "all words after --set belong to it" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("family", ["grouped", "transformer", "lstm", "any_order", "bipartite"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "grouped",
+        *(pytest.param(f, marks=pytest.mark.slow) for f in ("transformer", "lstm", "any_order")),
+        "bipartite",
+    ],
+)
 @pytest.mark.parametrize("further", ["", "Ä"])
 def test_what_was_learned_of_known_symbols_is_kept(family: str, further: str, tmp_path: Path) -> None:
     base = train(load_recipe(recipe(tmp_path, "base", TEXT, family, steps=3, learning_rate=0.03)))
