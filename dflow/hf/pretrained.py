@@ -18,6 +18,7 @@ from dflow.models import counts
 from dflow.models.buffers import KeepsBuffers
 from dflow.models.files import COMPANIONS
 from dflow.models.manifest import remove, replacing
+from dflow.nn.counted import leave_uncompiled
 from dflow.ops.precision import HALF
 
 _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -35,6 +36,10 @@ NOT_TRAINED = (
     "divides by them; load the model with dtype=torch.float32 and train it in mixed precision "
     "(train.mixed_precision=fp16, or fp16=True of TrainingArguments), or with dtype=torch.bfloat16"
 )
+
+
+# transformers has imported the compiler of torch already.
+leave_uncompiled()
 
 
 class Pretrained(KeepsBuffers, PreTrainedModel):

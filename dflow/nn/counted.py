@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -32,14 +32,6 @@ _FEW, _FEW_NUMBERS = 64, 1 << 14
 def loops() -> Any:
     """`dflow.nn.loops`; None where numba is not installed."""
     return import_module("dflow.nn.loops") if find_spec("numba") else None
-
-
-@cache
-def _not_compiled() -> Callable[[Counted, Tensor], Tensor]:
-    """`Counted._look_up`, of which torch.compile keeps out. To import what says so takes a second."""
-    reason = "how many contexts are met depends on the text"
-    look_up: Callable[[Counted, Tensor], Tensor] = torch.compiler.disable(Counted._look_up, reason=reason)
-    return look_up
 
 
 class _Read:
@@ -312,11 +304,6 @@ class Counted(Recomputable):
 
     def _counts(self, symbols: Tensor) -> Tensor:
         """Counts of all symbols in the contexts of entries, float32 ``(..., patterns, K)``."""
-        look_up = _not_compiled() if torch.compiler.is_compiling() else Counted._look_up
-        return look_up(self, symbols)
-
-    def _look_up(self, symbols: Tensor) -> Tensor:
-        """See `_counts`."""
         keys, present = self._read(symbols)
         if self.training and self.dropout:
             present = present & (
@@ -339,3 +326,9 @@ class Counted(Recomputable):
         else:
             self.left_out = moved
         return moved
+
+
+def leave_uncompiled() -> None:
+    """Keep torch.compile out of look-ups of counts; for those who import it anyway, which takes a second."""
+    reason = "how many contexts are met depends on the text"
+    Counted._counts = torch.compiler.disable(Counted._counts, reason=reason)  # type: ignore[method-assign]
