@@ -56,6 +56,7 @@ def models(flags: Models) -> int:
 def row_of(name: str, folder: Path) -> Row | None:
     """The line of the model in ``folder``; None for a model of another program."""
     from dflow.models import KINDS, TextConfig, config_of
+    from dflow.models.files import Foreign
     from dflow.train import METRICS, history
 
     try:
@@ -68,8 +69,10 @@ def row_of(name: str, folder: Path) -> Row | None:
             protocol = _protocol(config)
             calls = _calls(config)
         past = history(folder) if (folder / METRICS).is_file() else None
+    except Foreign:
+        return None
     except InputError as error:
-        return None if "not of dflow" in str(error) else Row(name, f"damaged: {error}", "", "", "", "", "")
+        return Row(name, f"damaged: {error}", "", "", "", "", "")
     bits = "" if past is None else f"{min(row['valid_bits'] for row in past.rows):.4f} {past.unit}"
     # States of a training are no part of the model.
     files = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith("state")]

@@ -38,6 +38,10 @@ KINDS = {
 _CONFIG = 1 << 20
 
 
+class Foreign(InputError):
+    """A model of another program."""
+
+
 def split_calls(name: str | os.PathLike[str]) -> tuple[Path, int | None]:
     """The folder and the number of calls of ``FOLDER`` or ``FOLDER@CALLS``.
 
@@ -62,7 +66,7 @@ def config_of(path: Path) -> dict[str, Any]:
     """What the ``config.json`` of the model in the folder ``path`` says, of which the type is known.
 
     Raises:
-        InputError: no such folder, not a model of dflow.
+        InputError: no such folder, no model; `Foreign` where it is one of another program.
     """
     if not path.is_dir():
         if path.exists():
@@ -90,7 +94,7 @@ def config_of(path: Path) -> dict[str, Any]:
     except (ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{file}: truncated or not a config ({error}); restore the file") from None
     if not isinstance(kind, str) or kind not in KINDS:
-        raise InputError(f"{file}: a model of type {kind!r}, not of dflow; give a folder that dflow trained")
+        raise Foreign(f"{file}: a model of type {kind!r}, not of dflow; give a folder that dflow trained")
     return values
 
 
