@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dflow.data import Tokenizer
     from dflow.generate import ImageFormat
     from dflow.models import TextModel
+    from dflow.ops.noise import Controls
 
 
 @dataclass(kw_only=True)
@@ -51,7 +52,7 @@ class Generate(Drawing):
 
 def generate(flags: Generate) -> int:
     """`dflow generate`; under ``accelerate launch`` the batches are spread over the processes."""
-    from dflow.generate import Spelling, check_output, faster, pieces, say, write
+    from dflow.generate import Spelling, check_output, pieces, say, write
     from dflow.generate import generate as run
     from dflow.models import config_of, split_calls
 
@@ -69,10 +70,7 @@ def generate(flags: Generate) -> int:
     model, tokenizer = load_model(flags.model, device)
     suit_threads(model, min(flags.n, flags.batch_size), model.num_calls)
     controls = flags.controls()
-    if flags.draft == "auto":
-        model = faster(model, min(flags.n, flags.batch_size), controls)
-    elif flags.draft is not None:
-        model = drafted(model, tokenizer, flags.draft)
+    model = quickest(flags, model, tokenizer, controls)
     prompt = prompt_of(flags, tokenizer)
     begin = 0 if prompt is None else len(tokenizer.decode(prompt))
     lines = model.config.explicit_length
@@ -108,6 +106,25 @@ def generate(flags: Generate) -> int:
     if accelerator is not None:
         accelerator.end_training()
     return 0
+
+
+def quickest(flags: Generate, model: TextModel, tokenizer: Tokenizer, controls: Controls) -> TextModel:
+    """The model, with the drafts that --draft names, or without what takes longer to load than to draw."""
+    from dflow.generate import faster
+    from dflow.models.counts import counted
+
+    if flags.draft == "auto":
+        return faster(model, min(flags.n, flags.batch_size), controls)
+    if flags.draft is not None:
+        return drafted(model, tokenizer, flags.draft)
+    if flags.n * (flags.length or model.config.length) < _WORTHWHILE:
+        for module in counted(model):
+            module.compiled = False
+    return model
+
+
+#: Symbols of a draw for which compiled loops are worth the half second that it takes to load them.
+_WORTHWHILE = 8192
 
 
 def calls_taken(model: TextModel, length: int, prompt: Tensor | None) -> str:
