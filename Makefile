@@ -20,8 +20,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,codecs]'
 	touch $@
 
-demo: $(INSTALLED)  ## Train a grouped model and an LSTM on Python's help, draw text, compare (in demo/)
+demo: $(INSTALLED)  ## Draw from a shipped model; train a grouped model and an LSTM on Python's help, compare (in demo/)
 	rm -rf demo
+	$(BIN)/dflow generate --model tolstoy --n 3
 	$(BIN)/dflow train demo_grouped
 	$(BIN)/dflow train demo_lstm
 	$(BIN)/dflow generate --model demo/grouped --n 100 --output demo/samples.txt

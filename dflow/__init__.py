@@ -60,6 +60,7 @@ if TYPE_CHECKING:
         DflowModel,
         PackedNetwork,
     )
+    from dflow.models import TextModel, load
 
 __version__ = "0.2.0.dev0"
 
@@ -114,9 +115,11 @@ __all__ = [
     "Spline",
     "Split",
     "Stepwise",
+    "TextModel",
     "TruncatedNormal",
     "Uniform",
     "__version__",
+    "load",
 ]
 
 _HOMES = {
@@ -184,6 +187,10 @@ _HOMES = {
         "DflowImageModel",
         "DflowModel",
         "PackedNetwork",
+    ),
+    "models": (
+        "TextModel",
+        "load",
     ),
     "config": ("InputError",),
 }

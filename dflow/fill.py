@@ -15,7 +15,7 @@ from dflow.config import InputError
 from dflow.core import Context, Distribution, Known
 from dflow.data import Tokenizer
 from dflow.distributions.documents import Documents
-from dflow.hf import DflowModel
+from dflow.models import TextModel
 from dflow.ops.devices import widen, widest
 from dflow.ops.noise import Controls, Noise
 
@@ -98,7 +98,7 @@ def windows(hidden: Tensor, length: int, context: int) -> list[Window]:
 
 
 def fill(
-    model: DflowModel,
+    model: TextModel,
     symbols: Tensor,
     hidden: Tensor,
     n: int = 1,
@@ -182,7 +182,7 @@ def _check_numbers(n: int, batch_size: int, seed: int) -> None:
         raise InputError(f"seed {seed} must be from 0 to {(1 << 63) - 1}")
 
 
-def _check_symbols(model: DflowModel, symbols: Tensor, hidden: Tensor) -> None:
+def _check_symbols(model: TextModel, symbols: Tensor, hidden: Tensor) -> None:
     if symbols.shape != hidden.shape or (symbols.dtype, symbols.ndim) != (torch.int64, 1):
         raise InputError(
             "a text is symbols int64 (n,) and its gaps a mask bool (n,), found "
@@ -198,7 +198,7 @@ def _check_symbols(model: DflowModel, symbols: Tensor, hidden: Tensor) -> None:
         )
 
 
-def _law(model: DflowModel, hidden: Tensor) -> tuple[Distribution, list[Window]]:
+def _law(model: TextModel, hidden: Tensor) -> tuple[Distribution, list[Window]]:
     """The law that fills the gaps of a text, and the pieces of the text that it takes."""
     config, documents = model.config, model.documents
     if config.record.known == "anywhere" and documents is not None:

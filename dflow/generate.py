@@ -13,31 +13,34 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from dflow.config import InputError
 from dflow.core import Context
 from dflow.data import Tokenizer, files, pictures
 from dflow.distributions.drafted import Drafter
-from dflow.hf import DflowImageModel, DflowModel
-from dflow.hf.counts import counts_drafter
-from dflow.hf.symbols import prompted
+from dflow.models import TextModel, prompted
+from dflow.models.counts import counts_drafter
 from dflow.ops.noise import Controls, Noise
 from dflow.terminal import shown
+
+if TYPE_CHECKING:
+    # Drawing text needs neither, and they take two seconds to import.
+    from accelerate import Accelerator
+
+    from dflow.hf import DflowImageModel
 
 Format = Literal["text", "jsonl"]
 ImageFormat = Literal["png", "npy", "csv"]
 
 
 def generate(
-    model: DflowModel,
+    model: TextModel,
     n: int,
     *,
     length: int | None = None,
@@ -97,8 +100,8 @@ def generate(
 
 
 def faster(
-    model: DflowModel, n: int, controls: Controls | None = None, drafter: Drafter | None = None
-) -> DflowModel:
+    model: TextModel, n: int, controls: Controls | None = None, drafter: Drafter | None = None
+) -> TextModel:
     """The model, or the one that draws the same by drafts, whichever is faster on this machine.
 
     Each draws the beginning of ``n`` samples a few times, in turn; the shortest time counts.
@@ -117,7 +120,7 @@ def faster(
         drafted = model.drafted(drafter)
     except InputError:
         return model
-    length, seconds = min(_TIMED, model.config.length), dict[DflowModel, float]()
+    length, seconds = min(_TIMED, model.config.length), dict[TextModel, float]()
     for _ in range(_ROUNDS):
         for each in (model, drafted):
             begin = time.perf_counter()
@@ -170,7 +173,7 @@ def _check(n: int, batch_size: int, seed: int) -> None:
 
 
 def _draw(
-    model: PreTrainedModel,
+    model: TextModel | DflowImageModel,
     draw: Callable[[range], Tensor],
     n: int,
     batch_size: int,
@@ -252,7 +255,7 @@ def is_picture(shape: Sequence[int]) -> bool:
 
 @torch.inference_mode()
 def pieces(
-    model: DflowModel,
+    model: TextModel,
     tokenizer: Tokenizer,
     number: int,
     *,

@@ -1,8 +1,9 @@
-"""Memory of the process: freed memory stays in the process for the next step."""
+"""Memory of the process: freed memory stays for the next step, and garbage is looked for rarely."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import sys
 
@@ -33,3 +34,15 @@ def keep_memory() -> bool:
     # 32 MiB for the first.
     has_threshold = any(mallopt(_MMAP_THRESHOLD, size) == 1 for size in (_LARGEST, _LARGEST_OLD))
     return has_threshold and mallopt(_TRIM_THRESHOLD, _LARGEST) == 1
+
+
+def collect_rarely() -> None:
+    """Let Python look for circular garbage rarely: importing torch makes a million objects, and no garbage.
+
+    Looking through them again and again takes half a second of a command.
+    """
+    gc.set_threshold(_OBJECTS, *gc.get_threshold()[1:])
+
+
+#: New objects after which Python looks for garbage among them; 700 or 2000 by default.
+_OBJECTS = 100_000

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from dflow.config import InputError
 from dflow.data import Tokenizer
 from dflow.distributions.documents import Documents
-from dflow.hf import DflowModel
+from dflow.models import TextModel
 
 Each = Literal["line", "symbol", "document"]
 
@@ -77,7 +77,7 @@ class TextScore:
 
 
 def score(
-    model: DflowModel,
+    model: TextModel,
     tokenizer: Tokenizer,
     text: str,
     *,
@@ -129,7 +129,7 @@ def score(
 
 
 def _document(
-    model: DflowModel,
+    model: TextModel,
     tokenizer: Tokenizer,
     text: str,
     each: Each,
@@ -172,7 +172,7 @@ def _document(
     )
 
 
-def _whole(model: DflowModel, number: int, num_given: int) -> bool:
+def _whole(model: TextModel, number: int, num_given: int) -> bool:
     """Whether so many symbols, given so many, are one document to a model, and not chunks."""
     family, longest = model.config.family, model.config.length
     if model.documents is not None:
@@ -196,7 +196,7 @@ def _whole(model: DflowModel, number: int, num_given: int) -> bool:
 
 
 def _lines(
-    model: DflowModel,
+    model: TextModel,
     tokenizer: Tokenizer,
     text: str,
     each: Each,
@@ -247,7 +247,7 @@ def _lines(
 
 
 def _document_terms(
-    model: DflowModel, law: Documents, ids: Tensor, before: Tensor, batch_size: int, bar: tqdm[Any]
+    model: TextModel, law: Documents, ids: Tensor, before: Tensor, batch_size: int, bar: tqdm[Any]
 ) -> Tensor:
     """The log-probability of each symbol of a document, in nats, float64; as many chunks at a time."""
     whole, start, terms = torch.cat([before, ids]).to(model.device), len(before), []
@@ -262,7 +262,7 @@ def _document_terms(
 
 
 def _terms(
-    model: DflowModel, rows: Sequence[Tensor], before: Tensor, batch_size: int, bar: tqdm[Any]
+    model: TextModel, rows: Sequence[Tensor], before: Tensor, batch_size: int, bar: tqdm[Any]
 ) -> list[Tensor]:
     """The log-probability of each symbol of each row, and of its end where it has one, in nats, float64."""
     before = before.to(model.device)
@@ -270,7 +270,7 @@ def _terms(
 
 
 def _totals(
-    model: DflowModel, rows: Sequence[Tensor], before: Tensor, batch_size: int, bar: tqdm[Any]
+    model: TextModel, rows: Sequence[Tensor], before: Tensor, batch_size: int, bar: tqdm[Any]
 ) -> list[Tensor]:
     """The log-probability of each row, in nats, float64 ``(1,)``."""
     before = before.to(model.device)

@@ -16,8 +16,7 @@ from dflow.core import Context
 from dflow.data import Tokenizer
 from dflow.fill import fill, gapped
 from dflow.generate import generate
-from dflow.hf import DflowModel
-from dflow.hf.symbols import prompted
+from dflow.models import TextModel, prompted
 from dflow.ops.noise import Controls
 from dflow.page.figures import budgets_of
 
@@ -60,7 +59,7 @@ class Reply:
 
 
 def reply(
-    model: DflowModel,
+    model: TextModel,
     tokenizer: Tokenizer,
     text: str,
     *,
@@ -68,7 +67,7 @@ def reply(
     calls: int | None = None,
     temperature: float = 1.0,
     seed: int = 0,
-    drafted: DflowModel | None = None,
+    drafted: TextModel | None = None,
 ) -> Reply:
     """Continue a text, or fill its gaps: the draws of ``dflow generate`` and of ``dflow fill``.
 
@@ -108,7 +107,7 @@ def reply(
     return Reply(tokenizer.decode(ids), milliseconds, needed, accepted, None, controls.exact)
 
 
-def _needed(model: DflowModel, length: int, prompt: torch.Tensor | None) -> int:
+def _needed(model: TextModel, length: int, prompt: torch.Tensor | None) -> int:
     """Network calls of a sample, at most."""
     if model.documents is None:
         return model.law.needed(length)
@@ -116,7 +115,7 @@ def _needed(model: DflowModel, length: int, prompt: torch.Tensor | None) -> int:
     return model.documents.needed(length, Context(known=known))
 
 
-def app(name: str, model: DflowModel, tokenizer: Tokenizer, drafted: DflowModel | None = None) -> Any:
+def app(name: str, model: TextModel, tokenizer: Tokenizer, drafted: TextModel | None = None) -> Any:
     """The page, as `gradio.Blocks`; ``launch`` serves it.
 
     Raises:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dflow import hf
 from dflow.data import Corpus, DataConfig, count, load
-from dflow.hf.counts import counted
+from dflow.models.counts import counted
 
 LENGTH = 8
 TEXT = "\n".join(f"line {i} of a text: {'abcde'[i % 5] * (i % 7)}." for i in range(200)) + "\n"

@@ -14,7 +14,7 @@ from dflow.config import InputError
 from dflow.core import Context, Known
 from dflow.data import Corpus, GrowingCounts, count, load
 from dflow.evaluate import evaluate
-from dflow.hf.counts import counted
+from dflow.models.counts import counted
 from dflow.train import load_recipe
 
 FAMILIES = {"ngram": 8, "transformer": 8, "grouped": 8, "lstm": 0}

@@ -19,7 +19,7 @@ from dflow.compress.text_coder import TextPlan
 from dflow.config import InputError
 from dflow.distributions import LawDrafter
 from dflow.distributions.drafted import OpenDraws
-from dflow.hf.counts import counts_drafter
+from dflow.models.counts import counts_drafter
 
 #: Settings of models that read text before a chunk.
 MODELS = {

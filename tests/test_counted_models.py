@@ -14,7 +14,7 @@ from test_train import metrics, recipe_file, run, same
 
 from dflow import cli, hf
 from dflow.config import InputError
-from dflow.hf.counts import COUNTS, counted
+from dflow.models.counts import COUNTS, counted
 from dflow.train import load_recipe
 from dflow.train.folds import Folds
 from dflow.train.tasks import task_of

@@ -18,7 +18,7 @@ from dflow import cli, recipes
 
 #: Pages whose commands take most of the time of all pages.
 LONG = {f"docs/{page}.md" for page in ("RESULTS", "samples", "guide/comparing", "guide/counts", "guide/text")}
-LONG.add("docs/guide/compression.md")
+LONG |= {"docs/guide/compression.md", "docs/guide/models.md"}
 PAGES = ["README.md", "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
 
 #: Commands that are only parsed, and why they cannot be run here.

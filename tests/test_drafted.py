@@ -26,7 +26,7 @@ from dflow.distributions import Drafted, LawDrafter, SequenceCategorical
 from dflow.distributions.documents import Documents
 from dflow.distributions.drafted import OpenDraws
 from dflow.generate import faster, generate, pieces
-from dflow.hf.counts import counts_drafter
+from dflow.models.counts import counts_drafter
 from dflow.nn.backoff import BackoffNet
 from dflow.ops.noise import Controls, Noise
 

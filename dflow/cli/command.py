@@ -19,6 +19,7 @@ from dflow.cli.parser import build_parser, hint
 from dflow.cli.shared import complain, say_once
 from dflow.cli.verbs import VERBS
 from dflow.config import InputError
+from dflow.memory import collect_rarely
 from dflow.terminal import visible
 from dflow.threads import wait_passively
 
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     wait_passively()
+    collect_rarely()
     screen = _Terminal(sys.stdout) if sys.stdout.isatty() else sys.stdout
     with contextlib.redirect_stdout(screen):
         return guarded(lambda: run(sys.argv[1:] if argv is None else argv))

@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from dflow import recipes
+from dflow import recipes, shipped
 from dflow.cli.flags import Verbs, argument
 
 #: Arguments that take a file or a folder, by their names.
 FILES = ("auxiliary", "data", "file", "files", "output", "prime", "prompt_file", "recipe", "text", "_modules")
-FOLDERS = ("draft", "folder", "model", "models", "runs")
+FOLDERS = ("draft", "folder", "init", "model", "models", "runs")
+#: Those that also take the name of a model that comes with dflow.
+MODELS = ("draft", "init", "model", "models")
 
 
 @dataclass(kw_only=True)
@@ -93,6 +95,8 @@ def values_of(action: argparse.Action, verb: tuple[str, ...]) -> Values:
         return Values(tuple((name, recipes.about(name)) for name in recipes.trainable()), "file")
     if (action.dest, *verb) == ("name", "recipes"):
         return Values(tuple((name, recipes.about(name)) for name in recipes.names()))
+    if action.dest in MODELS:
+        return Values(tuple((name, "comes with dflow") for name in shipped.names()), "folder")
     if action.dest in FILES:
         return Values(place="file")
     return Values(place="folder" if action.dest in FOLDERS else "")

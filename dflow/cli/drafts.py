@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from dflow.data import Tokenizer
     from dflow.distributions.drafted import Drafter
-    from dflow.hf import DflowModel
+    from dflow.models import TextModel
 
 
 def find_drafter(word: str, model: nn.Module, tokenizer: Tokenizer, device: torch.device) -> Drafter | None:
@@ -30,7 +30,7 @@ def find_drafter(word: str, model: nn.Module, tokenizer: Tokenizer, device: torc
         InputError: counts of a model without; another model that cannot draft for this one.
     """
     from dflow.distributions.drafted import LawDrafter
-    from dflow.hf.counts import counted, counts_drafter
+    from dflow.models.counts import counted, counts_drafter
 
     if word == "none":
         return None
@@ -54,7 +54,7 @@ def find_drafter(word: str, model: nn.Module, tokenizer: Tokenizer, device: torc
         raise InputError(f"--draft {word}: {error}") from None
 
 
-def drafted(model: DflowModel, tokenizer: Tokenizer, word: str) -> DflowModel:
+def drafted(model: TextModel, tokenizer: Tokenizer, word: str) -> TextModel:
     """The model that draws in fewer calls by what ``word`` names; the model itself where that is nothing."""
     drafter = find_drafter(word, model, tokenizer, model.device)
     if drafter is None:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from dflow.data import Tokenizer
     from dflow.generate import ImageFormat
-    from dflow.hf import DflowModel
+    from dflow.models import TextModel
+    from dflow.ops.noise import Controls
 
 
 @dataclass(kw_only=True)
@@ -51,13 +52,14 @@ class Generate(Drawing):
 
 def generate(flags: Generate) -> int:
     """`dflow generate`; under ``accelerate launch`` the batches are spread over the processes."""
-    from dflow.generate import Spelling, check_output, faster, pieces, say, write
+    from dflow.generate import Spelling, check_output, pieces, say, write
     from dflow.generate import generate as run
-    from dflow.hf import DflowClassifier, DflowImageModel, kind_of
+    from dflow.models import config_of, split_calls
 
-    if kind_of(flags.model) is DflowClassifier:
+    kind = config_of(split_calls(flags.model)[0])["model_type"]
+    if kind == "dflow-classifier":
         raise InputError(f"{flags.model}: a model of labels, which draws nothing; give one of text or images")
-    if kind_of(flags.model) is DflowImageModel:
+    if kind == "dflow-image":
         return generate_pictures(flags)
     if flags.format not in (None, "text", "jsonl"):
         raise InputError(f"--format {flags.format}: this is a model of text; use text or jsonl")
@@ -68,10 +70,7 @@ def generate(flags: Generate) -> int:
     model, tokenizer = load_model(flags.model, device)
     suit_threads(model, min(flags.n, flags.batch_size), model.num_calls)
     controls = flags.controls()
-    if flags.draft == "auto":
-        model = faster(model, min(flags.n, flags.batch_size), controls)
-    elif flags.draft is not None:
-        model = drafted(model, tokenizer, flags.draft)
+    model = quickest(flags, model, tokenizer, controls)
     prompt = prompt_of(flags, tokenizer)
     begin = 0 if prompt is None else len(tokenizer.decode(prompt))
     lines = model.config.explicit_length
@@ -109,10 +108,29 @@ def generate(flags: Generate) -> int:
     return 0
 
 
-def calls_taken(model: DflowModel, length: int, prompt: Tensor | None) -> str:
+def quickest(flags: Generate, model: TextModel, tokenizer: Tokenizer, controls: Controls) -> TextModel:
+    """The model, with the drafts that --draft names, or without what takes longer to load than to draw."""
+    from dflow.generate import faster
+    from dflow.models.counts import counted
+
+    if flags.draft == "auto":
+        return faster(model, min(flags.n, flags.batch_size), controls)
+    if flags.draft is not None:
+        return drafted(model, tokenizer, flags.draft)
+    if flags.n * (flags.length or model.config.length) < _WORTHWHILE:
+        for module in counted(model):
+            module.compiled = False
+    return model
+
+
+#: Symbols of a draw for which compiled loops are worth the half second that it takes to load them.
+_WORTHWHILE = 8192
+
+
+def calls_taken(model: TextModel, length: int, prompt: Tensor | None) -> str:
     """A line on the network calls of the samples that were drawn."""
     from dflow.core import Context
-    from dflow.hf.symbols import prompted
+    from dflow.models import prompted
 
     if model.tally is None:
         if model.documents is None:

@@ -16,7 +16,7 @@ from dflow.config import InputError
 
 if TYPE_CHECKING:
     from dflow.data import Corpus, Tokenizer
-    from dflow.hf import DflowModel
+    from dflow.models import TextModel
 
 #: Symbols of a text that the page shows one by one.
 _SHOWN = 2000
@@ -52,9 +52,9 @@ class Exhibit:
 
     name: str
     folder: str
-    model: DflowModel
+    model: TextModel
     tokenizer: Tokenizer
-    drafted: DflowModel | None
+    drafted: TextModel | None
 
 
 def page(flags: Page) -> int:
@@ -83,7 +83,7 @@ def exhibits(flags: Page) -> list[Exhibit]:
     Raises:
         InputError: a model of another kind than text, or none of which samples can be shown.
     """
-    from dflow.hf import DflowModel, kind_of
+    from dflow.models import config_of, split_calls
     from dflow.page import role_of
     from dflow.plot import short_names
 
@@ -91,7 +91,7 @@ def exhibits(flags: Page) -> list[Exhibit]:
     if len(set(folders)) < len(folders):
         raise InputError("a model is named twice; name each once")
     for folder in folders:
-        if kind_of(folder) is not DflowModel:
+        if config_of(split_calls(folder)[0])["model_type"] != "dflow":
             raise InputError(f"{folder}: is no model of text; the page shows how texts are drawn")
     device, names, result = flags.settle(), short_names(folders), []
     for folder in folders:
@@ -109,7 +109,7 @@ def exhibits(flags: Page) -> list[Exhibit]:
     return result
 
 
-def with_drafts(word: str, model: DflowModel, tokenizer: Tokenizer) -> DflowModel | None:
+def with_drafts(word: str, model: TextModel, tokenizer: Tokenizer) -> TextModel | None:
     """The model with the drafts that ``word`` names, None for one that takes none of its own accord."""
     try:
         other = drafted(model, tokenizer, word)
@@ -123,7 +123,7 @@ def with_drafts(word: str, model: DflowModel, tokenizer: Tokenizer) -> DflowMode
 def contents(flags: Page, shown: list[Exhibit], text: tuple[str, str] | None) -> tuple[dict[str, Any], str]:
     """What the page shows, as JSON has it; and what is wrong with it, "" for nothing."""
     from dflow.compare import environment
-    from dflow.hf import split_calls
+    from dflow.models import split_calls
     from dflow.page import curve_of, figures, role_of
 
     # First what may be refused.
@@ -149,7 +149,7 @@ def contents(flags: Page, shown: list[Exhibit], text: tuple[str, str] | None) ->
             {
                 "name": each.name,
                 "family": each.model.config.family,
-                "parameters": each.model.num_parameters(),
+                "parameters": sum(p.numel() for p in each.model.parameters()),
                 "role": role_of(each.model),
                 "points": [dataclasses.asdict(point) for point in measured.points],
                 "curve": None if curve is None else dataclasses.asdict(curve),

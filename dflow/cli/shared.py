@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from dflow.data import Tokenizer
-    from dflow.hf import DflowModel
+    from dflow.models import TextModel
     from dflow.ops.noise import Controls
 
 
@@ -202,13 +202,13 @@ def make_folder(folder: Path) -> None:
         folder.mkdir()
 
 
-def load_model(folder: str, device: torch.device) -> tuple[DflowModel, Tokenizer]:
+def load_model(folder: str, device: torch.device) -> tuple[TextModel, Tokenizer]:
     """The model and the tokenizer in ``folder``."""
-    from dflow import hf
+    from dflow import models
     from dflow.data import Tokenizer
 
-    model = hf.load(folder, device)
-    tokenizer = Tokenizer.load(hf.split_calls(folder)[0])
+    model = models.load(folder, device)
+    tokenizer = Tokenizer.load(models.split_calls(folder)[0])
     if tokenizer.size != model.config.vocab_size:
         raise InputError(
             f"{folder}: the vocabulary has {tokenizer.size} symbols and the model {model.config.vocab_size}; "

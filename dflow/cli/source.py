@@ -13,7 +13,7 @@ from dflow.config import InputError
 
 if TYPE_CHECKING:
     from dflow.data import Corpus, DataConfig, ImageConfig, ImageSet
-    from dflow.hf import DflowModel
+    from dflow.models import TextModel
 
     C = TypeVar("C", DataConfig, ImageConfig)
 
@@ -36,7 +36,7 @@ class Source:
         "number of chunks to score, the first ones; of images and tables, of random rows (default: all)", None
     )
 
-    def config(self, folder: str, model: DflowModel) -> DataConfig:
+    def config(self, folder: str, model: TextModel) -> DataConfig:
         """The data section of the recipe that the model in ``folder`` was trained by, changed by the flags.
 
         How a text is cut is no choice: a model is one of sentences, of lines or of a stream.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,14 +27,19 @@ class Train(Machine):
     To go on: dflow train --resume FOLDER.
     """
 
-    recipe: str = argument(
+    recipe: str | None = argument(
         "recipe, by its name (`dflow recipes` lists them) or a YAML file; with --resume also the folder of a "
-        "training"
+        "training; with --init none for that of the model",
+        None,
     )
     set: list[str] = flag(
         "settings that replace those of the recipe: train.minutes=3 model.num_calls=16 ...; or "
         "one by one: --train.minutes 3 --model.num_calls=16 (`dflow settings` lists them)",
         many=True,
+    )
+    init: str | None = flag(
+        "folder or name of a model of text whose weights the training starts from, as tolstoy (fine-tuning)",
+        None,
     )
     output: str | None = flag("folder of the model (default: that of the recipe)", None, short="-o")
     resume: bool = flag(
@@ -59,8 +65,15 @@ def train(flags: Train) -> int:
 
 def recipe_to_train(flags: Train) -> Recipe:
     """The recipe that the flags of `dflow train` name; --resume alone never begins a new training."""
-    from dflow.train import STATE, load_recipe, resume_command, resumed_recipe
+    from dflow.train import RECIPE, load_recipe, resume_command, resumed_recipe
 
+    if flags.recipe is None and flags.init is None:
+        greedy = "; all words after --set belong to it, so give a recipe before" if flags.set else ""
+        raise InputError(
+            f"name a recipe (`dflow recipes` lists them), or a model to start from: --init MODEL{greedy}"
+        )
+    if flags.recipe is None:
+        return _new_or_begun(flags, recipe_to_tune(flags, str(flags.init)), Path(RECIPE))
     path = Path(flags.recipe)
     # A recipe may be called as the folder that it was trained into.
     named = path.as_posix() in trainable() and (flags.output is not None or not flags.resume)
@@ -69,12 +82,24 @@ def recipe_to_train(flags: Train) -> Recipe:
             raise InputError(
                 f"{path}: a folder; name a recipe, or go on with the training in it: {resume_command(path)}"
             )
+        if flags.init is not None:
+            raise InputError(f"--init {flags.init}: the training in {path} has begun; leave it out")
         if flags.output is not None:
             raise InputError(f"--output {flags.output}: the training in {path} stays there; leave it out")
         return resumed_recipe(path, flags.set)
     if flags.resume and not path.exists() and path.as_posix() not in trainable():
         raise InputError(f"{path}: neither the folder of a training nor a recipe; {hint(path)}")
-    recipe = load_recipe(path, flags.set, flags.output)
+    if flags.init is not None:
+        recipe = recipe_to_tune(flags, flags.init)
+    else:
+        recipe = load_recipe(path, flags.set, flags.output)
+    return _new_or_begun(flags, recipe, path)
+
+
+def _new_or_begun(flags: Train, recipe: Recipe, path: Path) -> Recipe:
+    """A recipe as the flags want it: of a new training, or with --resume of one that may have begun."""
+    from dflow.train import STATE, resume_command
+
     if flags.output is not None:
         recipe = dataclasses.replace(recipe, output=Path(flags.output))
     empty = not recipe.output.exists() or (recipe.output.is_dir() and not any(recipe.output.iterdir()))
@@ -89,6 +114,23 @@ def recipe_to_train(flags: Train) -> Recipe:
         )
     say_once(f"{recipe.output}: nothing to resume yet; a new training begins")
     return recipe
+
+
+def recipe_to_tune(flags: Train, init: str) -> Recipe:
+    """The recipe of a training that starts from the model ``init``: the one that is named, or the model's."""
+    from dflow.models import config_of, split_calls
+    from dflow.train import RECIPE, load_recipe
+
+    folder = split_calls(init)[0]
+    config_of(folder)
+    settings = [f"train.init={json.dumps(init)}", *flags.set]
+    if flags.recipe is None:
+        if flags.output is None and not any(word.startswith("output=") for word in flags.set):
+            raise InputError(f"--init {init}: name the folder of the new model: --output FOLDER")
+        if any(word.startswith("data.name=") for word in flags.set):
+            # They are other data than those that the model was trained on.
+            settings = ["data.checksum=null", "data.folder=null", *settings]
+    return load_recipe(folder / RECIPE if flags.recipe is None else flags.recipe, settings, flags.output)
 
 
 #: Sections of a recipe whose settings are flags of their own, as ``--train.steps`` is.

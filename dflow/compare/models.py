@@ -22,8 +22,8 @@ from dflow.config import InputError
 from dflow.distributions import SequenceCategorical, Walk
 from dflow.evaluate import Evaluation, Protocol, evaluate
 from dflow.flows import Flow, Split
-from dflow.hf import DflowModel
-from dflow.hf.counts import count_bytes
+from dflow.models import TextModel
+from dflow.models.counts import count_bytes
 from dflow.plot import Curve, frontier, short_names
 
 #: Laws that draw symbols themselves, and no more than are asked for.
@@ -187,7 +187,7 @@ def _rows(
         Row(
             name=c.name,
             family=c.model.config.family,
-            num_parameters=c.model.num_parameters(),
+            num_parameters=sum(p.numel() for p in c.model.parameters()),
             count_bytes=count_bytes(c.model),
             evaluation=scores[i],
             num_calls=calls[i][0],
@@ -226,7 +226,7 @@ def _check(
     return length, None
 
 
-def drawing(model: DflowModel, length: int, rounds: int = 1, seed: int = 0) -> tuple[int, float | None]:
+def drawing(model: TextModel, length: int, rounds: int = 1, seed: int = 0) -> tuple[int, float | None]:
     """`num_calls`, and where another model drafts its symbols that are accepted a call, as of `Row`."""
     if model.tally is None:
         return num_calls(model, length, rounds, seed), None
@@ -238,7 +238,7 @@ def drawing(model: DflowModel, length: int, rounds: int = 1, seed: int = 0) -> t
     return round(calls / rounds), accepted / calls
 
 
-def num_calls(model: DflowModel, length: int, rounds: int = 1, seed: int = 0) -> int:
+def num_calls(model: TextModel, length: int, rounds: int = 1, seed: int = 0) -> int:
     """Network calls for a sample of ``length`` symbols: a law that draws symbols stops where it has them.
 
     An inversion takes as many as the sample needs: they are counted, over ``rounds`` draws of one.

@@ -14,7 +14,7 @@ from dflow.compare.timing import Contestant, evaluating, thread_count, timed
 from dflow.config import InputError
 from dflow.core import Context
 from dflow.distributions.documents import Documents
-from dflow.hf.symbols import prompted
+from dflow.models import prompted
 from dflow.ops.live import TensorMemory
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from dflow.coding import one_thread
 from dflow.compress.clock import progress_bar
 from dflow.data import Text
-from dflow.hf import DflowModel
+from dflow.models import TextModel
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Contestant:
     """A model under its name, and the text that all are scored on, spelled in its vocabulary."""
 
     name: str
-    model: DflowModel
+    model: TextModel
     text: Text
 
 

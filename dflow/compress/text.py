@@ -35,7 +35,7 @@ from dflow.data.counting import WEIGHT
 from dflow.distributions import SequenceCategorical
 from dflow.distributions.drafted import Drafter
 from dflow.flows import Infilled
-from dflow.hf.counts import counted
+from dflow.models.counts import counted
 
 
 @dataclass(frozen=True, kw_only=True)

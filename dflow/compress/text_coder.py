@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dflow import hf
+from dflow import models
 from dflow.coding import codec, container
 from dflow.coding.container import Container, Damaged, Reader, varint
 from dflow.coding.numeric import fingerprint, frozen_tables, prepare
@@ -19,6 +19,7 @@ from dflow.compress.planes import Alphabet, Counts
 from dflow.config import InputError
 from dflow.core import Distribution
 from dflow.data import Characters, Tokenizer
+from dflow.models import TextModel
 
 #: Chunks that are coded together, at most.
 MOST_BATCH = 1 << 8
@@ -63,12 +64,12 @@ class TextCoder:
         Raises:
             InputError: no model of text, or a vocabulary of another.
         """
-        path, chosen = hf.split_calls(folder)
+        path, chosen = models.split_calls(folder)
         if chosen is not None and calls and chosen != calls:
             raise InputError(f"{folder}: the file was made in {calls} network calls; leave out @{chosen}")
         calls = chosen or calls
         name = f"{path}@{calls}" if calls else str(path)
-        model, tokenizer = hf.load(name, "cpu"), Tokenizer.load(path)
+        model, tokenizer = models.load(name), Tokenizer.load(path)
         if tokenizer.size != model.config.vocab_size:
             raise InputError(
                 f"{folder}: the vocabulary has {tokenizer.size} symbols and the model "
@@ -78,7 +79,7 @@ class TextCoder:
 
     @classmethod
     def of(
-        cls, model: hf.DflowModel, tokenizer: Tokenizer, calls: int = 0, where: str = "the model"
+        cls, model: TextModel, tokenizer: Tokenizer, calls: int = 0, where: str = "the model"
     ) -> TextCoder:
         """A model and its vocabulary; ``calls`` if they were chosen.
 

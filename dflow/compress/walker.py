@@ -10,7 +10,7 @@ from dflow.compress.text_coder import TextCoder, TextPlan
 from dflow.core import Context, Distribution, Known
 from dflow.data import GrowingCounts
 from dflow.distributions import SequenceCategorical
-from dflow.hf.counts import counted, patterns_in
+from dflow.models.counts import counted, patterns_in
 
 
 class Walker:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dflow.config import InputError, nearest
-from dflow.data import files, image_sets
+from dflow.data import book, files, image_sets
 from dflow.data.known import KnownFile, KnownSet, from_hub, known_files, set_of_files
 from dflow.data.synthetic import LAWS, PREFIX
 
@@ -37,6 +37,9 @@ PTB_WORDS = known_files("""
 [TEXT8] = known_files("text8 100_000_000 md5:3bea1919949baf155f99411df5fada7e")
 [TEXT8_PREFIX] = known_files("""
     text8-prefix 6_538_912 sha256:c7542ba3b2287833f7e77f8579234a01faa53838453a9ef34768eb24f1db1cb8
+""")
+[WAR_AND_PEACE] = known_files("""
+    warandpeace.txt 3_293_492 sha256:bf5b273d9246268f96663c43c00a1055ae2e42c2262be32f7e43b48dd123451a
 """)
 #: Where the validation and the test text begin.
 TEXT8_SPLIT = (90_000_000, 95_000_000)
@@ -147,6 +150,22 @@ def _wikipedia(
     )
 
 
+# -- War and Peace ---------------------------------------------------------------------------------------
+
+
+def war_and_peace(file: KnownFile) -> KnownSet[Splits]:
+    """The novel in the translation of Louise and Aylmer Maude, see `dflow.data.book`."""
+    return set_of_files(
+        "war-and-peace",
+        [[file]],
+        lambda contents: book.split(book.prepared(files.decode(contents[file], file.name))),
+        files=f"{file.name} (or .xz, .gz), Project Gutenberg's file 2600 of 2016,",
+        license="public domain in the USA",
+        note="Tolstoy, translated by Louise and Aylmer Maude; ASCII, a paragraph a line",
+        alphabet="\n" + string.printable[:95],
+    )
+
+
 # -- texts of Python itself ---------------------------------------------------------------------------------
 
 _ASCII = str.maketrans(
@@ -214,6 +233,7 @@ KNOWN: dict[str, KnownSet[Splits]] = {
         ptb(PTB_CHARACTERS, PTB_WORDS),
         _TEXT8,
         text8_prefix(TEXT8_PREFIX, TEXT8_PREFIX_SPLIT, _TEXT8),
+        war_and_peace(WAR_AND_PEACE),
     )
 }
 PYDOC = "pydoc"

@@ -22,6 +22,7 @@ from torch import Tensor
 from dflow.config import InputError, parse
 from dflow.data import files
 from dflow.data.arrays import Array
+from dflow.models.files import split_calls
 
 VOCABULARY = "vocabulary.json"
 #: Characters that are encoded at a time.
@@ -123,12 +124,12 @@ class Tokenizer(ABC):
 
     @staticmethod
     def load(folder: str | os.PathLike[str]) -> Tokenizer:
-        """The tokenizer that `save` wrote into ``folder``.
+        """The tokenizer that `save` wrote into ``folder``, or that of a model that comes with dflow.
 
         Raises:
             InputError: Missing, truncated or foreign files.
         """
-        path = Path(folder) / VOCABULARY
+        path = split_calls(folder)[0] / VOCABULARY
         try:
             values = json.loads(path.read_bytes())
         except FileNotFoundError:
@@ -141,7 +142,7 @@ class Tokenizer(ABC):
             for key, owner in (("symbols", "characters"), ("model", "sentencepiece")):
                 if (getattr(vocabulary, key) is not None) != (kind == owner):
                     raise InputError(f"key {key!r} does not go with tokenizer {kind!r}")
-            tokenizer = Tokenizer._kinds[kind]._of_vocabulary(vocabulary, Path(folder))
+            tokenizer = Tokenizer._kinds[kind]._of_vocabulary(vocabulary, path.parent)
             if tokenizer.size != vocabulary.size:
                 raise InputError(f"size {vocabulary.size} does not match the {tokenizer.size} symbols")
         except InputError as error:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from dflow import objectives
 from dflow.config import InputError
-from dflow.hf.counts import counted
+from dflow.models.counts import counted
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from dflow.data.counting import WEIGHT
 from dflow.distributions import SequenceCategorical
 from dflow.distributions.documents import Documents
 from dflow.evaluate.driver import Rows, Scorer
-from dflow.hf import DflowModel
-from dflow.hf.counts import counted, patterns_in
+from dflow.models import TextModel
+from dflow.models.counts import counted, patterns_in
 from dflow.nn.lstm import LSTM, Carried
 from dflow.ops.devices import widen
 from dflow.ops.precision import agree
@@ -33,12 +33,12 @@ class Rolling(Scorer):
         protocol: how they are scored, in words.
     """
 
-    model: DflowModel
+    model: TextModel
     row = "piece"
     num_symbols: int
     protocol: str
 
-    def __init__(self, model: DflowModel, law: Distribution, text: Text, limit: int | None) -> None:
+    def __init__(self, model: TextModel, law: Distribution, text: Text, limit: int | None) -> None:
         self.model, self.law, self.text = model, law, text
         self.length, self.what = model.config.length, f"likelihood of the {text.name} text"
         self.num_symbols = len(text.ids) if limit is None else min(len(text.ids), limit * self.length)
@@ -125,7 +125,7 @@ class _WindowScorer(_Windowed):
 
     def __init__(
         self,
-        model: DflowModel,
+        model: TextModel,
         law: SequenceCategorical,
         text: Text,
         limit: int | None,
@@ -178,7 +178,7 @@ class _DocumentScorer(_Windowed):
 
     def __init__(
         self,
-        model: DflowModel,
+        model: TextModel,
         law: Distribution,
         text: Text,
         limit: int | None,
@@ -225,7 +225,7 @@ class _StreamScorer(Rolling):
     """
 
     def __init__(
-        self, model: DflowModel, law: SequenceCategorical, text: Text, limit: int | None, checks: int
+        self, model: TextModel, law: SequenceCategorical, text: Text, limit: int | None, checks: int
     ) -> None:
         super().__init__(model, law, text, limit)
         self.num_rows = -(-self.num_symbols // self.length)
@@ -268,7 +268,7 @@ class _StreamScorer(Rolling):
 
 
 def rolling(
-    model: DflowModel,
+    model: TextModel,
     text: Text,
     limit: int | None,
     checks: int,
@@ -306,7 +306,7 @@ def rolling(
 
 
 def _rolling(
-    model: DflowModel, text: Text, limit: int | None, checks: int, context: int | None, processes: int
+    model: TextModel, text: Text, limit: int | None, checks: int, context: int | None, processes: int
 ) -> Rolling:
     if text.lengths is not None or model.config.explicit_length:
         raise InputError(

@@ -14,7 +14,7 @@ from dflow.config import InputError, nearest
 from dflow.data import Draws, Text
 from dflow.evaluate.driver import Rows, Scorer, check_positive, share, total
 from dflow.evaluate.rolling import Rolling, rolling
-from dflow.hf import DflowModel
+from dflow.models import TextModel
 
 #: Whether each chunk is scored by itself, or each symbol given the text before it; see `evaluate`.
 Protocol = Literal["chunks", "rolling"]
@@ -54,7 +54,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: DflowModel,
+    model: TextModel,
     text: Text,
     *,
     batch_size: int = 32,
@@ -116,7 +116,7 @@ def evaluate(
 
 
 def _scorer(
-    model: DflowModel,
+    model: TextModel,
     text: Text,
     limit: int | None,
     checks: int,
@@ -143,10 +143,10 @@ def _scorer(
 class _ChunkScorer(Scorer):
     """Chunks of a text, or sentences, each without the ones before it."""
 
-    model: DflowModel
+    model: TextModel
     row = "chunk"
 
-    def __init__(self, model: DflowModel, text: Text, limit: int | None, checks: int) -> None:
+    def __init__(self, model: TextModel, text: Text, limit: int | None, checks: int) -> None:
         explicit = model.config.explicit_length
         if explicit != (text.lengths is not None):
             modelled, cut = ("lines", "a stream") if explicit else ("a stream", text.what)
@@ -209,7 +209,7 @@ class LawEvaluation:
 
 
 def evaluate_law(
-    model: DflowModel,
+    model: TextModel,
     text: Draws,
     *,
     batch_size: int = 1024,
@@ -262,10 +262,10 @@ def evaluate_law(
 class _Outcomes(Scorer):
     """All outcomes of a law by their probabilities, or draws from it; what is checked are draws."""
 
-    model: DflowModel
+    model: TextModel
     row, what = "sequence", "likelihood of the law"
 
-    def __init__(self, model: DflowModel, text: Draws, limit: int | None, checks: int) -> None:
+    def __init__(self, model: TextModel, text: Draws, limit: int | None, checks: int) -> None:
         self.model, law = model, text.law
         self.draws, _ = text.chunks(model.config.length)
         support = law.support if limit is None else None

@@ -2,11 +2,12 @@
 
 from dflow.hf.binary import DflowClassifier
 from dflow.hf.config import DflowClassifierConfig, DflowConfig, DflowImageConfig, FamilyConfig
-from dflow.hf.folder import coding_tables, kind_of, load, save, split_calls, weight_files
+from dflow.hf.folder import coding_tables, kind_of, load, save
 from dflow.hf.images import DflowImageModel, DflowImageOutput
-from dflow.hf.manifest import MANIFEST, Finding, check, clean, remove, replacing, verify
 from dflow.hf.packed import PackedNetwork, agrees, pack
-from dflow.hf.symbols import DflowModel, DflowOutput
+from dflow.hf.text import DflowModel, DflowOutput
+from dflow.models.files import split_calls, weight_files
+from dflow.models.manifest import MANIFEST, Finding, check, clean, remove, replacing, verify
 
 __all__ = [
     "MANIFEST",

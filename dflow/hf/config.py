@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import asdict
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from dflow import plugins, zoo
 from dflow.config import InputError
+from dflow.models.settings import Described, DescribedText
 
 
-class FamilyConfig(PreTrainedConfig):
+class FamilyConfig(Described, PreTrainedConfig):
     """Settings of a model: its family, and the settings of that family.
 
     Args:
@@ -21,11 +21,6 @@ class FamilyConfig(PreTrainedConfig):
         kwargs: settings of the family (unknown ones are refused when the model is built), and those of
             every transformers config.
     """
-
-    model_kind: ClassVar[zoo.Kind]
-    #: Settings that come from the data, without which there is no model.
-    required: ClassVar[tuple[str, ...]] = ()
-    family: str
 
     def __init__(self, family: str, **kwargs: Any) -> None:
         self.family = family
@@ -41,27 +36,6 @@ class FamilyConfig(PreTrainedConfig):
             values = asdict(zoo.settings(family, values))
         super().__init__(**kwargs, **values)
 
-    @property
-    def record(self) -> zoo.Family:
-        """The record of the family.
-
-        Raises:
-            InputError: the family is unknown, or is one of another kind.
-        """
-        return zoo.find(self.family, self.model_kind)
-
-    def settings(self) -> Any:
-        """The family's settings, checked; parsed once for the same values.
-
-        Raises:
-            InputError: an unknown family, values that it refuses, or missing settings of the data.
-        """
-        fields = self.record.fields
-        settings = _parsed(self.record, json.dumps({name: getattr(self, name) for name in fields}))
-        if missing := [name for name in self.required if not getattr(settings, name)]:
-            raise InputError(f"settings of the data are missing: {', '.join(missing)}; restore the file")
-        return settings
-
 
 @functools.cache
 def _of_transformers() -> frozenset[str]:
@@ -69,12 +43,7 @@ def _of_transformers() -> frozenset[str]:
     return frozenset(vars(GenerationConfig()))
 
 
-@functools.lru_cache(64)
-def _parsed(family: zoo.Family, values: str) -> Any:
-    return zoo.settings(family.name, json.loads(values))
-
-
-class DflowConfig(FamilyConfig):
+class DflowConfig(DescribedText, FamilyConfig):
     """Settings of a model of text.
 
     Args:
@@ -85,19 +54,12 @@ class DflowConfig(FamilyConfig):
     """
 
     model_type = "dflow"
-    model_kind = "text"
 
     def __init__(
         self, family: str = "grouped", vocab_size: int = 27, explicit_length: bool = False, **kwargs: Any
     ) -> None:
         self.vocab_size, self.explicit_length = vocab_size, explicit_length
         super().__init__(family, **kwargs)
-
-    def settings(self) -> Any:
-        """See `FamilyConfig.settings`; the alphabet is checked too."""
-        if not isinstance(self.vocab_size, int) or self.vocab_size < 2:
-            raise InputError(f"vocab_size must be at least 2, found {self.vocab_size!r}")
-        return super().settings()
 
 
 class DflowImageConfig(FamilyConfig):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,21 +19,29 @@ from dflow.coding import fingerprint, frozen_tables
 from dflow.config import InputError
 from dflow.core import Distribution
 from dflow.hf.binary import DflowClassifier
-from dflow.hf.counts import COUNTS
 from dflow.hf.images import DflowImageModel
-from dflow.hf.limits import AllocationLimit
-from dflow.hf.manifest import replacing, verify
-from dflow.hf.pretrained import COMPANIONS, INDEX, TABLES, WEIGHTS
-from dflow.hf.symbols import DflowModel
+from dflow.hf.text import DflowModel
+from dflow.models.files import (
+    KINDS,
+    TABLES,
+    check_loaded,
+    config_of,
+    loading,
+    split_calls,
+    verified,
+    weight_files,
+)
+from dflow.models.limits import AllocationLimit
+from dflow.models.manifest import replacing, verify
 
 M = TypeVar("M", DflowModel, DflowImageModel, DflowClassifier)
 ModelClass = type[DflowModel] | type[DflowImageModel] | type[DflowClassifier]
 
-#: Names of the kinds of models, and their classes, by the model type in `config.json`.
-_KINDS: dict[str, tuple[str, ModelClass]] = {
-    "dflow": ("text", DflowModel),
-    "dflow-image": ("images or tables", DflowImageModel),
-    "dflow-classifier": ("labels of images", DflowClassifier),
+#: The classes of models, by the model type in `config.json`.
+_KINDS: dict[str, ModelClass] = {
+    "dflow": DflowModel,
+    "dflow-image": DflowImageModel,
+    "dflow-classifier": DflowClassifier,
 }
 
 
@@ -52,14 +59,18 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-#: Largest size of a config in bytes. A config has a few thousand; larger files are not read into memory.
-_CONFIG = 1 << 20
+def save(
+    model: PreTrainedModel, folder: str | os.PathLike[str], state: dict[str, Tensor] | None = None
+) -> None:
+    """`save_pretrained` without messages: every file is replaced completely or not at all.
 
-
-def save(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
-    """`save_pretrained` without messages: every file is replaced completely or not at all."""
+    Args:
+        model: the model.
+        folder: to write into.
+        state: what to write for its weights, as in another precision; default themselves.
+    """
     with _quiet():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state)
 
 
 def kind_of(folder: str | os.PathLike[str]) -> ModelClass:
@@ -68,29 +79,7 @@ def kind_of(folder: str | os.PathLike[str]) -> ModelClass:
     Raises:
         InputError: no such folder, not a model of dflow.
     """
-    path, _ = split_calls(folder)
-    if not path.is_dir():
-        what = "a file, not the folder of a model" if path.exists() else "no such folder"
-        raise InputError(f"{path}: {what}; give the output folder of `dflow train`")
-    file = path / "config.json"
-    try:
-        if file.stat().st_size > _CONFIG:
-            raise ValueError(f"{file.stat().st_size:,} bytes, more than {_CONFIG:,}")
-        kind = json.loads(file.read_bytes()).get("model_type")
-    except FileNotFoundError:
-        if (path / "recipe.yaml").is_file():
-            raise InputError(
-                f"{path}: no model yet, the training was stopped before its first evaluation; go on with "
-                f"`dflow train {path / 'recipe.yaml'} --output {path} --resume`"
-            ) from None
-        raise InputError(
-            f"{path}: not a model (no config.json); give the output folder of `dflow train`"
-        ) from None
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise InputError(f"{file}: truncated or not a config ({error}); restore the file") from None
-    if not isinstance(kind, str) or kind not in _KINDS:
-        raise InputError(f"{file}: a model of type {kind!r}, not of dflow; give a folder that dflow trained")
-    return _KINDS[kind][1]
+    return _KINDS[config_of(split_calls(folder)[0])["model_type"]]
 
 
 def load(
@@ -109,38 +98,20 @@ def load(
         InputError: no such folder, no model of dflow, one of another kind, or truncated or foreign files.
     """
     path, calls = split_calls(folder)
-    actual = kind_of(folder)
-    if actual is not kind:
-        names_of_kinds = {cls: name for name, cls in _KINDS.values()}
-        raise InputError(
-            f"{path}: a model of {names_of_kinds[actual]}; this takes a model of {names_of_kinds[kind]}"
-        )
-    file = path / "config.json"
+    actual = config_of(path)["model_type"]
+    if _KINDS[actual] is not kind:
+        expected = next(name for name, cls in _KINDS.items() if cls is kind)
+        raise InputError(f"{path}: a model of {KINDS[actual]}; this takes a model of {KINDS[expected]}")
     weights: list[Path] = weight_files(path)
-    num_bytes = _verified(path, weights)
-    try:
+    num_bytes = verified(path, weights)
+    with loading(path, weights):
         config = kind.config_class.from_pretrained(path)
         config.settings()
         # Settings that belong to other weights may ask for any amount of memory.
         with AllocationLimit(num_bytes), _quiet():
             pair: Any = kind.from_pretrained(path, config=config, output_loading_info=True)
-        model, info = pair
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from None
-    except (SafetensorError, EOFError) as error:
-        raise InputError(f"{_damaged(weights)}: truncated or damaged ({error}); restore the file") from None
-    except Exception as error:
-        # Libraries raise many types of errors for invalid settings.
-        what = f"{error or type(error).__name__}"
-        raise InputError(f"{path}: the checkpoint does not fit its config.json ({what[:500]})") from error
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info.get(what):
-            names = ", ".join(str(k) for k in sorted(info[what], key=str)[:3])
-            raise InputError(
-                f"{path}: the checkpoint is foreign to its config.json: {what.replace('_', ' ')} {names}; "
-                "restore both files from one run"
-            )
-    _check_finite(model, weights[0])
+    model, info = pair
+    check_loaded(path, weights, model, info)
     loaded: M = model.to(device).eval()
     if calls is not None:
         if not isinstance(loaded, DflowModel):
@@ -149,62 +120,6 @@ def load(
             )
         return loaded.at(calls)
     return loaded
-
-
-def _verified(folder: Path, weights: list[Path]) -> int:
-    """The bytes of the weights and of the counts beside them, once all files are found to be undamaged."""
-    counts = folder / COUNTS
-    stored = [*weights, counts] if counts.is_file() else weights
-    verify(folder, ["config.json", *(file.name for file in stored), *COMPANIONS])
-    return sum(file.stat().st_size for file in stored)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights of the model in ``folder``; an index of them comes first.
-
-    Raises:
-        InputError: weights are missing, also some that the index lists; an invalid index.
-    """
-    single, index = folder / WEIGHTS, folder / INDEX
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise InputError(f"{folder}: no {WEIGHTS}; the checkpoint is incomplete, restore or retrain it")
-    try:
-        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        if not shards or any(Path(name).name != name or name == INDEX for name in shards):
-            raise ValueError("files that do not lie beside it")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{index}: truncated or no index of weights ({error}); restore the file") from None
-    for name in shards:
-        if not (folder / name).is_file():
-            raise InputError(
-                f"{folder}: no {name}, a file of weights that {INDEX} lists; the checkpoint is incomplete, "
-                "restore or retrain it"
-            )
-    return [index, *(folder / name for name in shards)]
-
-
-def _damaged(weights: list[Path]) -> Path:
-    """The first of the files that cannot be opened."""
-    for file in weights:
-        try:
-            if file.name != INDEX:
-                with safe_open(file, "pt"):
-                    pass
-        except (SafetensorError, OSError):
-            return file
-    return weights[-1]
-
-
-def _check_finite(model: PreTrainedModel, file: Path) -> None:
-    """`InputError` for weights that are not finite."""
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise InputError(
-                f"{file}: {name} holds values that are not finite, so its training diverged or the file is "
-                "damaged; restore the file, or train again with a lower train.learning_rate"
-            )
 
 
 def coding_tables(
@@ -246,16 +161,3 @@ def coding_tables(
             "copy the model to a folder that you can write to"
         ) from None
     return tables
-
-
-def split_calls(name: str | os.PathLike[str]) -> tuple[Path, int | None]:
-    """The folder and the number of calls of ``FOLDER`` or ``FOLDER@CALLS``.
-
-    >>> split_calls("runs/grouped@8")
-    (PosixPath('runs/grouped'), 8)
-    """
-    text = os.fspath(name)
-    folder, at, calls = text.rpartition("@")
-    if at and calls.isdigit() and not Path(text).exists():
-        return Path(folder), int(calls)
-    return Path(text), None

@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from dflow.config import InputError
-from dflow.hf import counts
-from dflow.hf.manifest import remove, replacing
+from dflow.models import counts
+from dflow.models.buffers import KeepsBuffers
+from dflow.models.files import COMPANIONS
+from dflow.models.manifest import remove, replacing
+from dflow.nn.counted import leave_uncompiled
 from dflow.ops.precision import HALF
-
-#: File of the coding tables.
-TABLES = "coding.safetensors"
-
-#: Files beside the weights that belong to a model: its vocabulary, and its coding tables.
-COMPANIONS = ("vocabulary.json", "tokenizer.model", TABLES)
-
-WEIGHTS = "model.safetensors"
-#: Where weights are in several files: the list of the weights in each.
-INDEX = WEIGHTS + ".index.json"
 
 _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
@@ -45,7 +38,11 @@ NOT_TRAINED = (
 )
 
 
-class Pretrained(PreTrainedModel):
+# transformers has imported the compiler of torch already.
+leave_uncompiled()
+
+
+class Pretrained(KeepsBuffers, PreTrainedModel):
     """A model of dflow in a folder.
 
     Attributes:
@@ -68,29 +65,11 @@ class Pretrained(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Modules initialise themselves; the default would undo it."""
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Weights may be in half precision. Buffers are not: counts, moments, ranges and running averages.
-
-        They take a share of the memory that is not worth it, and a count beyond 256 would not grow.
-        """
-        buffers = [
-            (module, name, buffer)
-            for module in self.modules()
-            for name, buffer in module.named_buffers(recurse=False)
-            if buffer.is_floating_point() and buffer.dtype not in HALF
-        ]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for module, name, buffer in buffers:
-            moved = getattr(module, name)
-            if moved.dtype in HALF:
-                setattr(module, name, buffer.to(moved.device))
-        return self
-
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """See transformers; the model carries the files of its vocabulary, and its counts.
 
-        Weights in half precision are those of the model in float32, rounded: `_apply` says what is not.
+        Weights in half precision are those of the model in float32, rounded: `KeepsBuffers` says what is not.
 
         Raises:
             InputError: a ``dtype`` in which no model is.

@@ -141,6 +141,8 @@ class Counted(Recomputable):
         self._reader: tuple[CountTable, RowReader] | None = None
         self._looped: tuple[tuple[Any, ...], tuple[Any, ...]] | None = None
         self.left_out: CountTable | None = None
+        #: Whether a few entries are looked up by compiled loops, where numba is installed.
+        self.compiled = True
         #: Counts to add in evaluation mode, such as those of the text before what is scored.
         self.also: CountSource | None = None
 
@@ -226,7 +228,7 @@ class Counted(Recomputable):
     def _arrays(self, dtype: torch.dtype) -> tuple[Any, ...] | None:
         """The table, how it is read and the weights of the gate, for loops; None where tensors are used."""
         single = dtype == self.features.weight.dtype == torch.float32
-        if not single or self.also is not None or loops() is None:
+        if not (single and self.compiled) or self.also is not None or loops() is None:
             return None
         layers, hidden = (self.features, self.inner, self.weights), self.hidden
         # Arrays share the memory of weights, and hold until these are moved.
@@ -302,7 +304,6 @@ class Counted(Recomputable):
         if self.has_table and other.has_table and torch.equal(self.digest.cpu(), other.digest.cpu()):
             self._table = other.table
 
-    @torch.compiler.disable(reason="how many contexts are met depends on the text")  # type: ignore[untyped-decorator]
     def _counts(self, symbols: Tensor) -> Tensor:
         """Counts of all symbols in the contexts of entries, float32 ``(..., patterns, K)``."""
         keys, present = self._read(symbols)
@@ -327,3 +328,9 @@ class Counted(Recomputable):
         else:
             self.left_out = moved
         return moved
+
+
+def leave_uncompiled() -> None:
+    """Keep torch.compile out of look-ups of counts; for those who import it anyway, which takes a second."""
+    reason = "how many contexts are met depends on the text"
+    Counted._counts = torch.compiler.disable(Counted._counts, reason=reason)  # type: ignore[method-assign]

@@ -11,7 +11,7 @@ from dflow.compare import Contestant, measure
 from dflow.compare.models import drawing
 from dflow.data import Text, Tokenizer
 from dflow.evaluate import evaluate
-from dflow.hf import DflowModel
+from dflow.models import TextModel
 from dflow.train import METRICS, history
 from dflow.train.recipe import History
 
@@ -50,7 +50,7 @@ class Figures:
     protocol: str | None
 
 
-def budgets_of(model: DflowModel) -> list[int]:
+def budgets_of(model: TextModel) -> list[int]:
     """The numbers of network calls at which a model is drawn, up to 64; its own number where it has but one.
 
     Of a model that can be drawn in any number, the powers of two.
@@ -62,11 +62,11 @@ def budgets_of(model: DflowModel) -> list[int]:
 
 
 def figures(
-    model: DflowModel,
+    model: TextModel,
     tokenizer: Tokenizer,
     text: Text | None,
     *,
-    drafted: DflowModel | None = None,
+    drafted: TextModel | None = None,
     limit: int | None = None,
     rounds: int = 10,
     seed: int = 0,

@@ -15,7 +15,7 @@ from dflow.data import Tokenizer
 from dflow.distributions import Ordered, SequenceCategorical
 from dflow.distributions.drafted import VerifiedCall
 from dflow.generate import generate
-from dflow.hf import DflowModel
+from dflow.models import TextModel
 from dflow.score import score
 
 #: How a model is drawn: several symbols a call, or one symbol a call from left to right.
@@ -88,7 +88,7 @@ class Shade:
     protocol: str
 
 
-def role_of(model: DflowModel) -> Role | None:
+def role_of(model: TextModel) -> Role | None:
     """How samples of a model can be shown; None where its law does not say which call draws which symbol."""
     law = model.law
     if not isinstance(law, (SequenceCategorical, Ordered)):
@@ -117,7 +117,7 @@ def pieces_of(tokenizer: Tokenizer, ids: Tensor) -> list[str]:
 
 @torch.inference_mode()
 def traces(
-    model: DflowModel, tokenizer: Tokenizer, n: int, *, seed: int = 0, drafted: DflowModel | None = None
+    model: TextModel, tokenizer: Tokenizer, n: int, *, seed: int = 0, drafted: TextModel | None = None
 ) -> list[Trace]:
     """``n`` samples of `dflow.generate.generate`, each drawn by itself, with how they were drawn.
 
@@ -143,7 +143,7 @@ def traces(
 
 
 def _trace(
-    model: DflowModel, tokenizer: Tokenizer, ids: Tensor, equal: bool | None, log: Sequence[VerifiedCall]
+    model: TextModel, tokenizer: Tokenizer, ids: Tensor, equal: bool | None, log: Sequence[VerifiedCall]
 ) -> Trace:
     ids = ids[ids >= 0]
     n, x = len(ids), ids[None].to(model.device)
@@ -172,8 +172,8 @@ def _trace(
     )
 
 
-def _calls(model: DflowModel, x: Tensor) -> Tensor:
-    """The call that draws each symbol, from 0, as `DflowModel.generate` draws a sample of the length of x."""
+def _calls(model: TextModel, x: Tensor) -> Tensor:
+    """The call that draws each symbol, from 0, as `TextModel.generate` draws a sample of the length of x."""
     law = model.law
     assert isinstance(law, (SequenceCategorical, Ordered))
     if model.documents is None:
@@ -190,7 +190,7 @@ def _rounded(bits: Tensor) -> list[float]:
     return [round(value, _DIGITS) for value in bits.tolist()]
 
 
-def shade(model: DflowModel, tokenizer: Tokenizer, text: str, most: int) -> Shade:
+def shade(model: TextModel, tokenizer: Tokenizer, text: str, most: int) -> Shade:
     """A text with the bits of its first ``most`` symbols, by `dflow.score.score`.
 
     Raises:

@@ -16,6 +16,7 @@ from dflow.train.recipe import (
     recipe_of,
     resumed_recipe,
 )
+from dflow.train.small import Size, compact, size_of
 
 __all__ = [
     "METRICS",
@@ -25,12 +26,15 @@ __all__ = [
     "Preempted",
     "Recipe",
     "Schedule",
+    "Size",
     "TrainConfig",
+    "compact",
     "history",
     "load_recipe",
     "recipe_from",
     "recipe_of",
     "resume_command",
     "resumed_recipe",
+    "size_of",
     "train",
 ]

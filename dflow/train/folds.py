@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from dflow.config import InputError
 from dflow.data import Draws, Text, count
-from dflow.hf import counts
+from dflow.models import counts
 from dflow.nn.counted import Counted
 
 #: Most folds: of a text in 8 folds, a batch sees counts of seven eighths.

@@ -12,7 +12,7 @@ from typing import Any
 from dflow import hf, zoo
 from dflow.config import InputError
 from dflow.data import files
-from dflow.hf import manifest
+from dflow.models import manifest
 from dflow.train.recipe import RECIPE, Recipe, load_recipe
 from dflow.train.tasks import Task, task_of
 

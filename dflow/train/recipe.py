@@ -123,6 +123,9 @@ class TrainConfig:
         least=0,
     )
     seed: int = setting(0, "seed of weights, batches and dropout")
+    init: str | None = setting(
+        None, "folder or name of a model of text whose weights the training starts from (dflow train --init)"
+    )
     eval_every: int | None = setting(None, "number of steps between evaluations")
     eval_minutes: float | None = setting(None, "minutes between evaluations (default: a tenth of the budget)")
     eval_chunks: int | None = setting(

@@ -15,6 +15,7 @@ from dflow.config import InputError
 from dflow.data import Corpus, ImageConfig, ImageSet, Tokenizer, load, load_images
 from dflow.distributions import Categorical, Mixture
 from dflow.flows.walk import innermost
+from dflow.train import initial
 from dflow.train.material import Images, Material, Texts
 from dflow.train.methods import INITIAL_FLOW, Bounds, Classification, Likelihood, Method, Symbols
 from dflow.train.recipe import Recipe
@@ -47,7 +48,12 @@ def task_of(recipe: Recipe, resume: bool) -> Task:
         InputError: data that do not fit the model.
     """
     if isinstance(recipe.data, ImageConfig):
+        if recipe.train.init is not None:
+            raise InputError(f"train.init {recipe.train.init}: only models of text start from others")
         return _of_images(recipe, load_images(recipe.data), resume)
+    init = None if resume else recipe.train.init
+    if init is not None:
+        return _of_text(recipe, initial.corpus_for(recipe.data, recipe, init), init)
     tokenizer = Tokenizer.load(recipe.output) if resume else None
     return _of_text(recipe, load(recipe.data, tokenizer, recipe.model.length))
 
@@ -60,8 +66,8 @@ def _task(
     return Task(recipe, model, data, method, f"{head}\n{data.summary}")
 
 
-def _of_text(recipe: Recipe, corpus: Corpus) -> Task:
-    """A model of text, scored exactly."""
+def _of_text(recipe: Recipe, corpus: Corpus, init: str | None = None) -> Task:
+    """A model of text, scored exactly; ``init`` is the model whose weights it starts from."""
     data = Texts(recipe, corpus)
     explicit = corpus.protocol != "stream"
     torch.manual_seed(recipe.train.seed)
@@ -76,6 +82,8 @@ def _of_text(recipe: Recipe, corpus: Corpus) -> Task:
     base = innermost(model.distribution)
     if isinstance(base, (Categorical, Mixture)):
         base.initialize(corpus.train.marginals(corpus.tokenizer.size))
+    if init is not None:
+        initial.start(model, recipe, init)
     if explicit:
         _check_lengths(model, recipe.family)
         model.set_length_counts(corpus.train.length_counts(data.length).float())

@@ -31,7 +31,7 @@ from waits import Waits
 
 from dflow import cli, fill, hf, zoo
 from dflow.data import count, image_sets
-from dflow.hf.counts import counted
+from dflow.models.counts import counted
 from dflow.ops.devices import WITHOUT_FLOAT64
 from dflow.ops.noise import Noise
 from dflow.train import loop

@@ -1,16 +1,13 @@
-"""Models of text as transformers models: config, generate, score. Thin: the model is in `zoo`."""
+"""Models of text without what training and transformers add: score, draw. Thin: the model is in `zoo`."""
 
 from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel
-from transformers.utils.generic import ModelOutput
 
 from dflow import zoo
 from dflow.config import InputError
@@ -19,50 +16,42 @@ from dflow.distributions import SequenceCategorical, Walk
 from dflow.distributions.documents import Documents
 from dflow.distributions.drafted import Drafted, Drafter, LawDrafter, Tally
 from dflow.flows import Infilled
-from dflow.hf import training
-from dflow.hf.arguments import IGNORED, answer, labels_optional, present_lengths, refuse_unknown, scaled
-from dflow.hf.config import DflowConfig
-from dflow.hf.counts import counted
-from dflow.hf.pretrained import Pretrained
+from dflow.models.buffers import KeepsBuffers
+from dflow.models.counts import counted
 from dflow.ops.devices import widen
 from dflow.ops.noise import LENGTHS, Noise
 
 
-@dataclass
-class DflowOutput(ModelOutput):
-    """Cost of a batch, and the log-likelihoods that it was computed from.
+class TextModel(KeepsBuffers):
+    """A distribution over sequences of symbols, exact in both directions: `log_prob` and `generate`.
 
     Attributes:
-        loss: in evaluation mode the exact mean negative log-likelihood in nats a symbol. In training mode the
-            objective of the family's rule (`dflow.objectives.default_rule`) in nats a symbol: the same number
-            where that rule is "likelihood". It has a gradient for every parameter in any family.
-        log_prob: exact log-likelihood of each sequence in nats, ``(batch,)``; None in training mode under
-            another rule than "likelihood".
+        config: a `dflow.models.TextConfig`, or `dflow.DflowConfig`.
     """
 
-    loss: Tensor | None = None
-    log_prob: Tensor | None = None
-
-
-class DflowModel(Pretrained):
-    """A distribution over sequences of symbols, exact in both directions: `log_prob` and `generate`."""
-
-    config_class = DflowConfig
-    base_model_prefix = "distribution"
-    main_input_name = "input_ids"
-    config: DflowConfig
+    config: Any
+    distribution: Distribution
     length_counts: Tensor
 
-    def __init__(self, config: DflowConfig) -> None:
+    def __init__(self, config: Any) -> None:
         """Build the model that ``config`` describes, with fresh weights."""
-        super().__init__(config)
-        settings = config.settings()
+        super().__init__()
+        self.config = config
+        self._build()
+
+    def _build(self) -> None:
+        """Make the law, and the law of lengths."""
+        settings = self.config.settings()
         # Masks and orders are computed, not loaded, so they need a real device even while transformers
         # builds everything else on the meta device.
         with torch.device("cpu"):
-            self.distribution: Distribution = zoo.build(config.family, settings, config.vocab_size)
-            self.register_buffer("length_counts", torch.zeros(config.length + 1))
-        self.post_init()  # type: ignore[no-untyped-call]
+            self.distribution = zoo.build(self.config.family, settings, self.config.vocab_size)
+            self.register_buffer("length_counts", torch.zeros(self.config.length + 1))
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.length_counts.device
 
     #: Network calls of the law in use; None where it is `distribution` itself.
     _calls: int | None = None
@@ -91,7 +80,7 @@ class DflowModel(Pretrained):
         context = getattr(self.config, "context", 0)
         return Documents(self._drawn, self.config.length, context) if context else None
 
-    def drafted(self, drafter: DflowModel | Drafter, width: int | None = None) -> DflowModel:
+    def drafted(self, drafter: TextModel | Drafter, width: int | None = None) -> Self:
         """The model that draws the same samples in fewer network calls; it shares all weights with this one.
 
         Another model proposes symbols ahead, and one call of this one verifies them: see
@@ -106,7 +95,7 @@ class DflowModel(Pretrained):
             InputError: this model or the drafter is drawn in another way; or the drafter has another number
                 of symbols.
         """
-        if isinstance(drafter, DflowModel):
+        if isinstance(drafter, TextModel):
             if drafter.config.vocab_size != self.config.vocab_size:
                 raise InputError(
                     f"the model that drafts has {drafter.config.vocab_size} symbols, and this one "
@@ -125,7 +114,7 @@ class DflowModel(Pretrained):
         """Sequential network calls that drawing a sequence costs, at most."""
         return self.law.num_calls
 
-    def at(self, calls: int) -> DflowModel:
+    def at(self, calls: int) -> Self:
         """The model that scores and draws in ``calls`` network calls; it shares all weights with this one.
 
         Raises:
@@ -149,66 +138,6 @@ class DflowModel(Pretrained):
         else:
             model._calls = calls
         return model
-
-    @labels_optional
-    def forward(
-        self,
-        input_ids: Tensor,
-        lengths: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        return_loss: bool = True,
-        return_dict: bool | None = None,
-        num_items_in_batch: int | Tensor | None = None,
-        **kwargs: Any,
-    ) -> DflowOutput | tuple[Any, ...]:
-        """Loss and log-likelihood as a `DflowOutput`; in training mode a base in closed form is updated.
-
-        Args:
-            input_ids: symbols, int64 ``(batch, n)``.
-            lengths: int64 ``(batch,)``, how many symbols of each sequence are present; None: all.
-            attention_mask: ``(batch, n)``, the same in another form: ones, then zeros.
-            labels: ``(batch, n)``, the symbols themselves, with -100 for those that are not present. They are
-                not shifted, and may be left out.
-            return_loss: whether to return a loss.
-            return_dict: False for a tuple.
-            num_items_in_batch: how many labels the batches of one step have together, of which the loss is
-                then this batch's share.
-            kwargs: refused.
-
-        Raises:
-            InputError: an unknown argument, or arguments that contradict each other; a mask or labels that
-                are no prefix of each row; and the errors of `log_prob`.
-        """
-        refuse_unknown(kwargs, self.forward)
-        self.check_trains()
-        lengths = present_lengths(input_ids, lengths, attention_mask, labels)
-        if self.training and not training.trained_by_likelihood(self.law):
-            log_prob, nats = None, self._objective(input_ids, lengths)
-        else:
-            log_prob = self.log_prob(input_ids, lengths)
-            nats = -log_prob.sum()
-            if nats.requires_grad and not training.reached(self.law):
-                nats = training.evaluated(nats)
-        if self.training and torch.is_grad_enabled() and self.config.explicit_length:
-            _, present = self._whole(input_ids, lengths)
-            if present is not None:
-                self.length_counts.index_add_(0, present, torch.ones_like(present).to(self.length_counts))
-        entries = input_ids.numel() if lengths is None else int(lengths.sum())
-        # With a law of lengths the end of a sequence counts as a symbol.
-        loss = nats / (entries + len(input_ids) * self.config.explicit_length)
-        scored = entries if labels is None else (labels != IGNORED).sum()
-        loss = scaled(loss, scored, num_items_in_batch)
-        output = DflowOutput(loss=loss if return_loss else None, log_prob=log_prob)
-        return answer(output, return_dict, self.config)
-
-    def _objective(self, input_ids: Tensor, lengths: Tensor | None) -> Tensor:
-        """Loss in nats, summed over the batch, by the family's rule."""
-        x, context = self._whole(input_ids, lengths)
-        loss = training.loss_of_symbols(self.law, x, context)
-        if context is None or not self.config.explicit_length:
-            return loss
-        return loss - self._length_log_prob()[context].sum()
 
     def log_prob(
         self, input_ids: Tensor, lengths: Tensor | None = None, given: Tensor | None = None
@@ -446,6 +375,3 @@ class DflowModel(Pretrained):
 def prompted(prompt: Tensor, n: int) -> Known:
     """The known entries of n documents that begin with ``prompt``, int64 ``(m,)``."""
     return Known(prompt.expand(n, -1), torch.ones_like(prompt, dtype=torch.bool))
-
-
-AutoModel.register(DflowConfig, DflowModel)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -33,6 +34,11 @@ class AllocationLimit(TorchDispatchMode):
     Raises:
         TooLarge: at the operation that would exceed the limit, before it allocates.
     """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: nothing is compiled here, and what keeps a compiler out would import it, for a second."""
+        return False
 
     def __init__(self, num_bytes: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -77,7 +83,8 @@ def _entries(func: Any, args: tuple[Any, ...]) -> int:
         a, b = tensors[-2:]
         return int(a.numel() // max(1, a.shape[-1]) * b.shape[-1])
     if torch.Tag.pointwise in func.tags and tensors:
-        return math.prod(torch.broadcast_shapes(*(t.shape for t in tensors)))
+        # Not by torch.broadcast_shapes, which imports sympy, for half a second.
+        return math.prod(map(max, zip_longest(*(reversed(t.shape) for t in tensors), fillvalue=1)))
     return most
 
 

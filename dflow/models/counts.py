@@ -13,6 +13,7 @@ from torch import nn
 from dflow.config import InputError
 from dflow.distributions.drafted import LawDrafter
 from dflow.distributions.sequence import SequenceCategorical
+from dflow.models.packed_counts import is_packed, packed, unpacked
 from dflow.nn.backoff import BackoffNet
 from dflow.nn.counted import Counted
 from dflow.ops.counts import CountsError, CountTable, Pattern
@@ -54,12 +55,13 @@ def counts_drafter(model: nn.Module) -> LawDrafter | None:
     return None
 
 
-def save(model: nn.Module, folder: Path) -> None:
-    """Write the counts of ``model``, if it has any."""
-    table = next((module.table for module in counted(model) if module.has_table), None)
-    if table is not None:
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in table.tensors().items()}
-        save_file(tensors, folder / COUNTS)
+def save(model: nn.Module, folder: Path, pack: bool = False) -> None:
+    """Write the counts of ``model``, if it has any; ``pack``: in less space, which takes longer."""
+    module = next((module for module in counted(model) if module.has_table), None)
+    if module is not None:
+        table = module.table.to(torch.device("cpu"))
+        tensors = packed(table, module.K, patterns_in(model)) if pack else table.tensors()
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / COUNTS)
 
 
 def load(model: nn.Module, file: Path | None, source: str) -> None:
@@ -82,8 +84,8 @@ def load(model: nn.Module, file: Path | None, source: str) -> None:
             "again"
         )
     try:
-        tensors = load_file(file)
-        table = CountTable(**tensors)
+        tensors, K = load_file(file), modules[0].K
+        table = unpacked(tensors, K, patterns_in(model)) if is_packed(tensors) else CountTable(**tensors)
     except (SafetensorError, OSError, CountsError, TypeError) as error:
         raise InputError(f"{file}: truncated or damaged ({error}); restore it, or train again") from None
     digest = table.digest()
