@@ -123,8 +123,7 @@ def load(
         config.settings()
         # Settings that belong to other weights may ask for any amount of memory.
         with AllocationLimit(num_bytes), _quiet():
-            pair: Any = kind.from_pretrained(path, config=config, output_loading_info=True)
-        model, info = pair
+            model: Any = kind.from_pretrained(path, config=config)
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
     except (SafetensorError, EOFError) as error:
@@ -133,13 +132,6 @@ def load(
         # Libraries raise many types of errors for invalid settings.
         what = f"{error or type(error).__name__}"
         raise InputError(f"{path}: the checkpoint does not fit its config.json ({what[:500]})") from error
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info.get(what):
-            names = ", ".join(str(k) for k in sorted(info[what], key=str)[:3])
-            raise InputError(
-                f"{path}: the checkpoint is foreign to its config.json: {what.replace('_', ' ')} {names}; "
-                "restore both files from one run"
-            )
     _check_finite(model, weights[0])
     loaded: M = model.to(device).eval()
     if calls is not None:

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from dflow.config import InputError
-from dflow.hf import counts
+from dflow.hf import counts, remote
+from dflow.hf.card import CARD, is_of, write_card
 from dflow.hf.manifest import remove, replacing
 from dflow.ops.precision import HALF
 
@@ -56,6 +57,13 @@ class Pretrained(PreTrainedModel):
     companions: Mapping[str, bytes] = {}
     supports_gradient_checkpointing = True
 
+    #: The class for each auto class of transformers, for folders that load by ``trust_remote_code=True``.
+    auto_classes: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing: its code is in this package, and is not copied into the folder of a model."""
+
     def check_trains(self) -> None:
         """Refuse to train weights in a precision in which that fails; for `forward`.
 
@@ -88,17 +96,23 @@ class Pretrained(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """See transformers; the model carries the files of its vocabulary, and its counts.
+        """See transformers; the model carries the files of its vocabulary, its counts and its card.
 
         Weights in half precision are those of the model in float32, rounded: `_apply` says what is not.
 
         Raises:
-            InputError: a ``dtype`` in which no model is.
+            InputError: a ``dtype`` in which no model is; weights that are missing, or that are no weights of
+                this model, which would be no law that anyone has trained.
         """
         dtype = cls._dtype_of(pretrained_model_name_or_path, kwargs)
         first = torch.float32 if dtype in HALF else dtype
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, dtype=first, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        informed = kwargs.pop("output_loading_info", False)
+        pair: Any = super().from_pretrained(
+            pretrained_model_name_or_path, *args, dtype=first, output_loading_info=True, **kwargs
+        )
+        model, info = pair
+        _check_keys(pretrained_model_name_or_path, info)
+        loaded: Any = pair if informed else model
         if dtype in HALF:
             model.to(dtype)
             model.config.dtype = dtype
@@ -146,26 +160,70 @@ class Pretrained(PreTrainedModel):
             super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
             return
         folder = Path(save_directory)
+        self.config.auto_map = remote.auto_map(self.config_class, self.auto_classes)
         with replacing(folder) as temporary:
             super().save_pretrained(temporary, state_dict=state_dict, **kwargs)
             for name, data in self.companions.items():
-                (temporary / name).write_bytes(data)
+                if name != CARD:
+                    (temporary / name).write_bytes(data)
+            self._save_beside(temporary, folder)
             counts.save(self, temporary)
             new = {path.name for path in temporary.iterdir()}
         old = {path.name for path in folder.iterdir() if _WEIGHT_FILE.fullmatch(path.name)}
         if any(_WEIGHT_FILE.fullmatch(name) for name in new):
             # Older weights in another number of files would be loaded in place of these.
             remove(folder, old - new)
+        if not (folder / CARD).exists():
+            # A card speaks of its weights: trained further, they get another one.
+            carried = self.companions.get(CARD, b"").decode("utf-8", "replace")
+            write_card(folder, carried if is_of(carried, folder) else None, calls=self.calls_to_draw)
         if push_to_hub:
             for name in ("token", "max_shard_size"):
                 if name in kwargs:
                     of_the_hub[name] = kwargs[name]
             self.push_to_hub(of_the_hub.pop("repo_id", folder.name), **of_the_hub)
 
+    @property
+    def calls_to_draw(self) -> int | None:
+        """Network calls to draw a sequence; None for what is no model of text."""
+        return None
+
+    def _save_beside(self, temporary: Path, folder: Path) -> None:
+        """Write what a model is loaded with by the auto classes of transformers; see `dflow.hf.remote`."""
+        (temporary / remote.MODELING).write_text(
+            remote.source(self.config_class, self.auto_classes), encoding="utf-8"
+        )
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:  # type: ignore[override]
+        """Upload the model with its vocabulary, counts and card; see `dflow.hf.remote.push`."""
+        return remote.push(self, repo_id, **kwargs)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            "the number of symbols is part of the law, whose probabilities sum to one over them; train a "
+            "model on a text with the symbols that you need (the padding token of the tokenizer needs none)"
+        )
+
+
+def _check_keys(source: Any, info: Mapping[str, Any]) -> None:
+    """Refuse weights that are not those that the config of a model says."""
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(what):
+            names = ", ".join(str(k) for k in sorted(info[what], key=str)[:3])
+            raise InputError(
+                f"{source}: the checkpoint is foreign to its config.json: {what.replace('_', ' ')} {names}; "
+                "restore both files from one run"
+            )
+
 
 def _beside(name: str, place: Mapping[str, Any]) -> dict[str, Path]:
     """The files beside the weights in a folder or in a repository of the hub, by name, those that exist."""
-    files = (*COMPANIONS, counts.COUNTS)
+    files = (*COMPANIONS, counts.COUNTS, CARD)
     if os.path.isdir(name):
         folder = Path(name) / (place.get("subfolder") or "")
         paths = {file: folder / file for file in files}

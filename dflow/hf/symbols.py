@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from dflow.hf.arguments import IGNORED, answer, labels_optional, present_lengths
 from dflow.hf.config import DflowConfig
 from dflow.hf.counts import counted
 from dflow.hf.pretrained import Pretrained
+from dflow.hf.tokenizer import PIECES, VOCABULARY, tokenizer_of
 from dflow.ops.devices import widen
 from dflow.ops.noise import LENGTHS, Noise
 
@@ -48,6 +50,10 @@ class DflowModel(Pretrained):
     """A distribution over sequences of symbols, exact in both directions: `log_prob` and `generate`."""
 
     config_class = DflowConfig
+    auto_classes: ClassVar[dict[str, str]] = {
+        "AutoModel": "DflowModel",
+        "AutoModelForCausalLM": "DflowForCausalLM",
+    }
     base_model_prefix = "distribution"
     main_input_name = "input_ids"
     config: DflowConfig
@@ -124,6 +130,26 @@ class DflowModel(Pretrained):
     def num_calls(self) -> int:
         """Sequential network calls that drawing a sequence costs, at most."""
         return self.law.num_calls
+
+    @property
+    def calls_to_draw(self) -> int | None:
+        """The same, for the card of the model."""
+        return self.num_calls
+
+    def _save_beside(self, temporary: Path, folder: Path) -> None:
+        """The tokenizer of transformers too, where the vocabulary is known or in the folder already."""
+        super()._save_beside(temporary, folder)
+        files = {
+            name: self.companions.get(name)
+            or ((folder / name).read_bytes() if (folder / name).is_file() else None)
+            for name in (VOCABULARY, PIECES)
+        }
+        if (vocabulary := files[VOCABULARY]) is not None:
+            longest = None if getattr(self.config, "context", 0) else self.config.length
+            tokenizer = tokenizer_of(vocabulary, files[PIECES], longest)
+            # One of another model, which has not been replaced yet, stays as it is.
+            if len(tokenizer) == self.config.vocab_size + 1:
+                tokenizer.save_pretrained(temporary)
 
     def at(self, calls: int) -> DflowModel:
         """The model that scores and draws in ``calls`` network calls; it shares all weights with this one.
