@@ -147,6 +147,9 @@ def test_pushed_and_loaded_again(family: str, folders: Path, hub: Hub) -> None:
     assert AutoTokenizer.from_pretrained(there)(text) == AutoTokenizer.from_pretrained(folders / family)(text)
     data = ModelCard.load(there / "README.md").data.to_dict()
     assert data["tags"] == ["dflow", family, "exact-likelihood", "mine"]
+    assert "model='someone/model', trust_remote_code=True" in (there / "README.md").read_text(
+        encoding="utf-8"
+    )
     assert main(["check", str(there)]) == 0
 
 
@@ -315,7 +318,7 @@ def test_every_family_has_a_card(family: str, folders: Path) -> None:
     assert head["library_name"] == "dflow"
     assert head["pipeline_tag"] == "text-generation"
     assert head["license"] == "apache-2.0"
-    assert "text8" in head["datasets"]
+    assert head["datasets"] == ["text8"]
     results = ModelCard(text).data.eval_results
     assert [(r.metric_type, r.metric_value, r.dataset_split) for r in results] == [
         ("bits_a_character", 1.5, "test")

@@ -33,6 +33,9 @@ _TASKS = {
     "labels": "image-classification",
 }
 
+#: The longest recipe in characters.
+_LONGEST = 1 << 20
+
 #: Settings of a recipe that are places on the machine of the training.
 _PLACES = ("folder", "store", "output")
 
@@ -96,7 +99,7 @@ def card(
         _about(record, config, calls),
         _measured(path, figures, calls, speed, config),
         _use(record.kind, name, config),
-        _training(recipe),
+        _training(_without_places(recipe)),
         _limits(record, config, licence),
     ]
     text = "\n\n".join(parts) + "\n\n"
@@ -129,6 +132,17 @@ def changed(text: str) -> bool:
     return mark is None or _digest(text[: mark.start()]) != mark[1]
 
 
+def renamed(text: str, name: str) -> str:
+    """The card under another name of the model, as one that no user has changed; a changed one as it is."""
+    mark, title = _MARK.search(text), re.search(r"^# (.*)$", text, re.MULTILINE)
+    if mark is None or title is None or changed(text):
+        return text
+    body = text[: mark.start()]
+    for form in ("# {}\n", "model={!r}", "from_pretrained({!r}", "- name: {}\n"):
+        body = body.replace(form.format(title[1]), form.format(name))
+    return f"{body}<!-- dflow card {_digest(body)} of weights {mark[2]} -->\n"
+
+
 def is_of(text: str, folder: Path) -> bool:
     """Whether a card was written for the weights that are in ``folder``."""
     mark = _MARK.search(text)
@@ -146,12 +160,16 @@ def _digest(text: str) -> str:
 
 
 def _recipe(folder: Path) -> dict[str, Any]:
-    """The recipe in the folder, without empty settings and places; nothing where there is none."""
+    """The recipe in the folder; nothing where there is none."""
     try:
-        values = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
+        with (folder / RECIPE).open(encoding="utf-8") as file:
+            text = file.read(_LONGEST + 1)
+        if len(text) > _LONGEST or any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            return {}  # No training writes such a recipe.
+        values = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
-    return _without_places(values) if isinstance(values, dict) else {}
+    return values if isinstance(values, dict) else {}
 
 
 def _without_places(value: Any) -> Any:
@@ -174,8 +192,11 @@ def _head(
 ) -> dict[str, Any]:
     """The head of the card, as the hub reads it."""
     task = _TASKS[kind]
-    names = {recipe["data"]["name"]} if recipe.get("data", {}).get("name") else set()
-    datasets = sorted({str(n).removeprefix("hub:") for n in names | {figure.data for figure in figures}})
+    trained_on = str((recipe.get("data") or {}).get("name") or "")
+    names = {trained_on, *(figure.data for figure in figures)} - {""}
+    if os.path.isabs(trained_on):
+        names -= {trained_on, Path(trained_on).name}  # a user's own, which is no data set of the hub
+    datasets = sorted(name.removeprefix("hub:") for name in names)
     head: dict[str, Any] = {
         "license": licence,
         "library_name": "dflow",

@@ -38,6 +38,9 @@ _OF_THE_HUB = ("repo_id", "commit_message", "commit_description", "private", "cr
 _OF_A_PLACE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
+#: The largest card, in bytes, that goes with a model from folder to folder.
+_LONGEST_CARD = 1 << 20
+
 #: Why weights in float16 are not trained, and what is done instead.
 NOT_TRAINED = (
     "weights in float16 cannot be trained: squares of gradients fall below its smallest number, and Adam "
@@ -51,7 +54,7 @@ class Pretrained(PreTrainedModel):
 
     Attributes:
         companions: contents of files that are saved beside the weights, by name: those of `COMPANIONS` in the
-            folder that the model was loaded from.
+            folder that the model was loaded from, and its card.
     """
 
     companions: Mapping[str, bytes] = {}
@@ -121,6 +124,8 @@ class Pretrained(PreTrainedModel):
             source = os.fspath(pretrained_model_name_or_path)
             paths = _beside(source, place)
             counts.load(model, paths.pop(counts.COUNTS, None), source)
+            if CARD in paths and paths[CARD].stat().st_size > _LONGEST_CARD:
+                del paths[CARD]
             model.companions = {file: path.read_bytes() for file, path in paths.items()}
         return loaded
 

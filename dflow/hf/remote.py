@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from dflow.hf.card import CARD, changed
+from dflow.hf.card import CARD, changed, renamed
 
 #: The file of a folder that says where its classes are.
 MODELING = "modeling_dflow.py"
@@ -71,15 +71,16 @@ def push(
         model.save_pretrained(
             folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size})
         )
-        kept = None
+        own, kept = folder / CARD, None
+        own.write_text(renamed(own.read_text(encoding="utf-8"), repo_id), encoding="utf-8")
         try:
             old = Path(hf_hub_download(repo_id, CARD, token=token, revision=commit.get("revision")))
             kept = [CARD] if changed(old.read_text(encoding="utf-8")) else None
         except (EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError):
             pass
         if tags and kept is None:
-            card = ModelCard.load(folder / CARD)
+            card = ModelCard.load(own)
             card.data.tags = [*dict.fromkeys([*(card.data.tags or []), *tags])]
-            card.save(folder / CARD)
+            card.save(own)
         # What the manifest says of the files holds wherever they are.
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=kept, **commit))
