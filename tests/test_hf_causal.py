@@ -17,7 +17,7 @@ from transformers.generation import logits_process
 
 from dflow import hf, zoo
 from dflow.config import InputError
-from dflow.ops.noise import Controls
+from dflow.ops.noise import Controls, Noise
 
 K = 5
 CAUSAL = ["transformer", "lstm", "ngram"]
@@ -230,6 +230,23 @@ def test_the_seed_is_that_of_transformers_and_draws_are_exact(family: str) -> No
     assert all(
         set(cold[3000 * row : 3000 * (row + 1), -1].tolist()) <= set(likely[row].tolist()) for row in (0, 1)
     )
+
+
+@pytest.mark.parametrize(
+    ("family", "context"), [("lstm", 0), ("transformer", 0), ("ngram", 0), ("grouped", 6)]
+)
+def test_prompts_of_a_batch_are_continued_as_alone(family: str, context: int) -> None:
+    model = causal(family, context=context)
+    prompts = torch.tensor([[3, 1, 2], [0, 2, 2], [4, 4, 0]])
+    set_seed(3)
+    together = model.generate(prompts, max_new_tokens=5)
+    set_seed(3)
+    noise = Noise.of(None, 1, model.device)
+    for number, (prompt, drawn) in enumerate(zip(prompts, together, strict=True)):
+        alone = hf.DflowModel.generate(
+            model, 1, LENGTH, prompt=prompt, noise=Noise(noise.seed, torch.tensor([number]))
+        )
+        assert torch.equal(alone[0], drawn)
 
 
 @torch.no_grad()

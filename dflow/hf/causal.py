@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.generic import ModelOutput
 
 from dflow.config import InputError
+from dflow.core import Context, Known
 from dflow.distributions import SequenceCategorical
 from dflow.hf.arguments import IGNORED, answer, refuse_unknown
 from dflow.hf.config import DflowConfig
@@ -170,8 +171,7 @@ class DflowForCausalLM(DflowModel, GenerationMixin):
         longest = self.config.length + getattr(self.config, "context", 0)
         if n > longest:
             raise InputError(f"sequence of {n} symbols; this model gives logits of at most {longest}")
-        self._check(x[:, : self.config.length], None, complete=False)
-        self._check(x[:, self.config.length :], None, complete=False)
+        self._check(x, None, complete=False)
         return law.next_logits(x)
 
     def _check_labels(self, labels: Tensor, input_ids: Tensor) -> None:
@@ -229,15 +229,16 @@ class DflowForCausalLM(DflowModel, GenerationMixin):
         width = 0 if prompts_given is None else prompts_given.shape[1]
         seed = Noise.of(None, 1, self.device).seed
         numbers = torch.arange(len(prompts) * call.each, device=self.device).view(-1, call.each)
+        # What is drawn together: prompts of one length, or the same prompt.
         alike: dict[tuple[int, ...], list[int]] = {}
         for row, prompt in enumerate(prompts):
-            alike.setdefault(tuple(prompt.tolist()), []).append(row)
-        parts = [
-            self._continued(
-                prompts[rows[0]], width, call, Noise(seed, numbers[rows].flatten(), None, call.controls)
-            )
-            for rows in alike.values()
-        ]
+            key = (len(prompt),) if self._takes_known else tuple(prompt.tolist())
+            alike.setdefault(key, []).append(row)
+        parts = []
+        for rows in alike.values():
+            several = torch.stack([prompts[row] for row in rows]).repeat_interleave(call.each, 0)
+            noise = Noise(seed, numbers[rows].flatten(), None, call.controls)
+            parts.append(self._continued(several.to(self.device), width, call, noise))
         # Sequences that end before others are filled up behind.
         longest = max(part.shape[1] for part in parts)
         drawn = torch.cat([nn.functional.pad(part, (0, longest - part.shape[1]), value=-1) for part in parts])
@@ -260,9 +261,18 @@ class DflowForCausalLM(DflowModel, GenerationMixin):
             )
         raise InputError(f"generate: do_sample=False is not available: {why}; draw with do_sample=True")
 
-    def _continued(self, prompt: Tensor, width: int, call: Wanted, noise: Noise) -> Tensor:
-        """Draws int64 ``(n, width + new)`` that continue one prompt, -1 for the padding and behind an end."""
-        config, before = self.config, len(prompt)
+    @property
+    def _takes_known(self) -> bool:
+        """Whether each sample can have a prompt of its own: the law takes it as known, which is exact."""
+        return self.documents is not None or (self.has_logits and not self.config.explicit_length)
+
+    def _continued(self, prompts: Tensor, width: int, call: Wanted, noise: Noise) -> Tensor:
+        """Draws that continue prompts ``(n, m)``, which are alike unless the law takes known symbols.
+
+        Returns:
+            int64 ``(n, width + new)``, -1 for the padding and behind an end.
+        """
+        config, (n, before) = self.config, prompts.shape
         new = call.new
         if new is None and call.total is not None:
             new = call.total - width
@@ -284,14 +294,24 @@ class DflowForCausalLM(DflowModel, GenerationMixin):
                 f"draws {config.length} at most; lower max_new_tokens, or train with a model.context, which "
                 "has no such limit"
             )
-        drawn = super().generate(
-            len(noise.samples),
-            None if config.explicit_length else length,
-            prompt=prompt.to(self.device) if before else None,
-            noise=noise,
-        )
+        if before and self._takes_known:
+            self._check(prompts, None, complete=False)
+            drawn = self._draw_behind(prompts, length, noise)
+        else:
+            prompt, most = prompts[0] if before else None, None if config.explicit_length else length
+            drawn = super().generate(n, most, prompt=prompt, noise=noise)
         drawn = ended(drawn, before, call.ends)[:, :length]
         return nn.functional.pad(drawn, (width - before, 0), value=-1)
+
+    def _draw_behind(self, prompts: Tensor, length: int, noise: Noise) -> Tensor:
+        """Draws int64 ``(n, length)`` that begin with prompts ``(n, m)``."""
+        n, before = prompts.shape
+        if (documents := self.documents) is not None:
+            known = Known(prompts, torch.ones(before, dtype=torch.bool, device=prompts.device))
+            return documents.sample(n, Context(known=known, noise=noise), length=length)
+        mask = torch.arange(length, device=prompts.device) < before
+        known = Known(nn.functional.pad(prompts, (0, length - before)), mask)
+        return self._drawn.sample(n, Context(known=known, noise=noise))
 
 
 def _first(x: Tensor, mask: Tensor) -> Tensor:
