@@ -261,6 +261,27 @@ def test_greedy_takes_the_likeliest_symbol_each_time(family: str) -> None:
         assert torch.equal(model.generate(x, do_sample=False, max_new_tokens=5, temperature=0.3), expected)
 
 
+def test_greedy_takes_the_first_of_equals() -> None:
+    model = causal("lstm")
+    with torch.no_grad():
+        model.distribution.net.head.weight.zero_()
+        model.distribution.net.head.bias.copy_(torch.tensor([0.0, 1, 0, 1, 1]))
+    assert model.generate(do_sample=False, num_return_sequences=2).tolist() == [[1] * LENGTH] * 2
+
+
+@pytest.mark.parametrize("context", [0, 6])
+def test_drafts_change_no_sample(context: int) -> None:
+    model, prompts = causal("transformer", context=context), torch.tensor([[3, 1, 2], [0, 2, 2]])
+    drafted = model.drafted(causal("ngram", context=context))
+    for arguments in ({}, {"temperature": 0.6, "top_k": 3}, {"do_sample": False}):
+        set_seed(0)
+        expected = model.generate(prompts, max_new_tokens=5, **arguments)
+        set_seed(0)
+        assert torch.equal(drafted.generate(prompts, max_new_tokens=5, **arguments), expected)
+    assert drafted.tally is not None
+    assert drafted.tally.drafted > 0
+
+
 @pytest.mark.parametrize("family", OTHERS)
 def test_greedy_is_refused_where_it_has_no_meaning(family: str) -> None:
     with pytest.raises(

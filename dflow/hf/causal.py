@@ -18,7 +18,7 @@ from dflow.hf.arguments import IGNORED, answer, refuse_unknown
 from dflow.hf.config import DflowConfig
 from dflow.hf.generation import Wanted, default_config, ended, prompts_of, wanted
 from dflow.hf.symbols import DflowModel, DflowOutput
-from dflow.ops.noise import Controls, Noise
+from dflow.ops.noise import Likeliest, Noise
 
 
 @dataclass
@@ -284,7 +284,7 @@ class DflowForCausalLM(DflowModel, GenerationMixin):
         if new is None:
             new = config.length if self.documents is not None else config.length - before
         if not call.sample:
-            noise = Noise(0, torch.zeros_like(noise.samples), None, Controls(top_k=1))
+            noise = Likeliest(0, noise.samples)
         elif noise.controls is not None and noise.controls.exact:
             noise = Noise(noise.seed, noise.samples)
         length = before + new
