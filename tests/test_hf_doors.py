@@ -174,7 +174,6 @@ def arguments(folder: Path, **more: Any) -> TrainingArguments:
     )  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trainer(family: str, folders: Path, tmp_path: Path) -> None:
@@ -205,16 +204,15 @@ def test_trainer(family: str, folders: Path, tmp_path: Path) -> None:
     assert "not measured for these weights" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_texts_of_unequal_lengths_are_trained_on(tmp_path: Path) -> None:
-    source = write_model(tmp_path / "source", "grouped", write_text(tmp_path), "lines", length=40)
     for family in ("grouped", "transformer"):
-        source = write_model(tmp_path / family, family, write_text(tmp_path), "lines", length=40)
+        source = write_model(tmp_path / family, family, write_text(tmp_path), "sentence", length=40)
         model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
         rows = [tokenizer(line) for line in TEXT.splitlines()[:32]]
         collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-        run = Trainer(model=model, args=arguments(tmp_path / "out"), train_dataset=rows, eval_dataset=rows,
+        settings = arguments(tmp_path / "out", per_device_eval_batch_size=len(rows))
+        run = Trainer(model=model, args=settings, train_dataset=rows, eval_dataset=rows,
                       data_collator=collator)  # fmt: skip
         run.train()
         batch = collator(rows)
