@@ -25,7 +25,7 @@ from dflow.hf.arguments import IGNORED, answer, labels_optional, present_lengths
 from dflow.hf.config import DflowConfig
 from dflow.hf.counts import counted
 from dflow.hf.pretrained import Pretrained
-from dflow.hf.tokenizer import PIECES, VOCABULARY, tokenizer_of
+from dflow.hf.tokenizer import PIECES, VOCABULARY, size_of, tokenizer_of
 from dflow.ops.devices import widen
 from dflow.ops.noise import LENGTHS, Noise
 
@@ -144,12 +144,11 @@ class DflowModel(Pretrained):
             or ((folder / name).read_bytes() if (folder / name).is_file() else None)
             for name in (VOCABULARY, PIECES)
         }
-        if (vocabulary := files[VOCABULARY]) is not None:
+        vocabulary = files[VOCABULARY]
+        # The one in the folder may be that of another model, which has not been replaced yet.
+        if vocabulary is not None and size_of(vocabulary) == self.config.vocab_size:
             longest = None if getattr(self.config, "context", 0) else self.config.length
-            tokenizer = tokenizer_of(vocabulary, files[PIECES], longest)
-            # One of another model, which has not been replaced yet, stays as it is.
-            if len(tokenizer) == self.config.vocab_size + 1:
-                tokenizer.save_pretrained(temporary)
+            tokenizer_of(vocabulary, files[PIECES], longest).save_pretrained(temporary)
 
     def at(self, calls: int) -> DflowModel:
         """The model that scores and draws in ``calls`` network calls; it shares all weights with this one.

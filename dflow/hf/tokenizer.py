@@ -26,6 +26,8 @@ FILES = ("tokenizer.json", "tokenizer_config.json")
 PAD = "<pad>"
 
 _SPACE = "\u2581"
+#: The largest vocabulary of numbers, each of which is a token.
+_MOST_NUMBERS = 1 << 20
 
 
 def backend(vocabulary: Mapping[str, Any], pieces: bytes | None = None) -> Tokenizer:
@@ -49,7 +51,7 @@ def backend(vocabulary: Mapping[str, Any], pieces: bytes | None = None) -> Token
         spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([spell, each])
         tokenizer.decoder = decoders.ByteLevel()
-    elif kind == "numbers":
+    elif kind == "numbers" and 2 <= vocabulary["size"] <= _MOST_NUMBERS:
         # Without a decoder tokens are joined by spaces.
         tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(vocabulary["size"])}))
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -118,13 +120,9 @@ class DflowTokenizer(PreTrainedTokenizerFast):
         if kwargs.get("tokenizer_file") is None and "tokenizer_object" not in kwargs:
             if vocabulary is None:
                 raise InputError(f"no {FILES[0]} and no {VOCABULARY}; give the folder of a model of text")
-            try:
-                values = json.loads(Path(vocabulary).read_bytes())
-                model = None if pieces is None else Path(pieces).read_bytes()
-                kwargs["tokenizer_object"] = backend(values, model)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise InputError(f"{vocabulary}: truncated or damaged ({error}); restore the file") from None
-            kwargs = _SETTINGS | kwargs
+            model = None if pieces is None else Path(pieces).read_bytes()
+            made = _parsed(Path(vocabulary).read_bytes(), model, vocabulary)
+            kwargs = _SETTINGS | kwargs | {"tokenizer_object": made}
         return kwargs
 
     def _encode_plus(self, *args: Any, **kwargs: Any) -> Any:
@@ -163,6 +161,23 @@ _SETTINGS = {
 }
 
 
+def size_of(vocabulary: bytes) -> int | None:
+    """The number of symbols that a ``vocabulary.json`` names; None for one that is damaged."""
+    try:
+        size = json.loads(vocabulary)["size"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return size if isinstance(size, int) else None
+
+
+def _parsed(vocabulary: bytes, pieces: bytes | None, where: str) -> Tokenizer:
+    """`backend` of the contents of files; an InputError that names the file ``where`` for damaged ones."""
+    try:
+        return backend(json.loads(vocabulary), pieces)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
+        raise InputError(f"{where}: truncated or damaged ({error}); restore the file") from None
+
+
 def tokenizer_of(vocabulary: bytes, pieces: bytes | None, longest: int | None = None) -> DflowTokenizer:
     """The tokenizer of a vocabulary.
 
@@ -170,9 +185,12 @@ def tokenizer_of(vocabulary: bytes, pieces: bytes | None, longest: int | None = 
         vocabulary: the content of ``vocabulary.json``.
         pieces: the content of ``tokenizer.model``, if there is one.
         longest: symbols that the model takes at most; None for any number.
+
+    Raises:
+        InputError: damaged files.
     """
     limit = {} if longest is None else {"model_max_length": longest}
-    tokenizer: Any = backend(json.loads(vocabulary), pieces)
+    tokenizer: Any = _parsed(vocabulary, pieces, VOCABULARY)
     return DflowTokenizer(tokenizer_object=tokenizer, **_SETTINGS, **limit)  # type: ignore[no-untyped-call]
 
 
