@@ -345,6 +345,16 @@ def test_a_card_is_never_written_over_the_words_of_a_user(folders: Path, tmp_pat
     assert sorted(p.name for p in folder.glob(".*")) == []
 
 
+def test_a_card_names_the_other_numbers_of_calls(tmp_path: Path) -> None:
+    settings = SETTINGS["grouped"] | {"length": LENGTH, "calls": [1, 4], "context": 3}
+    model = hf.DflowModel(hf.DflowConfig(family="grouped", vocab_size=5, **settings))
+    model.save_pretrained(tmp_path / "model")
+    _, body = parts((tmp_path / "model" / "README.md").read_text(encoding="utf-8"))
+    assert "drawn in 2 network calls. The same weights are also drawn in 1, 4 calls." in body
+    assert "each given the 3 symbols before it" in body
+    assert "symbols at most" not in body
+
+
 def test_a_card_goes_with_its_weights_alone(folders: Path, tmp_path: Path) -> None:
     hf.write_card(
         folders / "lstm", figures=[hf.Figure("text8", "test", "all of it", 1.5, "bits a character")]

@@ -244,6 +244,8 @@ def _about(record: zoo.Family, config: Mapping[str, Any], calls: int | None) -> 
         symbols = symbols or f"sequences of {config['length']} symbols"
         text += f" It is a law of {symbols} out of {config['vocab_size']}, with an exact likelihood"
         text += f", and is drawn in {calls} network calls." if calls is not None else "."
+        if others := config.get("calls"):
+            text += f" The same weights are also drawn in {', '.join(map(str, others))} calls."
         if context := config.get("context"):
             text += f" Longer texts are drawn chunk after chunk, each given the {context} symbols before it."
     return text
