@@ -31,6 +31,7 @@ from dflow import hf, zoo
 from dflow.cli import main
 from dflow.config import InputError
 from dflow.hf import remote
+from dflow.hf.card import changed
 
 FAMILIES = zoo.names("text")
 CAUSAL = [name for name in FAMILIES if zoo.find(name).left_to_right]
@@ -155,16 +156,26 @@ def test_pushed_and_loaded_again(family: str, folders: Path, hub: Hub) -> None:
 
 def test_a_card_on_the_hub_that_others_wrote_stays(folders: Path, hub: Hub) -> None:
     model = hf.load(folders / "lstm")
-    model.push_to_hub("someone/model")
+    model.push_to_hub("someone/model", tags=["mine"])
     card = hub.folder / "someone" / "model" / "README.md"
     first = card.read_text(encoding="utf-8")
-    model.push_to_hub("someone/model")
+    assert not changed(first)
+    model.push_to_hub("someone/model", tags=["mine"])
     assert card.read_text(encoding="utf-8") == first
     card.write_text(
         first.replace("## Limits", "## What we found\n\nIt rhymes.\n\n## Limits"), encoding="utf-8"
     )
     model.push_to_hub("someone/model")
     assert "It rhymes." in card.read_text(encoding="utf-8")
+    # A card that was changed in the folder is pushed as it is, with the tags of the call.
+    shutil.copytree(folders / "lstm", hub.folder / "local")
+    (hub.folder / "local" / "README.md").write_text(
+        first.replace("## Limits", "## What we saw\n\n## Limits"), encoding="utf-8"
+    )
+    hf.load(hub.folder / "local").push_to_hub("someone/other", tags=["theirs"])
+    pushed = ModelCard.load(hub.folder / "someone" / "other" / "README.md")
+    assert "## What we saw" in pushed.text
+    assert pushed.data.tags == ["dflow", "lstm", "exact-likelihood", "mine", "theirs"]
 
 
 def arguments(folder: Path, **more: Any) -> TrainingArguments:

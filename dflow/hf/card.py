@@ -132,14 +132,18 @@ def changed(text: str) -> bool:
     return mark is None or _digest(text[: mark.start()]) != mark[1]
 
 
-def renamed(text: str, name: str) -> str:
-    """The card under another name of the model, as one that no user has changed; a changed one as it is."""
+def renamed(text: str, name: str, tags: Sequence[str] = ()) -> str:
+    """The card under another name of the model, with further tags; one that a user has changed as it is."""
     mark, title = _MARK.search(text), re.search(r"^# (.*)$", text, re.MULTILINE)
     if mark is None or title is None or changed(text):
         return text
     body = text[: mark.start()]
     for form in ("# {}\n", "model={!r}", "from_pretrained({!r}", "- name: {}\n"):
         body = body.replace(form.format(title[1]), form.format(name))
+    if further := [tag for tag in tags if f"\n- {tag}\n" not in body]:
+        body = re.sub(
+            r"(?<=\ntags:\n)(?:- .*\n)+", lambda old: old[0] + yaml.safe_dump(further), body, count=1
+        )
     return f"{body}<!-- dflow card {_digest(body)} of weights {mark[2]} -->\n"
 
 

@@ -71,16 +71,17 @@ def push(
         model.save_pretrained(
             folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size})
         )
-        own, kept = folder / CARD, None
-        own.write_text(renamed(own.read_text(encoding="utf-8"), repo_id), encoding="utf-8")
+        path, kept = folder / CARD, None
+        if changed(path.read_text(encoding="utf-8")) and tags:
+            card = ModelCard.load(path)
+            card.data.tags = [*dict.fromkeys([*(card.data.tags or []), *tags])]
+            card.save(path)
+        else:
+            path.write_text(renamed(path.read_text(encoding="utf-8"), repo_id, tags), encoding="utf-8")
         try:
             old = Path(hf_hub_download(repo_id, CARD, token=token, revision=commit.get("revision")))
             kept = [CARD] if changed(old.read_text(encoding="utf-8")) else None
         except (EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError):
             pass
-        if tags and kept is None:
-            card = ModelCard.load(own)
-            card.data.tags = [*dict.fromkeys([*(card.data.tags or []), *tags])]
-            card.save(own)
         # What the manifest says of the files holds wherever they are.
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=kept, **commit))
