@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dflow import cli, hf
+from dflow.data import Tokenizer
 from dflow.hf import DflowClassifier
 
 ARCHIVE = Path(__file__).parent / "golden" / "v0.1.0.tar.xz"
@@ -97,6 +99,22 @@ def test_files_decode_as_before(old: Path, name: str) -> None:
         return
     for picture in ("000.png", "001.png"):
         assert np.array_equal(*(np.asarray(Image.open(Path(f, picture))) for f in ("back", "pictures")))
+
+
+@pytest.mark.parametrize("name", [name for name in FLOWS if name in BY_ADDRESS])
+def test_folders_of_before_open_by_the_doors_of_transformers(old: Path, name: str) -> None:
+    tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name).eval()
+    texts = BY_ADDRESS[name]
+    vocabulary = Tokenizer.load(name)
+    assert [tokenizer(text).input_ids for text in texts] == [vocabulary.encode(t).tolist() for t in texts]
+    drawn = model.generate(num_return_sequences=3)
+    mask = (drawn != tokenizer.pad_token_id).long()
+    with torch.no_grad():
+        loss = model(drawn, attention_mask=mask, labels=drawn.masked_fill(mask == 0, -100)).loss
+    assert bool(loss.isfinite())
+    assert tokenizer.batch_decode(drawn, skip_special_tokens=True) == [
+        vocabulary.decode(row[present == 1]) for row, present in zip(drawn, mask, strict=True)
+    ]
 
 
 def test_a_classifier_gives_what_it_gave(old: Path) -> None:

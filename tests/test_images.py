@@ -129,8 +129,8 @@ def test_training_lowers_the_bound_and_the_folder_holds_the_best_model(
     assert [r["step"] for r in rows] == [10, 20, 30]
     assert rows[-1]["valid_bits"] < rows[0]["valid_bits"]
     assert {p.name for p in out.iterdir()} == {
-        "config.json", "data.json", "manifest.json", "metrics.jsonl", "model.safetensors", "recipe.yaml",
-        "state.safetensors",
+        "README.md", "config.json", "data.json", "manifest.json", "metrics.jsonl", "model.safetensors",
+        "modeling_dflow.py", "recipe.yaml", "state.safetensors",
     }  # fmt: skip
     images, trained = load_images(recipe_of(out).data), load_image(out)
     x = images.valid.rows(slice(None)).repeat(1 + 4096 // images.valid.num_rows, 1)
@@ -414,7 +414,8 @@ def test_saved_models_come_back_the_same(name: str, tmp_path: Path, request: pyt
     expected = answers(model)
     assert expected[2].shape == (4, *model.config.shape)
     hf.save(model, tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "manifest.json", "model.safetensors"}
+    files = {"README.md", "config.json", "manifest.json", "model.safetensors", "modeling_dflow.py"}
+    assert {p.name for p in tmp_path.iterdir()} == files
     for found in (load_image(tmp_path), AutoModel.from_pretrained(tmp_path).eval()):
         assert isinstance(found, hf.DflowImageModel)
         assert same(dict(model.state_dict()), dict(found.state_dict()))

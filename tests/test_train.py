@@ -170,13 +170,17 @@ def test_training_lowers_bits_and_the_folder_holds_the_best_model(family, model,
     assert rows[-1]["valid_bits"] < rows[0]["valid_bits"]
     files = {p.name for p in out.iterdir() if p.is_file()}
     assert files == {
+        "README.md",
         "config.json",
         "data.json",
         "manifest.json",
         "metrics.jsonl",
         "model.safetensors",
+        "modeling_dflow.py",
         "recipe.yaml",
         "state.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
         "vocabulary.json",
     }
     corpus = load(DataConfig(name=str(text)))

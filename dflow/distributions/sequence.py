@@ -195,6 +195,21 @@ class SequenceCategorical(Distribution):
         each: Tensor = terms
         return each
 
+    def next_logits(self, x: Tensor) -> Tensor:
+        """Logits ``(batch, n + 1, K)`` of symbols ``(batch, n)`` and of one more, each given those before it.
+
+        For a law that is drawn from left to right. Behind as many symbols as the law has entries, the network
+        is asked for one place further than it was trained.
+
+        Raises:
+            ValueError: a law in another order.
+        """
+        if self.lay is not None or self.order.shape[1] > 1:
+            raise ValueError("this law is not drawn from left to right, and has no law of the next entry")
+        n = x.shape[1]
+        law = self if n < self.dim else self.among(torch.arange(n + 1, device=x.device) < n)
+        return at_least_float32(law.net(F.pad(x, (0, 1)), None, *law._extra()))
+
     @torch.no_grad()
     def sample(
         self,

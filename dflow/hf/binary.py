@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,10 @@ class DflowClassifier(ValuesModel):
     """Labels of images of integers; in evaluation a probabilistic network propagates its law."""
 
     config_class = DflowClassifierConfig
+    auto_classes: ClassVar[dict[str, str]] = {
+        "AutoModel": "DflowClassifier",
+        "AutoModelForImageClassification": "DflowClassifier",
+    }
     base_model_prefix = "net"
     config: DflowClassifierConfig
 

@@ -36,6 +36,10 @@ class FamilyConfig(Described, PreTrainedConfig):
             values = asdict(zoo.settings(family, values))
         super().__init__(**kwargs, **values)
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing: its code is in this package, and is not copied into the folder of a model."""
+
 
 @functools.cache
 def _of_transformers() -> frozenset[str]:

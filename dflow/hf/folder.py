@@ -24,7 +24,7 @@ from dflow.hf.text import DflowModel
 from dflow.models.files import (
     KINDS,
     TABLES,
-    check_loaded,
+    check_finite,
     config_of,
     loading,
     split_calls,
@@ -109,9 +109,8 @@ def load(
         config.settings()
         # Settings that belong to other weights may ask for any amount of memory.
         with AllocationLimit(num_bytes), _quiet():
-            pair: Any = kind.from_pretrained(path, config=config, output_loading_info=True)
-    model, info = pair
-    check_loaded(path, weights, model, info)
+            model: Any = kind.from_pretrained(path, config=config)
+    check_finite(weights[0], model)
     loaded: M = model.to(device).eval()
     if calls is not None:
         if not isinstance(loaded, DflowModel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -83,6 +83,7 @@ class DflowImageModel(ValuesModel):
     """A model of integers (pixels, columns): exact likelihoods or, if dequantized, bounds; and draws."""
 
     config_class = DflowImageConfig
+    auto_classes: ClassVar[dict[str, str]] = {"AutoModel": "DflowImageModel"}
     base_model_prefix = "law"
     config: DflowImageConfig
 

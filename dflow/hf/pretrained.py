@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -14,9 +14,11 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from dflow.config import InputError
+from dflow.hf import remote
+from dflow.hf.card import CARD, is_of, write_card
 from dflow.models import counts
 from dflow.models.buffers import KeepsBuffers
-from dflow.models.files import COMPANIONS
+from dflow.models.files import COMPANIONS, check_keys
 from dflow.models.manifest import remove, replacing
 from dflow.nn.counted import leave_uncompiled
 from dflow.ops.precision import HALF
@@ -29,6 +31,9 @@ _OF_THE_HUB = ("repo_id", "commit_message", "commit_description", "private", "cr
 #: Arguments of `from_pretrained` that select the source of the files.
 _OF_A_PLACE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
+
+#: The largest card, in bytes, that goes with a model from folder to folder.
+_LONGEST_CARD = 1 << 20
 
 #: Why weights in float16 are not trained, and what is done instead.
 NOT_TRAINED = (
@@ -47,11 +52,18 @@ class Pretrained(KeepsBuffers, PreTrainedModel):
 
     Attributes:
         companions: contents of files that are saved beside the weights, by name: those of `COMPANIONS` in the
-            folder that the model was loaded from.
+            folder that the model was loaded from, and its card.
     """
 
     companions: Mapping[str, bytes] = {}
     supports_gradient_checkpointing = True
+
+    #: The class for each auto class of transformers, for folders that load by ``trust_remote_code=True``.
+    auto_classes: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing: its code is in this package, and is not copied into the folder of a model."""
 
     def check_trains(self) -> None:
         """Refuse to train weights in a precision in which that fails; for `forward`.
@@ -67,17 +79,23 @@ class Pretrained(KeepsBuffers, PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """See transformers; the model carries the files of its vocabulary, and its counts.
+        """See transformers; the model carries the files of its vocabulary, its counts and its card.
 
         Weights in half precision are those of the model in float32, rounded: `KeepsBuffers` says what is not.
 
         Raises:
-            InputError: a ``dtype`` in which no model is.
+            InputError: a ``dtype`` in which no model is; weights that are missing, or that are no weights of
+                this model, which would be no law that anyone has trained.
         """
         dtype = cls._dtype_of(pretrained_model_name_or_path, kwargs)
         first = torch.float32 if dtype in HALF else dtype
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, dtype=first, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        informed = kwargs.pop("output_loading_info", False)
+        pair: Any = super().from_pretrained(
+            pretrained_model_name_or_path, *args, dtype=first, output_loading_info=True, **kwargs
+        )
+        model, info = pair
+        check_keys(pretrained_model_name_or_path, info)
+        loaded: Any = pair if informed else model
         if dtype in HALF:
             model.to(dtype)
             model.config.dtype = dtype
@@ -86,6 +104,8 @@ class Pretrained(KeepsBuffers, PreTrainedModel):
             source = os.fspath(pretrained_model_name_or_path)
             paths = _beside(source, place)
             counts.load(model, paths.pop(counts.COUNTS, None), source)
+            if CARD in paths and paths[CARD].stat().st_size > _LONGEST_CARD:
+                del paths[CARD]
             model.companions = {file: path.read_bytes() for file, path in paths.items()}
         return loaded
 
@@ -125,26 +145,59 @@ class Pretrained(KeepsBuffers, PreTrainedModel):
             super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
             return
         folder = Path(save_directory)
+        self.config.auto_map = remote.auto_map(self.config_class, self.auto_classes)
         with replacing(folder) as temporary:
             super().save_pretrained(temporary, state_dict=state_dict, **kwargs)
             for name, data in self.companions.items():
-                (temporary / name).write_bytes(data)
+                if name != CARD:
+                    (temporary / name).write_bytes(data)
+            self._save_beside(temporary, folder)
             counts.save(self, temporary)
             new = {path.name for path in temporary.iterdir()}
         old = {path.name for path in folder.iterdir() if _WEIGHT_FILE.fullmatch(path.name)}
         if any(_WEIGHT_FILE.fullmatch(name) for name in new):
             # Older weights in another number of files would be loaded in place of these.
             remove(folder, old - new)
+        if not (folder / CARD).exists():
+            # A card speaks of its weights: trained further, they get another one.
+            carried = self.companions.get(CARD, b"").decode("utf-8", "replace")
+            write_card(folder, carried if is_of(carried, folder) else None, calls=self.calls_to_draw)
         if push_to_hub:
             for name in ("token", "max_shard_size"):
                 if name in kwargs:
                     of_the_hub[name] = kwargs[name]
             self.push_to_hub(of_the_hub.pop("repo_id", folder.name), **of_the_hub)
 
+    @property
+    def calls_to_draw(self) -> int | None:
+        """Network calls to draw a sequence; None for what is no model of text."""
+        return None
+
+    def _save_beside(self, temporary: Path, folder: Path) -> None:
+        """Write what a model is loaded with by the auto classes of transformers; see `dflow.hf.remote`."""
+        (temporary / remote.MODELING).write_text(
+            remote.source(self.config_class, self.auto_classes), encoding="utf-8"
+        )
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:  # type: ignore[override]
+        """Upload the model with its vocabulary, counts and card; see `dflow.hf.remote.push`."""
+        return remote.push(self, repo_id, **kwargs)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            "the number of symbols is part of the law, whose probabilities sum to one over them; train a "
+            "model on a text with the symbols that you need (the padding token of the tokenizer needs none)"
+        )
+
 
 def _beside(name: str, place: Mapping[str, Any]) -> dict[str, Path]:
     """The files beside the weights in a folder or in a repository of the hub, by name, those that exist."""
-    files = (*COMPANIONS, counts.COUNTS)
+    files = (*COMPANIONS, counts.COUNTS, CARD)
     if os.path.isdir(name):
         folder = Path(name) / (place.get("subfolder") or "")
         paths = {file: folder / file for file in files}

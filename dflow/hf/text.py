@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from dflow.hf import training
 from dflow.hf.arguments import IGNORED, answer, labels_optional, present_lengths, refuse_unknown, scaled
 from dflow.hf.config import DflowConfig
 from dflow.hf.pretrained import Pretrained
+from dflow.hf.tokenizer import PIECES, VOCABULARY, size_of, tokenizer_of
 from dflow.models.symbols import TextModel
 
 
@@ -37,6 +39,10 @@ class DflowModel(TextModel, Pretrained):
     """A distribution over sequences of symbols, exact in both directions: `log_prob` and `generate`."""
 
     config_class = DflowConfig
+    auto_classes: ClassVar[dict[str, str]] = {
+        "AutoModel": "DflowModel",
+        "AutoModelForCausalLM": "DflowForCausalLM",
+    }
     base_model_prefix = "distribution"
     main_input_name = "input_ids"
     config: DflowConfig
@@ -46,6 +52,25 @@ class DflowModel(TextModel, Pretrained):
         Pretrained.__init__(self, config)
         self._build()
         self.post_init()  # type: ignore[no-untyped-call]
+
+    @property
+    def calls_to_draw(self) -> int | None:
+        """The same as `num_calls`, for the card of the model."""
+        return self.num_calls
+
+    def _save_beside(self, temporary: Path, folder: Path) -> None:
+        """The tokenizer of transformers too, where the vocabulary is known or in the folder already."""
+        super()._save_beside(temporary, folder)
+        files = {
+            name: self.companions.get(name)
+            or ((folder / name).read_bytes() if (folder / name).is_file() else None)
+            for name in (VOCABULARY, PIECES)
+        }
+        vocabulary = files[VOCABULARY]
+        # The one in the folder may be that of another model, which has not been replaced yet.
+        if vocabulary is not None and size_of(vocabulary) == self.config.vocab_size:
+            longest = None if getattr(self.config, "context", 0) else self.config.length
+            tokenizer_of(vocabulary, files[PIECES], longest).save_pretrained(temporary)
 
     @labels_optional
     def forward(

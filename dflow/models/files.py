@@ -125,29 +125,35 @@ def loading(folder: Path, weights: list[Path]) -> Iterator[None]:
         raise InputError(f"{folder}: the checkpoint does not fit its config.json ({what[:500]})") from error
 
 
-def check_loaded(folder: Path, weights: list[Path], model: nn.Module, other: Mapping[str, Any]) -> None:
+def check_keys(source: str | os.PathLike[str], other: Mapping[str, Any]) -> None:
     """Refuse a checkpoint of another model, by the names of weights that it lacks or has beside the model's.
 
     Args:
-        folder: of the model.
-        weights: its files.
-        model: with the weights of these.
+        source: folder of the model, or its name on the hub.
         other: names under ``missing_keys``, ``unexpected_keys`` and ``mismatched_keys``.
 
     Raises:
-        InputError: some of these, or weights that are not finite.
+        InputError: some of these.
     """
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if other.get(what):
             names = ", ".join(str(k) for k in sorted(other[what], key=str)[:3])
             raise InputError(
-                f"{folder}: the checkpoint is foreign to its config.json: {what.replace('_', ' ')} {names}; "
-                "restore both files from one run"
+                f"{os.fspath(source)}: the checkpoint is foreign to its config.json: "
+                f"{what.replace('_', ' ')} {names}; restore both files from one run"
             )
+
+
+def check_finite(file: Path, model: nn.Module) -> None:
+    """Refuse weights that are not finite.
+
+    Raises:
+        InputError: it names the file of the weights and the first of these.
+    """
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise InputError(
-                f"{weights[0]}: {name} holds values that are not finite, so its training diverged or the "
+                f"{file}: {name} holds values that are not finite, so its training diverged or the "
                 "file is damaged; restore the file, or train again with a lower train.learning_rate"
             )
 

@@ -13,7 +13,8 @@ from dflow.models import counts
 from dflow.models.files import (
     INDEX,
     KINDS,
-    check_loaded,
+    check_finite,
+    check_keys,
     config_of,
     loading,
     split_calls,
@@ -53,6 +54,7 @@ def load(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> 
                     tensors |= load_file(file)
             other = model.load_state_dict(tensors, strict=False)
         counts.load(model, path / counts.COUNTS if (path / counts.COUNTS).is_file() else None, str(path))
-    check_loaded(path, weights, model, other._asdict())
+    check_keys(path, other._asdict())
+    check_finite(weights[0], model)
     model = model.to(getattr(torch, str(values.get("dtype", "float32")))).to(device).eval()
     return model if calls is None else model.at(calls)

@@ -67,7 +67,7 @@ def replacing(folder: Path) -> Iterator[Path]:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         before = read(folder)
-        new = {path.name: _digest(path) for path in paths}
+        new = {path.name: digest_of(path) for path in paths}
         old_and_new = {name: [*_admitted(folder, name, before), digest] for name, digest in new.items()}
         _write(folder, temporary, before | old_and_new)
         for path in paths:
@@ -174,16 +174,17 @@ def _admitted(folder: Path, name: str, before: Mapping[str, list[str]]) -> list[
     """Admitted contents of a file to be replaced: those of the manifest, else the present one."""
     if name in before:
         return before[name]
-    return [_digest(folder / name)] if (folder / name).is_file() else []
+    return [digest_of(folder / name)] if (folder / name).is_file() else []
 
 
 def _is(path: Path, admitted: list[str]) -> bool:
     # Where the size differs, the file need not be read.
     sizes = [digest.partition(":")[0] for digest in admitted]
-    return str(path.stat().st_size) in sizes and _digest(path) in admitted
+    return str(path.stat().st_size) in sizes and digest_of(path) in admitted
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """Size and SHA-256 of a file, as the manifest has them."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return f"{file.tell()}:{digest}"

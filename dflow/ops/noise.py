@@ -199,3 +199,20 @@ class Noise:
         logits = widen(logits) if self.controls is None else self.controls(widen(logits))
         noise = self.gumbel(rows, positions, logits.shape[-1]) if gumbel is None else gumbel
         return (logits + noise).argmax(-1)
+
+
+class Likeliest(Noise):
+    """No noise: each symbol that is drawn is the likeliest under its law, of equals the first.
+
+    >>> noise = Likeliest(0, torch.zeros(2, dtype=torch.int64))
+    >>> logits, rows = torch.tensor([[0.5, 2.0, 2.0], [1.0, 0.0, 0.0]]), torch.arange(2)
+    >>> noise.draw(logits, rows, rows).tolist()
+    [1, 0]
+    """
+
+    def gumbel(self, rows: Tensor, positions: Tensor, K: int, purpose: int = SYMBOLS) -> Tensor:
+        """Zeros."""
+        device = self.samples.device
+        return torch.zeros(
+            *torch.broadcast_shapes(rows.shape, positions.shape), K, dtype=widest(device), device=device
+        )

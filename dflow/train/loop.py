@@ -256,7 +256,18 @@ class Run:
                 f"{progress.step:,} steps and no finite evaluation: there is no model; lower "
                 "train.learning_rate"
             )
+        self._write_card()
         self.say(f"done: {progress.step:,} steps, best validation {progress.best:.4f} {self._rank_unit()}")
+
+    def _write_card(self) -> None:
+        """Say in the card of the model what it was trained on, and its best figure on the validation data."""
+        data, kind = self.recipe.data, self.task.method.kind
+        name = Path(data.name).name if data.is_path else data.name
+        figure = hf.Figure(
+            name, "valid", self.task.data.protocol, self.progress.best, self._rank_unit(), kind
+        )
+        if self.accelerator.is_main_process:
+            hf.write_card(self.recipe.output, figures=[figure], calls=self.task.model.calls_to_draw)
 
     def _catch_up(self) -> None:
         """Begin to count, and do the evaluation that was broken off or is missing at the end."""

@@ -48,6 +48,7 @@ class Material(ABC):
         short: the same unit for the progress bar.
         things: the name of what the progress bar counts a second.
         summary: lines on the data, their splits, and how they were read.
+        protocol: how the validation data of an evaluation are cut and scored, in words.
     """
 
     checksum: str
@@ -55,6 +56,7 @@ class Material(ABC):
     short: str
     things: str
     summary: str
+    protocol: str
 
     @abstractmethod
     def batch(self, seed: int) -> Batch:
@@ -104,6 +106,11 @@ class Texts(Material):
         # Refused where they are too short.
         corpus.train.crops(1, self.length + self.context, torch.Generator().manual_seed(0))
         corpus.valid.crops(1, self.length, torch.Generator().manual_seed(0))
+        chunks = _EVAL_CHUNKS if self.config.eval_chunks is None else self.config.eval_chunks
+        some = f"the first {chunks:,}" if chunks else "all"
+        self.protocol = f"{some} chunks of {self.length:,} symbols, each on its own"
+        if corpus.protocol != "stream":
+            self.protocol = f"{some} {corpus.train.what}, each on its own with its length"
         head = f"{corpus.name} ({corpus.protocol}): {corpus.train.amount}, {corpus.tokenizer.size} different"
         self.summary = "\n".join([head, *dealt.lines(corpus.about())])
 
@@ -182,6 +189,7 @@ class Images(Material):
             self.short, self.things = ("bits", "rows") if self.whole_rows else ("bits/dim", "dims")
         chunks = _EVAL_ROWS if self.config.eval_chunks is None else self.config.eval_chunks
         self.rows = images.valid.subset(chunks or images.valid.num_rows)
+        self.protocol = f"the first {self.rows.num_rows:,} rows" if chunks else "all rows"
         self.passes = -(-_EVAL_ROWS // self.rows.num_rows) if repeated and not self.config.eval_chunks else 1
         head = f"{images.name} {'x'.join(map(str, images.shape))}: {images.train.amount}"
         self.summary = "\n".join([head, *dealt.lines(images.about())])
