@@ -195,6 +195,7 @@ def test_a_wheel_draws_scores_fills_compresses_and_tunes_its_model(site: Path) -
     run(site, "decompress", "text.dfl", "-o", "back", "--model", "tolstoy")
     assert Path("back", "text.txt").read_text(encoding="utf-8") == text
     assert Path("text.dfl").stat().st_size < len(text) / 4
-    settings = ("data.name=text.txt", "train.steps=1", "train.minutes=5")
+    Path("long.txt").write_text(4 * text, encoding="utf-8")
+    settings = ("data.name=long.txt", "train.steps=1", "train.minutes=5")
     run(site, "train", "--init", "tolstoy", "--set", *settings, "--output", "tuned")
     assert run(site, "models", ".").splitlines()[1].startswith("tuned")
