@@ -302,6 +302,8 @@ class SequenceCategorical(Distribution):
         """`log_prob` of symbols, computed group by group as `sample` draws: a check that both agree."""
         if (law := self._of(context)) is not self:
             return law.log_prob_by_steps(x, context)
+        if not len(x):
+            return self.log_prob(x, context)
         limit, lengths = torch.full((len(x),), x.shape[1], device=x.device), lengths_in(context, len(x))
         if lengths is not None:
             limit = torch.minimum(limit, lengths)

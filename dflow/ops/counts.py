@@ -313,6 +313,7 @@ class RowReader:
     """
 
     def __init__(self, table: CountTable) -> None:
+        table = table.to(torch.device("cpu"))
         keys = table.keys
         low, high = (int(keys[0]), int(keys[-1])) if len(keys) else (0, 0)
         self._shift = max(0, (high - low).bit_length() - (len(keys) // _PART).bit_length())

@@ -32,7 +32,7 @@ from waits import Waits
 from dflow import cli, fill, hf, zoo
 from dflow.core import Context, Known
 from dflow.data import count, image_sets
-from dflow.hf.counts import counted
+from dflow.hf.counts import counted, counts_drafter
 from dflow.ops.devices import WITHOUT_FLOAT64
 from dflow.ops.noise import Noise
 from dflow.train import loop
@@ -220,6 +220,15 @@ def draw(on_cpu: Any, model: Any, x: Tensor) -> None:
     assert model.generate(3, generator=generator(device)).device.type != "cpu"
 
 
+def drafts(on_cpu: Any, model: Any, x: Tensor) -> None:
+    # With a table that is on the device by now.
+    noise = Noise(7, torch.arange(4, device=model.device))
+    drafter = counts_drafter(model)
+    if drafter is not None:
+        drawn = model.drafted(drafter, 3).generate(4, noise=noise)
+        assert int((drawn != model.generate(4, noise=noise)).any(1).sum()) <= 1
+
+
 def prompt(on_cpu: Any, model: Any, x: Tensor) -> None:
     start = torch.tensor([2, 0])
     drawn = model.generate(4, generator=generator(model.device), prompt=start.to(model.device))
@@ -279,6 +288,8 @@ def properties(variant: Variant, model: Any) -> Iterator[Callable[[Any, Any, Ten
     if record.kind == "labels":
         return
     yield draw
+    if record.left_to_right:
+        yield drafts
     if record.prompt != "no":
         yield prompt
     if record.kind == "text" and (record.known == "before" or model.config.context):
