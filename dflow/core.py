@@ -29,7 +29,8 @@ class Known:
 
     Args:
         symbols: int64 ``(batch, n)``; what stands where an entry is not known is never read.
-        mask: bool ``(n,)``, True where an entry is known, in all sequences of the batch.
+        mask: bool ``(n,)``, True where an entry is known, in all sequences of the batch. It is kept on the
+            CPU: shapes follow from it, and an accelerator that holds it would be waited for.
 
     Raises:
         InputError: tensors of other dtypes or shapes.
@@ -48,6 +49,12 @@ class Known:
                 "known entries are symbols int64 (batch, n) and a mask bool (n,), found "
                 f"{_shown(symbols)} and {_shown(mask)}"
             )
+        object.__setattr__(self, "mask", mask.cpu())
+
+    @property
+    def device_mask(self) -> Tensor:
+        """The mask on the device of the symbols."""
+        return self.mask.to(self.symbols.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +62,8 @@ class Around:
     """What stands around the entries of a law or layer of hidden entries alone, see `dflow.flows.Infilled`.
 
     Args:
-        mask: bool ``(n,)``, True where an entry of the whole sequence is known, False at all hidden ones.
+        mask: bool ``(n,)`` on the CPU, True where an entry of the whole sequence is known, False at all
+            hidden ones.
         symbols: int64 ``(batch, n)``, those of the whole sequence, right where they are known; None where
             nothing is known.
         first: index of the first hidden entry, among the entries that the outermost law is built for.

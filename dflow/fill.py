@@ -165,7 +165,7 @@ def _draw(law: Distribution, pieces: Sequence[Window], symbols: Tensor, noise: N
     log_prob = torch.zeros(len(x), dtype=widest(x.device), device=x.device)
     for window in pieces:
         places = torch.arange(window.begin, window.end, device=x.device)
-        mask = ~window.hidden.to(x.device)
+        mask = ~window.hidden.cpu()
         context = Context(known=Known(x[:, places], mask), noise=noise.select(places))
         # A document stops at its end, not behind its chunk.
         options: dict[str, Any] = {"length": len(places)} if isinstance(law, Documents) else {}

@@ -209,6 +209,17 @@ def turns(distribution: Distribution) -> int:
     return 1 if isinstance(distribution, Walk) else len(distribution.budgets)
 
 
+class KnownMask:
+    """Which entries of a batch are known, bool ``(dim,)`` on the CPU.
+
+    What wraps an objective for several processes moves the tensors among its arguments to the accelerator,
+    and shapes follow from this one: so it is handed over in an object that it does not know.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+
+
 class Objective(nn.Module):
     """The loss of a batch under a rule; a module, so that processes can average its gradients.
 
@@ -223,7 +234,7 @@ class Objective(nn.Module):
         self.distribution, self.rule = distribution, rule
 
     def forward(
-        self, x: Tensor, lengths: Tensor | None = None, turn: int = 0, known: Tensor | None = None
+        self, x: Tensor, lengths: Tensor | None = None, turn: int = 0, known: KnownMask | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Loss in nats summed over the batch, and the counts of latents for a base in closed form.
 
@@ -231,12 +242,12 @@ class Objective(nn.Module):
             x: symbols, int64 ``(batch, dim)``.
             lengths: int64 ``(batch,)``, or None.
             turn: index, below `turns`, of the budget whose loss is computed, in ascending order.
-            known: bool ``(dim,)``, entries that are known: the loss is that of the others, given these.
+            known: entries that are known: the loss is that of the others, given these.
         """
         law = self.distribution
         if turns(law) > 1:
             law = law.at(law.budgets[turn])
-        context = Context(lengths=lengths, known=None if known is None else Known(x, known))
+        context = Context(lengths=lengths, known=None if known is None else Known(x, known.mask))
         loss, z, of_base = _loss(law, x, context, self.rule)
         base = closed_form(law)
         return loss, None if base is None else base.statistics(z, of_base)

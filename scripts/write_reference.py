@@ -99,6 +99,11 @@ A law that a network draws group by group is scored in one pass. In half precisi
 log-probability of a symbol differs by some 0.0005 nats in bfloat16, 0.0001 in float16. The round trip of
 `dflow evaluate` allows for that. Who needs the same probabilities in both ways loads the model in float32.
 
+A trained model of Penn Treebank (`recipes/ptb/context_grouped.yaml`: 2.2 million weights, and counts of up to
+10 symbols) on all of the test split, by `dflow evaluate --model MODEL` on a CPU, *exact*: 1.471292 bits a
+character in float32, and 1.471295 saved in bfloat16, where the standard error is 0.0043. Both round trips (16
+chunks) held, and the model in bfloat16 drew 100 samples.
+
 ## Families
 
 "mixed" is training by `train.mixed_precision` or `torch.autocast`, with weights in float32.

@@ -60,6 +60,20 @@ def test_a_table_has_the_counts_of_every_context(K: int) -> None:
     assert met > 20 or K == 300
 
 
+@pytest.mark.parametrize("together", [7, 1 << 22])
+def test_the_look_up_of_accelerators_is_that_of_the_cpu(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dflow.ops.counts._TOGETHER", together)
+    K, (offsets, patterns) = 5, patterns_of(3, True)
+    table, empty = (count(random_text(K)[:n], K, patterns) for n in (200, 0))
+    keys, present = ContextReader(K, offsets, patterns)(torch.randint(0, K + 1, (40, len(offsets))))
+    for t in (table, empty):
+        dense = t.dense(keys, present, K)
+        assert torch.equal(t._padded(keys.flatten(), present.flatten(), K).view_as(dense), dense)
+    assert dense.shape == (40, len(patterns), K)
+
+
 @pytest.mark.parametrize("K", [2, 5])
 def test_counts_without_a_fold_are_those_of_the_other_entries(K: int) -> None:
     offsets, patterns = patterns_of(3, True)

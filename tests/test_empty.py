@@ -17,6 +17,15 @@ def test_every_family_scores_nothing(name: str) -> None:
     assert len(score(model, data[:0])) == 0
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in zoo.names() if zoo.find(name).exact and zoo.find(name).kind != "labels"]
+)
+def test_a_round_trip_of_nothing_is_none_or_true(name: str) -> None:
+    model, data = tiny(name)
+    assert model.round_trip(data[:0]) in (True, None)
+    assert model.round_trip(data[:0]) == model.round_trip(data)
+
+
 @pytest.mark.parametrize("name", [n for n in BIJECTORS if n.startswith(("coupling", "autoregressive"))])
 def test_maps_of_nothing(name: str) -> None:
     bijector = build_bijector(name, 3, 4)

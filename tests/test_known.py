@@ -405,7 +405,7 @@ def test_training_scores_and_counts_hidden_entries_alone(name: str, rule: object
     law, x = build(name, K).train(), torch.randint(0, K, (7, DIMS[3]))
     objective = objectives.Objective(law, rule)
     for mask in masks(name, K):
-        loss, counts = objective(x, known=mask)
+        loss, counts = objective(x, known=objectives.KnownMask(mask))
         context = given(x, mask)
         if rule in ("straight_through", "likelihood"):
             assert loss.item() == pytest.approx(-law.log_prob(x, context).sum().item(), rel=1e-9)

@@ -128,8 +128,8 @@ def check_cell(name: str, precision: str) -> None:
             with pytest.raises(InputError, match="float16 cannot be trained"):
                 model(data, **labels(model, data))
             return
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        for _ in range(2):
+        for how in ("fused", "foreach"):
+            optimizer = torch.optim.AdamW(model.parameters(), **{how: True})
             optimizer.zero_grad()
             model(data, **labels(model, data)).loss.backward()
             assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())

@@ -381,10 +381,33 @@ def test_half_precision_trains_and_the_result_is_exact(family, text, tmp_path):
 
 
 def test_the_tracker_is_tensorboard_unless_told_otherwise(text, tmp_path):
-    path = recipe_file(tmp_path, text, steps=2, trackers=["tensorboard"])
-    assert list((run(path) / "logs").glob("events.out.tfevents*"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    path = recipe_file(tmp_path, text, steps=4, eval_every=2, trackers=["tensorboard"])
+    out = run(path)
+    [file] = (out / "logs").glob("events.out.tfevents*")
+    events = EventAccumulator(str(file)).Reload()
+    for tag, name in (("loss_bits", "train_loss_bits"), ("valid_bits", "valid_bits")):
+        written = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert [step for step, _ in written] == [2, 4]
+        assert [value for _, value in written] == pytest.approx([m[name] for m in metrics(out)], abs=1e-4)
     with pytest.raises(InputError, match="train"):
         run(path, "train.trackers=[nothing]", f"output={tmp_path / 'other'}")
+
+
+@pytest.mark.parametrize(("tracker", "pattern"), [("wandb", "wandb/offline-run-*/*.wandb")])
+def test_a_tracker_of_ones_own_runs_offline(tracker, pattern, text, tmp_path, monkeypatch):
+    pytest.importorskip(tracker, reason=f"{tracker} is not installed, which is large and optional")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(tmp_path)
+    out = run(recipe_file(tmp_path, text, steps=2, trackers=[tracker, "tensorboard"]))
+    assert list(tmp_path.glob(pattern))
+    assert list((out / "logs").glob("events.out.tfevents*"))
+
+
+def test_a_training_leaves_one_state_and_one_model(text, tmp_path):
+    out = run(recipe_file(tmp_path, text, steps=4, eval_every=2, save_every=1))
+    assert sorted(p.name for p in out.glob("*.safetensors")) == ["model.safetensors", "state.safetensors"]
 
 
 def test_a_budget_in_minutes_ends(text, tmp_path):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dflow.bijectors.conditioner import Conditioned, check_params
 from dflow.core import Context, Elementwise, around_for, lengths_in, present, span_in
 from dflow.ops.lengths import keep_absent
-from dflow.ops.memo import Memo
+from dflow.ops.memo import Memo, OnCpu
 from dflow.ops.precision import full_precision
 
 
@@ -81,6 +81,7 @@ class Coupling(Conditioned):
         self.register_buffer("hidden_index", hidden.nonzero().flatten())
         self._two: Memo[_Halves | None] = Memo()
         self._some: Memo[tuple[Tensor, Tensor]] = Memo()
+        self._on_cpu = OnCpu()
         self._halves()
 
     def _halves(self) -> _Halves | None:
@@ -96,9 +97,13 @@ class Coupling(Conditioned):
         both = self.known_index, self.hidden_index
         if n == self.dim:
             return both
+        device = self.known_index.device
 
         def some() -> tuple[Tensor, Tensor]:
-            known, hidden = (index[(index >= start) & (index < start + n)] - start for index in both)
+            known, hidden = (
+                (index[(index >= start) & (index < start + n)] - start).to(device)
+                for index in self._on_cpu.of(*both)
+            )
             return known, hidden
 
         return self._some(some, *both, key=(start, n))

@@ -16,19 +16,25 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-import constriction
 import numpy as np
 import torch
 from torch import Tensor
 
 from dflow.coding.tables import PRECISION, Tables, check_counts
+from dflow.config import InputError
+
+try:
+    import constriction
+except ModuleNotFoundError:  # files alone need it: models train, score and draw without
+    constriction = None
 
 _TOTAL = 1 << PRECISION
-_ANS: Any = constriction.stream.stack.AnsCoder
-# Without perfect=False the library searches for another rounding, hundreds of times slower.
-_CATEGORICAL: Any = constriction.stream.model.Categorical
-_ROWS: Any = _CATEGORICAL(perfect=False)
-_UNIFORM: Any = constriction.stream.model.Uniform()
+if constriction is not None:
+    _ANS: Any = constriction.stream.stack.AnsCoder
+    # Without perfect=False the library searches for another rounding, hundreds of times slower.
+    _CATEGORICAL: Any = constriction.stream.model.Categorical
+    _ROWS: Any = _CATEGORICAL(perfect=False)
+    _UNIFORM: Any = constriction.stream.model.Uniform()
 
 #: Models of tables, with the version of the buffer that they were made from.
 _MODELS: weakref.WeakKeyDictionary[Tables, tuple[int, dict[int, Any]]] = weakref.WeakKeyDictionary()
@@ -48,11 +54,17 @@ class Coder:
         data: what `to_bytes` gave.
 
     Raises:
+        InputError: the library is not installed.
         ValueError: not a stream.
     """
 
     def __init__(self, data: bytes = b"") -> None:
         """See the class."""
+        if constriction is None:
+            raise InputError(
+                "files are coded by the library constriction, which is not installed; pip install "
+                "'constriction>=0.5,<0.6'"
+            )
         if len(data) % 4:
             raise ValueError(f"a stream is words of 4 bytes, found {len(data)} bytes")
         words = np.frombuffer(data, "<u4")[::-1].astype(np.uint32)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from dflow.config import InputError
 from dflow.core import Context, Distribution, known_in, lengths_in, noise_in, present
 from dflow.ops.devices import widest
-from dflow.ops.memo import Memo
+from dflow.ops.memo import Memo, OnCpu
 from dflow.ops.modular import check_alphabet
 from dflow.ops.orders import check_order, ranks, schedule
 from dflow.ops.precision import agree, at_least_float32
@@ -97,7 +97,7 @@ class AnyOrder(nn.Module):
         mask, before = present(context, batch, n, takes_known=True), known_in(context)
         noise = torch.rand(batch, n, device=x.device, generator=generator)
         # Entries that the context knows come first, absent ones last.
-        noise = noise if before is None else noise.masked_fill(before.mask, -1.0)
+        noise = noise if before is None else noise.masked_fill(before.device_mask, -1.0)
         rank = (noise if mask is None else noise.masked_fill(~mask, 2.0)).argsort(1).argsort(1)
         if sizes is not None:
             calls = torch.arange(len(sizes), device=x.device).repeat_interleave(sizes.to(x.device))
@@ -208,7 +208,7 @@ class AnyOrder(nn.Module):
         before, mask = known_in(context), present(context, *x.shape[:2], takes_known=True)
         if before is None:
             return torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        known = before.mask[: x.shape[1]].expand(*x.shape[:2])
+        known = before.device_mask[: x.shape[1]].expand(*x.shape[:2])
         return (known if mask is None else known & mask).sum(1)
 
     def _count(self, x: Tensor, context: Context | None) -> Tensor:
@@ -286,7 +286,7 @@ class Walk(Distribution):
         x = torch.zeros(n, dim, dtype=torch.int64, device=device)
         known = self._begin(n, dim, context, device)
         if before is not None:
-            x = torch.where(before.mask, before.symbols, x)
+            x = torch.where(before.device_mask, before.symbols, x)
         if prompt is not None:
             x[:, : len(prompt)], known[:, : len(prompt)] = prompt, True
         lengths, mask = lengths_in(context), present(context, n, dim, takes_known=True)
@@ -308,7 +308,7 @@ class Walk(Distribution):
             return torch.zeros(batch, n, dtype=torch.bool, device=device)
         if bool(before.mask.all()):
             raise InputError("every entry is known, so that there is nothing to score or to draw")
-        return before.mask[:n].expand(batch, n)
+        return before.mask[:n].to(device).expand(batch, n)
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact nats (batch,) of symbols ``(batch, n)`` or one-hot rows ``(batch, n, K)``.
@@ -372,18 +372,19 @@ class Ordered(Walk):
         super().__init__(model, len(order) if num_calls is None else num_calls)
         self.merged = num_calls is not None
         self.register_buffer("rank", ranks(order, model.dim))
+        self._on_cpu = OnCpu()
         self._placed: Memo[tuple[Tensor, list[Tensor], list[Tensor]]] = Memo()
 
     def calls(self, context: Context | None = None) -> Tensor:
-        """The call that draws each entry, int64 (dim,); -1 for an entry that the context knows.
+        """The call that draws each entry, int64 (dim,) on the CPU; -1 for an entry that the context knows.
 
         With a way to lay orders one is laid over the other entries, of a sequence of any length; else calls
         that would draw known entries alone are left out.
         """
-        calls = self.rank
+        [calls] = self._on_cpu.of(self.rank)
         if self.merged:
             sizes = self.model.sizes(self.num_calls)
-            calls = torch.arange(self.num_calls).repeat_interleave(sizes).to(self.rank.device)[self.rank]
+            calls = torch.arange(self.num_calls).repeat_interleave(sizes)[calls]
         before = known_in(context)
         if before is None:
             return calls
@@ -392,8 +393,7 @@ class Ordered(Walk):
             places = torch.unique(calls[: len(hidden)][hidden], return_inverse=True)[1]
         else:
             number = int(hidden.sum())
-            rows = self.lay(number, min(number, self.num_calls)).to(hidden.device)
-            places = ranks(rows, number)
+            places = ranks(self.lay(number, min(number, self.num_calls)), number)
         return torch.full_like(hidden, -1, dtype=torch.int64).masked_scatter(hidden, places)
 
     def needed(self, length: int, context: Context | None = None) -> int:
@@ -409,7 +409,7 @@ class Ordered(Walk):
         depends_on = [self.rank, self.model.costs, *([] if before is None else [before.mask])]
 
         def placed() -> tuple[Tensor, list[Tensor], list[Tensor]]:
-            calls = self.calls(context).cpu()
+            calls = self.calls(context)
             places = [(calls == call).nonzero().flatten() for call in range(self.num_calls)]
             moved = torch.cat(places).to(self.rank.device).split([len(part) for part in places])
             return calls, places, list(moved)
@@ -434,7 +434,7 @@ class Ordered(Walk):
     def log_prob_each(self, x: Tensor, context: Context | None = None) -> Tensor:
         """See `Walk.log_prob_each`; several calls at once."""
         self._begin(len(x), x.shape[1], context, x.device)
-        calls = self.calls(context)[: x.shape[1]]
+        calls = self._by_call(context)[0][: x.shape[1]].to(x.device)
         return self.model.terms_along(x, calls, self.needed(x.shape[1], context), context)
 
 
@@ -483,7 +483,7 @@ class Confident(Walk):
         entropy = (entropy / _STEP).round().masked_fill(~hidden, math.inf)
         before = known_in(context)
         if before is not None:
-            at_first = before.mask[:n] if mask is None else before.mask[:n] & mask
+            at_first = before.device_mask[:n] if mask is None else before.device_mask[:n] & mask
             count = count - at_first.expand(len(x), n).sum(1)
         # Rounded up, so that the last call completes the sequence.
         quota = -(-count * done // dim) - (count - hidden.sum(1))

@@ -115,7 +115,8 @@ class Categorical(Distribution):
         if context is None or context.around is None:
             raise ValueError("these classes are of a law of hidden entries, see dflow.flows.Infilled")
         lay, mask, first = self.lay, context.around.mask, context.around.first
-        return self._laid(lambda: lay(mask, first), mask, key=first)
+        device = self.classes.device
+        return self._laid(lambda: lay(mask, first).to(device), mask, key=(first, device))
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact log-likelihood in nats, ``(batch,)``.

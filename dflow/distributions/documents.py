@@ -79,7 +79,7 @@ class Documents(Distribution):
             groups.setdefault((begin - window, end - begin), []).append(window)
         for (before, hidden), starts in groups.items():
             together = max(1, _ENTRIES // (batch * (before + hidden)))
-            mask = self._mask(before, hidden, x.device)
+            mask = _mask(before, hidden)
             for i in range(0, len(starts), together):
                 some = starts[i : i + together]
                 windows = torch.cat([x[:, start : start + before + hidden] for start in some])
@@ -116,7 +116,7 @@ class Documents(Distribution):
         for window, begin, end in self.chunks(total, before):
             tail = tail[:, tail.shape[1] - (begin - window) :]
             hidden = end - begin
-            mask = self._mask(begin - window, hidden, device)
+            mask = _mask(begin - window, hidden)
             symbols = torch.cat([tail, tail.new_zeros(n, hidden)], 1)
             # Noise by the place in the document: another cut into chunks draws with the same.
             places = replace(noise, positions=torch.arange(window, end, device=device))
@@ -128,13 +128,10 @@ class Documents(Distribution):
         """Network evaluations in which one document of ``length`` symbols is drawn, chunk after chunk."""
         device, total = next(self.law.parameters()).device, 0
         for window, begin, end in self.chunks(length, self._known(context, length)):
-            mask = self._mask(begin - window, end - begin, device)
+            mask = _mask(begin - window, end - begin)
             known = Known(torch.zeros(1, end - window, dtype=torch.int64, device=device), mask)
             total += self.law.needed(end - window, Context(known=known))
         return total
-
-    def _mask(self, before: int, hidden: int, device: torch.device) -> Tensor:
-        return torch.arange(before + hidden, device=device) < before
 
     def _known(self, context: Context | None, n: int) -> int:
         """How many symbols at the beginning are known."""
@@ -151,3 +148,8 @@ class Documents(Distribution):
         if before >= n:
             raise InputError(f"{before} symbols are known of {n}: there is nothing left to score or to draw")
         return before
+
+
+def _mask(before: int, hidden: int) -> Tensor:
+    """The mask of entries of which the first are known."""
+    return torch.arange(before + hidden) < before

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dflow.config import InputError
 from dflow.core import Context, Distribution, Known, known_in, lengths_in, noise_in, present
 from dflow.ops.devices import widest
-from dflow.ops.memo import Memo
+from dflow.ops.memo import Memo, OnCpu
 from dflow.ops.orders import check_order
 from dflow.ops.precision import agree, at_least_float32
 
@@ -68,7 +68,7 @@ class SequenceCategorical(Distribution):
             self.register_buffer(f"order_{i}", other.clone(memory_format=torch.contiguous_format))
             check_order(other, dim)
             self._names.setdefault(-(-len(other) // rows), (f"order_{i}", rows))
-        read_before = order.new_zeros(0) if known is None else known.nonzero().flatten()
+        read_before = order.new_zeros(0) if known is None else known.nonzero().flatten().to(order.device)
         check_order(torch.cat([order.flatten(), read_before])[:, None], dim)
         self._laws: dict[int, Memo[SequenceCategorical]] = {calls: Memo() for calls in self._names}
         #: Whether order or block differ from those that the network was built with, so that it needs a plan.
@@ -76,7 +76,10 @@ class SequenceCategorical(Distribution):
         self._plan: Memo[Any] = Memo()
         self._rows: Memo[tuple[list[Tensor], list[int]]] = Memo()
         self._among: Memo[SequenceCategorical] = Memo()
-        #: Entries that are known, bool (dim,): they are neither scored nor drawn.
+        self._on_cpu = OnCpu()
+        #: Entries that are known, bool (dim,), on the CPU: they are neither scored nor drawn.
+        self._known: Tensor | None = None
+        #: The same on the device.
         self._mask: Tensor | None = None
         #: Positions of the known entries that the network reads before the first call.
         self._slots: Tensor | None = None
@@ -115,7 +118,7 @@ class SequenceCategorical(Distribution):
         dtype = next(self.net.parameters()).dtype
 
         def plan() -> Any:
-            return self.net.plan(self.order, self._slots, self.dim, self.block)
+            return self.net.plan(*self._on_cpu.of(self.order), self._slots, self.dim, self.block)
 
         return (self._plan(plan, self.order, key=dtype),)
 
@@ -131,9 +134,10 @@ class SequenceCategorical(Distribution):
     def among(self, known: Tensor) -> SequenceCategorical:
         """The law of the entries that are not ``known``, bool ``(n,)``, given those that are.
 
-        It shares the network and takes sequences of any length n. With a way to lay orders it is drawn in as
-        many calls as this one, or in one for each hidden entry if these are fewer: the known entries are read
-        before the first call, and an order is laid over the others. Without, it is drawn from left to right.
+        ``known`` is on the CPU. The law shares the network and takes sequences of any length n. With a way to
+        lay orders it is drawn in as many calls as this one, or in one for each hidden entry if these are
+        fewer: the known entries are read before the first call, and an order is laid over the others.
+        Without, it is drawn from left to right.
 
         Raises:
             InputError: every entry is known; or the law is drawn from left to right, and entries are known
@@ -151,15 +155,18 @@ class SequenceCategorical(Distribution):
                     "this law is drawn from left to right: it takes what stands before, and not what stands "
                     "after; a grouped or any-order model takes both"
                 )
-            law = SequenceCategorical(self.net, torch.arange(n, device=known.device)[:, None], n)
+            order = torch.arange(n)[:, None]
+            law = SequenceCategorical(self.net, order, n)
             law._planned = hasattr(self.net, "plan")
         else:
-            rows = self.lay(len(hidden), min(len(hidden), self.num_calls * self.block)).to(known.device)
+            rows = self.lay(len(hidden), min(len(hidden), self.num_calls * self.block))
             places = torch.cat([hidden, hidden.new_full((1,), n)])
             order = places[rows.clamp(max=len(hidden))]
             law = SequenceCategorical(self.net, order, n, self.block, known=known)
             law._planned, law._slots = True, known.nonzero().flatten()
-        law._mask = known
+        device = self.order.device
+        law.order, law._known, law._mask = order.to(device), known, known.to(device)
+        law._on_cpu(lambda: (order,), law.order)
         return law
 
     @property
@@ -235,7 +242,8 @@ class SequenceCategorical(Distribution):
         x = torch.zeros(n, self.dim, dtype=torch.int64, device=device)
         known = known_in(context)
         if known is not None:
-            x = torch.where(known.mask, known.symbols, x)
+            is_known = known.device_mask
+            x = torch.where(is_known, known.symbols, x)
         begin = self.read_known(known, state, context)
         if begin and known is not None:
             drawn = known.symbols[:, begin - 1 : begin]
@@ -252,7 +260,7 @@ class SequenceCategorical(Distribution):
                 forced = prompt[positions.clamp(max=len(prompt) - 1)]
                 drawn = torch.where(positions < len(prompt), forced, drawn)
             if known is not None:
-                drawn = torch.where(known.mask[positions], known.symbols[:, positions], drawn)
+                drawn = torch.where(is_known[positions], known.symbols[:, positions], drawn)
             x[:, positions] = drawn
         mask = present(context, n, self.dim, takes_known=True)
         return x if mask is None else torch.where(mask, x, 0)
@@ -270,7 +278,8 @@ class SequenceCategorical(Distribution):
         """
         if known is None or not hasattr(self.net, "read"):
             return 0
-        begin, symbols = self._num_read(known), known.symbols[:, known.mask]
+        places = known.mask.nonzero().flatten().to(known.symbols.device)
+        begin, symbols = self._num_read(known), known.symbols.index_select(1, places)
         once = len(symbols) > 1 and symbols.shape[1] > 0 and lengths_in(context) is None
         once = once and bool((symbols == symbols[:1]).all())
         if begin or once:
@@ -310,7 +319,7 @@ class SequenceCategorical(Distribution):
 
     def _rows_of_order(self) -> tuple[list[Tensor], list[int]]:
         """The positions of each row, and the least of them; the device is waited for once for an order."""
-        rows = [row[row < self.dim] for row in self.order.cpu()]
+        rows = [row[row < self.dim] for row in self._on_cpu.of(self.order)[0]]
         positions = torch.cat(rows).to(self.order.device).split([len(row) for row in rows])
         return list(positions), [int(row.min()) for row in rows]
 
@@ -319,11 +328,13 @@ class SequenceCategorical(Distribution):
         """`log_prob` of symbols, computed group by group as `sample` draws: a check that both agree."""
         if (law := self._of(context)) is not self:
             return law.log_prob_by_steps(x, context)
+        if not len(x):
+            return self.log_prob(x, context)
         limit, lengths = torch.full((len(x),), x.shape[1], device=x.device), lengths_in(context, len(x))
         if lengths is not None:
             limit = torch.minimum(limit, lengths)
         shortened = None if bool((limit == self.dim).all()) else limit
-        known = None if self._mask is None else Known(x, self._mask)
+        known = None if self._known is None else Known(x, self._known)
         trimmed = Context(lengths=shortened, given=() if context is None else context.given, known=known)
         state = self.net.start(len(x), trimmed, *self._extra())
         previous = None

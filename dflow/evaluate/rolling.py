@@ -162,10 +162,10 @@ class _WindowScorer(_Windowed):
     def _batch(self, start: int, stop: int, known: int) -> tuple[Tensor, Tensor, Context]:
         end, device = (stop - 1) * self.stride + self.length, self.model.device
         ids = self.symbols(start * self.stride, end).unfold(0, self.length, self.stride).contiguous()
-        x, mask = ids.clamp(min=0).to(device), torch.arange(self.length, device=device) < known
+        x, mask = ids.clamp(min=0).to(device), torch.arange(self.length) < known
         # The last window may reach beyond the end of the text.
         lengths = (ids >= 0).sum(1).to(device)
-        characters = self.text.characters(ids.masked_fill(mask.cpu(), -1))
+        characters = self.text.characters(ids.masked_fill(mask, -1))
         return characters, x, Context(lengths=lengths, known=Known(x, mask) if known else None)
 
 
@@ -212,8 +212,8 @@ class _DocumentScorer(_Windowed):
         batches = []
         for (known, _), windows in groups.items():
             ids = torch.stack(windows)
-            x, mask = ids.to(self.model.device), torch.arange(ids.shape[1], device=self.model.device) < known
-            characters = self.text.characters(ids.masked_fill(mask.cpu(), -1))
+            x, mask = ids.to(self.model.device), torch.arange(ids.shape[1]) < known
+            characters = self.text.characters(ids.masked_fill(mask, -1))
             batches.append((characters, x, Context(known=Known(x, mask))))
         return batches
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dflow.config import InputError
-from dflow.core import Around, Context, Distribution, known_in, lengths_in
+from dflow.core import Around, Context, Distribution, Known, known_in, lengths_in
 from dflow.ops.memo import Memo
 
 
@@ -42,11 +42,8 @@ class Infilled(Distribution):
         None for as many as are drawn: those of the mask of known entries, or `length`.
         """
         lengths, known = lengths_in(context), known_in(context)
-        if known is None:
-            device = next((t.device for t in (*self.law.parameters(), *self.law.buffers())), None)
-            mask = torch.zeros(self.length if n is None else n, dtype=torch.bool, device=device)
-        else:
-            mask = known.mask
+        nothing = torch.zeros(self.length if n is None else n, dtype=torch.bool)
+        mask = nothing if known is None else known.mask
         if n not in (None, len(mask)):
             raise InputError(f"known entries of a sequence of {len(mask)} entries, for one of {n}")
         if not torch.compiler.is_compiling():
@@ -61,20 +58,20 @@ class Infilled(Distribution):
         symbols = None if known is None or len(places) == len(mask) else known.symbols
         first = 0 if self.first is None else self.first(len(places))
         around, context = Around(mask, symbols, first, len(places), first), context or Context()
-        noise = context.noise and context.noise.select(places)
+        noise = context.noise and context.noise.select(places.to(context.noise.samples.device))
         return replace(context, known=None, noise=noise, around=around)
 
     def hidden(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Context]:
         """The hidden entries of ``x``, in either mode, and their context."""
         within, known = self.within(context, x.shape[1]), known_in(context)
-        return x if known is None else x[:, ~known.mask], within
+        return x if known is None else x.index_select(1, _hidden(known, x.device)), within
 
     def whole(self, hidden: Tensor, context: Context | None = None) -> Tensor:
         """The whole sequences: the inverse of `hidden`, for symbols."""
         known = known_in(context)
         if known is None:
             return hidden
-        return known.symbols.index_copy(1, (~known.mask).nonzero().flatten(), hidden)
+        return known.symbols.index_copy(1, _hidden(known, hidden.device), hidden)
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Exact nats ``(batch,)`` of the hidden entries given the known ones, which ``x`` holds too."""
@@ -94,3 +91,8 @@ class Infilled(Distribution):
     def num_calls(self) -> int:
         """The calls of the law inside."""
         return self.law.num_calls
+
+
+def _hidden(known: Known, device: torch.device) -> Tensor:
+    """The places of the entries that are not known, int64."""
+    return (~known.mask).nonzero().flatten().to(device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dflow.core import Context, Distribution, agreed, lengths_in, present, span_in
-from dflow.ops.memo import Memo
+from dflow.ops.memo import Memo, OnCpu
 
 
 class Split(Distribution):
@@ -45,6 +45,7 @@ class Split(Distribution):
         self.base = base
         self.register_buffer("kept_index", mask.nonzero().flatten())
         self.register_buffer("rest_index", (~mask).nonzero().flatten())
+        self._on_cpu = OnCpu()
         self._span: Memo[tuple[Tensor, Tensor, int, int]] = Memo()
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
@@ -68,10 +69,14 @@ class Split(Distribution):
         both = self.kept_index, self.rest_index
         if n == self.dim:
             return *both, 0, 0
+        device = self.kept_index.device
 
         def places() -> tuple[Tensor, Tensor, int, int]:
-            kept, rest = (index[(index >= start) & (index < start + n)] - start for index in both)
-            kept_before, rest_before = (int((index < start).sum()) for index in both)
+            on_cpu = self._on_cpu.of(*both)
+            kept, rest = (
+                (index[(index >= start) & (index < start + n)] - start).to(device) for index in on_cpu
+            )
+            kept_before, rest_before = (int((index < start).sum()) for index in on_cpu)
             return kept, rest, kept_before, rest_before
 
         return self._span(places, *both, key=(start, n))

@@ -205,7 +205,7 @@ class TextModel(KeepsBuffers):
             )
         x = torch.cat([given.to(input_ids.device).expand(len(input_ids), -1), input_ids], 1)
         self._check(x, None)
-        mask = torch.arange(x.shape[1], device=x.device) < len(given)
+        mask = torch.arange(x.shape[1]) < len(given)
         return documents or self.law, x, Context(known=Known(x, mask))
 
     def _check_by_entry(self, law: Distribution) -> None:
@@ -374,4 +374,4 @@ class TextModel(KeepsBuffers):
 
 def prompted(prompt: Tensor, n: int) -> Known:
     """The known entries of n documents that begin with ``prompt``, int64 ``(m,)``."""
-    return Known(prompt.expand(n, -1), torch.ones_like(prompt, dtype=torch.bool))
+    return Known(prompt.expand(n, -1), torch.ones(len(prompt), dtype=torch.bool))

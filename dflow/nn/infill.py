@@ -18,7 +18,8 @@ from dflow.nn.counted import Counted, neighbours
 from dflow.nn.embed import Neighbours
 from dflow.nn.plans import GAPS, gap_classes
 from dflow.ops.counts import patterns_among, patterns_of
-from dflow.ops.memo import Memo
+from dflow.ops.devices import all_moved
+from dflow.ops.memo import Memo, OnCpu
 
 #: Symbols further away than this from an entry are not counted: they say hardly anything about it.
 _REACH = 8
@@ -80,6 +81,7 @@ class InfillTransformer(nn.Module):
             )
         self.K, self.size, self.takes_known, window = K, size, takes_known, size.window
         self._slots: Memo[_Slots] = Memo()
+        self._on_cpu = OnCpu()
         self.register_buffer("known", known.clone())
         self.register_buffer("hidden", hidden.clone())
         right = torch.searchsorted(known, hidden)[:, None]
@@ -177,9 +179,14 @@ class InfillTransformer(nn.Module):
             return self._slots(self._lay_alone, self.known, self.hidden, self.neighbours)
         if around is None:
             raise ValueError("this network is one of a law of hidden entries, see dflow.flows.Infilled")
-        mask, first = around.mask, around.first
-        tensors = mask, self.known, self.hidden, self.neighbours
-        return self._slots(lambda: self._lay(mask, first), *tensors, key=first)
+        mask, first, buffers = around.mask, around.first, (self.known, self.hidden, self.neighbours)
+        device = self.known.device
+        return self._slots(
+            lambda: all_moved(self._lay(mask, first, *self._on_cpu.of(*buffers)), device),
+            mask,
+            *buffers,
+            key=first,
+        )
 
     def _lay_alone(self) -> _Slots:
         """The slots of sequences in which ``known`` alone is known."""
@@ -205,13 +212,15 @@ class InfillTransformer(nn.Module):
             return None
         return line[self._pad + hidden[:, None] + torch.tensor(self.counted.offsets, device=line.device)]
 
-    def _lay(self, mask: Tensor, first: int) -> _Slots:
+    def _lay(
+        self, mask: Tensor, first: int, all_known: Tensor, all_hidden: Tensor, neighbours: Tensor
+    ) -> _Slots:
         window, places = self.size.window, (~mask).nonzero().flatten()
-        there = [(index >= first) & (index < first + len(places)) for index in (self.known, self.hidden)]
-        of_known, of_hidden = self.known[there[0]] - first, self.hidden[there[1]] - first
+        there = [(index >= first) & (index < first + len(places)) for index in (all_known, all_hidden)]
+        of_known, of_hidden = all_known[there[0]] - first, all_hidden[there[1]] - first
         known, hidden, none = places[of_known], places[of_hidden], len(of_known)
         # Neighbours among the known entries that are there.
-        near = self.neighbours[there[1]] - int((self.known < first).sum())
+        near = neighbours[there[1]] - int((all_known < first).sum())
         near = near.masked_fill((near < 0) | (near >= none), none)
         # Which stretch of hidden entries an entry stands in.
         stretch = mask.cumsum(0)

@@ -20,7 +20,8 @@ from dflow.nn.attention import Block, TransformerSize, initialize, ngrams, rotat
 from dflow.nn.counted import Counted
 from dflow.nn.embed import Neighbours
 from dflow.nn.plans import GAPS, Plan, Reach, Reading, make_plan
-from dflow.ops.memo import Memo
+from dflow.ops.devices import all_moved
+from dflow.ops.memo import Memo, OnCpu
 from dflow.ops.orders import check_order
 
 
@@ -140,6 +141,7 @@ class GroupCausalTransformer(nn.Module):
             raise ValueError(f"block {block} must be at least 1, ahead {ahead} at least 0")
         self.K, self.dim, self.block, self.size = K, dim, block, size
         self._plan: Memo[Plan] = Memo()
+        self._offsets_on_cpu = OnCpu()
         self.register_buffer("order", order.clone())
         self.register_buffer(
             "offsets", torch.tensor([*range(-1, -size.window - 1, -1), *range(1, ahead + 1)])
@@ -176,12 +178,14 @@ class GroupCausalTransformer(nn.Module):
         A call predicts ``block`` rows, at most as many as the network was built for, the default.
         """
         gaps_row = self.embed.extra_row if self.gaps else None
-        counted = None
-        if self.counted is not None:
-            counted = torch.tensor(self.counted.offsets, device=self.offsets.device)
-        reach = Reach(self.dim if dim is None else dim, self.block, self.offsets, gaps_row, counted)
+        counted = None if self.counted is None else torch.tensor(self.counted.offsets)
+        [offsets] = self._offsets_on_cpu.of(self.offsets)
+        reach = Reach(self.dim if dim is None else dim, self.block, offsets, gaps_row, counted)
+        # On the CPU, which has to know how many there are of everything.
+        known = None if known is None else known.cpu()
         rows = self.block if block is None else block
-        return make_plan(order, reach, self.size.head_size, self.norm.weight.dtype, known, rows)
+        plan = make_plan(order.cpu(), reach, self.size.head_size, self.norm.weight.dtype, known, rows)
+        return all_moved(plan, self.offsets.device)
 
     def _own_plan(self) -> Plan:
         """The plan of the network's own order, made once for an order and a precision."""

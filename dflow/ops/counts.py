@@ -11,7 +11,7 @@ import copy
 import hashlib
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
@@ -113,6 +113,7 @@ class CountTable:
 
     Attributes:
         starts: the first pair of each context, and the number of pairs, int64 ``(contexts + 1,)``.
+        widest: the most different symbols of a context.
 
     Raises:
         CountsError: tensors of other dtypes or shapes, or with other values.
@@ -144,8 +145,10 @@ class CountTable:
             raise CountsError("keys that do not ascend")
         starts = torch.cat([self.sizes.new_zeros(1, dtype=torch.int64), self.sizes.cumsum(0)])
         object.__setattr__(self, "starts", starts)
+        object.__setattr__(self, "widest", int(self.sizes.max()) if len(self.sizes) else 0)
 
-    starts: Tensor = None  # type: ignore[assignment]
+    starts: Tensor = field(init=False)
+    widest: int = field(init=False)
 
     def __deepcopy__(self, memo: object) -> CountTable:
         """The table itself: nothing changes it."""
@@ -186,6 +189,8 @@ class CountTable:
             present: bool ``(...)``, False where the symbols of a context are not all known.
             K: size of the alphabet.
         """
+        if keys.device.type != "cpu":
+            return self._padded(keys.flatten(), present.flatten(), K).view(*keys.shape, K)
         out = torch.zeros(keys.numel() * K, device=keys.device)
         if len(self.keys):
             rows = present.flatten().nonzero()[:, 0]
@@ -200,6 +205,25 @@ class CountTable:
             pairs = (begins - sizes.cumsum(0) + sizes)[of] + torch.arange(len(of), device=keys.device)
             out[rows[of] * K + self.symbols[pairs].long()] = self.counts[pairs].float()
         return out.view(*keys.shape, K)
+
+    def _padded(self, keys: Tensor, present: Tensor, K: int) -> Tensor:
+        """`dense` of vectors, with as many pairs for each context as the largest has.
+
+        Shapes then follow from shapes, so that an accelerator is not waited for. It takes more operations.
+        """
+        out = torch.zeros(len(keys), K, device=keys.device)
+        if not len(self.keys):
+            return out
+        line, last = torch.arange(self.widest, device=keys.device), len(self.symbols) - 1
+        together = max(1, _TOGETHER // self.widest)
+        for wanted, is_present, rows in zip(*(t.split(together) for t in (keys, present, out)), strict=True):
+            index = torch.searchsorted(self.keys, wanted).clamp_(max=len(self.keys) - 1)
+            met = is_present & (self.keys[index] == wanted)
+            pairs = (self.starts[index][:, None] + line).clamp_(max=last)
+            inside = met[:, None] & (line < self.sizes[index][:, None])
+            # A symbol stands once among the pairs of a context: one number that is not 0 is added to each.
+            rows.scatter_add_(1, self.symbols[pairs].long(), self.counts[pairs] * inside.float())
+        return out
 
     def within(self, other: CountTable) -> CountTable:
         """The contexts that are in ``other`` too."""
@@ -289,6 +313,7 @@ class RowReader:
     """
 
     def __init__(self, table: CountTable) -> None:
+        table = table.to(torch.device("cpu"))
         keys = table.keys
         low, high = (int(keys[0]), int(keys[-1])) if len(keys) else (0, 0)
         self._shift = max(0, (high - low).bit_length() - (len(keys) // _PART).bit_length())
@@ -313,6 +338,9 @@ class RowReader:
         pairs = slice(self._starts[i], self._starts[i + 1])
         return CountRow(self._symbols[pairs].tolist(), self._counts[pairs].tolist())
 
+
+#: Pairs of an accelerator's look-up that are in memory at once.
+_TOGETHER = 1 << 22
 
 #: Keys of a part, on average.
 _PART = 16

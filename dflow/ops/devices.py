@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar, cast
+
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 #: Types of devices without float64: making such a tensor there is an error.
 WITHOUT_FLOAT64 = {"mps"}
@@ -34,6 +39,19 @@ def float64(x: Tensor) -> Tensor:
 def moved(x: Tensor, device: torch.device) -> Tensor:
     """The numbers on a device; those of float64 in its widest type."""
     return x.to(device, widest(device)) if x.dtype == torch.float64 else x.to(device)
+
+
+def all_moved(value: T, device: torch.device) -> T:
+    """A list or dataclass of tensors, of lists and of dataclasses, with every tensor on a device."""
+    moved_value: Any = value
+    if isinstance(value, Tensor):
+        moved_value = value.to(device)
+    elif isinstance(value, list):
+        moved_value = [all_moved(item, device) for item in value]
+    elif is_dataclass(value) and not isinstance(value, type):
+        fields_moved = {f.name: all_moved(getattr(value, f.name), device) for f in fields(value)}
+        moved_value = replace(value, **fields_moved)
+    return cast(T, moved_value)
 
 
 def maybe(mask: Tensor) -> bool:

@@ -60,6 +60,19 @@ class Memo(Generic[T]):
         return {}
 
 
+class OnCpu(Memo[tuple[Tensor, ...]]):
+    """The same tensors on the CPU, copied there once: what is laid out from them waits for no device.
+
+    >>> of_buffers, order = OnCpu(), torch.tensor([2, 0, 1])
+    >>> of_buffers.of(order)
+    (tensor([2, 0, 1]),)
+    """
+
+    def of(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Copies of these, which must not be written to."""
+        return self(lambda: tuple(tensor.cpu() for tensor in tensors), *tensors)
+
+
 def _holds(entry: _Entry[Any], tensors: tuple[Tensor, ...], key: Hashable) -> bool:
     """Whether a value is still that of the tensors. Their entries are compared only after a write."""
     if entry.key != key:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torch import nn
 from dflow.nn.batch_norm import StochasticBatchNorm
 from dflow.nn.counted import Counted
 from dflow.nn.recompute import recompute
+from dflow.objectives import KnownMask
 from dflow.ops.live import TensorMemory
 from dflow.train.material import mix
 from dflow.train.tasks import Task
@@ -86,7 +88,9 @@ def _step(task: Task, probe: nn.Module, rows: int) -> int:
     known = task.data.known(mix(config.seed, 0))
     probe.zero_grad(set_to_none=True)
     task.method.schedule(0, 0.0)
-    turn = task.method.turn(0) if known is None else (*task.method.turn(0), known)
+    turn: tuple[Any, ...] = task.method.turn(0)
+    if known is not None:
+        turn = (*turn, KnownMask(known))
     half = nullcontext() if config.mixed_precision == "no" else torch.autocast("cpu", torch.bfloat16)
     with torch.random.fork_rng([]), TensorMemory() as memory:
         with half:

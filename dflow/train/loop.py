@@ -302,7 +302,7 @@ class Run:
         nats, counts = torch.zeros((), device=accelerator.device), None
         turn: tuple[Any, ...] = self.task.method.turn(step)
         if known is not None:
-            turn = (*turn, known.to(accelerator.device))
+            turn = (*turn, objectives.KnownMask(known))
         for i, piece in enumerate(zip(xs, ls, strict=True)):
             with weights.exchanging(last=i == len(xs) - 1):
                 loss, latents = weights.objective(*self._on_device(piece), *turn)
@@ -403,7 +403,7 @@ class Run:
         """The symbols that a step learns, and the context in which it does."""
         x, lengths = self._on_device(self.batch(step))
         known = self.task.data.known(mix(self.config.seed, step))
-        return x, Context(lengths=lengths, known=None if known is None else Known(x, known.to(x.device)))
+        return x, Context(lengths=lengths, known=None if known is None else Known(x, known))
 
     def _rank_unit(self) -> str:
         return self.task.method.rank_unit or self.task.data.unit

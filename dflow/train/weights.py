@@ -42,8 +42,11 @@ class Weights:
         if self.sharded:
             self.evaluated = shards.shell(self.model).to(device)
             shards.shard(objective, device, accelerator.num_processes)
-        elif config.ema:
-            self.evaluated = copy.deepcopy(self.model).to(device)
+        else:
+            # Before the optimizer has the parameters: on some devices moving makes new ones.
+            objective.to(device)
+            if config.ema:
+                self.evaluated = copy.deepcopy(self.model).to(device)
         self.averages: list[Tensor] = list(self.model.parameters())
         if config.ema and self.sharded:
             self.averages = [p.detach().clone() for p in self.averages]
@@ -66,7 +69,7 @@ class Weights:
             self.objective = accelerator.prepare_model(objective, evaluation_mode=self.sharded)
             self.optimizer = accelerator.prepare(self.optimizer)
         else:
-            self.objective = objective.to(device)
+            self.objective = objective
 
     # -- steps -----------------------------------------------------------------------------------------------
 

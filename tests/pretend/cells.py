@@ -30,8 +30,9 @@ from torch import Tensor
 from waits import Waits
 
 from dflow import cli, fill, hf, zoo
+from dflow.core import Context, Known
 from dflow.data import count, image_sets
-from dflow.models.counts import counted
+from dflow.models.counts import counted, counts_drafter
 from dflow.ops.devices import WITHOUT_FLOAT64
 from dflow.ops.noise import Noise
 from dflow.train import loop
@@ -79,7 +80,6 @@ ELSEWHERE = {
 #: Files that wait for the device at every step of a drawing or a training, each with its reason.
 WAITS = {
     "train/loop.py": "the loss of a step is read for the progress bar, once, with all else that is asked for",
-    "ops/counts.py": "counts are looked up sparsely: how many are met decides the shape of what follows",
     "bijectors/autoregressive.py": "an inverse is iterated until nothing changes",
     "elementwise/mixture.py": "a mixture is inverted by iteration, for the entries that have not converged",
     "distributions/normal.py": "moments in closed form are checked, and enlarged until they have a density",
@@ -220,6 +220,15 @@ def draw(on_cpu: Any, model: Any, x: Tensor) -> None:
     assert model.generate(3, generator=generator(device)).device.type != "cpu"
 
 
+def drafts(on_cpu: Any, model: Any, x: Tensor) -> None:
+    # With a table that is on the device by now.
+    noise = Noise(7, torch.arange(4, device=model.device))
+    drafter = counts_drafter(model)
+    if drafter is not None:
+        drawn = model.drafted(drafter, 3).generate(4, noise=noise)
+        assert int((drawn != model.generate(4, noise=noise)).any(1).sum()) <= 1
+
+
 def prompt(on_cpu: Any, model: Any, x: Tensor) -> None:
     start = torch.tensor([2, 0])
     drawn = model.generate(4, generator=generator(model.device), prompt=start.to(model.device))
@@ -240,15 +249,30 @@ def round_trip(on_cpu: Any, model: Any, x: Tensor) -> None:
 
 
 def waits_in_drawing(variant: Variant, device: torch.device) -> None:
-    """What a longer text waits for more often than a short one is listed."""
-    counts = []
-    for size in (variant, variant.longer()):
-        model = size.model().to(device)
-        model.generate(3, generator=generator(device))
-        with Waits() as waits:
-            model.generate(3, generator=generator(device))
-        counts.append(Counter(waits.places))
-    unlisted(counts[1] - counts[0])
+    """What a longer text waits for more often than a short one is listed; alike of the rest of a text."""
+    given = bool(variant.values().get("context"))
+    for task in (plain_draws, continued_draws) if given else (plain_draws,):
+        counts = []
+        for size in (variant, variant.longer()):
+            model = size.model().to(device)
+            task(model)
+            with Waits() as waits:
+                task(model)
+            counts.append(Counter(waits.places))
+        unlisted(counts[1] - counts[0])
+
+
+def plain_draws(model: Any) -> None:
+    model.generate(3, generator=generator(model.device))
+
+
+def continued_draws(model: Any) -> None:
+    """Draws of a chunk given symbols before it and, where a family takes them, after it."""
+    n = model.config.length
+    mask = torch.arange(n + 3) < 2
+    mask[-1] = zoo.find(model.config.family).known == "anywhere"
+    symbols = torch.arange(3, device=model.device)[:, None].expand(3, n + 3)
+    model.law.sample(3, Context(known=Known(symbols, mask)), generator(model.device))
 
 
 def unlisted(places: Iterable[str]) -> None:
@@ -264,6 +288,8 @@ def properties(variant: Variant, model: Any) -> Iterator[Callable[[Any, Any, Ten
     if record.kind == "labels":
         return
     yield draw
+    if record.left_to_right:
+        yield drafts
     if record.prompt != "no":
         yield prompt
     if record.kind == "text" and (record.known == "before" or model.config.context):
@@ -336,12 +362,18 @@ def commands(folder: Path, family: str, device: torch.device) -> Iterator[tuple[
             steps.append(waits.places)
             return result
 
-        no_context = ["--set", "model.context=0"] if record.known != "no" else []
-        with mock.patch.object(loop.Run, "_one_step", counted_step):
-            command("train", folder / "recipe.yaml", "-o", folder / "other", *no_context, device=device)
-        # What depends on the model alone is computed at the first step.
-        unlisted(steps[-1])
-        assert sum(place.startswith("train/loop.py") for place in steps[-1]) == 1
+        # With a context what is known differs by step.
+        for context in (0, 3) if record.known != "no" else (0,):
+            steps.clear()
+            words = ["-o", folder / f"other{context}"]
+            if record.known != "no":
+                words += ["--set", f"model.context={context}", "train.known=[0, 1, 1, 2]", "train.steps=6"]
+            with mock.patch.object(loop.Run, "_one_step", counted_step):
+                command("train", folder / "recipe.yaml", *words, device=device)
+            # What depends on the model alone is computed at the first step.
+            for places in steps[1:]:
+                unlisted(places)
+                assert sum(place.startswith("train/loop.py") for place in places) == 1
 
     yield "waits in training", waits_in_training
     yield "dflow train", lambda: command("train", folder / "recipe.yaml", device=device)
