@@ -22,6 +22,7 @@ from folders import write_model, write_pictures, write_text
 from forks import FORKS
 from PIL import Image
 from stand_ins import ROOT
+from test_train import recipe_file
 
 from dflow.cli import main
 from dflow.coding import container
@@ -143,7 +144,7 @@ def test_a_folder_of_pictures_comes_back(
     assert "animat" in record["left_out"]["moves.gif"]
     assert "CMYK" in record["left_out"]["cmyk.jpg"]
     assert "damaged, truncated" in record["left_out"]["cut.png"]
-    assert any("y.jpg" in line or "y.png" in line for line in record["notes"])
+    assert any("y.jpg: a JPEG file" in line for line in record["notes"])
 
     _, listed = run(capsys, "info", str(tmp_path / "a.dfl"), "--list")
     by_name = {file["name"]: file for file in listed["files"]}
@@ -243,6 +244,43 @@ def test_texts_and_pipes(
     give(data)
     assert main(["decompress", "-", "-o", str(tmp_path / "c"), "--model", models["other"]]) == 2
     assert b"give the model that it was made by" in capsysbinary.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("family", "flags"), [("ngram", ["--adapt"]), ("transformer", ["--draft", "counts"])]
+)
+def test_texts_are_coded_given_those_before_them(family: str, flags: list[str], tmp_path: Path) -> None:
+    path = recipe_file(tmp_path, write_text(tmp_path), family, {"context": 8, "counts": 3}, samples=0)
+    by, folder = ["--model", str(train(load_recipe(path)))], tmp_path / "in"
+    folder.mkdir()
+    contents = {f"{i}.txt": f"line {i} of a text: abcde.\n".encode() * 20 for i in range(3)}
+    for name, data in contents.items():
+        (folder / name).write_bytes(data)
+    argv = ["compress", str(folder), *by, "-o"]
+    assert main([*argv, str(tmp_path / "a.dfl"), "--protocol", "rolling", *flags]) == 0
+    assert main([*argv, str(tmp_path / "b.dfl")]) == 0
+    if family == "ngram":
+        assert (tmp_path / "a.dfl").stat().st_size < (tmp_path / "b.dfl").stat().st_size
+    assert main(["decompress", str(tmp_path / "a.dfl"), "-o", str(tmp_path / "back"), *by, "1.txt"]) == 0
+    assert {n: p.read_bytes() for n, p in files_below(tmp_path / "back").items()} == {
+        "1.txt": contents["1.txt"]
+    }
+
+
+def test_a_picture_comes_back_by_a_name_of_its_own(models: dict[str, str], tmp_path: Path) -> None:
+    """Beside a caption as ``x.png``; beside other pictures called so by its whole name."""
+    folder, by = tmp_path / "in", ["--model", models["images"]]
+    folder.mkdir()
+    for name in ("a.jpg", "b.bmp", "b.gif", "c.jpg", "c.jpg.png", "c.png", "d"):
+        kind = {"": "png"}.get(Path(name).suffix, Path(name).suffix[1:])
+        data = io.BytesIO()
+        Image.new("L", (3, 3), 5).save(data, "jpeg" if kind == "jpg" else kind)
+        (folder / name).write_bytes(data.getvalue())
+    (folder / "a.csv").write_text("a caption")
+    assert main(["compress", str(folder), "-o", str(tmp_path / "a.dfl"), *by]) == 1
+    with (tmp_path / "a.dfl").open("rb") as stream:
+        names = {file.name for _, file in Archive.read(stream).files}
+    assert names == {"a.png", "b.bmp.png", "b.gif.png", "c.jpg.png", "c.png", "d.png"}
 
 
 def test_damage_to_a_group_leaves_the_others_whole(

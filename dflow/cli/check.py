@@ -69,9 +69,9 @@ def archive_faults(flags: Check, file: BinaryIO, title: str) -> Iterator[str]:
     yield from faults
     if flags.model is None or faults:
         return
+    crew = flags.crew(flags.threads)
     with named(title):
         model = decoder(flags.model, archive, flags.limit)
-    crew = flags.crew(flags.threads)
     opened_groups = unpack(archive, Unpacker(model, flags.limit), chosen(archive, ()), crew, progress=True)
     yield from (group.wrong for group in opened_groups if group.wrong)
 

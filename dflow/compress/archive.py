@@ -38,6 +38,8 @@ _HEAD = MAGIC + bytes([VERSION, ARCHIVE << 4])
 _END = struct.Struct("<QI4s")
 _MARK = b"\0dfl"
 _SECOND = 10**9
+#: Seconds before and after 1970 that the time of a file may be: until the year 4147.
+_LATEST = 1 << 36
 
 #: Kinds of groups: a ``.dfl``, bytes as they are, deflated bytes.
 CODED, STORED, DEFLATED = range(3)
@@ -277,6 +279,8 @@ def _read_file(reader: Reader) -> ArchivedFile:
     seconds, mtime = reader.varint(), None
     if seconds:
         seconds = (seconds >> 1) - 1 if seconds & 1 else -(seconds >> 1)
+        if abs(seconds) > _LATEST:
+            raise Damaged(f"says that {name!r} was changed in a year that no disk keeps")
         mtime = seconds * _SECOND + reader.varint(_SECOND - 1)
     words = _read_text(reader)
     if len(words) > _MOST_WORDS or not words.isprintable():
@@ -300,4 +304,5 @@ def _time_bytes(mtime: int | None) -> bytes:
     if mtime is None:
         return varint(0)
     seconds, rest = divmod(mtime, _SECOND)
+    seconds = max(-_LATEST, min(_LATEST, seconds))
     return varint((seconds + 1) << 1 | 1 if seconds >= 0 else -seconds << 1) + varint(rest)

@@ -47,7 +47,7 @@ class Item:
     Attributes:
         kind: files of one kind are coded together; None for bytes that are stored.
         file: what the index says of it.
-        path: of the file.
+        source: where it is.
         content: a `Picture`, or bytes.
         share: of a whole piece that it fills.
         notes: what of the file is not kept.
@@ -55,7 +55,7 @@ class Item:
 
     kind: Hashable
     file: ArchivedFile
-    path: Path
+    source: FolderFile
     content: Any
     share: float
     notes: tuple[str, ...] = ()
@@ -85,6 +85,8 @@ def walk(folder: Path) -> tuple[list[FolderFile], list[tuple[str, str]]]:
         try:
             entries = sorted(os.scandir(place), key=lambda entry: entry.name)
         except OSError as error:
+            if place == folder:
+                raise
             left_out.append((prefix, f"a folder that cannot be read ({error.strerror})"))
             continue
         below = []
@@ -97,7 +99,11 @@ def walk(folder: Path) -> tuple[list[FolderFile], list[tuple[str, str]]]:
             elif entry.is_dir():
                 below.append((Path(entry.path), f"{name}/"))
             elif entry.is_file():
-                stat = entry.stat()
+                try:
+                    stat = entry.stat()
+                except OSError as error:  # removed meanwhile
+                    left_out.append((name, f"cannot be read ({error.strerror})"))
+                    continue
                 files.append(FolderFile(name, Path(entry.path), stat.st_size, stat.st_mtime_ns))
             else:
                 left_out.append((name, "neither a file nor a folder"))
@@ -168,4 +174,4 @@ def _opened(file: FolderFile, opener: Opener, omissions: Omissions, store: bool)
         return None
     omissions.stored.append((file.name, reason))
     archived = ArchivedFile(file.name, len(content), "stored", file.mtime)
-    return Item(None, archived, file.path, content, len(content) / _STORED)
+    return Item(None, archived, file, content, len(content) / _STORED)

@@ -113,13 +113,17 @@ class PicturePacker:
     def name_all(self, files: Sequence[FolderFile]) -> None:
         """A picture comes back as PNG: ``x.jpg`` as ``x.png``, or as ``x.jpg.png`` where another ``x`` is."""
         paths = [PurePosixPath(file.name) for file in files]
-        often = Counter(path.with_suffix("") for path in paths if path.suffix.lower() in formats.SUFFIXES)
-        taken = {file.name for file in files}
-        for file, path in zip(files, paths, strict=True):
-            back = file.name if often[path.with_suffix("")] > 1 else str(path.with_suffix(""))
-            if f"{back}.png" not in taken:
-                taken.add(f"{back}.png")
-                self._names[file.name] = f"{back}.png"
+        likely = [path for path in paths if path.suffix.lower() in formats.SUFFIXES]
+        often, taken = Counter(path.with_suffix("") for path in likely), set(map(str, paths))
+        # Files that are called as pictures are have the first choice.
+        for path in (*likely, *paths):
+            if str(path) in self._names or path.suffix.lower() in (".png", ".npy"):
+                continue
+            for back in (f"{path.with_suffix('')}.png", f"{path}.png"):
+                if back not in taken and (often[path.with_suffix("")] < 2 or back == f"{path}.png"):
+                    taken.add(back)
+                    self._names[str(path)] = back
+                    break
 
     def open(self, file: FolderFile) -> Item:
         """See `Opener`."""
@@ -137,11 +141,11 @@ class PicturePacker:
         archived = ArchivedFile(name, file.size, in_words(form), file.mtime)
         if self.coder.borrows:
             # One chain of as many as there may be: each borrows anew.
-            return Item(True, archived, file.path, picture, tiles / self.coder.most, picture.notes)
+            return Item(True, archived, file, picture, tiles / self.coder.most, picture.notes)
         # Pictures of a kind and of about one size are alike, so that what does not pay is stored alone.
         kind = form.full[3], form.depth, tiles.bit_length()
         room = max(BATCH, _VALUES // self.coder.dim)
-        return Item(kind, archived, file.path, picture, tiles / room, picture.notes)
+        return Item(kind, archived, file, picture, tiles / room, picture.notes)
 
     def __call__(self, piece: list[Item]) -> Packed:
         """See `Packer`."""
@@ -152,9 +156,9 @@ class PicturePacker:
             for i, item in enumerate(piece)
         ]
         data, report = compress_pictures(
-            [item.path for item in piece], pictures, self.coder, verify=self.verify
+            [item.source.path for item in piece], pictures, self.coder, verify=self.verify
         )
-        notes = tuple((item.file.name, note) for item in piece for note in item.notes)
+        notes = tuple((item.source.name, note) for item in piece for note in item.notes)
         files = tuple(item.file for item in piece)
         return Packed(CODED, data, report.values, files, report.encode, report.decode, notes)
 
@@ -201,8 +205,8 @@ class TextPacker:
             not isinstance(self.coder.tokenizer, (Bytes, Characters))
             and chunks.spell(content, self.coder) is None
         ):
-            return Item(None, archived, file.path, content, share)
-        return Item(kind, archived, file.path, content, share)
+            return Item(None, archived, file, content, share)
+        return Item(kind, archived, file, content, share)
 
     def __call__(self, piece: list[Item]) -> Packed:
         """See `Packer`."""
