@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from folders import write_model, write_pictures, write_text
+from folders import image_recipe, write_model, write_pictures, write_text
 from forks import FORKS
 from PIL import Image
 from stand_ins import ROOT
 from test_train import recipe_file
 
 from dflow.cli import main
+from dflow.cli.command import parse_words
 from dflow.coding import container
 from dflow.coding.container import Damaged
 from dflow.compress.archive import (
@@ -246,6 +247,7 @@ def test_texts_and_pipes(
     assert b"give the model that it was made by" in capsysbinary.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "flags"), [("ngram", ["--adapt"]), ("transformer", ["--draft", "counts"])]
 )
@@ -265,6 +267,19 @@ def test_texts_are_coded_given_those_before_them(family: str, flags: list[str], 
     assert {n: p.read_bytes() for n, p in files_below(tmp_path / "back").items()} == {
         "1.txt": contents["1.txt"]
     }
+
+
+def test_a_dequantized_flow_codes_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In one chain, which borrows bits once."""
+    pictures = write_pictures(tmp_path / "in")
+    by = ["--model", str(train(load_recipe(image_recipe(tmp_path, str(pictures), steps=1))))]
+    argv = ["compress", str(pictures), "-o", str(tmp_path / "a.dfl"), *by]
+    assert main(argv) == 2
+    assert "--allow-larger" in capsys.readouterr().err
+    assert main([*argv, "--allow-larger"]) == 0
+    assert main(["decompress", str(tmp_path / "a.dfl"), "-o", str(tmp_path / "back"), *by]) == 0
+    for name, path in files_below(tmp_path / "back").items():
+        assert same(pictures / name, path)
 
 
 def test_a_picture_comes_back_by_a_name_of_its_own(models: dict[str, str], tmp_path: Path) -> None:
@@ -327,6 +342,15 @@ def test_names_that_lead_elsewhere_are_refused(
     assert main(argv) == 2
     assert "a.dfl" in capsys.readouterr().err
     assert not files_below(tmp_path / "out")
+
+
+def test_files_may_follow_flags_and_unknown_flags_do_not(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["decompress", "a.dfl", "-o", "out", "b", "--model", "m", "c"]
+    assert parse_words(words).files == ["a.dfl", "b", "c"]
+    for unknown in ("-y", "--yes"):
+        with pytest.raises(SystemExit):
+            parse_words([*words, unknown])
+    assert "unknown: b c --yes" in capsys.readouterr().err
 
 
 def test_links_in_the_output_are_not_followed(

@@ -96,7 +96,8 @@ def parse_words(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = words._parser
     del words._parser
     lists = [f.name for f in dataclasses.fields(words._cls) if takes_many(words._cls, f)]
-    if len(lists) == 1 and hasattr(words, lists[0]) and not any(word.startswith("--") for word in unknown):
+    are_files = all(word == "-" or not word.startswith("-") for word in unknown)
+    if len(lists) == 1 and hasattr(words, lists[0]) and are_files:
         setattr(words, lists[0], [*getattr(words, lists[0]), *unknown])
         unknown = []
     if unknown:
