@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
 import os
 import random
 import resource
+import shutil
 import struct
 import time
 import traceback
@@ -22,6 +25,7 @@ import numpy as np
 import yaml
 
 from dflow import hf
+from dflow.cli import main
 from dflow.coding import container
 from dflow.coding.container import Segment
 from dflow.compress import (
@@ -32,6 +36,7 @@ from dflow.compress import (
     load_image_coder,
     pixels,
 )
+from dflow.compress.archive import CODED, Archive, ArchiveWriter
 from dflow.config import InputError
 from dflow.data import DataConfig, ImageConfig, Tokenizer, formats, image_sets, load, load_images
 from dflow.data.arrays import from_npz
@@ -174,6 +179,58 @@ def read_dfl(folder: Path) -> None:
         raise AssertionError("other bytes came back")
 
 
+def archive_changed(data: bytes, draw: random.Random) -> bytes:
+    """An archive: its bytes, or its index or a group behind checksums that are right."""
+    if draw.random() < 0.3:
+        return bytes_changed(data, draw)
+    found = Archive.read(io.BytesIO(data))
+    stream = io.BytesIO()
+    writer = ArchiveWriter(stream)
+    place = draw.randrange(len(found.groups))
+    for i, group in enumerate(found.groups):
+        content = found.group(group, 1 << 20)
+        kind, amount, files = group.kind, group.amount, list(group.files)
+        if i == place:
+            what, one = draw.randrange(5), draw.randrange(len(files))
+            name = draw.choice([*VALUES[15:19], "../x", "/x", "a/b/c", files[-1].name, "a\\b", "x\0y"])
+            if what == 0:
+                content = (dfl_changed if kind == CODED else bytes_changed)(content, draw)
+            elif what == 1:
+                files[one] = replace(files[one], name=name)
+            elif what == 2:
+                amount = draw.choice([0, 1, 1 << 19, 1 << 61])
+                files[one] = replace(files[one], size=draw.choice([0, amount]))
+            elif what == 3:
+                kind = draw.randrange(4)
+            else:
+                files = draw.choices(files, k=draw.randint(1, 3))
+        writer.add(kind, content, amount, files)
+    writer.finish(found.fingerprint, found.mode)
+    changed = stream.getvalue()
+    if draw.random() < 0.3:  # the index, behind a checksum that is right
+        start = Archive.read(io.BytesIO(data)).groups[-1]
+        end = start.start + start.bytes
+        plain = zlib.compress(bytes_changed(zlib.decompress(data[end:-16]), draw))
+        length = struct.pack("<Q", len(plain))
+        changed = data[:end] + plain + length + struct.pack("<I", zlib.crc32(plain + length)) + b"\0dfl"
+    return changed
+
+
+def read_archive(folder: Path) -> None:
+    """Nothing, or all that was coded, and no file outside of the folder that it is written to."""
+    words = ["decompress", str(folder / "folder.dfl"), "-o", str(folder / "out"), "--model", str(folder)]
+    outside = {path for path in folder.parent.rglob("*") if folder / "out" not in path.parents}
+    errors = io.StringIO()
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+        code = main([*words, "--limit", str(1 << 20), "--threads", "1"])
+    after = {path for path in folder.parent.rglob("*") if folder / "out" not in path.parents}
+    if after - {folder / "out"} != outside - {folder / "out"}:
+        raise AssertionError(f"written elsewhere: {after - outside}")
+    if code:
+        raise InputError(errors.getvalue())
+
+
 SHAPES = [
     "()", "(8,)", "(-8, 8)", "(8, 8, 8)", "(1 << 62, 2)", "(4611686018427387904, 4)", "(8, 8.0)", "'8'",
     "[8, 8]", "(True, 64)", "(" * 300 + ")" * 300,
@@ -224,6 +281,7 @@ KINDS: dict[str, tuple[str, Callable[[bytes, random.Random], bytes], Callable[[P
     "manifest": ("manifest.json", json_changed, read_checked),
     "vocabulary": ("vocabulary.json", json_changed, Tokenizer.load),
     "dfl": ("a.dfl", dfl_changed, read_dfl),
+    "archive": ("folder.dfl", archive_changed, read_archive),
     "npy": ("a.npy", npy_changed, lambda folder: pixels.read(folder / "a.npy")),
     "npz": ("a.npz", bytes_changed, lambda folder: from_npz(folder / "a.npz", ("x", "y"), 1 << 16)),
     "csv": ("a.csv", cells_changed, lambda folder: load_images(ImageConfig(str(folder / "a.csv")))),

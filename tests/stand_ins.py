@@ -96,6 +96,9 @@ def write_files(folder: Path) -> None:
         write_text(folder).rename(folder / name)
     (folder / "letter.txt").write_text("line 1 ____ a text: ____\nline 2 of a text.", encoding="utf-8")
     (folder / "story.txt").write_text("line 1 of a text: ____", encoding="utf-8")
+    (folder / "notes").mkdir()
+    for name in ("a.txt", "b.txt"):
+        write_text(folder).rename(folder / "notes" / name)
     (folder / "texts").mkdir()
     (folder / "texts" / "ptb").write_text("ptb", encoding="utf-8")
     (folder / "pictures").mkdir()

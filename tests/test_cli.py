@@ -440,8 +440,8 @@ def test_train_refuses(lstm: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "key 'output' is missing" in fails(capsys, "train", str(bare))
     # An output on the command line is one.
     assert "exists already" in fails(capsys, "train", str(bare), "--output", lstm)
-    assert "a folder; name the files in it" in fails(
-        capsys, "compress", lstm, "-o", str(tmp_path / "a.dfl"), "--model", lstm
+    assert "a folder; name it alone" in fails(
+        capsys, "compress", lstm, recipe, "-o", str(tmp_path / "a.dfl"), "--model", lstm
     )
 
 

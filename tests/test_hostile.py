@@ -18,6 +18,7 @@ from folders import SMALL, write_model, write_pictures, write_table, write_text
 from forks import FORKS
 
 from dflow import hf
+from dflow.cli import main
 from dflow.compress import BitsBackCoder, TextCoder, compress_images, compress_text, load_image_coder
 from dflow.config import InputError
 from dflow.train import load_recipe, train
@@ -57,6 +58,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, written in data.items():
         for file in ("a.dfl", "whole.dfl"):
             (found[name] / file).write_bytes(written)
+    # Folders, with files that no model codes.
+    (pictures / "notes.txt").write_text("no picture\n" * 9)
+    (pictures / "noise").write_bytes(bytes(range(256)))
+    words = ["compress", str(pictures), "--store", "--times", "--threads", "1", "-o"]
+    for name in ("grouped", "integer"):
+        assert main([*words, str(found[name] / "folder.dfl"), "--model", str(found[name])]) == 0
     return found
 
 
@@ -78,6 +85,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("grouped", "dfl", 100),
         ("integer", "dfl", 100),
         ("dequantized", "dfl", 100),
+        ("integer", "archive", 100),
+        ("grouped", "archive", 100),
     ],
 )
 def test_changed_files_are_read_or_refused(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import io
 import os
@@ -14,7 +15,7 @@ from itertools import pairwise
 from typing import TextIO
 
 from dflow import plugins
-from dflow.cli.flags import read_flags
+from dflow.cli.flags import read_flags, takes_many
 from dflow.cli.parser import build_parser, hint
 from dflow.cli.shared import complain, say_once
 from dflow.cli.verbs import VERBS
@@ -51,7 +52,8 @@ class _Terminal(io.TextIOBase):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns its exit code.
 
-    0, 1 (a check failed), 2 (the input cannot be used), 130 (stopped by Ctrl-C).
+    0, 1 (a check failed, or files of a folder are left out or damaged), 2 (the input cannot be used), 130
+    (stopped by Ctrl-C).
     """
     # A character that a terminal or a log cannot show must not end a training of hours.
     for stream in (sys.stdout, sys.stderr):
@@ -88,10 +90,18 @@ def import_modules(modules: Sequence[str]) -> None:
 
 
 def parse_words(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The verb and its flags; ends with exit code 2 where a word is unknown."""
+    """The verb and its flags; ends with exit code 2 where a word is unknown.
+
+    Files may stand behind flags too, where a verb takes a list of them.
+    """
     words, unknown = build_parser().parse_known_args(argv)
     parser = words._parser
     del words._parser
+    lists = [f.name for f in dataclasses.fields(words._cls) if takes_many(words._cls, f)]
+    are_files = all(word == "-" or not word.startswith("-") for word in unknown)
+    if len(lists) == 1 and hasattr(words, lists[0]) and are_files:
+        setattr(words, lists[0], [*getattr(words, lists[0]), *unknown])
+        unknown = []
     if unknown:
         parser.error(f"unknown: {' '.join(unknown)}{hint(unknown[0], words._cls)}")
     return words

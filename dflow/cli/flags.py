@@ -23,13 +23,14 @@ def flag(
     long: str | None = None,
     *,
     many: bool = False,
+    stdout: bool = False,
 ) -> Any:
     """A field that is the flag ``--name``, required where it has no default.
 
     ``short`` is another name like ``-o``, ``long`` another one like ``--samples``, which is shown first;
-    ``many`` is for a list, empty by default.
+    ``many`` is for a list, empty by default; with ``stdout`` a file may be standard output, -.
     """
-    metadata = {"help": help, "short": short, "long": long}
+    metadata = {"help": help, "short": short, "long": long, "piped": stdout}
     return (
         field(default_factory=list, metadata=metadata) if many else field(default=default, metadata=metadata)
     )
@@ -48,7 +49,7 @@ def argument(
 
     A list takes one word or more, with ``many`` none as well; with ``stdin`` a file may be standard input, -.
     """
-    metadata = {"help": help, "positional": True, "stdin": stdin}
+    metadata = {"help": help, "positional": True, "piped": stdin}
     return (
         field(default_factory=list, metadata=metadata) if many else field(default=default, metadata=metadata)
     )
@@ -73,6 +74,11 @@ def refuse(flags: Any, names: Sequence[str], reason: str) -> None:
     for name in names:
         if getattr(flags, name) not in (None, False):
             raise InputError(f"{label(name)} {reason}")
+
+
+def takes_many(cls: type[Any], f: dataclasses.Field[Any]) -> bool:
+    """Whether a field is a list of positional arguments."""
+    return "positional" in f.metadata and typing.get_origin(typing.get_type_hints(cls)[f.name]) is list
 
 
 def add_flags(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
@@ -123,7 +129,7 @@ def read_flags(cls: type[Any], values: dict[str, Any]) -> Any:
         converted[name] = convert(hints[name], value, spelled)
         if (
             name in _FILES
-            and not fields[name].metadata.get("stdin")
+            and not fields[name].metadata.get("piped")
             and "-" in (value if isinstance(value, list) else [value])
         ):
             raise InputError(

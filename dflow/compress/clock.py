@@ -92,3 +92,10 @@ def _timed(network: Any, name: str, start: Callable[[], None], stop: Callable[[]
 def progress_bar(total: int, unit: str, what: str, progress: bool) -> tqdm[Any]:
     """A bar on stderr for what takes longer than a second; without ``progress`` nothing is shown."""
     return tqdm(total=total, unit=unit, desc=what, delay=1, mininterval=1, disable=not progress)
+
+
+def bytes_bar(total: int, what: str, progress: bool) -> tqdm[Any]:
+    """The same of bytes: how many of all, the rate and the time left."""
+    return tqdm(
+        total=total, unit="B", unit_scale=True, desc=what, delay=1, mininterval=1, disable=not progress
+    )

@@ -135,7 +135,20 @@ def describe(parsed: Container, files: int, size: str) -> Description:
     ]
 
 
-def listed(files: Sequence[tuple[str, str]]) -> Description:
-    """The last lines of a description: the first files."""
+def listed(files: Sequence[tuple[str, str]], every: bool = False) -> Description:
+    """The last lines of a description: the first files, or ``every`` one."""
+    if every:
+        return list(files)
     more = len(files) - _LISTED
     return [*files[:_LISTED], *[("...", f"and {more:,} more")] * (more > 0)]
+
+
+def noted(notes: Sequence[tuple[str, str]]) -> list[str]:
+    """Pairs of a file and a note, one line a note: the first three files that it is of, and how many more."""
+    files: dict[str, list[str]] = {}
+    for file, note in notes:
+        files.setdefault(note, []).append(file)
+    return [
+        ", ".join(names[:3]) + f" and {len(names) - 3:,} more" * (len(names) > 3) + f": {note}"
+        for note, names in files.items()
+    ]

@@ -60,13 +60,7 @@ class Report(BaseReport):
     @property
     def lines(self) -> list[str]:
         """``notes``, one line a kind: the first three files that it is of, and how many more."""
-        files: dict[str, list[str]] = {}
-        for file, note in self.notes:
-            files.setdefault(note, []).append(file)
-        return [
-            ", ".join(names[:3]) + f" and {len(names) - 3:,} more" * (len(names) > 3) + f": {note}"
-            for note, names in files.items()
-        ]
+        return dfl.noted(self.notes)
 
     @property
     def auxiliary(self) -> int:
@@ -110,7 +104,24 @@ def compress_images(
     if not files:
         raise InputError("no files to compress")
     pictures = _renamed(files, [pixels.read(file) for file in files])
-    _check_fit(coder, files, pictures)
+    for file, picture in zip(files, pictures, strict=True):
+        check_fit(coder, file, picture)
+    return compress_pictures(
+        files, pictures, coder, tiles=tiles, verify=verify, analytic=analytic, progress=progress
+    )
+
+
+def compress_pictures(
+    files: Sequence[Path],
+    pictures: Sequence[Picture],
+    coder: ImageCoder,
+    *,
+    tiles: int | None = None,
+    verify: bool = True,
+    analytic: bool = False,
+    progress: bool = False,
+) -> tuple[bytes, Report]:
+    """`compress_images` of pictures that were read from ``files``, which fit the model and have names."""
     try:
         data, encode, bits = segments.encode(coder, pictures, tiles, analytic, progress)
     except InputError:
@@ -123,7 +134,7 @@ def compress_images(
     given, random, _ = _borrowed(parsed)
     return data, Report(
         files=len(pictures),
-        values=sum(_amount(picture.form) for picture in pictures),
+        values=sum(amount(picture.form) for picture in pictures),
         declared=coder.dim * sum(grid(picture.form, coder.shape).size for picture in pictures),
         bytes=len(data),
         header=parsed.header,
@@ -161,16 +172,15 @@ def _renamed(files: Sequence[Path], pictures: Sequence[Picture]) -> list[Picture
     return renamed
 
 
-def _check_fit(coder: ImageCoder, files: Sequence[Path], pictures: Sequence[Picture]) -> None:
+def check_fit(coder: ImageCoder, file: Path, picture: Picture) -> None:
     """`InputError` for a file that the model cannot code, or that has the name of the auxiliary file."""
-    for file, picture in zip(files, pictures, strict=True):
-        back = picture.form.file
-        if coder.lend and coder.lend[0] == back:
-            raise InputError(f"{file} and the auxiliary file would both come back as {back}; rename one")
-        try:
-            grid(picture.form, coder.shape)
-        except ValueError as error:
-            raise InputError(f"{file}: {error}") from None
+    back = picture.form.file
+    if coder.lend and coder.lend[0] == back:
+        raise InputError(f"{file} and the auxiliary file would both come back as {back}; rename one")
+    try:
+        grid(picture.form, coder.shape)
+    except ValueError as error:
+        raise InputError(f"{file}: {error}") from None
 
 
 def _verify(
@@ -190,8 +200,7 @@ def _verify(
             "nothing is written: use --mode fixed, which does not depend on how floats are rounded"
         )
     for file, picture in zip(files, pictures, strict=True):
-        again = pixels.read(file, again=True)
-        if not picture.same(replace(again, form=replace(again.form, name=picture.form.name))):
+        if not picture.same(pixels.read(file, again=True, name=picture.form.name)):
             raise InputError(
                 f"{file}: two readers of its format find different values in it, or it has changed "
                 "meanwhile; nothing is written: try again, or compress the array of its values as .npy"
@@ -241,8 +250,10 @@ def _hint(data: bytes) -> str:
     return f"; {parsed.present} of {parsed.num_levels} levels are whole: --levels {parsed.present} shows them"
 
 
-def describe_images(data: bytes, name: str = "the file") -> Description:
+def describe_images(data: bytes, name: str = "the file", every: bool = False) -> Description:
     """What is in a ``.dfl`` of images, in words: name and value. No model is needed.
+
+    The files come last: the first of them, or ``every`` one.
 
     Raises:
         InputError: a file that is damaged or not a ``.dfl``.
@@ -250,17 +261,17 @@ def describe_images(data: bytes, name: str = "the file") -> Description:
     with dfl.named(name):
         parsed, plan = image_plan.parse(data, prefix=True)
         given, random, names = _borrowed(parsed)
-    values, total = sum(map(_amount, plan.forms)), parsed.header + sum(parsed.level_bytes)
+    values, total = sum(map(amount, plan.forms)), parsed.header + sum(parsed.level_bytes)
     size = f"{total:,}" + f", {len(data):,} of them there" * (len(data) < total)
     raw = sum(segment.raw for segment in parsed.segments)
     rows = [
         *dfl.describe(parsed, len(plan.forms), size),
         ("segments", f"{len(parsed.segments):,}, {raw:,} of them raw"),
     ]
-    for i, amount in enumerate(parsed.level_bytes):
+    for i, num_bytes in enumerate(parsed.level_bytes):
         missing = "" if i < parsed.present else ", not there"
-        bits = 8 * amount / values
-        rows.append((f"level {i + 1}", f"{amount:,} bytes, {bits:.4f} bits a dimension{missing}"))
+        bits = 8 * num_bytes / values
+        rows.append((f"level {i + 1}", f"{num_bytes:,} bytes, {bits:.4f} bits a dimension{missing}"))
     if parsed.kind == container.BITS_BACK:
         net = total - given - random
         come_back = "".join(f", {file}" for file in names)
@@ -269,16 +280,17 @@ def describe_images(data: bytes, name: str = "the file") -> Description:
             ("net", f"{net:,} bytes, {8 * net / values:.4f} bits a dimension"),
         ]
     rows.append(("in all", f"{8 * total / values:.4f} bits a dimension of {values:,}"))
-    return rows + dfl.listed([(form.file, _in_words(form)) for form in plan.forms])
+    return rows + dfl.listed([(form.file, in_words(form)) for form in plan.forms], every)
 
 
-def _in_words(form: Form) -> str:
+def in_words(form: Form) -> str:
+    """Size, kind and depth of a file."""
     kind = f"array of {pixels.SOURCES[form.source]}" if form.is_array else pixels.SOURCES[form.source]
     alpha = "" if form.alpha is None else ", alpha" if form.alpha < 0 else f", alpha {form.alpha}"
     return f"{' x '.join(map(str, form.dims))}, {kind}, {form.depth} bits{alpha}"
 
 
-def _amount(form: Form) -> int:
+def amount(form: Form) -> int:
     """Values of a file, those of an alpha plane included."""
     return prod(form.full) + (prod(form.dims) if form.alpha == -1 else 0)
 

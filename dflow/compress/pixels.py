@@ -96,21 +96,24 @@ class Picture:
         return self.alpha is other.alpha is None or np.array_equal(self.alpha, other.alpha)  # type: ignore[arg-type]
 
 
-def read(path: Path, again: bool = False) -> Picture:
+def read(path: Path, again: bool = False, name: str | None = None) -> Picture:
     """The values in a file.
 
     Args:
         path: of a picture, or of an array (``.npy``).
         again: read a picture by another way than the usual one, see `dflow.data.formats.read_again`.
+        name: that its form has (default: that of the file, without its suffix).
 
     Raises:
         InputError: no picture, or one that cannot be read exactly.
         OSError: no such file.
     """
     data = path.read_bytes()
+    if name is None:
+        name = _name(path)
     if path.suffix.lower() in (".npy", ".npz"):
-        return _array(path, data)
-    return _picture(path, (formats.read_again if again else formats.read)(data, str(path), _WAY))
+        return _array(path, data, name)
+    return _picture(name, (formats.read_again if again else formats.read)(data, str(path), _WAY))
 
 
 def write(picture: Picture) -> bytes:
@@ -128,8 +131,8 @@ def write(picture: Picture) -> bytes:
     return png.write(values, form.file_depth)
 
 
-#: The drive of a path of Windows.
-_DRIVE = re.compile("[A-Za-z]:")
+#: The beginning of a path of Windows with a drive.
+DRIVE = re.compile("[A-Za-z]:")
 
 
 def check_name(name: str) -> str | None:
@@ -139,7 +142,7 @@ def check_name(name: str) -> str | None:
     """
     if not name.strip() or name in (".", ".."):
         return "is not a file name"
-    if "/" in name or "\\" in name or _DRIVE.match(name) or (os.name == "nt" and ":" in name):
+    if "/" in name or "\\" in name or DRIVE.match(name) or (os.name == "nt" and ":" in name):
         return "names a place, not a file"
     if os.name == "nt" and name.rstrip(" .") != name:
         return "ends with a space or a dot, which Windows leaves out"
@@ -158,7 +161,7 @@ def _name(path: Path) -> str:
 _CHANNELS = (1, 2, 3, 4)
 
 
-def _array(path: Path, data: bytes) -> Picture:
+def _array(path: Path, data: bytes, name: str) -> Picture:
     values = from_npy(data, path)
     if values.ndim not in (2, 3, 4) or not values.size:
         raise InputError(
@@ -176,7 +179,7 @@ def _array(path: Path, data: bytes) -> Picture:
             f"({a}, {b}, {c}, 1) for grey ones (array[..., None])"
         )
     depth = max(1, int(values.max()).bit_length())
-    form = Form(_name(path), UINT8 if values.dtype == np.uint8 else UINT16, depth, values.shape)
+    form = Form(name, UINT8 if values.dtype == np.uint8 else UINT16, depth, values.shape)
     return Picture(form, values.reshape(form.full))
 
 
@@ -189,7 +192,7 @@ def _other_type(values: Array) -> str:
     return f"save its bits as array.view(numpy.{bits}), of which .view(array.dtype) gives the array back"
 
 
-def _picture(path: Path, stored: formats.StoredFormat) -> Picture:
+def _picture(name: str, stored: formats.StoredFormat) -> Picture:
     depth, plane, alpha = stored.depth, stored.alpha, None
     if depth == 16:
         # A picture of 16 bits often has fewer; but one of 8 would come back as another.
@@ -199,5 +202,5 @@ def _picture(path: Path, stored: formats.StoredFormat) -> Picture:
         alpha = int(plane[0, 0])
         alpha, plane = (-1, plane) if (plane != alpha).any() else (alpha, None)
     source = GREY if stored.values.shape[2] == 1 else COLOUR
-    form = Form(_name(path), source, depth, stored.values.shape[:2], alpha)
+    form = Form(name, source, depth, stored.values.shape[:2], alpha)
     return Picture(form, stored.values[None], plane, stored.notes)

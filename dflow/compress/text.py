@@ -229,8 +229,10 @@ def decompress_text(
         return _decode(parsed, plan, coder, limit, progress, drafts or Drafts())
 
 
-def describe_text(data: bytes, name: str = "the file") -> Description:
+def describe_text(data: bytes, name: str = "the file", every: bool = False) -> Description:
     """What is in a ``.dfl`` of text, in words: name and value. No model is needed.
+
+    The files come last: the first of them, or ``every`` one.
 
     Raises:
         InputError: a file that is damaged or not a ``.dfl``.
@@ -251,7 +253,7 @@ def describe_text(data: bytes, name: str = "the file") -> Description:
         rows.append(("chunks", "none: stored as it is"))
     if plan.raw:
         rows.append(("in all", f"{8 * len(data) / plan.raw:.4f} bits a byte of {plan.raw:,}"))
-    return rows + dfl.listed([(file, f"{size:,} bytes") for file, size in plan.files])
+    return rows + dfl.listed([(file, f"{size:,} bytes") for file, size in plan.files], every)
 
 
 def _decode(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import lzma
 import os
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from dflow.config import InputError
 
@@ -125,13 +129,51 @@ def check_same(name: str, checksum: str, expected: str | None) -> None:
 
 def write(path: Path, data: bytes) -> None:
     """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which is there under its name when all of it is on the disk, and else not at all.
+
+    Where the system can (Linux, on most disks), it has no name before, so that nothing is left of it even if
+    the process is killed.
+    """
+    temporary = path.with_name(f".{path.name[:50]}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
+        nameless = _nameless(path.parent)
+        with temporary.open("wb") if nameless is None else nameless as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
+            if nameless is not None:
+                temporary.unlink(missing_ok=True)
+                _give_name(file.fileno(), temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _nameless(folder: Path) -> BinaryIO | None:
+    """A file in a folder that no name leads to; None where there cannot be one."""
+    if not hasattr(os, "O_TMPFILE") or not os.path.isdir("/proc/self/fd"):
+        return None
+    try:
+        return os.fdopen(os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o666), "wb")
+    except OSError as error:
+        # Disks that have no such files say so in one of these ways; all else is an error with a name, too.
+        if error.errno in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            return None
+        raise
+
+
+def _give_name(number: int, path: Path) -> None:
+    """The open file ``number`` under a name."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        # With a folder of the target given, Python follows the link to the file that is open.
+        os.link(f"/proc/self/fd/{number}", path.name, dst_dir_fd=folder, follow_symlinks=True)
+    finally:
+        os.close(folder)
