@@ -33,7 +33,7 @@ FOLDER = ("store", "strict", "times")
 
 @dataclass(kw_only=True)
 class Compress(Threads, Jobs, Results):
-    """Compress pictures, files of any kind, or a folder of them, without loss.
+    """Compress pictures, texts or a folder of them without loss.
 
     A flow, integer or dequantized, compresses pictures; a model of text compresses files of any kind.
 

@@ -199,7 +199,7 @@ def make_plan(
         raise ValueError(f"a call predicts 1 to {reach.carried} rows of this network, asked for {block}")
     known = order.new_zeros(0) if known is None else known
     check_order(torch.cat([order.flatten(), known])[:, None], reach.dim)
-    m, n, width, device = block, reach.dim, reach.carried, order.device
+    m, n, device = block, reach.dim, order.device
     order = order.masked_fill(order >= n, n)
     order = torch.cat([order, order.new_full((-len(order) % m, order.shape[1]), n)])
     rows, lanes = order.shape
@@ -207,9 +207,7 @@ def make_plan(
     drawn = torch.full((n + 1,), rows, device=device)
     drawn[order] = torch.arange(rows, device=device)[:, None].expand_as(order)
     drawn[n], drawn[known] = rows, -1
-    history = torch.cat([order.new_full((width, lanes), n), order])
-    # Column c: the position that the lane drew c + 1 rows before.
-    last = torch.stack([history[width - 1 - c : width - 1 - c + rows] for c in range(width)], -1)
+    last = _drawn_before(order, reach.carried, n)
     blocks, carried = order.unflatten(0, (-1, m)).transpose(1, 2), last[::m]
     present = blocks < n
     used = present.any(-1) | (carried < n).any(-1)
@@ -227,15 +225,8 @@ def make_plan(
         group_of_slot = torch.cat([torch.full_like(known, -1), group_of_slot])
         keys, slot = torch.cat([known, keys]), slot + len(known)
     entries = [
-        reach.reading(
-            drawn,
-            blocks[..., j][predicted],
-            m * group[predicted] + j,
-            last[j::m][predicted],
-            slot[predicted],
-            _cuts(predicted),
-        )
-        for j, predicted in enumerate(present.unbind(-1))
+        reach.reading(drawn, blocks[..., j][at], m * group[at] + j, last[j::m][at], slot[at], _cuts(at))
+        for j, at in enumerate(present.unbind(-1))
     ]
     return Plan(
         slots,
@@ -251,6 +242,13 @@ def make_plan(
         _around(drawn, reach.counted),
         known,
     )
+
+
+def _drawn_before(order: Tensor, number: int, none: int) -> Tensor:
+    """Positions ``(R, S, number)``: column c has what the lane drew c + 1 rows before, or ``none``."""
+    rows, lanes = order.shape
+    history = torch.cat([order.new_full((number, lanes), none), order])
+    return torch.stack([history[number - 1 - c : number - 1 - c + rows] for c in range(number)], -1)
 
 
 def _after(reach: Reach, drawn: Tensor, known: Tensor, slots: Reading) -> Reading:
