@@ -10,6 +10,7 @@ from griffe import Docstring, Extension, Object
 
 #: An example at the margin of a docstring, up to the next empty line. In Markdown ``>>>`` is a quotation.
 EXAMPLE = re.compile(r"^>>> .*(?:\n(?!$).*)*", re.M)
+FENCE = "```pycon\n\\g<0>\n```"
 
 
 class Docstrings(Extension):
@@ -20,7 +21,7 @@ class Docstrings(Extension):
         if obj.docstring is None and obj.is_attribute and (comment := _comment_above(obj)):
             obj.docstring = Docstring(comment, parent=obj)
         if obj.docstring is not None:
-            obj.docstring.value = EXAMPLE.sub(r"```pycon\n\g<0>\n```", obj.docstring.value)
+            obj.docstring.value = EXAMPLE.sub(FENCE, obj.docstring.value)
         elif obj.parent is not None and obj.parent.is_class:
             obj.public = False
 

@@ -12,6 +12,7 @@ import base64
 import json
 import posixpath
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from site_docstrings import EXAMPLE, FENCE
 
 ROOT = Path(__file__).parent.parent
 #: Pages of the site that are files of the root.
@@ -68,13 +73,31 @@ def api_pages() -> Iterator[tuple[str, str]]:
         listed = [member for member in members if member not in modules]
         options = f"    options: {{ members: {json.dumps(listed)} }}\n" if listed else ""
         text = f"# dflow.{name}\n\n::: dflow.{name}\n{options}"
-        # A module, or a function that has the name of its module.
-        for member in sorted(modules & set(members)):
-            home = f"dflow.{name}.{member}"
-            tree = ast.parse((ROOT / "dflow" / name / f"{member}.py").read_text(encoding="utf-8"))
-            function = any(isinstance(node, ast.FunctionDef) and node.name == member for node in tree.body)
-            text += f"\n::: {home}{f'.{member}' * function}\n    options: {{ show_root_heading: true }}\n"
+        text += "".join(_shadowed(ROOT / "dflow" / name, member) for member in sorted(modules & set(members)))
         yield f"api/{name}.md", text
+
+
+def _shadowed(package: Path, member: str) -> str:
+    """A member that has the name of a module of its package: griffe takes the name for that of the module."""
+    home = f"dflow.{package.name}.{member}"
+    functions = {
+        path: {
+            node.name: node
+            for node in ast.parse(path.read_text("utf-8")).body
+            if isinstance(node, ast.FunctionDef)
+        }
+        for path in (package / "__init__.py", package / f"{member}.py")
+    }
+    of_package, of_module = functions.values()
+    if member in of_package:
+        node = of_package[member]
+        returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+        signature = f"{member}({ast.unparse(node.args)}){returns}"
+        about = EXAMPLE.sub(FENCE, ast.get_docstring(node) or "")
+        return f"\n## {member} {{ #{home} .doc-heading }}\n\n```python\n{signature}\n```\n\n{about}\n"
+    path = f"{home}.{member}" if member in of_module else home
+    anchor = f'<a id="{home}"></a>' if member in of_module else ""
+    return f"\n{anchor}\n\n::: {path}\n    options: {{ show_root_heading: true }}\n"
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
