@@ -29,6 +29,10 @@ def run(path: Path) -> nbformat.NotebookNode:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for output in cell.outputs:
+                # Paths as seen from that folder.
+                if "text" in output:
+                    output.text = output.text.replace(f"{Path(folder).resolve()}/", "")
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     return notebook
 
