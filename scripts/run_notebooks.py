@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parent.parent / "docs" / "notebooks"
 
 
 def run(path: Path) -> nbformat.NotebookNode:
-    """A notebook with new outputs, run in an empty folder; bars of progress and warnings are left out."""
+    """A notebook with new outputs, run in an empty folder."""
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
         resources = {"metadata": {"path": folder}}
@@ -28,13 +28,24 @@ def run(path: Path) -> nbformat.NotebookNode:
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-            for output in cell.outputs:
-                # Paths as seen from that folder.
-                if "text" in output:
-                    output.text = output.text.replace(f"{Path(folder).resolve()}/", "")
+            cell.outputs = tidy(cell.outputs, Path(folder))
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     return notebook
+
+
+def tidy(outputs: list[nbformat.NotebookNode], folder: Path) -> list[nbformat.NotebookNode]:
+    """Without bars of progress and warnings, what was printed in one piece, paths as seen from the folder."""
+    kept: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        if output.get("name") == "stderr":
+            continue
+        if "text" in output:
+            output.text = output.text.replace(f"{folder.resolve()}/", "")
+            if kept and "text" in kept[-1]:
+                kept[-1].text += output.text.lstrip("\n")
+                continue
+        kept.append(output)
+    return kept
 
 
 def main() -> None:
