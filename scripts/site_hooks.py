@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -26,8 +26,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from site_docstrings import EXAMPLE, FENCE
 
 ROOT = Path(__file__).parent.parent
-#: Pages of the site that are files of the root.
+#: Pages of the site that are files of the root, and cards of models that the package ships.
 OF_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+CARDS = {
+    path.relative_to(ROOT).as_posix(): f"models/{path.parent.name}.md"
+    for path in (ROOT / "dflow").glob("models/*/README.md")
+}
+OUTSIDE = OF_ROOT | CARDS
 #: Modules that export what they define.
 MODULES = ("core", "config", "generate", "fill", "score", "objectives", "plugins", "recipes")
 LINK = re.compile(r"(\]\()([^)#\s]+)")
@@ -110,8 +115,12 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are no Markdown file of ``docs``."""
-    for source, page in OF_ROOT.items():
-        files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
+    for source, page in OUTSIDE.items():
+        file = File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8"))
+        if source in CARDS:
+            # Reached by links from the guide.
+            file.inclusion = InclusionLevel.NOT_IN_NAV
+        files.append(file)
     for path, text in api_pages():
         files.append(File.generated(config, path, content=text))
     for path in sorted((ROOT / "docs/notebooks").glob("*.ipynb")):
@@ -153,15 +162,14 @@ def notebook_files(config: MkDocsConfig, path: Path) -> Iterator[File]:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Turn the links of a file of the repository into links between pages."""
     here = page.file.src_uri
-    of_root = {page: source for source, page in OF_ROOT.items()}
-    source = of_root.get(here, f"docs/{here}")
+    source = {page: path for path, page in OUTSIDE.items()}.get(here, f"docs/{here}")
 
     def turn(match: re.Match[str]) -> str:
         link = match[2]
         if ":" in link or here.startswith("api/"):
             return match[0]
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
-        site = OF_ROOT.get(target, target.removeprefix("docs/"))
+        site = OUTSIDE.get(target, target.removeprefix("docs/"))
         if not here.startswith("notebooks/"):
             site = re.sub(r"\.ipynb$", ".md", site)
         return match[1] + posixpath.relpath(site, posixpath.dirname(here) or ".")
