@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check dist bench clean
+.PHONY: help install demo test test-slow check docs docs-serve notebooks dist bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,7 +17,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dflow needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,codecs]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,codecs,docs]'
 	touch $@
 
 demo: $(INSTALLED)  ## Draw from a shipped model; train a grouped model and an LSTM on Python's help, compare (in demo/)
@@ -42,6 +42,15 @@ check: $(INSTALLED)  ## Lint, formatting, types, floors
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(INSTALLED)  ## Build the documentation site into site/, a warning or a dead link being an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(INSTALLED)  ## Show the documentation site on this machine, anew after each change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+notebooks: $(INSTALLED)  ## Run the notebooks, and store what they print and draw
+	$(BIN)/python scripts/run_notebooks.py
+
 dist: $(INSTALLED)  ## Build sdist and wheel into dist/, and check what a package index would show of them
 	rm -rf dist build
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt build twine
@@ -52,4 +61,4 @@ bench: $(INSTALLED)  ## Measure the operations against their baselines
 	$(BIN)/python scripts/bench_ops.py
 
 clean:  ## Remove the environment and what the tools cache
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
