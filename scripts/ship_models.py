@@ -32,8 +32,8 @@ DIGITS = 4
 CARD = Path(__file__).parent / "model_card.md"
 
 WHAT = {
-    "tolstoy": "It draws many characters a call: 256 of them in 4, 8, 16, 32 (the default) or 64 network\n"
-    "calls, as `tolstoy@8`.",
+    "tolstoy": "It draws many characters a call: 256 of them in 1, 2, 4, 8, 16 or 32 (the default)\n"
+    "network calls, as `tolstoy@8`.",
     "tolstoy-causal": "It draws one character a network call, and with `--draft counts` the same in fewer.",
 }
 RECIPES = {"tolstoy": "tolstoy_grouped", "tolstoy-causal": "tolstoy_causal"}
