@@ -24,6 +24,8 @@ from dflow import models, shipped
 from dflow.config import InputError
 from dflow.data import Corpus, DataConfig, Tokenizer, load
 from dflow.evaluate import evaluate
+from dflow.hf.remote import MODELING
+from dflow.models.manifest import remove, replacing
 from dflow.train import Size, compact, history, recipe_of
 
 #: Binary digits of weights in matrices: with 4 both models take 8 MB in a wheel; the cards say what it costs.
@@ -83,6 +85,15 @@ def card(name: str, source: Path, small: Path, size: Size, corpus: Corpus) -> st
     )
 
 
+def without_code(folder: Path) -> None:
+    """Leave out the file for trust_remote_code=True: who has this model has the package."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del config["auto_map"]
+    with replacing(folder) as temporary:
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    remove(folder, {MODELING})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
@@ -98,6 +109,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             small = Path(scratch) / name
             size = compact(source, small, DIGITS)
+            without_code(small)
             text = card(name, source, small, size, corpus)
             (small / shipped.CARD).write_text(text, encoding="utf-8")
             shutil.rmtree(shipped.folder_of(name), ignore_errors=True)

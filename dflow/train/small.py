@@ -23,7 +23,7 @@ from dflow.train.recipe import METRICS, RECIPE, load_recipe
 #: Binary digits of a number in float16, the first of which is 1 and is not stored.
 DIGITS = torch.finfo(torch.float16).bits - 5
 #: Files of a training that are copied with the model.
-_COPIED = (METRICS, dealt.DEALT, shipped.CARD)
+_COPIED = (METRICS, dealt.DEALT)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def compact(source: str | os.PathLike[str], output: str | os.PathLike[str], digi
         hf.save(model, scratch, _rounded(model, digits))
         counts.save(model, Path(scratch), pack=True)
         for file in Path(scratch).iterdir():
-            if file.name != hf.MANIFEST:
+            if file.name not in (hf.MANIFEST, shipped.CARD):
                 shutil.copyfile(file, temporary / file.name)
         for name in _COPIED:
             if (path / name).is_file():
@@ -73,6 +73,9 @@ def compact(source: str | os.PathLike[str], output: str | os.PathLike[str], digi
         if (path / RECIPE).is_file():
             text = yaml.safe_dump(_portable(path / RECIPE), sort_keys=False)
             (temporary / RECIPE).write_text(text, encoding="utf-8")
+    if (path / shipped.CARD).is_file():
+        # Users change it, so that it is none of the files that are checked.
+        shutil.copyfile(path / shipped.CARD, folder / shipped.CARD)
     return size_of(folder)
 
 
