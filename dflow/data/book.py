@@ -41,7 +41,7 @@ def split(text: str) -> tuple[str, ...]:
 
     The end of the whole book would be no fair sample of it: the second epilogue is an essay on history.
 
-    >>> [len(text) for text in split("BOOK ONE: " + 90 * "x" + "\\nBOOK TWO: " + 90 * "y")]
+    >>> [len(text) for text in split("BOOK ONE: " + 90 * "x" + "\nBOOK TWO: " + 90 * "y")]
     [193, 4, 4]
     """
     begins = [match.start() for match in _PART.finditer(text)]

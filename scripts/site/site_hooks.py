@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from site_docstrings import EXAMPLE, FENCE
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 #: Pages of the site that are files of the root, and cards of models that the package ships.
 OF_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 CARDS = {
