@@ -74,7 +74,7 @@ def test_words_flags_choices_recipes_and_folders(shell: str) -> None:
         "evaluate --split train --thr": {"--threads"},
         "evaluate --limit ": set[str](),
         "completion ": set(SHELLS),
-        "check ": {"trained"},
+        "check ": {"mine.yaml", "script", "trained"},
         "evaluate --model tr": {"trained"},
         "plot training tr": {"trained"},
         "compress m": {"mine.yaml"},

@@ -16,10 +16,9 @@ from stand_ins import ROOT, Workshop, replace_data_sets
 
 from dflow import cli, recipes
 
-#: Pages whose commands take most of the time of all pages.
-LONG = {f"docs/{page}.md" for page in ("RESULTS", "samples", "guide/comparing", "guide/counts", "guide/text")}
-LONG |= {"docs/guide/compression.md", "docs/guide/models.md"}
 PAGES = ["README.md", "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
+#: Pages whose commands and examples take long, all together.
+LONG = {page for page in PAGES if page not in ("README.md", "CONTRIBUTING.md")}
 
 #: Commands that are only parsed, and why they cannot be run here.
 NOT_RUN = {
@@ -47,7 +46,13 @@ CODE = [(page, i, code) for page in PAGES for i, code in enumerate(blocks(page, 
 
 
 @pytest.mark.usefixtures("registries")
-@pytest.mark.parametrize(("page", "number", "code"), CODE, ids=[f"{p}:{i}" for p, i, _ in CODE])
+@pytest.mark.parametrize(
+    ("page", "number", "code"),
+    [
+        pytest.param(*row, marks=[pytest.mark.slow] * (row[0] in LONG), id=f"{row[0]}:{row[1]}")
+        for row in CODE
+    ],
+)
 def test_python_examples_run(
     page: str, number: int, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

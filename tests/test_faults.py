@@ -121,7 +121,7 @@ def test_killed_at_fifty_random_moments_it_ends_with_the_same_bits(text: Path, t
         steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
         assert steps == list(range(5, 31, 5))
         found = {f.name: f.status for f in hf.check(out) if f.status != "whole"}
-        assert found == {"metrics.jsonl": "unlisted"}
+        assert found == {"metrics.jsonl": "unlisted", "README.md": "unlisted"}
         assert not list(out.glob(".*"))
 
 

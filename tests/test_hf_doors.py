@@ -185,6 +185,7 @@ def arguments(folder: Path, **more: Any) -> TrainingArguments:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trainer(family: str, folders: Path, tmp_path: Path) -> None:

@@ -86,6 +86,7 @@ def test_without_a_recipe_it_is_that_of_the_model(
     assert "all words after --set belong to it" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family",
     [

@@ -83,7 +83,7 @@ def test_json_is_one_document_and_alone(
         about = document(capsys, "info", f"{name}.dfl", "--json")
         assert dict(about["rows"])["files"] == "1"
     unpacked = document(capsys, "decompress", "text.dfl", "--model", lstm, "-o", "back", "--json")
-    assert unpacked == {"files": [str(Path("back") / text.name)]}
+    assert unpacked == {"files": [str(Path("back") / text.name)], "damaged": []}
     assert document(capsys, "check", images, "--json")["whole"] is True
     (images / "metrics.jsonl").rename("metrics.jsonl")
     weights = (images / "state.safetensors").read_bytes()
@@ -99,8 +99,8 @@ def test_json_is_one_document_and_alone(
 
 def test_every_verb_that_prints_results_has_json() -> None:
     without = {verb: cls for verb, cls, *_ in VERBS if not issubclass(cls, cli.Results)}
-    # A training writes files, and the completion of a shell is a script.
-    assert set(without) == {"train", "generate", "fill", "score", "completion"}
+    # A training writes files, the completion of a shell is a script, and a server serves.
+    assert set(without) == {"train", "generate", "fill", "score", "completion", "serve"}
     # Those that print texts have JSON lines instead.
     assert all("jsonl" in str(get_type_hints(without[v])["format"]) for v in ("generate", "fill", "score"))
 

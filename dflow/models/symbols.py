@@ -51,7 +51,8 @@ class TextModel(KeepsBuffers):
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
-        return self.length_counts.device
+        # Those that train are moved by themselves, and the counts of lengths stay behind.
+        return next((p.device for p in self.parameters()), self.length_counts.device)
 
     #: Network calls of the law in use; None where it is `distribution` itself.
     _calls: int | None = None

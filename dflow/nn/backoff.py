@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dflow.nn.counted import Counted, loops
 from dflow.nn.ngram import NgramNet, NgramState
 from dflow.ops.counts import ContextReader, RowReader, patterns_of
+from dflow.ops.devices import widen
 
 #: How much more often a context is followed by a symbol that is new to it than in the counted text. Measured
 #: on PTB: 1.660, 1.493, 1.386 and 1.336 bits with 1, 2, 4 and 8; an n-gram law that was trained has 1.319.
@@ -126,7 +127,7 @@ class BackoffNet(NgramNet):
 
     def _logits(self, symbols: Tensor) -> Tensor:
         keys, known = self._read(symbols)
-        counts = self.table.dense(keys, known, self.K).double()
+        counts = widen(self.table.dense(keys, known, self.K))
         p = torch.full_like(counts[..., 0, :], 1 / self.K)
         for j in range(len(self.patterns)):
             n = counts[..., j, :]
