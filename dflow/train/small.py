@@ -109,8 +109,10 @@ def _rounded(model: nn.Module, digits: int) -> dict[str, Tensor]:
 
 
 def _portable(file: Path) -> dict[str, object]:
-    """A recipe without the place at which known data lie on this machine."""
+    """A recipe without the places on this machine at which known data and the trained folder lie."""
     recipe = load_recipe(file)
     if not recipe.data.is_path:
         recipe = replace(recipe, data=replace(recipe.data, folder=None))
+    if Path(recipe.output).is_absolute():
+        recipe = replace(recipe, output=Path(recipe.output).name)
     return recipe.as_dict()
