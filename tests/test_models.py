@@ -195,8 +195,8 @@ def test_a_small_copy_costs_less_than_a_hundredth_bit(digits: int, trained: Path
     assert size.zipped < size.whole
     assert {f.status for f in hf.check(small) if f.name != shipped.CARD} == {"whole"}
     # The trained folder lies at a place of this machine, which is no part of a copy.
-    assert Path(load_recipe(trained / "recipe.yaml").output).is_absolute()
-    assert load_recipe(small / "recipe.yaml").output == trained.name
+    assert load_recipe(trained / "recipe.yaml").output.is_absolute()
+    assert load_recipe(small / "recipe.yaml").output == Path(trained.name)
     with pytest.raises(InputError, match="is there already, and stays"):
         compact(trained, small)
 
@@ -271,7 +271,7 @@ def test_the_shipped_models_are_there() -> None:
             k: v for k, v in asdict(named.train).items() if k not in budget
         }
         assert (made.data.name, made.data.folder) == ("war-and-peace", None)
-        assert not Path(made.output).is_absolute()
+        assert not made.output.is_absolute()
         card = (folder / shipped.CARD).read_text(encoding="utf-8")
         for words in ("Louise and Aylmer Maude", "Project Gutenberg", "public domain", "bits a character"):
             assert words in card, (name, words)

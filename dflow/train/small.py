@@ -113,6 +113,6 @@ def _portable(file: Path) -> dict[str, object]:
     recipe = load_recipe(file)
     if not recipe.data.is_path:
         recipe = replace(recipe, data=replace(recipe.data, folder=None))
-    if Path(recipe.output).is_absolute():
-        recipe = replace(recipe, output=Path(recipe.output).name)
+    if recipe.output.is_absolute():
+        recipe = replace(recipe, output=Path(recipe.output.name))
     return recipe.as_dict()
