@@ -33,7 +33,9 @@ def check(flags: Check) -> int:
     if flags.file == "-" or Path(flags.file).is_file():
         return check_dfl(flags)
     if flags.model is not None:
-        raise InputError(f"--model is for .dfl files; {flags.file} is none")
+        raise InputError(
+            f"{flags.file}: not a .dfl file, and --model goes with .dfl files alone; leave --model out"
+        )
     return check_folder(flags)
 
 

@@ -172,7 +172,7 @@ def contents(flags: Page, shown: list[Exhibit], text: tuple[str, str] | None) ->
 
 
 def data_of(flags: Page, shown: list[Exhibit]) -> tuple[list[Corpus], str, str]:
-    """The data in the vocabulary of each model and their part to score; or none, and why there are none.
+    """The data in the vocabulary of each model and their part to score; or no data, and the reason.
 
     Raises:
         InputError: data that the flags name, and that cannot be read.

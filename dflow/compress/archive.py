@@ -133,7 +133,7 @@ def check_paths(names: Sequence[str]) -> None:
 
 
 class ArchiveWriter:
-    """Writes an archive to a stream, group by group; without `finish` it is none.
+    """Writes an archive to a stream, group by group; it can be read once `finish` has written the index.
 
     Args:
         stream: what is written to, from where it stands.

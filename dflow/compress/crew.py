@@ -97,7 +97,7 @@ _WORK: Callable[[Any], Any] | None = None
 
 
 def _begin(work: Callable[[Any], Any], threads: int) -> None:
-    """Make this process ready: it ends with its parent, which alone is told of Ctrl-C."""
+    """Make this process ready: it ignores Ctrl-C, which its parent handles, and ends when its parent does."""
     global _WORK
     _WORK = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)

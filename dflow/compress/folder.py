@@ -78,7 +78,7 @@ class Omissions:
 
 
 def walk(folder: Path) -> tuple[list[FolderFile], list[tuple[str, str]]]:
-    """All files below a folder, sorted, and names of what is none, each with the reason."""
+    """All files below a folder, sorted; and the names of entries that are left out, each with the reason."""
     files, left_out, folders = list[FolderFile](), list[tuple[str, str]](), [(folder, "")]
     while folders:
         place, prefix = folders.pop()

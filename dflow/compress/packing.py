@@ -272,8 +272,8 @@ def compress_folder(
     omissions, writer, packed, done = Omissions(list(left_out)), ArchiveWriter(stream), list[Packed](), 0
     with bytes_bar(sum(file.size for file in files), "compress", progress) as bar:
         for piece in crew.map(packer, folders.pieces(files, packer, omissions, store, bar.update)):
-            kept = [file if times else replace(file, mtime=None) for file in piece.files]
-            writer.add(piece.kind, piece.data, piece.amount, kept)
+            entries = [file if times else replace(file, mtime=None) for file in piece.files]
+            writer.add(piece.kind, piece.data, piece.amount, entries)
             packed.append(replace(piece, data=b""))
             bar.update(sum(file.size for file in piece.files))
             done += len(piece.files)

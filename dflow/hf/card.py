@@ -164,7 +164,7 @@ def _digest(text: str) -> str:
 
 
 def _recipe(folder: Path) -> dict[str, Any]:
-    """The recipe in the folder; nothing where there is none."""
+    """The recipe in the folder; an empty one if the folder has no recipe."""
     try:
         with (folder / RECIPE).open(encoding="utf-8") as file:
             text = file.read(_LONGEST + 1)
@@ -179,8 +179,11 @@ def _recipe(folder: Path) -> dict[str, Any]:
 def _without_places(value: Any) -> Any:
     """``value`` with nothing of the machine: of paths their last part."""
     if isinstance(value, dict):
-        kept = {key: each for key, each in value.items() if key not in _PLACES and each not in (None, {}, [])}
-        return {key: _without_places(each) for key, each in kept.items()}
+        return {
+            key: _without_places(each)
+            for key, each in value.items()
+            if key not in _PLACES and each not in (None, {}, [])
+        }
     if isinstance(value, list):
         return [_without_places(each) for each in value]
     return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value

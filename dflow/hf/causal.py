@@ -74,7 +74,7 @@ class DflowForCausalLM(DflowModel, GenerationMixin):
             loaded = self.generation_config.to_diff_dict()
             self.generation_config = self._default_generation()
             known = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
-            # Of a folder without such a file these are the settings of the model, which are none of these.
+            # A folder without such a file gives the settings of the model here, which do not belong.
             self.generation_config.update(**{k: v for k, v in loaded.items() if k in known})
 
     def _default_generation(self) -> GenerationConfig:

@@ -53,7 +53,7 @@ def push(
 
     Args:
         model: a `dflow.hf.Pretrained`.
-        repo_id: the repository, which is made where there is none.
+        repo_id: the repository; it is created if it does not exist.
         private: of a new repository.
         tags: further tags of the card.
         token: of the hub.
@@ -71,7 +71,7 @@ def push(
         model.save_pretrained(
             folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size})
         )
-        path, kept = folder / CARD, None
+        path, not_uploaded = folder / CARD, None
         if changed(path.read_text(encoding="utf-8")) and tags:
             card = ModelCard.load(path)
             card.data.tags = [*dict.fromkeys([*(card.data.tags or []), *tags])]
@@ -80,8 +80,10 @@ def push(
             path.write_text(renamed(path.read_text(encoding="utf-8"), repo_id, tags), encoding="utf-8")
         try:
             old = Path(hf_hub_download(repo_id, CARD, token=token, revision=commit.get("revision")))
-            kept = [CARD] if changed(old.read_text(encoding="utf-8")) else None
+            not_uploaded = [CARD] if changed(old.read_text(encoding="utf-8")) else None
         except (EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError):
             pass
         # What the manifest says of the files holds wherever they are.
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=kept, **commit))
+        return str(
+            api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=not_uploaded, **commit)
+        )

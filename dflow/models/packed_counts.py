@@ -1,8 +1,9 @@
 """Tables of counts in a third of their size: contexts as a tree, and integers as narrow as they can be.
 
-A table names a context by a hash, which is most of its size and says nothing that the context itself does
-not. Here the contexts of a pattern are told by those of a pattern with one symbol less, their parents: how
-many of the contexts each parent has, and the symbols that they add to it. Hashes are made from these again.
+A `CountTable` stores a hash for each context, and the hashes are most of its size. Here the contexts of a
+pattern are stored as children of the contexts of a shorter pattern, their parents, which have one symbol
+less: the number of children of each parent, and the symbol that each child adds. The hashes are computed
+from these when the table is read.
 """
 
 from __future__ import annotations
