@@ -54,9 +54,9 @@ def generate(flags: Generate) -> int:
     """`dflow generate`; under ``accelerate launch`` the batches are spread over the processes."""
     from dflow.generate import Spelling, check_output, pieces, say, write
     from dflow.generate import generate as run
-    from dflow.models import config_of, split_calls
+    from dflow.models import model_type
 
-    kind = config_of(split_calls(flags.model)[0])["model_type"]
+    kind = model_type(flags.model)
     if kind == "dflow-classifier":
         raise InputError(f"{flags.model}: a model of labels, which draws nothing; give one of text or images")
     if kind == "dflow-image":

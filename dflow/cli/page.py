@@ -83,7 +83,7 @@ def exhibits(flags: Page) -> list[Exhibit]:
     Raises:
         InputError: a model of another kind than text, or none of which samples can be shown.
     """
-    from dflow.models import config_of, split_calls
+    from dflow.models import model_type
     from dflow.page import role_of
     from dflow.plot import short_names
 
@@ -91,7 +91,7 @@ def exhibits(flags: Page) -> list[Exhibit]:
     if len(set(folders)) < len(folders):
         raise InputError("a model is named twice; name each once")
     for folder in folders:
-        if config_of(split_calls(folder)[0])["model_type"] != "dflow":
+        if model_type(folder) != "dflow":
             raise InputError(f"{folder}: is no model of text; the page shows how texts are drawn")
     device, names, result = flags.settle(), short_names(folders), []
     for folder in folders:

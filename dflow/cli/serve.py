@@ -32,10 +32,10 @@ class Serve(Machine):
 
 def serve(flags: Serve) -> int:
     """`dflow serve`."""
-    from dflow.models import config_of, split_calls
+    from dflow.models import model_type
     from dflow.serve import app, launch
 
-    if config_of(split_calls(flags.model)[0])["model_type"] != "dflow":
+    if model_type(flags.model) != "dflow":
         raise InputError(f"{flags.model}: is no model of text; dflow serve draws texts")
     if not 0 < flags.port < 1 << 16:
         raise InputError(f"--port {flags.port} must be from 1 to {(1 << 16) - 1}")

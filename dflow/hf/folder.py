@@ -27,6 +27,7 @@ from dflow.models.files import (
     check_finite,
     config_of,
     loading,
+    model_type,
     split_calls,
     verified,
     weight_files,
@@ -79,7 +80,7 @@ def kind_of(folder: str | os.PathLike[str]) -> ModelClass:
     Raises:
         InputError: no such folder, not a model of dflow.
     """
-    return _KINDS[config_of(split_calls(folder)[0])["model_type"]]
+    return _KINDS[model_type(folder)]
 
 
 def load(

@@ -98,6 +98,15 @@ def config_of(path: Path) -> dict[str, Any]:
     return values
 
 
+def model_type(name: str | os.PathLike[str]) -> str:
+    """The type of the model of a name, a key of `KINDS`, without loading it.
+
+    Raises:
+        InputError: see `config_of`.
+    """
+    return str(config_of(split_calls(name)[0])["model_type"])
+
+
 def verified(folder: Path, weights: list[Path]) -> int:
     """The bytes of the weights and of the counts beside them, once all files are found to be undamaged."""
     counts = folder / COUNTS
