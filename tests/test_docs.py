@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import shlex
 import subprocess
+from collections.abc import Iterator
+from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,14 @@ from folders import write_model, write_text
 from stand_ins import ROOT, Workshop, replace_data_sets
 
 from dflow import cli, recipes
+from dflow.cli.command import parse_words
+from dflow.cli.verbs import VERBS
+from dflow.train import load_recipe
 
 PAGES = ["README.md", "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
+RESULTS = "docs/RESULTS.md"
+#: Pages on which a command in running text is whole, so that it parses.
+MEASURED = ("README.md", RESULTS, "docs/LOG.md")
 #: Pages whose commands and examples take long, all together.
 LONG = {page for page in PAGES if page not in ("README.md", "CONTRIBUTING.md")}
 
@@ -102,13 +111,51 @@ def test_commands_run(page: str, models: Path, tmp_path: Path, monkeypatch: pyte
             assert cli.main([*words, *SHORT.get(words[0], [])]) == 0, line
 
 
-def test_what_is_not_run_is_on_a_page_and_parses() -> None:
+def test_what_is_not_run_is_on_a_page() -> None:
     every = [line for page in PAGES for line in commands(page)]
     for beginning in NOT_RUN:
-        lines = [line for line in every if line.startswith(beginning)]
-        assert lines, beginning
-        for line in lines:
-            cli.build_parser().parse_args(shlex.split(line, comments=True)[1:])
+        assert any(line.startswith(beginning) for line in every), beginning
+
+
+def spelled_out(page: str) -> list[list[str]]:
+    """The words of a page's commands, as the shell reads them; on `MEASURED` pages also of those in text."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.S | re.M)
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)] if page in MEASURED else []
+    program = re.compile(r"dflow \w|python scripts/|make \w")
+    lines = [line for line in [*lines_of(page), *spans] if program.match(line)]
+    # Each word ends with a zero byte, and each command with one more.
+    script = "".join(f"printf '%s\\0' {line}\nprintf '\\0'\n" for line in lines)
+    printed = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
+    return [command.split("\0") for command in printed.split("\0\0") if command]
+
+
+def test_commands_parse_and_name_what_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    verbs = {row[0] for row in VERBS}
+    monkeypatch.setattr("dflow.cli.command.build_parser", functools.cache(cli.build_parser))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    every = [(page, command) for page in PAGES for command in spelled_out(page)]
+    for page, (program, first, *words) in every:
+        line = f"{page}: {' '.join([program, first, *words])}"
+        for path in re.findall(r"\b(?:scripts|recipes)/[\w/]+\.(?:py|yaml)", line):
+            assert "NAME" in path or (ROOT / path).is_file(), line
+        for name in re.findall(r"\bdflow (?:train|recipes) ([a-z]\w*(?:/\w+)*)(?= |$)", line):
+            assert name in recipes.names(), line
+        if program == "make":
+            assert re.search(rf"^{first}:", makefile, re.M), line
+        elif program == "python":
+            source = (ROOT / first).read_text(encoding="utf-8")
+            assert all(f'"{word}"' in source for word in words if word.startswith("--")), line
+        elif not words:
+            assert first in verbs, line
+        elif "--import" not in words:  # what a module of users adds is not known here
+            try:
+                flags = vars(parse_words([first, *words]))
+            except SystemExit:  # the reason is on stderr
+                pytest.fail(line)
+            recipe = flags.get("recipe")
+            if page in MEASURED and recipe and not flags.get("resume") and "NAME" not in recipe:
+                # A setting that there is not is refused.
+                load_recipe(recipe, flags.get("set"), output="out")
 
 
 def test_commands_under_a_launcher_parse() -> None:
@@ -117,16 +164,6 @@ def test_commands_under_a_launcher_parse() -> None:
     for line in launched:
         words = shlex.split(line, comments=True)
         cli.build_parser().parse_args(words[words.index("dflow") + 1 :])
-
-
-def test_recipes_and_scripts_that_commands_name_exist() -> None:
-    for page in PAGES:
-        for line in lines_of(page):
-            for path in re.findall(r"\b(?:scripts|recipes)/[\w/]+\.(?:py|yaml)", line):
-                assert (ROOT / path).is_file(), f"{page}: {path}"
-            command = line.partition("#")[0]
-            for name in re.findall(r"\bdflow (?:train|recipes) ([a-z]\w*(?:/\w+)*)(?= |$)", command):
-                assert name in recipes.names(), f"{page}: {name}"
 
 
 def test_the_workflow_makes_targets_that_exist_and_the_citation_is_complete() -> None:
@@ -152,12 +189,15 @@ def test_links_between_pages_lead_somewhere() -> None:
                 assert not heading or heading in anchors(target), f"{page}: {link}"
 
 
+def slug(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
 def anchors(page: Path) -> set[str]:
     """What a link to a section of a page may name: as GitHub makes it of the headings."""
     text = page.read_text(encoding="utf-8")
     headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M), re.M)
-    slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    return slugs | set(re.findall(r'<a id="([^"]+)">', text))
+    return {slug(heading) for heading in headings} | set(re.findall(r'<a id="([^"]+)">', text))
 
 
 def reference() -> Any:
@@ -173,3 +213,57 @@ def reference() -> Any:
 def test_reference_pages_are_what_the_program_says(name: str) -> None:
     written = (ROOT / "docs" / "guide" / name).read_text(encoding="utf-8")
     assert written == reference().PAGES[name](), "run python scripts/write_reference.py"
+
+
+def sections(page: str) -> dict[str, str]:
+    """The text of every section of a page, with those below it, by its anchor."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.S | re.M)
+    heads = [(m.start(), len(m[1]), slug(m[2])) for m in re.finditer(r"^(#+) (.*)$", text, re.M)]
+    ends = [min((at for at, level, _ in heads if at > start and level <= depth), default=len(text))
+            for start, depth, _ in heads]  # fmt: skip
+    return {anchor: text[start:end] for (start, _, anchor), end in zip(heads, ends, strict=True)}
+
+
+def figures(text: str) -> list[str]:
+    """The numbers of a text, without code, links and what is part of a name (Apache-2.0)."""
+    plain = re.sub(r"`[^`]*`|\]\([^)]*\)", "", text)
+    return [n.replace(",", "") for n in re.findall(r"(?<![\w.-])\d+(?:,\d{3})*(?:\.\d+)?(?![\w.]*\d)", plain)]
+
+
+def stands_in(figure: str, text: str) -> bool:
+    """Whether a figure is one of the text, or rounded from one."""
+    unit = Decimal(figure)
+    return any(Decimal(n).quantize(unit, ROUND_HALF_UP) == unit for n in figures(text))
+
+
+def rows(text: str) -> Iterator[tuple[str, str]]:
+    """Model and text of every row of the tables; a row without a model is of the one above it."""
+    model = ""
+    for row in re.findall(r"^\|(?! model |-)(.*)\|$", text, re.M):
+        model = re.split(r"[(,|]", row.replace("*", ""))[0].strip() or model
+        yield model, row
+
+
+def disagreements(text: str, link: str) -> list[str]:
+    """What a text quotes from the results and they do not say.
+
+    Decimal numbers of a paragraph have to stand, perhaps with more digits, in a section that the paragraph
+    links to; the numbers of a row of a table in one row for the same model, in the section that the paragraph
+    above the table links to.
+    """
+    parts, linked, faults = sections(RESULTS), "", []
+    for block in re.split(r"\n\n|\n(?=- )", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)):
+        if block.startswith("|"):
+            for model, row in rows(block):
+                there = [other for name, other in rows(linked) if name == model]
+                if not any(all(stands_in(n, other) for n in figures(row)) for other in there):
+                    faults.append(row)
+        else:
+            linked = "\n".join(parts[anchor] for anchor in re.findall(link + r"#([\w-]+)\)", block))
+            faults += [f"{n}: {block}" for n in figures(block) if "." in n and not stands_in(n, linked)]
+    return faults
+
+
+def test_readme_and_the_summary_of_the_results_say_what_the_results_say() -> None:
+    assert disagreements((ROOT / "README.md").read_text(encoding="utf-8"), r"\]\(docs/RESULTS\.md") == []
+    assert disagreements(sections(RESULTS)["summary"], r"\]\(") == []
