@@ -254,18 +254,124 @@ def training(runs: Mapping[str, Sequence[Mapping[str, float]]], unit: str = "bit
         panels[0].plot([row["step"] for row in rows], bits, marker=".", color=_colour(i))
         panels[1].plot(minutes, bits, marker=".", color=_colour(i))
         ends.append((minutes[-1], bits[-1], names[name]))
-    panels[0].set(xlabel="steps", ylabel=f"validation: {unit}", title="by steps")
+    panels[0].set(xlabel="steps", title="by steps")
     panels[0].xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     panels[1].set(xlabel="minutes", title="by time")
     values = [row["valid_bits"] for rows in runs.values() for row in rows]
-    if min(values) > 0 and max(values) > 2 * min(values):
-        panels[0].set_yscale("log")
-        panels[0].set_ylabel(f"validation: {unit} (log scale)")
-        _log_ticks(panels[0].yaxis, min(values), max(values))
+    _log_where_wide(panels[0], values, f"validation: {unit}")
     for axes in panels:
         _style(axes)
     _name_curves(panels[1], ends)
     return _png(figure)
+
+
+#: An evaluation of a training: steps, minutes, and the figure of the validation data.
+Evaluation = tuple[int, float, float]
+
+
+@dataclass(frozen=True)
+class Combination:
+    """Trainings of a sweep that differ in their seeds alone.
+
+    Attributes:
+        name: of its settings.
+        curves: the evaluations of each training, of one at least.
+        ends: the best figure of each training that is done.
+        value: the setting that varies, where it is one and a number.
+    """
+
+    name: str
+    curves: Sequence[Sequence[Evaluation]]
+    ends: Sequence[float]
+    value: float | None
+
+
+def sweep(combinations: Sequence[Combination], unit: str, setting: str, best: int | None = None) -> bytes:
+    """The figure of the validation data at each evaluation, and the best one of each training of a sweep.
+
+    The second panel is over the setting that varies, where every combination has a value of it, else it has a
+    line for each combination. A diamond is a mean over seeds, its bar the standard deviation.
+
+    Args:
+        combinations: all of them with a value, or none.
+        unit: of the figures.
+        setting: what varies.
+        best: the index of the best combination.
+    """
+    figure = _figure(11, max(4.2, 1 + 0.2 * len(combinations)))
+    learning, final = figure.subplots(1, 2)
+    over_values = all(combination.value is not None for combination in combinations)
+    # Else the second panel names them, in the same colours.
+    _learning_curves(learning, combinations, unit, named=over_values)
+    for i, combination in enumerate(combinations):
+        if not combination.ends:
+            continue
+        mean = float(np.mean(combination.ends))
+        deviation = float(np.std(combination.ends, ddof=1)) if len(combination.ends) > 1 else 0.0
+        place = float(i) if combination.value is None else combination.value
+        shape = {
+            "fmt": "*" if i == best else "D",
+            "ms": 12 if i == best else 6,
+            "color": _colour(i),
+            "capsize": 3,
+        }
+        points = [place] * len(combination.ends)
+        if over_values:
+            final.scatter(points, combination.ends, 16, _colour(i), alpha=0.5)
+            final.errorbar(place, mean, deviation, **shape)
+        else:
+            final.scatter(combination.ends, points, 16, _colour(i), alpha=0.5)
+            final.errorbar(mean, place, xerr=deviation, **shape)
+    title = "best of each training" + ("" if best is None else "; the star is the best mean")
+    if over_values:
+        final.set(xlabel=setting, ylabel=f"validation: {unit}", title=title)
+        _tick_values(final, [combination.value or 0.0 for combination in combinations])
+    else:
+        names = [combination.name.replace("$", r"\$") for combination in combinations]
+        final.set(xlabel=f"validation: {unit}", title=title, ylim=(len(names) - 0.5, -0.5))
+        final.set_yticks(range(len(names)), names)
+    _style(final)
+    return _png(figure)
+
+
+def _tick_values(axes: Axes, values: Sequence[float]) -> None:
+    """Label the values of a setting, where they are few; on a log scale where they are far apart."""
+    if min(values) > 0 and max(values) >= 4 * min(values):
+        axes.set_xscale("log")
+        axes.set_xlabel(f"{axes.get_xlabel()} (log scale)")
+        _log_ticks(axes.xaxis, min(values), max(values))
+    if len(values) <= 8:
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+        axes.minorticks_off()
+
+
+def _learning_curves(axes: Axes, combinations: Sequence[Combination], unit: str, named: bool) -> None:
+    """The evaluations of all trainings, by steps; by minutes where all took equally many, and not steps."""
+    every = [curve for combination in combinations for curve in combination.curves]
+    steps, minutes = ([curve[-1][i] for curve in every] for i in (0, 1))
+    by_time = max(steps) > min(steps) and max(minutes) < 1.05 * min(minutes)
+    ends = []
+    for i, combination in enumerate(combinations):
+        for curve in combination.curves:
+            places = [row[1] if by_time else row[0] for row in curve]
+            axes.plot(places, [row[2] for row in curve], marker=".", color=_colour(i), alpha=0.7)
+        last = [curve[-1] for curve in combination.curves]
+        x = max(row[1] if by_time else row[0] for row in last)
+        ends.append((float(x), float(np.mean([row[2] for row in last])), combination.name))
+    axes.set(xlabel="minutes" if by_time else "steps", title="during the training")
+    _style(axes)
+    _log_where_wide(axes, [row[2] for curve in every for row in curve], f"validation: {unit}")
+    if named:
+        _name_curves(axes, ends)
+
+
+def _log_where_wide(axes: Axes, values: Sequence[float], label: str) -> None:
+    """Name the vertical axis; on a log scale where the largest value is more than twice the least."""
+    axes.set_ylabel(label)
+    if min(values) > 0 and max(values) > 2 * min(values):
+        axes.set_yscale("log")
+        axes.set_ylabel(f"{label} (log scale)")
+        _log_ticks(axes.yaxis, min(values), max(values))
 
 
 @dataclass(frozen=True)

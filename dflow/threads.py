@@ -51,14 +51,21 @@ class Suited:
     Attributes:
         free: whether it may: a command sets this where its user has chosen no number. A program that uses
             dflow as a library keeps its own number.
+        sharing: number of processes that compute side by side and share the processors.
     """
 
     free = False
+    sharing = 1
 
     @classmethod
     def to(cls, multiplications: int | None) -> None:
-        """One thread for fewer multiplications than `PAYS`, else one a processor; None changes nothing."""
+        """One thread for fewer multiplications than `PAYS`, else `most`; None changes nothing."""
         if cls.free and multiplications is not None:
             import torch
 
-            torch.set_num_threads(1 if multiplications < PAYS else processors())
+            torch.set_num_threads(1 if multiplications < PAYS else cls.most())
+
+    @classmethod
+    def most(cls) -> int:
+        """This process's share of the processors, at least 1."""
+        return max(1, processors() // cls.sharing)

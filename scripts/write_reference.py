@@ -41,8 +41,8 @@ COMMANDS = """\
 This page is written by `python scripts/write_reference.py` from the parser of the command line.
 
 **Exit codes.** 0: success; also a training that a scheduler asked to stop and that saved its state. 1: a
-check failed, for example a round trip. 2: the input cannot be used; one line on standard error says what is
-wrong and what to do. 130: stopped by Ctrl-C.
+check failed, for example a round trip, or a run of a sweep. 2: the input cannot be used; one line on standard
+error says what is wrong and what to do. 130: stopped by Ctrl-C.
 
 **Standard output and standard error.** Every command that prints results takes `--json`. Standard output is
 then one JSON document and nothing else, so that `dflow evaluate --model out --json | jq .bpc` works.

@@ -395,14 +395,21 @@ def test_the_tracker_is_tensorboard_unless_told_otherwise(text, tmp_path):
         run(path, "train.trackers=[nothing]", f"output={tmp_path / 'other'}")
 
 
-@pytest.mark.parametrize(("tracker", "pattern"), [("wandb", "wandb/offline-run-*/*.wandb")])
+@pytest.mark.parametrize(
+    ("tracker", "pattern"), [("wandb", "wandb/offline-run-*/*.wandb"), ("trackio", "trackio/dflow.db")]
+)
 def test_a_tracker_of_ones_own_runs_offline(tracker, pattern, text, tmp_path, monkeypatch):
-    pytest.importorskip(tracker, reason=f"{tracker} is not installed, which is large and optional")
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # before it is imported
+    pytest.importorskip(tracker, reason=f"{tracker} is not installed, which is large and optional")
     monkeypatch.chdir(tmp_path)
-    out = run(recipe_file(tmp_path, text, steps=2, trackers=[tracker, "tensorboard"]))
-    assert list(tmp_path.glob(pattern))
-    assert list((out / "logs").glob("events.out.tfevents*"))
+    words = ["train", str(recipe_file(tmp_path, text, steps=2)), "--sweep", "train.seed=0,1"]
+    assert cli.main([*words, "--tracker", tracker, "--tracker", "tensorboard"]) == 0
+    # Each run of a sweep is one of the tracker, with the name of its folder.
+    logged = b"".join(path.read_bytes() for path in tmp_path.glob(f"{pattern}*"))
+    for name in ("seed=0", "seed=1"):
+        assert name.encode() in logged
+        assert len(list((tmp_path / "out" / name / "logs").glob("events.out.tfevents*"))) == 1
 
 
 def test_a_training_leaves_one_state_and_one_model(text, tmp_path):

@@ -52,8 +52,8 @@ class _Terminal(io.TextIOBase):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns its exit code.
 
-    0, 1 (a check failed, or files of a folder are left out or damaged), 2 (the input cannot be used), 130
-    (stopped by Ctrl-C).
+    0, 1 (a check or a run of a sweep failed, or files of a folder are left out or damaged), 2 (the input
+    cannot be used), 130 (stopped by Ctrl-C).
     """
     # A character that a terminal or a log cannot show must not end a training of hours.
     for stream in (sys.stdout, sys.stderr):

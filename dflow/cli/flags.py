@@ -23,17 +23,19 @@ def flag(
     long: str | None = None,
     *,
     many: bool = False,
+    each: bool = False,
     stdout: bool = False,
 ) -> Any:
     """A field that is the flag ``--name``, required where it has no default.
 
     ``short`` is another name like ``-o``, ``long`` another one like ``--samples``, which is shown first;
-    ``many`` is for a list, empty by default; with ``stdout`` a file may be standard output, -.
+    ``many`` is for a list, empty by default, and so is ``each``, where every word has the flag before it;
+    with ``stdout`` a file may be standard output, -.
     """
-    metadata = {"help": help, "short": short, "long": long, "piped": stdout}
-    return (
-        field(default_factory=list, metadata=metadata) if many else field(default=default, metadata=metadata)
-    )
+    metadata = {"help": help, "short": short, "long": long, "each": each, "piped": stdout}
+    if many or each:
+        return field(default_factory=list, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def options_of(f: dataclasses.Field[Any]) -> list[str]:
@@ -107,6 +109,8 @@ def add_flags(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
             options["help"] += f" (default: {f.default})"
         if kind is bool:
             options |= {"action": "store_const", "const": True}
+        elif f.metadata.get("each"):
+            options |= {"action": "append", "metavar": metavar}
         elif typing.get_origin(kind) is list:
             options |= {"nargs": "+", "action": "extend", "metavar": "WORD"}
         else:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 class Train(Machine):
     """Train a model by a recipe, or go on with a training.
 
-    To go on: dflow train --resume FOLDER.
+    To go on: dflow train --resume FOLDER. With --sweep it trains every combination of some values, each in a
+    sub-folder of the output, and writes sweep.md, sweep.json and sweep.png; the same command goes on.
     """
 
     recipe: str | None = argument(
@@ -47,6 +48,21 @@ class Train(Machine):
         "RECIPE in its output (RECIPE --resume)",
         False,
     )
+    sweep: list[str] = flag(
+        "values of settings, separated by commas: train.learning_rate=1e-3,2e-3 train.seed=0,1,2 ...; every "
+        "combination is trained; a list is one value in its brackets: 'model.calls=[1,2],[4,8]'",
+        many=True,
+    )
+    jobs: int | None = flag(
+        "with --sweep: number of runs at a time, each in a process of its own, which share the processors "
+        "(default: 1)",
+        None,
+    )
+    tracker: list[str] = flag(
+        "tracker to log to, as tensorboard (the default), wandb or trackio, once for each; none for none; "
+        "short for --set train.trackers=[...]",
+        each=True,
+    )
 
 
 def train(flags: Train) -> int:
@@ -54,6 +70,13 @@ def train(flags: Train) -> int:
     from dflow.train import Preempted
     from dflow.train import train as run
 
+    flags = with_trackers(flags)
+    if flags.sweep:
+        from dflow.cli.sweeping import train_sweep
+
+        return train_sweep(flags)
+    if flags.jobs is not None:
+        raise InputError(f"--jobs {flags.jobs} is for --sweep, which trains several models")
     device = flags.settle_training()
     recipe = recipe_to_train(flags)
     try:
@@ -61,6 +84,18 @@ def train(flags: Train) -> int:
     except Preempted as stop:
         say_once(str(stop))
     return 0
+
+
+def with_trackers(flags: Train) -> Train:
+    """The flags with the trackers of --tracker among the settings that they replace."""
+    if not flags.tracker:
+        return flags
+    if any(word.startswith("train.trackers=") for word in [*flags.set, *flags.sweep]):
+        raise InputError("--tracker and train.trackers=[...] name the same setting; leave one of them out")
+    if "none" in flags.tracker and len(flags.tracker) > 1:
+        raise InputError(f"--tracker {' --tracker '.join(flags.tracker)}: none goes with no other")
+    names = [name for name in dict.fromkeys(flags.tracker) if name != "none"]
+    return dataclasses.replace(flags, set=[*flags.set, f"train.trackers={json.dumps(names)}"], tracker=[])
 
 
 def recipe_to_train(flags: Train) -> Recipe:
@@ -78,6 +113,10 @@ def recipe_to_train(flags: Train) -> Recipe:
     # A recipe may be called as the folder that it was trained into.
     named = path.as_posix() in trainable() and (flags.output is not None or not flags.resume)
     if path.is_dir() and not named:
+        if (path / "sweep.json").is_file():
+            from dflow.sweep import command_in
+
+            raise InputError(f"{path}: a sweep; go on with its command: {command_in(path)}")
         if not flags.resume:
             raise InputError(
                 f"{path}: a folder; name a recipe, or go on with the training in it: {resume_command(path)}"
@@ -118,8 +157,16 @@ def _new_or_begun(flags: Train, recipe: Recipe, path: Path) -> Recipe:
 
 def recipe_to_tune(flags: Train, init: str) -> Recipe:
     """The recipe of a training that starts from the model ``init``: the one that is named, or the model's."""
+    from dflow.train import load_recipe
+
+    path, settings = tuning(flags, init)
+    return load_recipe(path, settings, flags.output)
+
+
+def tuning(flags: Train, init: str) -> tuple[str | Path, list[str]]:
+    """The recipe's name or file, and the settings that replace its own, to start from the model ``init``."""
     from dflow.models import config_of, split_calls
-    from dflow.train import RECIPE, load_recipe
+    from dflow.train import RECIPE
 
     folder = split_calls(init)[0]
     config_of(folder)
@@ -130,7 +177,7 @@ def recipe_to_tune(flags: Train, init: str) -> Recipe:
         if any(word.startswith("data.name=") for word in flags.set):
             # They are other data than those that the model was trained on.
             settings = ["data.checksum=null", "data.folder=null", *settings]
-    return load_recipe(folder / RECIPE if flags.recipe is None else flags.recipe, settings, flags.output)
+    return folder / RECIPE if flags.recipe is None else flags.recipe, settings
 
 
 #: Sections of a recipe whose settings are flags of their own, as ``--train.steps`` is.

@@ -23,6 +23,10 @@ _FREE = {
 }
 
 
+#: Settings of a model of images that follow from the data, where the recipe leaves them empty.
+_OF_DATA = ("shape", "levels", "lowest", "columns", "loc", "scale", "classes")
+
+
 def resume_command(output: Path) -> str:
     """The command that goes on with the training in ``output``."""
     name = str(output)
@@ -73,6 +77,18 @@ def is_same(recipe: Recipe, fingerprint_before: str | None) -> bool:
         return False
 
 
+def check_begun_by(recipe: Recipe, before: Recipe) -> None:
+    """Raise `InputError` unless a training by ``before``, the recipe in its folder, goes on by ``recipe``.
+
+    It is not read whether the data have changed since.
+    """
+    lines = _lines(before, recipe)
+    if recipe.data.is_path and files.absolute(before.data.name) != recipe.data.located().name:
+        lines.insert(0, f"data.name: {before.data.name} then, {recipe.data.name} now")
+    if lines:
+        raise other_settings(recipe, "; ".join(lines[:4]))
+
+
 def fingerprint(recipe: Recipe) -> str:
     """The digest of all settings on which the result of a run depends, but for its budget."""
     return hashlib.sha256(json.dumps(_fixed(recipe), sort_keys=True).encode()).hexdigest()
@@ -107,14 +123,25 @@ def _fixed(recipe: Recipe) -> dict[str, dict[str, Any]]:
 def _differences(recipe: Recipe) -> str:
     """The settings that differ from those of the run in the output, in words."""
     try:
-        before = _fixed(load_recipe(recipe.output / RECIPE))
+        before = load_recipe(recipe.output / RECIPE)
     except InputError:
         return "its own recipe.yaml cannot be read"
-    now, lines = _fixed(recipe), []
+    return "; ".join(_lines(before, recipe)[:4]) or "settings that this version of dflow names otherwise"
+
+
+def _lines(before: Recipe, recipe: Recipe) -> list[str]:
+    """Each setting of ``recipe`` that is another one than that of ``before``, in words.
+
+    The recipe in a folder has settings of the model that follow from the data; another one leaves them empty.
+    """
+    then, now = _fixed(before), _fixed(recipe)
+    empty = [name for name in _OF_DATA if not now["model"].get(name, True)]
+    now["model"] |= {name: then["model"].get(name) for name in empty}
+    lines = []
     for section in now:
-        names = before[section].keys() | now[section].keys()
+        names = then[section].keys() | now[section].keys()
         for name in sorted(names, key=lambda n: (n != "family", n)):
-            old, new = (values[section].get(name) for values in (before, now))
+            old, new = (values[section].get(name) for values in (then, now))
             if old != new:
                 lines.append(f"{section}.{name}: {old} then, {new} now")
-    return "; ".join(lines[:4]) or "settings that this version of dflow names otherwise"
+    return lines

@@ -44,7 +44,12 @@ class Preempted(KeyboardInterrupt):
     """A signal other than Ctrl-C asked for room: the state is saved, and the training can be resumed."""
 
 
-def train(recipe: Recipe, resume: bool = False, device: torch.device | None = None) -> Path:
+def train(
+    recipe: Recipe,
+    resume: bool = False,
+    device: torch.device | None = None,
+    watch: machine.Watch | None = None,
+) -> Path:
     """Train, evaluate and save; returns the output folder, which is a model folder.
 
     Ctrl-C ends the step in progress, saves the state and raises `KeyboardInterrupt`; so do SIGTERM and
@@ -54,6 +59,7 @@ def train(recipe: Recipe, resume: bool = False, device: torch.device | None = No
         recipe: what to train on what.
         resume: go on from the last whole state; from the beginning where a run was killed before its first.
         device: on which one process trains; None for the one that accelerate chooses, for each process.
+        watch: who follows it, see `dflow.train.machine.Watch`; then there is no bar but on a terminal.
 
     Raises:
         InputError: the output exists (and not ``resume``), nothing to resume, another process that trains
@@ -77,7 +83,7 @@ def train(recipe: Recipe, resume: bool = False, device: torch.device | None = No
     config = task.model.config
     piece = recipe.train.batch_size // recipe.train.accumulation
     Suited.to(config.record.multiplications(config.settings(), piece))
-    run = Run(task, device)
+    run = Run(task, device, watch)
     try:
         run.clean(resume)
         if states:
@@ -105,7 +111,8 @@ class Run:
         saved: whether the output folder holds something that is not this run's to remove.
     """
 
-    def __init__(self, task: Task, device: torch.device | None) -> None:
+    def __init__(self, task: Task, device: torch.device | None, watch: machine.Watch | None = None) -> None:
+        self.watch = watch
         self.task, self.recipe, self.config = task, task.recipe, task.recipe.train
         self.accelerator = machine.accelerator_of(self.recipe, device)
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -173,7 +180,7 @@ class Run:
             # Whenever it is killed from here on, it can be resumed.
             self.save_state()
         self.accelerator.wait_for_everyone()
-        self.accelerator.init_trackers("logs")
+        machine.start_trackers(self.accelerator, self.recipe)
         self.say(
             f"{self.task.description}\n"
             f"{self.world} process{'es' * (self.world > 1)} on {self.accelerator.device.type}, "
@@ -228,6 +235,7 @@ class Run:
             data.short,
             data.things,
             not self.accelerator.is_main_process,
+            self.watch,
         )
         with self.signals.noted(), bar.bar:
             self._catch_up()

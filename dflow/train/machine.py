@@ -19,6 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from dflow.config import InputError, nearest
+from dflow.train import schedule
 from dflow.train.recipe import Recipe, TrainConfig
 
 #: Ways of accelerate to distribute a model of which no process has the whole.
@@ -86,6 +87,22 @@ def check_trackers(names: list[str]) -> None:
         )
 
 
+def start_trackers(accelerator: Accelerator, recipe: Recipe) -> None:
+    """Begin a run of each tracker.
+
+    Those of wandb and trackio are in the project ``dflow``, in a group with the others whose output lies in
+    the same folder, and have the name of the output. Event files of TensorBoard lie in ``logs`` in the
+    output, so that its path is the name of the run.
+    """
+    output = recipe.output.absolute()
+    about = {"name": output.name, "group": output.parent.name, "config": recipe.as_dict()}
+    accelerator.log_with = [
+        LOGGER_TYPE_TO_CLASS[kind]("dflow", **about) if kind in ("wandb", "trackio") else kind
+        for kind in map(str, accelerator.log_with)
+    ]
+    accelerator.init_trackers("logs")
+
+
 def lost_process(error: RuntimeError) -> bool:
     """Whether a library of communication says that it cannot reach another process."""
     return isinstance(error, torch.distributed.DistError) or any(
@@ -139,6 +156,10 @@ class Signals:
                 signal.signal(number, handler)
 
 
+#: Who watches a training. It is called about once a second, and after the last step, with the share of the
+#: budget that is spent, and the things (characters, rows) a second; what it returns stands before the bar.
+Watch = Callable[[float, float, str], str]
+
 #: Formats of the bar by what it counts; seconds a second say nothing.
 _FORMATS = {"step": None, "s": "{l_bar}{bar}| {n_fmt}/{total_fmt} s [{elapsed}<{remaining}{postfix}]"}
 
@@ -146,18 +167,27 @@ _FORMATS = {"step": None, "s": "{l_bar}{bar}| {n_fmt}/{total_fmt} s [{elapsed}<{
 class Bar:
     """The progress of a training: of its budget in steps or in seconds, whichever is nearer to its end.
 
-    Beside it stand the loss in its unit, and the rate at which things (characters, rows) are trained on.
+    Beside it stand the loss in its unit, and the rate at which things (characters, rows) are trained on;
+    before it what `Watch` says.
     """
 
     def __init__(
-        self, config: TrainConfig, step: int, elapsed: float, unit: str, things: str, disabled: bool
+        self,
+        config: TrainConfig,
+        step: int,
+        elapsed: float,
+        unit: str,
+        things: str,
+        disabled: bool,
+        watch: Watch | None = None,
     ) -> None:
-        self.config, self.unit, self.things = config, unit, things
+        self.config, self.unit, self.things, self.watch = config, unit, things, watch
         counted, spent, budget = self._budget(step, elapsed)
         self.bar: tqdm[Any] = tqdm(
             total=budget,
             initial=min(round(spent), budget),
-            disable=disabled,
+            # Who watches may write into a log, where a bar has no place: None is for terminals alone.
+            disable=disabled or (None if watch else False),
             dynamic_ncols=True,
             mininterval=1.0,
             smoothing=0.05,
@@ -175,7 +205,7 @@ class Bar:
 
     def show(self, step: int, elapsed: float, loss: float, count: float, last: bool) -> None:
         """Move the bar after a step on ``count`` things; show its loss once a second, and after the last."""
-        if self.bar.disable:
+        if self.bar.disable and self.watch is None:
             return
         self.count += count
         now = time.monotonic()
@@ -183,8 +213,13 @@ class Bar:
             # Under layerwise and expected the loss is that of the conditioners, not of the model; under
             # masked it is an estimate of a bound.
             rate = self.count / (now - self.since)
+            if self.watch is not None:
+                share = schedule.fraction(self.config, step, elapsed)
+                self.bar.desc = self.watch(share, rate, self.things)
             self.bar.set_postfix_str(f"{loss:.3f} {self.unit}, {rate:,.0f} {self.things}/s")
             self.count, self.since = 0.0, now
+        if self.bar.disable:
+            return
         counted, spent, budget = self._budget(step, elapsed)
         if counted != self.bar.unit:
             self.bar.reset(budget)

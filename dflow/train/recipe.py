@@ -373,10 +373,11 @@ def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
 
 @dataclass(frozen=True)
 class History:
-    """The evaluations of a training: step, seconds, train_loss_bits and valid_bits of each, and their unit.
+    """The evaluations of a training.
 
     Attributes:
-        rows: the evaluations.
+        rows: step, seconds, train_loss_bits and valid_bits of each; of a classifier also its errors,
+            ``valid_error NAME``, by the last of which the best model is chosen.
         unit: "bits a character" and the like; "bits" where the training was one of version 0.1.0.
     """
 
@@ -401,9 +402,9 @@ def history(folder: str | Path) -> History:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            rows.append(
-                {name: float(row[name]) for name in ("step", "seconds", "train_loss_bits", "valid_bits")}
-            )
+            errors = [name for name in row if name.startswith("valid_error")]
+            names = ("step", "seconds", "train_loss_bits", "valid_bits", *errors)
+            rows.append({name: float(row[name]) for name in names})
             unit = str(row.get("unit", unit))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise InputError(f"{path}, line {number}: not an evaluation; restore the file") from None

@@ -167,23 +167,37 @@ class States:
 
     def lock(self) -> None:
         """Keep others from training into the same folder, where the system can."""
-        if fcntl is None or self._lock is not None:
-            return
-        self._lock = os.open(self.output, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"{self.output}: another process is training into this folder; wait for it, or choose "
-                "another output"
-            ) from None
-        except OSError:
-            return  # a file system without locks
+        if self._lock is None:
+            self._lock = lock(self.output)
 
     def unlock(self) -> None:
         """Let others train into the folder."""
         if self._lock is not None:
             os.close(self._lock)
+
+
+def lock(folder: Path) -> int | None:
+    """Keep other processes from training into ``folder`` until the descriptor that this returns is closed.
+
+    None where the system has no locks.
+
+    Raises:
+        InputError: another process trains into it.
+    """
+    can_lock: bool = fcntl is not None
+    if not can_lock:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise InputError(
+            f"{folder}: another process is training into this folder; wait for it, or choose another output"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    return descriptor
 
 
 def states(output: Path) -> list[Path]:
