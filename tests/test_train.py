@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import runpy
@@ -378,6 +379,27 @@ def test_half_precision_trains_and_the_result_is_exact(family, text, tmp_path):
     result = evaluate(hf.load(out), load(DataConfig(name=str(text))).valid)
     assert result.round_trip
     assert result.bpc == pytest.approx(metrics(out)[-1]["valid_bits"], abs=1e-3)
+
+
+@pytest.mark.parametrize(("faster", "precision"), [(True, "bf16"), (False, "no")])
+def test_the_precision_is_chosen_once_by_the_processor(faster, precision, text, tmp_path, monkeypatch):
+    path = recipe_file(tmp_path, text, mixed_precision="auto", steps=2)
+    monkeypatch.setattr(machine, "_cpu_is_faster", lambda: faster)
+    out = train(load_recipe(path), device=torch.device("cpu"))
+    assert load_recipe(out / "recipe.yaml").train.mixed_precision == precision
+    # On another machine the training goes on as it has begun.
+    monkeypatch.setattr(machine, "_cpu_is_faster", lambda: not faster)
+    train(load_recipe(path, ["train.steps=3"]), resume=True, device=torch.device("cpu"))
+    assert load_recipe(out / "recipe.yaml").train.mixed_precision == precision
+
+
+@pytest.mark.parametrize(("seconds_of_bfloat16", "faster"), [(0.6, True), (0.7, False), (9.0, False)])
+def test_a_processor_is_faster_where_products_take_less_than_two_thirds(
+    seconds_of_bfloat16, faster, monkeypatch
+):
+    clock = itertools.accumulate(itertools.cycle([0.0, 1.0, 0.0, seconds_of_bfloat16]))
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: next(clock))
+    assert machine._cpu_is_faster() == faster
 
 
 def test_the_tracker_is_tensorboard_unless_told_otherwise(text, tmp_path):

@@ -62,6 +62,7 @@ def train(recipe: Recipe, resume: bool = False, device: torch.device | None = No
     """
     machine.check_trackers(recipe.train.trackers)
     keep_memory()
+    recipe = machine.with_precision(recipe, device)
     output = recipe.output
     if not resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(
