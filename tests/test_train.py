@@ -31,7 +31,16 @@ RECIPES = sorted(
     for p in (ROOT / "recipes").rglob("*.yaml")
     if p.parent.name not in ("synthetic", "images", "binary", "accelerate")
 )
-IMAGES = sorted((ROOT / "recipes" / "images").glob("*.yaml"))
+#: Of the recipes of images those that take seconds, although they are made small, are slow tests.
+IMAGES = [
+    pytest.param(
+        path,
+        id=path.stem,
+        marks=[pytest.mark.slow]
+        * path.stem.startswith(("binarized_mnist_truncated", "multiscale_", "idf_imagenet")),
+    )
+    for path in sorted((ROOT / "recipes" / "images").glob("*.yaml"))
+]
 
 
 @pytest.fixture
@@ -104,7 +113,7 @@ def test_every_recipe_trains_for_two_steps(path, text, tmp_path):
     assert hf.load(out).config.family == recipe.family
 
 
-@pytest.mark.parametrize("path", IMAGES, ids=[p.stem for p in IMAGES])
+@pytest.mark.parametrize("path", IMAGES)
 def test_every_recipe_of_images_trains_for_two_steps(path, tmp_path):
     recipe = load_recipe(path)
     assert recipe.output == Path("runs/images") / path.stem
@@ -328,6 +337,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "model"), [("grouped", {"num_calls": 4}), ("bipartite", {"num_flows": 2})]
 )
@@ -694,6 +704,7 @@ def test_a_script_shows_its_help_and_does_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_scripts_are_the_same_command(text, tmp_path):
     path = recipe_file(tmp_path, text, steps=2)
     command = [sys.executable, str(ROOT / "scripts" / "train_text8.py"), str(path)]

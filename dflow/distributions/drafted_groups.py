@@ -195,11 +195,13 @@ class _Walk:
         state, net = self._state, self._net
         state.row = row
         positions, logits = net.groups_ahead(groups, state)
-        order = self._row_of[positions]
+        # Rows that nobody asked for may follow in the last group.
+        wanted = self._row_of[positions] < end
+        positions, logits = positions[wanted], logits[:, wanted]
         drafted = state.symbols[:, positions]
         self._put(positions, self._draws.draw_at(logits, positions))
-        differs = (drafted != state.symbols[:, positions]).any(0) & (order < end)
-        wrong = int(torch.where(differs, order, end).min())
+        differs = (drafted != state.symbols[:, positions]).any(0)
+        wrong = int(torch.where(differs, self._row_of[positions], end).min())
         stop = min(wrong + 1, end)
         # What was drawn given a wrong symbol is not read: the order draws it later.
         right = (wrong - row) // self._block
