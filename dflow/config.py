@@ -84,6 +84,9 @@ def convert(kind: Any, value: Any, where: str) -> Any:
                 continue
         return convert(options[-1], value, where)
     if origin is typing.Literal:
+        if value is False and "no" in arguments:
+            # YAML reads the word no, without quotation marks, as false.
+            return "no"
         if any(type(a) is type(value) and a == value for a in arguments):
             return value
         raise InputError(

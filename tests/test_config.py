@@ -47,6 +47,14 @@ def test_defaults_are_kept() -> None:
     assert parse(Outer, {"steps": 0}, "recipe") == Outer(0)
 
 
+def test_no_without_quotation_marks_is_the_word() -> None:
+    assert convert(Literal["no", "bf16"], False, "precision") == "no"
+    with pytest.raises(InputError, match="precision: True is not allowed"):
+        convert(Literal["no", "bf16"], True, "precision")
+    with pytest.raises(InputError, match="kind: False is not allowed"):
+        convert(Literal["a", "b"], False, "kind")
+
+
 def test_a_dataclass_is_taken_as_it_is() -> None:
     inner = Inner(2.0)
     assert parse(Outer, {"steps": 1, "inner": inner}, "r").inner is inner

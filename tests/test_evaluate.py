@@ -223,6 +223,7 @@ def test_the_driver_gives_ratios_with_their_errors() -> None:
         driver.total(Figures(torch.tensor([math.inf])), 1)
 
 
+@pytest.mark.slow
 def test_the_command_runs_on_two_real_processes(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", "lstm", write_text(tmp_path))
     with socket.socket() as free:

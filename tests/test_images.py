@@ -269,6 +269,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_see_what_one_sees(exact: Path, tmp_path: Path) -> None:
     settings = {"steps": 6, "eval_every": 1, "learning_rate": 0.05}
     closed = {"density": "diagonal", "dequantizer": "truncated"}

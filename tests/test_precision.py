@@ -40,11 +40,15 @@ def both(names: list[str], sparse: str) -> Iterator[Any]:
 
 def as_complex(x: Tensor, rotation: Tensor) -> Tensor:
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation).flatten(-2)
+    return torch.view_as_real(pairs * torch.view_as_complex(rotation)).flatten(-2)
 
 
+@pytest.mark.parametrize("compiling", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
-def test_rotations_are_products_of_complex_numbers(dtype: torch.dtype) -> None:
+def test_rotations_are_products_of_complex_numbers(
+    dtype: torch.dtype, compiling: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     queries, keys = torch.arange(100, 107), torch.arange(100, 107) - 1
     x = torch.randn(3, 7, 2, 4, 10, dtype=dtype)
     exact = as_complex(x.double(), rotations(queries, keys, 10, torch.float64))

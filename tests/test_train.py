@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import runpy
@@ -21,7 +22,7 @@ from dflow import cli, hf, zoo
 from dflow.config import InputError
 from dflow.data import DataConfig, load
 from dflow.evaluate import evaluate
-from dflow.train import Schedule, TrainConfig, history, load_recipe, loop, machine, recipe_of, train
+from dflow.train import Schedule, TrainConfig, history, identity, load_recipe, loop, machine, recipe_of, train
 
 ROOT = Path(__file__).parent.parent
 # Recipes of synthetic laws are trained on these, in test_synthetic.py.
@@ -30,7 +31,16 @@ RECIPES = sorted(
     for p in (ROOT / "recipes").rglob("*.yaml")
     if p.parent.name not in ("synthetic", "images", "binary", "accelerate")
 )
-IMAGES = sorted((ROOT / "recipes" / "images").glob("*.yaml"))
+#: Of the recipes of images those that take seconds, although they are made small, are slow tests.
+IMAGES = [
+    pytest.param(
+        path,
+        id=path.stem,
+        marks=[pytest.mark.slow]
+        * path.stem.startswith(("binarized_mnist_truncated", "multiscale_", "idf_imagenet")),
+    )
+    for path in sorted((ROOT / "recipes" / "images").glob("*.yaml"))
+]
 
 
 @pytest.fixture
@@ -103,7 +113,7 @@ def test_every_recipe_trains_for_two_steps(path, text, tmp_path):
     assert hf.load(out).config.family == recipe.family
 
 
-@pytest.mark.parametrize("path", IMAGES, ids=[p.stem for p in IMAGES])
+@pytest.mark.parametrize("path", IMAGES)
 def test_every_recipe_of_images_trains_for_two_steps(path, tmp_path):
     recipe = load_recipe(path)
     assert recipe.output == Path("runs/images") / path.stem
@@ -327,6 +337,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "model"), [("grouped", {"num_calls": 4}), ("bipartite", {"num_flows": 2})]
 )
@@ -378,6 +389,28 @@ def test_half_precision_trains_and_the_result_is_exact(family, text, tmp_path):
     result = evaluate(hf.load(out), load(DataConfig(name=str(text))).valid)
     assert result.round_trip
     assert result.bpc == pytest.approx(metrics(out)[-1]["valid_bits"], abs=1e-3)
+
+
+@pytest.mark.parametrize(("faster", "precision"), [(True, "bf16"), (False, "no")])
+def test_the_precision_is_chosen_once_by_the_processor(faster, precision, text, tmp_path, monkeypatch):
+    path = recipe_file(tmp_path, text, mixed_precision="auto", steps=2)
+    monkeypatch.setattr(machine, "_cpu_is_faster", lambda: faster)
+    out = train(load_recipe(path), device=torch.device("cpu"))
+    assert load_recipe(out / "recipe.yaml").train.mixed_precision == precision
+    # On another machine the training goes on as it has begun.
+    monkeypatch.setattr(machine, "_cpu_is_faster", lambda: not faster)
+    identity.check_begun_by(load_recipe(path), load_recipe(out / "recipe.yaml"))
+    train(load_recipe(path, ["train.steps=3"]), resume=True, device=torch.device("cpu"))
+    assert load_recipe(out / "recipe.yaml").train.mixed_precision == precision
+
+
+@pytest.mark.parametrize(("seconds_of_bfloat16", "faster"), [(0.6, True), (0.7, False), (9.0, False)])
+def test_a_processor_is_faster_where_products_take_less_than_two_thirds(
+    seconds_of_bfloat16, faster, monkeypatch
+):
+    clock = itertools.accumulate(itertools.cycle([0.0, 1.0, 0.0, seconds_of_bfloat16]))
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: next(clock))
+    assert machine._cpu_is_faster() == faster
 
 
 def test_the_tracker_is_tensorboard_unless_told_otherwise(text, tmp_path):
@@ -679,6 +712,7 @@ def test_a_script_shows_its_help_and_does_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_scripts_are_the_same_command(text, tmp_path):
     path = recipe_file(tmp_path, text, steps=2)
     command = [sys.executable, str(ROOT / "scripts" / "train_text8.py"), str(path)]

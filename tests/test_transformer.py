@@ -169,7 +169,7 @@ def test_a_block_drops_what_either_path_adds_in_training_alone(path):
     # The other path adds nothing.
     (block.down if path == "attention" else block.attention.out).weight.zero_()
     h = torch.randn(40, n, 32, dtype=torch.float64)
-    rotation = torch.ones(n, 2, 1, 8, dtype=torch.complex128)
+    rotation = torch.view_as_real(torch.ones(n, 2, 1, 8, dtype=torch.complex128))
     whole = block.eval()(h, rotation, None) - h
     assert torch.equal(block(h, rotation, None) - h, whole)
     assert (whole != 0).all()
@@ -184,5 +184,6 @@ def test_a_block_drops_what_either_path_adds_in_training_alone(path):
 
 def test_attention_itself_drops_nothing():
     attention = Attention(16, 2).double().train()
-    h, rotation = torch.randn(2, 5, 16, dtype=torch.float64), torch.ones(5, 2, 1, 4, dtype=torch.complex128)
+    h = torch.randn(2, 5, 16, dtype=torch.float64)
+    rotation = torch.view_as_real(torch.ones(5, 2, 1, 4, dtype=torch.complex128))
     assert torch.equal(attention(h, rotation, None), attention.eval()(h, rotation, None))

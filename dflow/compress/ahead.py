@@ -27,7 +27,8 @@ from dflow.coding.tables import PRECISION, logit_counts
 from dflow.compress.text_coder import TextCoder, TextPlan
 from dflow.compress.walker import Walker
 from dflow.config import InputError
-from dflow.distributions.drafted import AheadLaw, Drafter, OpenDraws, Pace, Tally, check_draft
+from dflow.distributions.drafted import AheadLaw, Drafter, OpenDraws, check_draft
+from dflow.distributions.drafting import Pace, Tally
 
 Array = NDArray[Any]
 

@@ -23,19 +23,27 @@ from torch import Tensor
 
 from dflow.config import InputError
 from dflow.core import Context, Distribution, known_in, lengths_in, noise_in, present
+from dflow.distributions.drafting import (
+    LONGEST_DRAFT,
+    LOOK_UP,
+    NETWORK,
+    Pace,
+    SameLaw,
+    Tally,
+    VerifiedCall,
+    pays_off,
+)
 from dflow.distributions.sequence import SequenceCategorical
 from dflow.ops.devices import widen
 from dflow.ops.memo import Memo
 from dflow.ops.noise import Controls
 
-#: Most symbols that are drafted at a time.
-LONGEST_DRAFT = 32
 #: Entries of a call: sequences that end before others of their batch are verified so far beyond their end.
 _BEYOND = LONGEST_DRAFT + 1
 #: Noise of so many numbers is in memory at a time; more samples are drawn one part after another.
 _NOISE_BLOCK = 1 << 23
 #: Most sequences for which symbols are drafted one by one, without tensors of all.
-_FEW = 4
+FEW = 4
 
 
 @dataclass
@@ -89,6 +97,10 @@ class OpenDraws:
             noise = self.gumbel[rows, self._places(begins, width) - self.known]
         return (self._controlled(widen(logits)) + noise).argmax(-1)
 
+    def draw_at(self, logits: Tensor, places: Tensor) -> Tensor:
+        """Symbols (n, w) of laws with ``logits`` (n, w, K), of the entries at some places, (w,)."""
+        return (self._controlled(widen(logits)) + self.gumbel[:, places - self.known]).argmax(-1)
+
     def draw_one(self, logits: Tensor, row: int, place: int) -> int:
         """The symbol of one law with ``logits`` (K,), of the entry at ``place`` of a sequence."""
         if self._noise is None:
@@ -122,106 +134,17 @@ class Drafter(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class VerifiedCall:
-    """A network call that verified drafts of one sample.
-
-    Attributes:
-        sample: its number.
-        begin: the first entry of the call.
-        drafted: symbols that were proposed for it and the next ones.
-        accepted: how many of these were right, up to the first that was not.
-        drawn: the symbols that the call settled: those accepted, and where there is room for it the law's own
-            symbol behind them.
-    """
-
-    sample: int
-    begin: int
-    drafted: list[int]
-    accepted: int
-    drawn: list[int]
+#: Proposes w symbols of a sequence: its number, the symbols right before them, the first place, and w.
+Run = Callable[[int, list[int], int, int], list[int]]
 
 
-@dataclass
-class Tally:
-    """What draws took.
+class RunDrafter(Protocol):
+    """Proposes runs of symbols anywhere in a sequence, for laws that are drawn in groups."""
 
-    Attributes:
-        calls: network calls for each sample, by its number.
-        drafted: symbols that were drafted.
-        accepted: those of them that were right, with all before them in the draft.
-        log: the calls one by one, in a list that is put here before a draw; None notes none.
-    """
-
-    calls: dict[int, int] = field(default_factory=dict)
-    drafted: int = 0
-    accepted: int = 0
-    log: list[VerifiedCall] | None = None
-
-    def add(self, samples: Sequence[int], calls: int = 1) -> None:
-        """Count calls for some samples."""
-        for sample in samples:
-            self.calls[sample] = self.calls.get(sample, 0) + calls
-
-    def clear(self) -> None:
-        """Forget all."""
-        self.calls.clear()
-        self.drafted = self.accepted = 0
-        if self.log is not None:
-            self.log.clear()
-
-
-class Pace:
-    r"""How many symbols to draft: as many as pay off by how many were right of late.
-
-    If each is right with probability a, a call with d drafts gives :math:`1 + a + \dots + a^d` symbols. It
-    takes as long as 1.4 + c d calls without drafts, with c the cost of verifying a symbol and of drafting it.
-    That of verifying was measured to grow with the root of the number of sequences: one sequence leaves most
-    of a processor idle, many do not.
-    """
-
-    def __init__(self, fixed: int | None, cost: float) -> None:
-        self._fixed, self._cost = fixed, cost
-        self._right, self._tried = 0.0, 0.0
-
-    @classmethod
-    def of(cls, draft: Callable[[int], Tensor] | None) -> Pace:
-        """The pace where verifying takes the same for any number of drafts; None drafts nothing."""
-        return cls(0 if draft is None else None, getattr(draft, "cost", _LOOK_UP))
-
-    def __call__(self) -> int:
-        """The number."""
-        if self._fixed is not None:
-            return self._fixed
-        a = (self._right + _PRIOR * _TRIED) / (self._tried + _TRIED)
-        symbols, power, best, number = 1.0, 1.0, 1.0, 0
-        for d in range(1, LONGEST_DRAFT + 1):
-            power *= a
-            symbols += power
-            rate = symbols / (_SEVERAL + self._cost * d)
-            if rate > best:
-                best, number = rate, d
-        return number
-
-    def learn(self, right: int, tried: int) -> None:
-        """Take in how many drafted symbols were tried before the first wrong one, and were right."""
-        decay = _DECAY if tried else _DECAY_UNUSED
-        self._right, self._tried = decay * self._right + right, decay * self._tried + tried
-
-
-def _pays_off(ahead_cost: float, batch: int) -> bool:
-    """Whether drafts that are always right would save more than a tenth of the time of the plain loop."""
-    return 1.1 * (_SEVERAL + ahead_cost * math.sqrt(batch) * LONGEST_DRAFT) < LONGEST_DRAFT + 1
-
-
-#: What a call over several entries takes, in calls over one, without what each entry adds.
-_SEVERAL = 1.4
-#: The share of right symbols that is assumed at first, with the weight of so many symbols.
-_PRIOR, _TRIED = 0.8, 4.0
-#: How fast what was seen is forgotten, a call: more slowly where nothing is drafted, until it is tried again.
-_DECAY, _DECAY_UNUSED = 0.9, 0.97
-#: What drafting a symbol takes, in calls: by look-ups, and by a network.
-_LOOK_UP, _NETWORK = 0.08, 0.4
+    @property
+    def runs(self) -> Callable[[OpenDraws], Run] | None:
+        """Begin to draft for some sequences; None where the drafter cannot."""
+        ...
 
 
 class AheadLaw:
@@ -282,9 +205,15 @@ class LawDrafter:
     def start(self, draws: OpenDraws) -> Callable[[int], Tensor]:
         """See `Drafter`."""
         net = self._reader.net
-        if hasattr(net, "single") and len(draws.begins) <= _FEW and draws.symbols.device.type == "cpu":
+        if hasattr(net, "single") and len(draws.begins) <= FEW and draws.symbols.device.type == "cpu":
             return _OneByOne(net, draws)
         return _Following(self._reader, draws)
+
+    @property
+    def runs(self) -> Callable[[OpenDraws], Run] | None:
+        """See `RunDrafter`; None where the network of the law does not give single entries."""
+        net = self._reader.net
+        return (lambda draws: _OneByOne(net, draws).run) if hasattr(net, "single") else None
 
 
 class _OneByOne:
@@ -292,21 +221,23 @@ class _OneByOne:
 
     def __init__(self, net: Any, draws: OpenDraws) -> None:
         self._net, self._draws = net, draws
-        self.cost = getattr(net, "single_cost", _LOOK_UP)
+        self.cost = getattr(net, "single_cost", LOOK_UP)
 
     def __call__(self, w: int) -> Tensor:
-        draws, single = self._draws, self._net.single
-        drafts: list[list[int]] = []
-        for row, begin in enumerate(draws.begins):
-            line: list[int] = draws.symbols[row, :begin].tolist()
-            noise = draws.noise_of(row, begin, w)
-            if noise is not None:
-                drafts.append(self._net.draft(line, noise))
-                continue
-            for place in range(begin, begin + w):
-                line.append(draws.draw_one(single(line), row, place))
-            drafts.append(line[begin:])
-        return torch.tensor(drafts)
+        draws = self._draws
+        lines = [draws.symbols[row, :begin].tolist() for row, begin in enumerate(draws.begins)]
+        return torch.tensor([self.run(row, line, len(line), w) for row, line in enumerate(lines)])
+
+    def run(self, row: int, before: list[int], begin: int, w: int) -> list[int]:
+        """Symbols of w entries of a sequence from ``begin`` on, from those right before them."""
+        noise = self._draws.noise_of(row, begin, w)
+        if noise is not None:
+            symbols: list[int] = self._net.draft(before, noise)
+            return symbols
+        line = list(before)
+        for place in range(begin, begin + w):
+            line.append(self._draws.draw_one(self._net.single(line), row, place))
+        return line[len(before) :]
 
 
 class _Following:
@@ -315,7 +246,7 @@ class _Following:
     def __init__(self, reader: AheadLaw, draws: OpenDraws) -> None:
         self._net, self._draws = reader.net, draws
         self._state = reader.start(draws.prefix, draws.symbols.shape[1])
-        self.cost = _LOOK_UP if hasattr(reader.net, "single") else _NETWORK
+        self.cost = LOOK_UP if hasattr(reader.net, "single") else NETWORK
         #: The first entry of each sequence that the network has not given yet.
         self._reached = list(draws.begins)
 
@@ -344,7 +275,7 @@ class _Following:
             self._reached = [begin + width for begin in begins]
 
 
-class Drafted(Distribution):
+class Drafted(SameLaw):
     """A law drawn in fewer network calls: the same draws by the same noise, see the module.
 
     It scores and draws as the law itself, with which it shares everything. Batches are drawn together, each
@@ -371,32 +302,6 @@ class Drafted(Distribution):
         self._reader = AheadLaw(law, "this model")
         self.law: SequenceCategorical = self._reader.law
         self.drafter, self.width, self.tally = drafter, width, Tally()
-
-    @property
-    def by_entry(self) -> bool:  # type: ignore[override]
-        """Whether the law has terms by entry."""
-        return self.law.by_entry
-
-    @property
-    def num_calls(self) -> int:
-        """Calls of a sample at most: those of the law."""
-        return self.law.num_calls
-
-    def needed(self, length: int, context: Context | None = None) -> int:
-        """Calls after which the first ``length`` entries are drawn, at most."""
-        return self.law.needed(length, context)
-
-    def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
-        """That of the law."""
-        return self.law.log_prob(x, context)
-
-    def log_prob_each(self, x: Tensor, context: Context | None = None) -> Tensor:
-        """Those of the law."""
-        return self.law.log_prob_each(x, context)
-
-    def round_trip(self, x: Tensor, context: Context | None = None) -> bool | None:
-        """That of the law."""
-        return self.law.round_trip(x, context)
 
     @torch.no_grad()
     def sample(
@@ -425,7 +330,7 @@ class Drafted(Distribution):
         longest = dim if length is None else min(length, dim)
         ends = [longest] * n if lengths is None else lengths.clamp(max=longest).tolist()
         before, last, K = prefix.shape[1], max(ends, default=0), self.law.net.K
-        if self.width is None and not _pays_off(self.law.net.ahead_cost, n):
+        if self.width is None and not pays_off(self.law.net.ahead_cost, n):
             self.tally.add(noise.samples.tolist(), self.law.needed(last, context))
             context = replace(Context() if context is None else context, noise=noise)
             return self.law.sample(n, context, None, prompt, length)
@@ -450,7 +355,7 @@ class Drafted(Distribution):
         net, draft = self.law.net, self.drafter.start(draws)
         state = self._reader.start(draws.prefix, draws.symbols.shape[1])
         begins = draws.begins
-        verifying, drafting = net.ahead_cost * math.sqrt(len(begins)), getattr(draft, "cost", _LOOK_UP)
+        verifying, drafting = net.ahead_cost * math.sqrt(len(begins)), getattr(draft, "cost", LOOK_UP)
         pace = Pace(self.width, verifying + drafting)
         if draws.known:
             # One call has read what is known.

@@ -14,7 +14,9 @@ from dflow.config import InputError
 from dflow.core import Context, Distribution, Known, check_lengths
 from dflow.distributions import SequenceCategorical, Walk
 from dflow.distributions.documents import Documents
-from dflow.distributions.drafted import Drafted, Drafter, LawDrafter, Tally
+from dflow.distributions.drafted import Drafted, Drafter, LawDrafter
+from dflow.distributions.drafted_groups import DraftedGroups, is_drawn_in_groups
+from dflow.distributions.drafting import SameLaw, Tally
 from dflow.flows import Infilled
 from dflow.models.buffers import KeepsBuffers
 from dflow.models.counts import counted
@@ -63,7 +65,7 @@ class TextModel(KeepsBuffers):
         return self.distribution if self._calls is None else self.distribution.at(self._calls)
 
     #: The law as `generate` draws it in fewer calls; in a tuple, since it is no part of the model.
-    _drafted: tuple[()] | tuple[Drafted] = ()
+    _drafted: tuple[()] | tuple[SameLaw] = ()
 
     @property
     def _drawn(self) -> Distribution:
@@ -90,7 +92,8 @@ class TextModel(KeepsBuffers):
         Args:
             drafter: a fast model of the same alphabet that is drawn from left to right, above all one of
                 family ``ngram``; or a `dflow.distributions.Drafter`.
-            width: symbols that are drafted for a call, up to 32; None for as many as pay off.
+            width: symbols that are drafted for a call, up to 32; of a model drawn in groups, groups beyond
+                the next one. None for as many as pay off.
 
         Raises:
             InputError: this model or the drafter is drawn in another way; or the drafter has another number
@@ -107,7 +110,8 @@ class TextModel(KeepsBuffers):
                     other.share(mixture)
             drafter = LawDrafter(drafter.train(False).law)
         model = copy.copy(self)
-        model._drafted = (Drafted(self.law, drafter, width),)
+        kind = DraftedGroups if is_drawn_in_groups(self.law) else Drafted
+        model._drafted = (kind(self.law, drafter, width),)
         return model
 
     @property

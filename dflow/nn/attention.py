@@ -154,31 +154,34 @@ def rotations(
 ) -> Tensor:
     """What `rotated` turns queries and keys by, to their positions, int64 ``(n,)`` each.
 
-    Real ``(n, 2, 1, 2, head_size)``, float32: cosines, and sines with the sign of their term. For ``dtype``
-    float64 complex128 ``(n, 2, 1, head_size / 2)``: files are coded in float64, and the product of complex
-    numbers rounds in a way that no sequence of real operations repeats (some places of a tensor with a fused
-    multiplication, some without), so that a decoder would compute other bits than an older encoder.
+    Cosines and sines, real ``(n, 2, 1, head_size / 2, 2)``, in float64 for that ``dtype`` and otherwise in
+    float32.
     """
     exponent = torch.arange(0, head_size, 2, device=queries.device, dtype=widest(queries.device)) / head_size
-    angle = torch.stack([queries, keys], -1)[..., None].to(exponent.dtype) * base**-exponent
+    angle = torch.stack([queries, keys], -1)[..., None, None].to(exponent.dtype) * base**-exponent
     if dtype == torch.float64:
-        return torch.polar(torch.ones_like(angle), angle)[..., None, :]
-    cos, sin = angle.cos()[..., None, :], angle.sin()[..., None, :]
-    pairs = torch.stack([torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)], -3)
-    return pairs.flatten(-2).to(torch.float32)
+        # Cosines and sines of older encoders, to the last bit.
+        return torch.view_as_real(torch.polar(torch.ones_like(angle), angle))
+    return torch.stack([angle.cos(), angle.sin()], -1).to(torch.float32)
 
 
 def rotated(x: Tensor, rotation: Tensor) -> Tensor:
     """Queries and keys ``x`` ``(batch, n, 2, heads, head)``, turned by `rotations`.
 
-    Each pair ``(a, b)`` of neighbouring features becomes ``(a cos - b sin, a sin + b cos)``.
+    Each pair ``(a, b)`` of neighbouring features becomes ``(a cos - b sin, a sin + b cos)``, the product of
+    two complex numbers. On a CPU that product is three times as fast as real operations on every second
+    number. Compilers and some devices have no complex numbers. In float64 it is always the product of complex
+    numbers: files are coded in float64, and that product rounds in a way that no sequence of real operations
+    repeats, so that a decoder would compute other bits than an older encoder.
     """
-    real = at_least_float32(x).unflatten(-1, (-1, 2))
-    if rotation.is_complex():
-        return torch.view_as_real(torch.view_as_complex(real) * rotation).flatten(-2).to(x.dtype)
-    cos, sin = rotation.unbind(-2)
-    swapped = real.flip(-1).flatten(-2)
-    return torch.addcmul(real.flatten(-2) * cos, swapped, sin).to(x.dtype)
+    pairs = at_least_float32(x).unflatten(-1, (-1, 2))
+    eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if rotation.dtype == torch.float64 or eager_cpu:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotation))
+    else:
+        (a, b), (cos, sin) = pairs.unbind(-1), rotation.unbind(-1)
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1)
+    return turned.flatten(-2).to(x.dtype)
 
 
 def ngrams(before: int, after: int, size: int) -> list[list[int]]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -135,6 +137,22 @@ class Plan:
     block: int
     around: Tensor | None
     known: Tensor
+
+    @cached_property
+    def following(self) -> Reading:
+        """The entries of all rows of a block but the first, group by group."""
+        rows = self.entries[1:]
+        sizes = torch.tensor([[b - a for a, b in pairwise(row.cuts)] for row in rows])
+        groups = torch.arange(sizes.shape[1]).expand_as(sizes).flatten().repeat_interleave(sizes.flatten())
+        by_group = groups.argsort(stable=True).to(self.slots.positions.device)
+        joined = _joined(rows)
+        return Reading(
+            joined.positions[by_group],
+            joined.slots[by_group],
+            joined.sources[by_group],
+            None if joined.gaps is None else joined.gaps[by_group],
+            [0, *sizes.sum(0).cumsum(0).tolist()],
+        )
 
 
 @dataclass(frozen=True)

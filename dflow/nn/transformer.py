@@ -50,6 +50,7 @@ class State:
         keys: keys of each block, (batch, heads, slots, head), filled up to the present call.
         values: values of each block, in the same way.
         hidden: features of the slots of the present call.
+        first: the first of these slots.
         row: number of steps so far.
         read: slots that were read before the first step, see `GroupCausalTransformer.read`.
         even: whether each call attends to the slots of the whole plan, those to come with the weight 0. Then
@@ -64,6 +65,7 @@ class State:
     keys: list[Tensor]
     values: list[Tensor]
     hidden: Tensor
+    first: int = 0
     row: int = 0
     read: int = 0
     even: bool = False
@@ -297,20 +299,57 @@ class GroupCausalTransformer(nn.Module):
             state.symbols[:, positions] = x
         g, j = divmod(state.row, plan.block)
         state.row += 1
-        begin = max(plan.slots.cuts[g], state.read)
         if j == 0:
-            state.hidden = self._call(state, begin, plan.slots.cuts[g + 1])
+            state.first = max(plan.slots.cuts[g], state.read)
+            state.hidden = self._call(state, state.first, plan.slots.cuts[g + 1])
         h, entries = state.hidden, plan.entries[j]
         members = slice(entries.cuts[g], entries.cuts[g + 1])
         if members.stop - members.start < h.shape[1]:
-            h = h[:, entries.slots[members] - begin]
+            h = h[:, entries.slots[members] - state.first]
         if j and self.inner is not None:
             gaps = None if entries.gaps is None else entries.gaps[members]
             h = self.inner(h, self.embed(state.symbols[:, entries.sources[members]], gaps))
+        return self._output(h, state, entries.positions[members])
+
+    @torch.no_grad()
+    def groups_ahead(self, number: int, state: State) -> tuple[Tensor, Tensor]:
+        """Parameters of all entries of the next groups in one call, given symbols proposed for them.
+
+        The proposed symbols stand in ``state.symbols``, where each entry reads those that the order draws
+        before it. `step` goes on from any row of these groups to which ``state.row`` is then set.
+
+        Args:
+            number: of groups. The last `step` or call must have ended a group.
+            state: the state of the draw.
+
+        Returns:
+            Positions of the entries, ``(entries,)``, and their parameters ``(batch, entries, num_params)``.
+        """
+        plan = state.plan
+        g = state.row // plan.block
+        state.first = max(plan.slots.cuts[g], state.read)
+        state.hidden = h = self._call(state, state.first, plan.slots.cuts[g + number], several=True)
+
+        def members(reading: Reading) -> slice:
+            return slice(reading.cuts[g], reading.cuts[g + number])
+
+        rows = members(entries := plan.entries[0])
+        features, positions = h[:, entries.slots[rows] - state.first], entries.positions[rows]
+        if self.inner is not None and plan.block > 1:
+            rows = members(entries := plan.following)
+            gaps = None if entries.gaps is None else entries.gaps[rows]
+            read = self.embed(state.symbols[:, entries.sources[rows]], gaps)
+            later = self.inner(h[:, entries.slots[rows] - state.first], read)
+            features = torch.cat([features, later], 1)
+            positions = torch.cat([positions, entries.positions[rows]])
+        return positions, self._output(features, state, positions)
+
+    def _output(self, h: Tensor, state: State, entries: Tensor | slice) -> Tensor:
+        """Parameters of entries at some positions from their features."""
         h = F.layer_norm(h, (self.size.hidden_size,), self.norm.weight)
         out = F.linear(h, self.head.weight, self.head.bias)
-        if self.counted is not None and plan.around is not None:
-            out = self.counted(out, state.symbols[:, plan.around[entries.positions[members]]], h)
+        if self.counted is not None and state.plan.around is not None:
+            out = self.counted(out, _at(state.symbols, state.plan.around[entries]), h)
         return out
 
     @torch.no_grad()
@@ -334,11 +373,7 @@ class GroupCausalTransformer(nn.Module):
             entries = torch.tensor(begins, device=x.device)[:, None] + torch.arange(width, device=x.device)
             state.symbols.scatter_(1, (entries - 1).remainder(plan.dim + 1), x)
             h = self._call(state, min(begins), max(begins) + width, entries)
-        h = F.layer_norm(h, (self.size.hidden_size,), self.norm.weight)
-        out = F.linear(h, self.head.weight, self.head.bias)
-        if self.counted is not None and plan.around is not None:
-            out = self.counted(out, _at(state.symbols, plan.around[entries]), h)
-        return out
+        return self._output(h, state, entries)
 
     @torch.no_grad()
     def read(self, x: Tensor, state: State) -> None:
@@ -367,8 +402,10 @@ class GroupCausalTransformer(nn.Module):
         for tensor in (*state.keys, *state.values):
             tensor[1:, :, : state.read] = tensor[:1, :, : state.read]
 
-    def _call(self, state: State, begin: int, end: int, slots: Tensor | None = None) -> Tensor:
-        """Features (batch, slots, hidden) of the slots of the next group.
+    def _call(
+        self, state: State, begin: int, end: int, slots: Tensor | None = None, several: bool = False
+    ) -> Tensor:
+        """Features (batch, slots, hidden) of the slots of the next group, or of ``several`` groups.
 
         Where the sequences are at different slots, these are in ``slots``, (batch, width), between begin and
         end. The blocks are written out with as few operations as possible: for one sequence the overhead of
@@ -390,9 +427,11 @@ class GroupCausalTransformer(nn.Module):
         if slots is not None:
             mask = slots[:, None, :, None] >= torch.arange(end, device=h.device)
             rows = torch.arange(batch, device=h.device)[:, None]
-        elif (width > 1 or state.even) and (plan.mask is None or (begin == 0 and len(plan.known))):
+        elif several or (
+            (width > 1 or state.even) and (plan.mask is None or (begin == 0 and len(plan.known)))
+        ):
             # Several groups, or known entries and the first group, in one call.
-            seen = _causal(begin, end, h.device, stop) if plan.mask is None else plan.mask[:end, :end]
+            seen = _causal(begin, end, h.device, stop) if plan.mask is None else plan.mask[begin:end, :end]
             mask = seen if mask is None else mask & (seen | diagonal)
         rotation = plan.rotation[present]
         for w, keys, values in zip(state.weights, state.keys, state.values, strict=True):

@@ -13,7 +13,7 @@ from torch import Tensor
 from dflow.core import Context, Known
 from dflow.data import Tokenizer
 from dflow.distributions import Ordered, SequenceCategorical
-from dflow.distributions.drafted import VerifiedCall
+from dflow.distributions.drafting import VerifiedCall
 from dflow.generate import generate
 from dflow.models import TextModel
 from dflow.score import score

@@ -82,6 +82,10 @@ def check_begun_by(recipe: Recipe, before: Recipe) -> None:
 
     It is not read whether the data have changed since.
     """
+    if recipe.train.mixed_precision == "auto":
+        # What it took when it began.
+        precision = before.train.mixed_precision
+        recipe = replace(recipe, train=replace(recipe.train, mixed_precision=precision))
     lines = _lines(before, recipe)
     if recipe.data.is_path and files.absolute(before.data.name) != recipe.data.located().name:
         lines.insert(0, f"data.name: {before.data.name} then, {recipe.data.name} now")

@@ -68,6 +68,7 @@ def train(
     """
     machine.check_trackers(recipe.train.trackers)
     keep_memory()
+    recipe = machine.with_precision(recipe, device)
     output = recipe.output
     if not resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -20,7 +22,7 @@ from tqdm import tqdm
 
 from dflow.config import InputError, nearest
 from dflow.train import schedule
-from dflow.train.recipe import Recipe, TrainConfig
+from dflow.train.recipe import RECIPE, Recipe, TrainConfig, load_recipe
 
 #: Ways of accelerate to distribute a model of which no process has the whole.
 _CUT_MODELS = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
@@ -31,6 +33,8 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if
 #: Seconds within which a second signal is an echo of the first: under a launcher a process gets Ctrl-C from
 #: the terminal and from the launcher.
 ECHO = 1.0
+#: Products by which the precision of a training is chosen, some milliseconds in all.
+_PRODUCTS = 10
 
 
 def accelerator_of(recipe: Recipe, device: torch.device | None) -> Accelerator:
@@ -65,6 +69,36 @@ def accelerator_of(recipe: Recipe, device: torch.device | None) -> Accelerator:
             "state does not know; launch without it, and set train.shard=true for pieces that it knows"
         )
     return accelerator
+
+
+def with_precision(recipe: Recipe, device: torch.device | None) -> Recipe:
+    """The recipe with a precision in place of ``auto``.
+
+    A training that has begun keeps its precision wherever it goes on. A new one takes bf16 where its products
+    of matrices are faster than those of float32: on GPUs with such units, and on processors with such
+    instructions. Others do them in float32 after all, and more slowly.
+    """
+    if recipe.train.mixed_precision != "auto":
+        return recipe
+    try:
+        precision = load_recipe(recipe.output / RECIPE).train.mixed_precision
+    except InputError:
+        kind = device or torch.accelerator.current_accelerator() or torch.device("cpu")
+        faster = {"cpu": _cpu_is_faster, "cuda": torch.cuda.is_bf16_supported}.get(kind.type, lambda: False)()
+        precision = "bf16" if faster else "no"
+    return replace(recipe, train=replace(recipe.train, mixed_precision=precision))
+
+
+def _cpu_is_faster() -> bool:
+    """Whether a product of matrices takes less than two thirds of the time in bfloat16, the best of some."""
+    seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
+    for _ in range(_PRODUCTS):
+        for dtype in seconds:
+            x = torch.ones(256, 256, dtype=dtype)
+            begin = time.perf_counter()
+            x @ x
+            seconds[dtype] = min(seconds[dtype], time.perf_counter() - begin)
+    return seconds[torch.bfloat16] < seconds[torch.float32] / 1.5
 
 
 def check_trackers(names: list[str]) -> None:

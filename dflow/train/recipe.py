@@ -67,8 +67,10 @@ class TrainConfig:
     ema: float = setting(
         0.0, "decay of the moving average of weights that is evaluated and saved; 0 for no average"
     )
-    mixed_precision: Literal["no", "bf16", "fp16"] = setting(
-        "no", "precision of the networks: no, bf16, fp16"
+    mixed_precision: Literal["no", "bf16", "fp16", "auto"] = setting(
+        "no",
+        "precision of the networks: no, bf16, fp16; auto takes bf16 where the machine on which the training "
+        "begins is faster with it",
     )
     shard: bool = setting(
         False,
