@@ -103,7 +103,7 @@ class DraftedGroups(SameLaw):
         draws = OpenDraws(state.symbols, [0] * n, 0, gumbel, noise.controls)
         forced = None if prompt is None else prompt[: law.dim]
         lengths = lengths_in(context, n)
-        walk = _Walk(law, rows, state, draws, forced, None if lengths is None else lengths[:, None])
+        walk = _GroupDraw(law, rows, state, draws, forced, None if lengths is None else lengths[:, None])
         if rows:
             walk.draw(
                 self._runs(draws),
@@ -117,7 +117,7 @@ class DraftedGroups(SameLaw):
         return x if mask is None else torch.where(mask, x, 0)
 
 
-class _Walk:
+class _GroupDraw:
     """One batch that is drawn along the rows of an order.
 
     Args:
