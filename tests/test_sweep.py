@@ -391,3 +391,51 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path: Path) -> None
     assert set(ends(out).values()) == {"done"}
     for run in whole.runs:
         assert same(Path(run.folder), out / Path(run.folder).name)
+
+
+def work_beside(words: list[str], log: Path) -> None:
+    """`dflow` in a process of its own, which forks those of its runs."""
+    beside.CONTEXT = FORKS
+    work(words, log)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("forks")
+def test_side_by_side_stopped_and_killed_it_ends_with_the_same_bits(tmp_path: Path) -> None:
+    recipe = recipe_file(tmp_path, write_text(tmp_path), steps=400, eval_every=100, save_every=20)
+    whole = sweep(recipe, {"train.seed": [0, 1, 2]}, (), tmp_path / "whole")
+    out, log = tmp_path / "side", tmp_path / "log"
+    words = ["train", str(recipe), "--sweep", "train.seed=0,1,2", "--output", str(out), "--jobs", "2"]
+
+    def start() -> Any:
+        process = FORKS.Process(target=work_beside, args=(words, log))
+        process.start()
+        return process
+
+    process = start()
+    deadline = time.monotonic() + 300
+    while not all((out / f"seed={i}" / "state.safetensors").is_file() for i in (0, 1)):
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(300)
+    assert process.exitcode == 130, log.read_text()[-3000:]
+    assert set(ends(out).values()) <= {"stopped", "waiting"}
+    assert "stopping all runs after their steps" in log.read_text()
+    assert "go on with: dflow train" in log.read_text()
+    # Killed at once, its runs stop when they notice.
+    process = start()
+    process.join(1.5)
+    process.kill()
+    process.join()
+    process = start()
+    process.join(300)
+    if process.exitcode == 2:
+        assert "trains into" in log.read_text()
+        time.sleep(5)
+        process = start()
+        process.join(300)
+    assert process.exitcode == 0, log.read_text()[-3000:]
+    assert set(ends(out).values()) == {"done"}
+    for run in whole.runs:
+        assert same(Path(run.folder), out / Path(run.folder).name)
