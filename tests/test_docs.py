@@ -23,6 +23,7 @@ LONG = {page for page in PAGES if page not in ("README.md", "CONTRIBUTING.md")}
 #: Commands that are only parsed, and why they cannot be run here.
 NOT_RUN = {
     "dflow serve": "it serves until it is stopped; tests/test_serve.py draws on its page",
+    "dflow page tolstoy": "tests/test_page.py writes the page of these models",
     "dflow train recipes/images/multiscale_histology.yaml": "its pictures are no known set",
     "dflow compare runs/ptb/calls_grouped@{": "its bipartite models are cut by scripts/truncate_flow.py",
 }

@@ -113,8 +113,9 @@ class Panel {
     this.point = this.model.points.find((point) => point.drafted === this.half && (this.half || point.calls === this.calls)) ?? this.model.points[0];
     this.milliseconds = (this.point.milliseconds / this.point.calls) * this.trace.num_calls;
     this.symbols.fill(this.trace.pieces);
-    this.about.textContent = this.kind === "groups" ? `${this.model.family}, ${count(this.trace.pieces.length, "symbol")} in ${count(this.trace.num_calls, "network call")}`
-      : `${this.model.family}, left to right, ${this.half ? `${count(this.trace.pieces.length, "symbol")} in ${count(this.trace.num_calls, "network call")} by drafts` : "one symbol a network call"}`;
+    const drawn = `${count(this.trace.pieces.length, "symbol")} in ${count(this.trace.num_calls, "network call")}`;
+    this.about.textContent = this.model.family + (source.trained_on ? `, trained on ${source.trained_on}` : "")
+      + (this.kind === "groups" ? `; ${drawn}` : `; left to right, ${this.half ? `${drawn} by drafts` : "one symbol a network call"}`);
     const each = this.trace.total_bits / this.trace.num_characters;
     this.total.replaceChildren(make("strong", {}, `${fixed(this.trace.total_bits, 3)} bits`), ` for the whole text, exact: ${fixed(each, 3)} bits a character`);
     this.prove();
