@@ -224,7 +224,7 @@ def test_the_page_of_the_models_that_ship_slides_and_names_what_is_pointed_at(
     assert page.stat().st_size < 4e6
     panel = record_of(page)["groups"]
     with watched(chrome, page):
-        assert "grouped, trained on war-and-peace; 256 symbols in 32" in by(chrome, "#panels").text
+        assert "tolstoy trained on war-and-peace" in by(chrome, "#panels").text
         slider = by(chrome, "#calls")
         slider.send_keys(Keys.HOME)
         for calls, [trace] in zip(panel["calls"], panel["samples"], strict=True):
