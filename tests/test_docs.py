@@ -16,6 +16,9 @@ from stand_ins import ROOT, Workshop, replace_data_sets
 
 from dflow import cli, recipes
 
+#: What one reads and runs first: the pages of the site under Start. tests/test_wheel.py runs their commands,
+#: in an empty folder and with the models that come with dflow.
+START = ["README.md", "docs/guide.md", "docs/guide/models.md"]
 PAGES = ["README.md", "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
 #: Pages whose commands and examples take long, all together.
 LONG = {page for page in PAGES if page not in ("README.md", "CONTRIBUTING.md")}
@@ -84,7 +87,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.usefixtures("registries")
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(p, marks=[pytest.mark.slow] * (p in LONG)) for p in PAGES if commands(p)],
+    [
+        pytest.param(p, marks=[pytest.mark.slow] * (p in LONG))
+        for p in PAGES
+        if p not in START and commands(p)
+    ],
 )
 def test_commands_run(page: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace_data_sets(monkeypatch)
@@ -101,6 +108,14 @@ def test_commands_run(page: str, models: Path, tmp_path: Path, monkeypatch: pyte
             _, *words = subprocess.run(shell, capture_output=True, text=True, check=True).stdout.splitlines()
             workshop.provide(words)
             assert cli.main([*words, *SHORT.get(words[0], [])]) == 0, line
+
+
+def test_start_is_that_of_the_site() -> None:
+    nav = (
+        (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("  - Start:\n")[2].partition("\n  - ")[0]
+    )
+    files = {"index.md": "README.md"}
+    assert [files.get(p, f"docs/{p}") for p in re.findall(r"([\w/]+\.md)", nav)] == START
 
 
 def test_what_is_not_run_is_on_a_page_and_parses() -> None:
