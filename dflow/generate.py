@@ -77,6 +77,8 @@ def generate(
         raise InputError(
             f"length {length} is not a length this model can draw; take one of 1 to {longest}, or a model "
             "that was trained with a model.context"
+            + f", which a {model.config.family} model has not"
+            * (model.config.record.known == "no")
         )
     if prompt is not None:
         most = length or (longest if documents is None else len(prompt) + longest)

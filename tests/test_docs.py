@@ -22,6 +22,9 @@ from dflow.cli.command import parse_words
 from dflow.cli.verbs import VERBS
 from dflow.train import load_recipe
 
+#: What one reads and runs first: the pages of the site under Start. tests/test_wheel.py runs their commands,
+#: in an empty folder and with the models that come with dflow.
+START = ["README.md", "docs/guide.md", "docs/guide/models.md"]
 PAGES = ["README.md", "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
 RESULTS = "docs/RESULTS.md"
 #: Pages on which a command in running text is whole, so that it parses.
@@ -32,6 +35,7 @@ LONG = {page for page in PAGES if page not in ("README.md", "CONTRIBUTING.md")}
 #: Commands that are only parsed, and why they cannot be run here.
 NOT_RUN = {
     "dflow serve": "it serves until it is stopped; tests/test_serve.py draws on its page",
+    "dflow page tolstoy": "tests/test_page.py writes the page of these models",
     "dflow train recipes/images/multiscale_histology.yaml": "its pictures are no known set",
     "dflow compare runs/ptb/calls_grouped@{": "its bipartite models are cut by scripts/truncate_flow.py",
 }
@@ -92,7 +96,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.usefixtures("registries")
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(p, marks=[pytest.mark.slow] * (p in LONG)) for p in PAGES if commands(p)],
+    [
+        pytest.param(p, marks=[pytest.mark.slow] * (p in LONG))
+        for p in PAGES
+        if p not in START and commands(p)
+    ],
 )
 def test_commands_run(page: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace_data_sets(monkeypatch)
@@ -109,6 +117,14 @@ def test_commands_run(page: str, models: Path, tmp_path: Path, monkeypatch: pyte
             _, *words = subprocess.run(shell, capture_output=True, text=True, check=True).stdout.splitlines()
             workshop.provide(words)
             assert cli.main([*words, *SHORT.get(words[0], [])]) == 0, line
+
+
+def test_start_is_that_of_the_site() -> None:
+    nav = (
+        (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("  - Start:\n")[2].partition("\n  - ")[0]
+    )
+    files = {"index.md": "README.md"}
+    assert [files.get(p, f"docs/{p}") for p in re.findall(r"([\w/]+\.md)", nav)] == START
 
 
 def test_what_is_not_run_is_on_a_page() -> None:

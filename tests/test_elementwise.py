@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
-from dflow.elementwise import ModAffine, ModRank, ModShift
+from dflow.elementwise import DISCRETE, ModAffine, ModRank, ModShift
 from dflow.ops.modular import one_hot, symbols
 from dflow.ops.straight_through import StraightThrough
 
-FAMILIES = {"shift": ModShift, "affine": ModAffine, "rank": ModRank}
+#: The maps of dflow, without those that other tests add.
+FAMILIES = dict(DISCRETE)
 ALPHABETS = [2, 3, 5, 6, 9, 27, 50]
 
 
@@ -28,7 +29,7 @@ def case(family, K, rows=40, levels=None, dtype=torch.float64):
 @pytest.mark.parametrize("K", ALPHABETS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_permutation_exact_inverse_and_modes_agree(name, K, levels):
-    family = FAMILIES[name](K)
+    family = FAMILIES[name](K, None)
     x, params = case(family, K, levels=levels)
     z, log_det = family.forward(x, params)
     assert torch.equal(z.sort(1).values, x)
@@ -61,7 +62,7 @@ def test_values(K):
 @pytest.mark.parametrize("K", ALPHABETS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_zero_logits_are_the_identity_and_still_teach(name, K):
-    family = FAMILIES[name](K)
+    family = FAMILIES[name](K, None)
     params = torch.zeros(1, K, family.num_params, requires_grad=True)
     x = torch.arange(K)[None]
     assert torch.equal(family.forward(x, params)[0], x)
@@ -105,7 +106,7 @@ def test_noise_reaches_the_differentiable_mode_only(name):
     family = FAMILIES[name](K, StraightThrough(noise=1.0))
     x, params = case(family, K)
     torch.manual_seed(0)
-    assert torch.equal(family.forward(x, params)[0], FAMILIES[name](K).forward(x, params)[0])
+    assert torch.equal(family.forward(x, params)[0], FAMILIES[name](K, None).forward(x, params)[0])
     rows = one_hot(x, K, torch.float64)
     first, second = family.forward(rows, params)[0], family.forward(rows, params)[0]
     assert not torch.equal(first, second)
@@ -130,7 +131,7 @@ def test_noisy_rank_is_plackett_luce():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_dtypes(name, dtype):
-    family = FAMILIES[name](6)
+    family = FAMILIES[name](6, None)
     x, params = case(family, 6, dtype=dtype)
     params.requires_grad_()
     z, log_det = family.forward(x, params)
@@ -144,7 +145,7 @@ def test_dtypes(name, dtype):
 
 @pytest.mark.parametrize(("name", "K"), [("shift", 8192), ("affine", 1024), ("rank", 1024)])
 def test_large_alphabets(name, K):
-    family = FAMILIES[name](K)
+    family = FAMILIES[name](K, None)
     generator = torch.Generator().manual_seed(0)
     params = torch.randn(2, 8, family.num_params, generator=generator, requires_grad=True)
     x = torch.randint(K, (2, 8), generator=generator)
@@ -172,8 +173,8 @@ def test_scales_are_units(K, phi):
 def test_arguments_are_checked(name):
     for K in (1, 0, -2):
         with pytest.raises(ValueError, match=f"K={K}"):
-            FAMILIES[name](K)
-    family = FAMILIES[name](5)
+            FAMILIES[name](K, None)
+    family = FAMILIES[name](5, None)
     x, params = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, family.num_params)
     with pytest.raises(ValueError, match="params have shape"):
         family.forward(x, params[..., :-1])

@@ -90,10 +90,10 @@ def told(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return json.loads(capsys.readouterr().out.splitlines()[-1])  # type: ignore[no-any-return]
 
 
-def coded(file: Path, model: str, flag: list[str]) -> Path:
+def coded(file: Path, model: str, flag: list[str], *packing: str) -> Path:
     """The file after it was compressed and decompressed."""
     packed, back = file.with_suffix(".dfl"), file.parent / "back"
-    assert main(["compress", str(file), "-o", str(packed), "--model", model, *flag]) == 0
+    assert main(["compress", str(file), "-o", str(packed), "--model", model, *packing, *flag]) == 0
     assert main(["decompress", str(packed), "-o", str(back), "--model", model, *flag]) == 0
     return back / file.name
 
@@ -127,6 +127,28 @@ def test_a_family_of_text_goes_through_every_verb(tmp_path: Path, capsys: pytest
     capsys.readouterr()
     assert main(["evaluate", "--model", str(tmp_path / "lines"), *flag]) == 0
     assert told(capsys)["round_trip"] is True
+
+
+def test_a_network_draws_any_length_and_reads_what_is_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, flag = write_text(tmp_path), ["--import", module(tmp_path, "convolution.py")]
+    out = str(tmp_path / "out")
+    model = {"family": "convolution", "length": 8, "context": 4, "hidden_size": 8, "num_hidden_layers": 2}
+    assert main(["train", recipe(tmp_path, text, model, learning_rate=0.1), *flag]) == 0
+    capsys.readouterr()
+    for protocol in ("chunks", "rolling"):
+        assert main(["evaluate", "--model", out, "--protocol", protocol, *flag]) == 0
+        evaluated = told(capsys)
+        assert (evaluated["kind"], evaluated["round_trip"]) == ("exact", True)
+    assert main(["generate", "--model", out, "--prompt", "line", "--length", "30", *flag]) == 0
+    assert len(capsys.readouterr().out.partition("line")[2]) >= 26
+    file = tmp_path / "a.txt"
+    file.write_text(text.read_text()[:205] + "Ω")
+    assert coded(file, out, flag, "--protocol", "rolling").read_bytes() == file.read_bytes()
+    # A value below the least one is refused before anything is trained.
+    assert main(["train", recipe(tmp_path, text, model | {"num_hidden_layers": 0}), *flag]) == 2
+    assert "model: num_hidden_layers must be at least 1, found 0" in capsys.readouterr().err
 
 
 def test_the_program_takes_the_flag_and_says_which_one_is_missing(

@@ -34,7 +34,7 @@ from dflow.hf import remote
 from dflow.hf.card import changed
 
 FAMILIES = zoo.names("text")
-CAUSAL = [name for name in FAMILIES if zoo.find(name).left_to_right]
+CAUSAL = [name for name in FAMILIES if zoo.find(name).known == "before"]
 
 
 @pytest.fixture(scope="module")

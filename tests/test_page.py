@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from browser import browser
 from folders import TEXT, make_model, write_model, write_text
 
-from dflow import hf, zoo
+from dflow import hf, shipped, zoo
 from dflow.cli import main
 from dflow.data import Bytes, Characters, Tokenizer
 from dflow.generate import generate
@@ -175,6 +176,67 @@ def test_every_family_has_a_trace_or_none(family: str, ended: bool) -> None:
             assert trace.calls == list(range(1, n + 1))
 
 
+# -- the models that come with dflow ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tolstoy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text, since the book that the models have read comes without them, and the page of both on it."""
+    folder = tmp_path_factory.mktemp("tolstoy")
+    line = "Prince Andrew looked at Natasha, who was smiling, and did not know what to say.\n"
+    (folder / "text.txt").write_text(line * 10, encoding="utf-8")
+    words = ["page", *shipped.names(), "--data", str(folder / "text.txt"), "--split", "all", "--limit", "2"]
+    words += ["--samples", "1", "--rounds", "1", "--threads", "1", "-o", str(folder / "page.html")]
+    assert main(words) == 0
+    return folder
+
+
+@pytest.mark.slow
+def test_figures_of_the_models_that_ship_are_those_of_evaluate(
+    tolstoy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = record_of(tolstoy / "page.html")
+    points = {
+        (model["name"], point["calls"]): point
+        for model in record["models"]
+        for point in model["points"]
+        if not point["drafted"]
+    }
+    assert list(points) == [*(("tolstoy", calls) for calls in (1, 2, 4, 8, 16, 32)), ("tolstoy-causal", 256)]
+    for name, calls in (("tolstoy", 4), ("tolstoy", 32), ("tolstoy-causal", 256)):
+        model = f"{name}@{calls}" if name == "tolstoy" else name
+        words = ["--model", model, "--data", str(tolstoy / "text.txt"), "--split", "all", "--limit", "2"]
+        evaluation = json.loads(run(capsys, "evaluate", *words, "--threads", "1", "--json"))
+        point = points[name, calls]
+        assert (point["bits"], point["standard_error"]) == (evaluation["bpc"], evaluation["standard_error"])
+        assert (point["round_trip"], evaluation["round_trip"]) == (True, True)
+        assert record["data"]["protocol"] == evaluation["protocol"]
+
+
+@pytest.mark.slow
+def test_the_page_of_the_models_that_ship_slides_and_names_what_is_pointed_at(
+    tolstoy: Path, chrome: Any
+) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    page = tolstoy / "page.html"
+    assert page.stat().st_size < 4e6
+    panel = record_of(page)["groups"]
+    with watched(chrome, page):
+        assert "tolstoy trained on war-and-peace" in by(chrome, "#panels").text
+        slider = by(chrome, "#calls")
+        slider.send_keys(Keys.HOME)
+        for calls, [trace] in zip(panel["calls"], panel["samples"], strict=True):
+            assert by(chrome, "h1").text == f"256 characters in {calls} network call{'s' * (calls > 1)}"
+            assert f"{trace['total_bits']:,.3f} bits" in by(chrome, ".panel .total").text
+            span = chrome.find_elements("css selector", ".panel:first-child .s")[2]
+            ActionChains(chrome).move_to_element(span).perform()
+            price = f"position 3, drawn in call {trace['calls'][2]} of {calls}, {trace['bits'][2]:.2f} bits"
+            assert price in by(chrome, ".panel .readout").text
+            slider.send_keys(Keys.ARROW_RIGHT)
+
+
 # -- the file --------------------------------------------------------------------------------------------
 
 
@@ -248,12 +310,18 @@ def chrome(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[A
 
 @pytest.fixture
 def opened(folder: Path, chrome: Any) -> Iterator[Any]:
+    with watched(chrome, folder / "page.html"):
+        yield chrome
+
+
+@contextmanager
+def watched(chrome: Any, page: Path) -> Iterator[None]:
     """The page at the width of a desk; afterwards, nothing may have been complained about or requested."""
     for kind in ("browser", "performance"):
         chrome.get_log(kind)
     emulate(chrome, 1280)
-    chrome.get((folder / "page.html").as_uri())
-    yield chrome
+    chrome.get(page.as_uri())
+    yield
     assert chrome.get_log("browser") == []
     events = [json.loads(entry["message"])["message"] for entry in chrome.get_log("performance")]
     sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]

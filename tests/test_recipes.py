@@ -1,21 +1,16 @@
-"""The recipes that come with dflow: in the wheel, by name, listed, printed and copied."""
+"""The recipes that come with dflow: by name, listed, printed and copied."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tomllib
-import zipfile
 from pathlib import Path
 
 import pytest
 from stand_ins import ROOT
 
-import dflow
-from dflow import recipes, shipped
+from dflow import recipes
 from dflow.cli import main, read_flags
 from dflow.cli.train import Train, recipe_to_train
 from dflow.config import InputError
@@ -110,92 +105,3 @@ def test_recipes_are_listed_printed_and_copied(capsys: pytest.CaptureFixture[str
     assert Path("ngram.yaml").read_text(encoding="utf-8") == text
     assert "did you mean 'ptb/ngram'" in refused(capsys, "recipes", "ptb/ngrm")
     assert "name the recipe to copy" in refused(capsys, "recipes", "--copy")
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of this checkout."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    for name in ("dflow", "recipes"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", build, folder], cwd=source, check=True, capture_output=True)
-    [path] = folder.glob("*.whl")
-    assert path.name.split("-")[:2] == ["dflow", dflow.__version__]
-    return path
-
-
-@pytest.fixture(scope="module")
-def site(wheel: Path) -> Path:
-    """The folder of packages into which the wheel is unpacked."""
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(wheel.parent / "site")
-    return wheel.parent / "site"
-
-
-def run(site: Path, *words: str) -> str:
-    """What a command of the unpacked wheel prints, in the working directory."""
-    done = subprocess.run(
-        [sys.executable, "-m", "dflow", *words],
-        env=os.environ | {"PYTHONPATH": str(site)}, check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    return done.stdout
-
-
-@pytest.mark.slow
-def test_a_wheel_has_all_recipes_and_finds_them(site: Path) -> None:
-    modules = {path.relative_to(ROOT / "dflow") for path in (ROOT / "dflow").rglob("*.py")}
-    assert {path.relative_to(site / "dflow") for path in (site / "dflow").rglob("*.py")} == modules
-    # Of the models, which another test looks at, there is more.
-    others = {path.name for path in (site / "dflow").glob("*.*") if path.suffix != ".py"}
-    pages = {path.name for path in (site / "dflow" / "page").iterdir() if path.suffix != ".py"}
-    assert others == {"py.typed"}
-    assert pages == {"page.html", "page.css", "page.js", "plots.js"}
-    assert [line.split()[0] for line in run(site, "recipes").splitlines()] == recipes.names()
-    for path in FILES:
-        name = path.relative_to(ROOT / "recipes")
-        assert (site / "dflow" / "_recipes" / name).read_bytes() == path.read_bytes()
-    small = (
-        "model.length=16",
-        "model.hidden_size=8",
-        "train.steps=1",
-        "train.eval_chunks=4",
-        "train.samples=0",
-    )
-    run(site, "train", "demo_lstm", "--set", *small, "--output", "out")
-    assert Path("out", "model.safetensors").is_file()
-
-
-@pytest.mark.slow
-def test_a_wheel_has_the_models_in_eight_megabytes(wheel: Path, site: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        files = [
-            f for f in archive.infolist() if f.filename.count("/") == 3 and "dflow/models/" in f.filename
-        ]
-    assert {f.filename.split("/")[2] for f in files} == set(shipped.names())
-    assert sum(f.compress_size for f in files) <= 8e6
-    for name in shipped.names():
-        for path in shipped.folder_of(name).iterdir():
-            assert (site / "dflow" / "models" / name / path.name).read_bytes() == path.read_bytes()
-
-
-@pytest.mark.slow
-def test_a_wheel_draws_scores_fills_compresses_and_tunes_its_model(site: Path) -> None:
-    text = "Prince Andrew looked at Natasha, who was smiling, and did not know what to say.\n" * 60
-    Path("text.txt").write_text(text, encoding="utf-8")
-    Path("gap.txt").write_text("Prince ____ was in love.", encoding="utf-8")
-    assert run(site, "generate", "--model", "tolstoy", "--n", "3").count("--- sample ") == 3
-    assert run(site, "generate", "--model", "tolstoy-causal", "--draft", "counts", "--length", "80")
-    assert "Prince" in run(site, "fill", "gap.txt", "--model", "tolstoy", "--size", "6")
-    assert "bits" in run(site, "score", "text.txt", "--model", "tolstoy@4")
-    run(site, "compress", "text.txt", "-o", "text.dfl", "--model", "tolstoy@4")
-    run(site, "decompress", "text.dfl", "-o", "back", "--model", "tolstoy")
-    assert Path("back", "text.txt").read_text(encoding="utf-8") == text
-    assert Path("text.dfl").stat().st_size < len(text) / 4
-    Path("long.txt").write_text(4 * text, encoding="utf-8")
-    settings = ("data.name=long.txt", "train.steps=1", "train.minutes=5")
-    run(site, "train", "--init", "tolstoy", "--set", *settings, "--output", "tuned")
-    assert run(site, "models", ".").splitlines()[1].startswith("tuned")

@@ -81,20 +81,12 @@ def same(a, b):
 @pytest.mark.parametrize("path", RECIPES, ids=[str(p.relative_to(ROOT)) for p in RECIPES])
 def test_every_recipe_trains_for_two_steps(path, text, tmp_path):
     recipe = load_recipe(path)
-    small = ["length=16", "hidden_size=8", "num_hidden_layers=1"]
-    if recipe.family in ("grouped", "any_order"):
-        small.append("num_calls=4")
-    if recipe.family == "grouped":
-        small.append("calls=[1, 2]")
-    if recipe.family == "lstm":
-        small.append("embedding_size=4")
-    elif recipe.family == "ngram":
-        small = ["length=16"]
-    else:
-        small.append("num_attention_heads=1")
-    if recipe.data.by_lines:
-        small[0] = "length=64"
-    overrides = [f"model.{s}" for s in small] + [
+    small = {
+        "length": 64 if recipe.data.by_lines else 16, "hidden_size": 8, "num_hidden_layers": 1,
+        "num_calls": 4, "calls": [1, 2], "embedding_size": 4, "num_attention_heads": 1,
+    }  # fmt: skip
+    fields = zoo.find(recipe.family).fields
+    overrides = [f"model.{name}={value}" for name, value in small.items() if name in fields] + [
         f"data={{name: '{text}', protocol: {recipe.data.protocol or 'null'}}}",
         "train.steps=2",
         "train.minutes=null",

@@ -196,6 +196,8 @@ def data_of(flags: Page, shown: list[Exhibit]) -> tuple[list[Corpus], str, str]:
 
 def panel(flags: Page, shown: list[Exhibit], role: str) -> dict[str, Any] | None:
     """The samples of the first model of a role, for each number of calls; None without such a model."""
+    from dflow.data import dealt
+    from dflow.models import split_calls
     from dflow.page import role_of, traces
     from dflow.page.figures import budgets_of
 
@@ -212,9 +214,12 @@ def panel(flags: Page, shown: list[Exhibit], role: str) -> dict[str, Any] | None
         ]
         for number in calls
     ]
+    about = dealt.read(split_calls(each.folder)[0])
     default = calls.index(each.model.num_calls) if each.model.num_calls in calls else len(calls) - 1
     return {
         "model": each.name,
+        # Of a file or folder the name alone: where it lies on this machine is nobody's business.
+        "trained_on": None if about is None else Path(about["name"]).name,
         "length": each.model.config.length,
         "calls": calls,
         "default": default,

@@ -20,7 +20,12 @@ from dflow.ops.straight_through import StraightThrough, straight_through
 
 
 class Discrete(Elementwise):
-    """Base class of the families on Z/K: it selects the mode and checks the arguments."""
+    """Base class of the families on Z/K: it selects the mode and checks the arguments.
+
+    A subclass maps what `forward` and `inverse` were given: symbols, by the arg-max of the parameters, in
+    ``_symbols``; and one-hot rows, by ``estimator`` of the parameters, in ``_rows``. There the parameters are
+    float32 or wider; the rows that ``_rows`` returns are then given the dtype of those that came in.
+    """
 
     def __init__(self, K: int, num_params: int, estimator: StraightThrough | None = None) -> None:
         super().__init__()
@@ -65,7 +70,7 @@ class Discrete(Elementwise):
             )
         params = at_least_float32(params)
         if rows:
-            z = self._rows(x, params, to_latent)
+            z = self._rows(x, params, to_latent).to(x.dtype)
         else:
             # Only data come from the user; latents come from a base over the same K symbols. Looking at them
             # would wait for an accelerator, at every layer. What is compiled reads no values: models check

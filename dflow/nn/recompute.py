@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from dflow.config import InputError
+
 T = TypeVar("T")
 
 
@@ -38,7 +40,16 @@ class Recomputable(nn.Module):
 
 
 def recompute(module: nn.Module) -> None:
-    """Turn on gradient checkpointing in every part of ``module`` that has it."""
-    for part in module.modules():
-        if isinstance(part, Recomputable):
-            part.gradient_checkpointing = True
+    """Turn on gradient checkpointing in every part of ``module`` that has it.
+
+    Raises:
+        InputError: no part has it.
+    """
+    parts = [part for part in module.modules() if isinstance(part, Recomputable)]
+    if not parts:
+        raise InputError(
+            "train.checkpointing: no part of the network of this model can be computed anew; leave it out, "
+            "or let a part extend dflow.nn.recompute.Recomputable"
+        )
+    for part in parts:
+        part.gradient_checkpointing = True

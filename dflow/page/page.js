@@ -97,7 +97,7 @@ class Panel {
     const heads = ["symbol", "position", "call", "bits"].map((name) => make("th", { scope: "col" }, name));
     this.details = make("details", {}, make("summary", {}, "All symbols as a table"), make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `Symbols of ${source.model}` }, make("table", {}, make("thead", {}, make("tr", {}, ...heads)), this.rows)));
     this.details.addEventListener("toggle", () => this.tabulate());
-    this.node = make("article", { class: "panel", "aria-label": source.model }, make("h3", {}, source.model), this.about,
+    this.node = make("article", { class: "panel", "aria-label": source.model }, make("h3", {}, source.model, make("small", {}, source.trained_on ? ` trained on ${source.trained_on}` : "")), this.about,
       make("div", { class: "progress" }, this.where, this.share), make("div", { class: "meter", "aria-hidden": "true" }, this.bar),
       this.symbols.node, this.readout, this.total, this.proof, this.details);
   }
@@ -113,8 +113,9 @@ class Panel {
     this.point = this.model.points.find((point) => point.drafted === this.half && (this.half || point.calls === this.calls)) ?? this.model.points[0];
     this.milliseconds = (this.point.milliseconds / this.point.calls) * this.trace.num_calls;
     this.symbols.fill(this.trace.pieces);
-    this.about.textContent = this.kind === "groups" ? `${this.model.family}, ${count(this.trace.pieces.length, "symbol")} in ${count(this.trace.num_calls, "network call")}`
-      : `${this.model.family}, left to right, ${this.half ? `${count(this.trace.pieces.length, "symbol")} in ${count(this.trace.num_calls, "network call")} by drafts` : "one symbol a network call"}`;
+    const drawn = `${count(this.trace.pieces.length, "symbol")} in ${count(this.trace.num_calls, "network call")}`;
+    this.about.textContent = this.kind === "groups" ? `${this.model.family}, ${drawn}`
+      : `${this.model.family}, left to right, ${this.half ? `${drawn} by drafts` : "one symbol a network call"}`;
     const each = this.trace.total_bits / this.trace.num_characters;
     this.total.replaceChildren(make("strong", {}, `${fixed(this.trace.total_bits, 3)} bits`), ` for the whole text, exact: ${fixed(each, 3)} bits a character`);
     this.prove();

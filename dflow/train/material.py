@@ -97,7 +97,7 @@ class Texts(Material):
     def __init__(self, recipe: Recipe, corpus: Corpus) -> None:
         self.config, self.corpus, self.length = recipe.train, corpus, recipe.model.length
         self.checksum = corpus.checksum
-        self.context, self.family = recipe.model.context, zoo.find(recipe.family)
+        self.context, self.family = getattr(recipe.model, "context", 0), zoo.find(recipe.family)
         if self.context and corpus.protocol != "stream":
             raise InputError(
                 f"model.context {self.context}: only a stream has text before a chunk, and these data are of "

@@ -33,7 +33,7 @@ from dflow.zoo.family import (
 from dflow.zoo.images import DequantizedConfig
 from dflow.zoo.integer import IntegerConfig
 from dflow.zoo.modular import ModularConfig
-from dflow.zoo.settings import setting
+from dflow.zoo.settings import check_settings, setting
 from dflow.zoo.text import walk
 from dflow.zoo.text_settings import AnyOrderConfig, GroupedConfig, ModelConfig
 from dflow.zoo.values import ValuesConfig
@@ -89,6 +89,7 @@ def settings(family: object, values: dict[str, Any], where: str = "model") -> An
     """
     record = find(family, where=where)
     parsed = parse(record.settings, values, where)
+    check_settings(parsed, f"{where}: ")
     if getattr(parsed, "context", 0) and record.known == "no":
         able = [name for name in names("text") if find(name).known != "no"]
         raise InputError(

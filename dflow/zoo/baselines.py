@@ -10,7 +10,7 @@ from dflow.nn.lstm import LSTM
 from dflow.nn.ngram import NgramNet
 from dflow.ops.orders import lockstep
 from dflow.zoo.family import Family, register
-from dflow.zoo.settings import check_settings, setting
+from dflow.zoo.settings import setting
 from dflow.zoo.text_settings import ModelConfig
 
 
@@ -39,9 +39,6 @@ class NgramConfig:
     counts_megabytes: int = setting(
         128, "most megabytes of counts, the rarest of the longest contexts are left out", least=1
     )
-
-    def __post_init__(self) -> None:
-        check_settings(self)
 
 
 def lstm(config: LstmConfig, K: int) -> Distribution:

@@ -24,14 +24,17 @@ def choice(default: str, known: Mapping[str, object], help: str) -> Any:
     return field(default=default, metadata={"help": f"{help}: {names}", "known": known})
 
 
-def check_settings(settings: Any) -> None:
-    """`InputError` for a value below the least one of its field, or not in the registry of its field."""
+def check_settings(settings: Any, where: str = "") -> None:
+    """`InputError` for a value below the least one of its field, or not in the registry of its field.
+
+    ``where`` stands before the message.
+    """
     for f in fields(settings):
         value, choices = getattr(settings, f.name), f.metadata.get("known")
         numbers = value if isinstance(value, list) else [value]
         least = f.metadata.get("least")
         if least is not None and any(number is not None and number < least for number in numbers):
-            raise InputError(f"{f.name} must be at least {least}, found {value}")
+            raise InputError(f"{where}{f.name} must be at least {least}, found {value}")
         if choices is not None and value not in choices:
             hint = nearest(str(value), list(choices))
-            raise InputError(f"unknown {f.name} {value!r}; {hint}; {plugins.WAY}")
+            raise InputError(f"{where}unknown {f.name} {value!r}; {hint}; {plugins.WAY}")
