@@ -16,6 +16,8 @@ from dflow.nn.embed import Neighbours
 from dflow.nn.lstm import LSTM
 from dflow.ops import masks
 
+MISSING = [family for family in zoo.names("text") if family not in SETTINGS]
+assert not MISSING, f"give the smallest settings of {MISSING} in SETTINGS of tests/folders.py"
 VARIANTS = [(family, {}) for family in zoo.names("text")] + [
     ("grouped", {"order": "bit_reversed"}),
     ("any_order", {"order": "random", "schedule": "dp", "num_calls": 3}),
