@@ -110,7 +110,7 @@ def test_defaults_are_shown_as_a_recipe_has_them() -> None:
     assert (shown["alpha"], shown["mixed_precision"]) == ("-inf", '"no"')
     assert json.loads(shown["temperature"]) == dataclasses.asdict(Schedule(1.0, 1.0))
     assert (rows["minutes"].type, rows["trackers"].type) == ("float or null", "list of str")
-    assert rows["mixed_precision"].type == '"no" | bf16 | fp16'
+    assert rows["mixed_precision"].type == '"no" | bf16 | fp16 | auto'
     assert "schedule: str" in rows["noise"].type
     assert [row.required for row in settings_of(Schedule, "train")] == [True, True, False, False]
     assert word("3") == '"3"'
