@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     )
     from dflow.models import TextModel, load
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ActNorm",
