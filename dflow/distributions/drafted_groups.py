@@ -49,8 +49,8 @@ class DraftedGroups(SameLaw):
         law: a `SequenceCategorical` of which `is_drawn_in_groups` holds.
         drafter: what proposes symbols, see `RunDrafter`.
         width: how many groups a call verifies beyond the next one, 0 to 32; None for as many as pay off, by
-            how many were right of late. Then the plain loop draws batches of more than four, and wherever the
-            device is not the CPU.
+            how many were right of late, and none in batches of more than four. On any device but the CPU, which
+            drafts, the plain loop draws.
 
     Attributes:
         tally: calls of the samples drawn since it was cleared.
@@ -90,7 +90,7 @@ class DraftedGroups(SameLaw):
         noise = noise_in(context, n, generator, device)
         law = self.law if known is None else self.law.among(known.mask)
         law.training = self.law.training
-        if self.width is None and (n > FEW or device.type != "cpu"):
+        if device.type != "cpu" or (self.width is None and n > FEW):
             needed = self.law.needed(law.dim if length is None else length, context)
             self.tally.add(noise.samples.tolist(), needed)
             context = replace(Context() if context is None else context, noise=noise)
