@@ -49,8 +49,8 @@ class DraftedGroups(SameLaw):
         law: a `SequenceCategorical` of which `is_drawn_in_groups` holds.
         drafter: what proposes symbols, see `RunDrafter`.
         width: how many groups a call verifies beyond the next one, 0 to 32; None for as many as pay off, by
-            how many were right of late, and none in batches of more than four. On any device but the CPU, which
-            drafts, the plain loop draws.
+            how many were right of late, and none in batches of more than four. On any device but the CPU the
+            plain loop draws, since drafts are made on the CPU.
 
     Attributes:
         tally: calls of the samples drawn since it was cleared.
