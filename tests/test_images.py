@@ -184,8 +184,12 @@ def test_a_model_without_parameters(tmp_path: Path, capsys: pytest.CaptureFixtur
     ("model", "settings"),
     [
         ({"density": "diagonal"}, {}),
-        ({"density": "covariance", "dequantizer": "normal"}, {"ema": 0.9}),
-        ({"dequantizer": "bipartite"}, {"rule": "renyi", "draws": 3, "ema": 0.5}),
+        pytest.param(
+            {"density": "covariance", "dequantizer": "normal"}, {"ema": 0.9}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"dequantizer": "bipartite"}, {"rule": "renyi", "draws": 3, "ema": 0.5}, marks=pytest.mark.slow
+        ),
     ],
     ids=str,
 )

@@ -270,9 +270,8 @@ def interrupting(monkeypatch: pytest.MonkeyPatch, name: str, step: int, number: 
     monkeypatch.setattr(Run, "_one_step", stepped)
 
 
-@pytest.mark.parametrize(
-    ("name", "code"), [("SIGINT", 130), pytest.param("SIGTERM", 0, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 0)])
 def test_a_signal_stops_the_sweep_and_its_command_goes_on_to_the_same_bits(
     name: str, code: int, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -204,7 +204,12 @@ def test_sentences_are_trained_with_their_lengths(text, tmp_path):
 
 @pytest.mark.parametrize(
     ("family", "settings"),
-    [("lstm", {"ema": 0.9}), ("bipartite", {"rule": "gumbel"}), ("grouped", {}), ("any_order", {"ema": 0.9})],
+    [
+        ("grouped", {}),
+        pytest.param("lstm", {"ema": 0.9}, marks=pytest.mark.slow),
+        pytest.param("bipartite", {"rule": "gumbel"}, marks=pytest.mark.slow),
+        pytest.param("any_order", {"ema": 0.9}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_resumed_run_ends_with_the_same_bits(family, settings, text, tmp_path):
     model = {"dropout": 0.3} if family != "bipartite" else {}
@@ -292,6 +297,7 @@ def environment():
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(text, tmp_path):
     path = recipe_file(tmp_path, text, "grouped", {"num_calls": 4}, steps=400, save_every=5, eval_every=200)
     whole = run(path, f"output={tmp_path / 'whole'}")
