@@ -155,6 +155,8 @@ def test_batches_for_which_it_does_not_pay_are_drawn_by_the_plain_loop() -> None
     drafted = DraftedGroups(plain_law, LawDrafter(ngrams()))
     assert torch.equal(drafted.sample(5, context), plain_law.sample(5, context))
     assert (drafted.tally.drafted, set(drafted.tally.calls.values())) == (0, {8})
+    for width in (None, 3):
+        assert DraftedGroups(plain_law, LawDrafter(ngrams()), width).sample(0).shape == (0, DIM)
 
 
 def test_what_cannot_be_drafted_is_refused() -> None:

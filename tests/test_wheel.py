@@ -101,8 +101,8 @@ class Shell:
 
     def __init__(self, environment: Path, folder: Path) -> None:
         self.bin, self.folder = environment / "bin", folder
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "DFLOW"))}
-        self.variables = kept | {
+        passed_on = {n: value for n, value in os.environ.items() if not n.startswith(("PYTHON", "DFLOW"))}
+        self.variables = passed_on | {
             "PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",
         }

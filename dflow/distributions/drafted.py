@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -297,11 +297,10 @@ class Drafted(SameLaw):
 
     def __init__(self, law: Distribution, drafter: Drafter, width: int | None = None) -> None:
         super().__init__()
-        if width is not None and not 0 <= width <= LONGEST_DRAFT:
-            raise InputError(f"width {width} must be from 0 to {LONGEST_DRAFT}")
+        self.drafter, self.width, self.tally = drafter, width, Tally()
+        self._check_width()
         self._reader = AheadLaw(law, "this model")
         self.law: SequenceCategorical = self._reader.law
-        self.drafter, self.width, self.tally = drafter, width, Tally()
 
     @torch.no_grad()
     def sample(
@@ -331,9 +330,7 @@ class Drafted(SameLaw):
         ends = [longest] * n if lengths is None else lengths.clamp(max=longest).tolist()
         before, last, K = prefix.shape[1], max(ends, default=0), self.law.net.K
         if self.width is None and not pays_off(self.law.net.ahead_cost, n):
-            self.tally.add(noise.samples.tolist(), self.law.needed(last, context))
-            context = replace(Context() if context is None else context, noise=noise)
-            return self.law.sample(n, context, None, prompt, length)
+            return self._plain(n, context, noise, prompt, length)
         x = torch.zeros(n, dim, dtype=torch.int64, device=device)
         x[:, :before] = prefix[:, :dim]
         together = max(1, _NOISE_BLOCK // (K * max(1, last - before + _BEYOND)))

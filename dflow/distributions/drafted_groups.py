@@ -10,7 +10,6 @@ lanes, the more symbols have to be right at once, so that this pays for few lane
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor
 from dflow.config import InputError
 from dflow.core import Context, Distribution, known_in, lengths_in, noise_in, present
 from dflow.distributions.drafted import FEW, Drafter, OpenDraws, Run, RunDrafter, check_draft
-from dflow.distributions.drafting import LONGEST_DRAFT, Pace, SameLaw, Tally
+from dflow.distributions.drafting import Pace, SameLaw, Tally
 from dflow.distributions.sequence import SequenceCategorical
 
 #: What verifying and drafting one more group takes a lane, in calls that draw one group: measured on a CPU.
@@ -61,8 +60,8 @@ class DraftedGroups(SameLaw):
 
     def __init__(self, law: Distribution, drafter: Drafter | RunDrafter, width: int | None = None) -> None:
         super().__init__()
-        if width is not None and not 0 <= width <= LONGEST_DRAFT:
-            raise InputError(f"width {width} must be from 0 to {LONGEST_DRAFT}")
+        self.width, self.tally = width, Tally()
+        self._check_width()
         if not isinstance(law, SequenceCategorical) or not is_drawn_in_groups(law):
             raise InputError("this model is not drawn in groups by one network; use one of family grouped")
         if (runs := getattr(drafter, "runs", None)) is None:
@@ -70,7 +69,7 @@ class DraftedGroups(SameLaw):
                 "a model drawn in groups is drafted for by counts or by a model of family ngram, not by one "
                 "that reads the symbols one after another"
             )
-        self.law, self._runs, self.width, self.tally = law, runs, width, Tally()
+        self.law, self._runs = law, runs
 
     @torch.no_grad()
     def sample(
@@ -88,14 +87,11 @@ class DraftedGroups(SameLaw):
         """
         device, known = self.law.order.device, known_in(context)
         noise = noise_in(context, n, generator, device)
+        if not n or device.type != "cpu" or (self.width is None and n > FEW):
+            return self._plain(n, context, noise, prompt, length)
         law = self.law if known is None else self.law.among(known.mask)
         law.training = self.law.training
-        if device.type != "cpu" or (self.width is None and n > FEW):
-            needed = self.law.needed(law.dim if length is None else length, context)
-            self.tally.add(noise.samples.tolist(), needed)
-            context = replace(Context() if context is None else context, noise=noise)
-            return self.law.sample(n, context, None, prompt, length)
-        (rows, state) = law.start(n, context, length)
+        rows, state = law.start(n, context, length)
         law.read_known(known, state, context)
         gumbel = noise.gumbel(
             torch.arange(n, device=device)[:, None], torch.arange(law.dim, device=device), law.net.K

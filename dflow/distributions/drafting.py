@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from dflow.core import Context, Distribution
+from dflow.config import InputError
+from dflow.core import Context, Distribution, known_in, lengths_in
 from dflow.distributions.sequence import SequenceCategorical
+from dflow.ops.noise import Noise
 
 #: Most symbols that are drafted at a time.
 LONGEST_DRAFT = 32
@@ -123,10 +125,28 @@ class SameLaw(Distribution):
     Attributes:
         law: the other one.
         tally: calls of the samples drawn since it was cleared.
+        width: how many symbols or groups are drafted for a call, or None for as many as pay off.
     """
 
     law: SequenceCategorical
     tally: Tally
+    width: int | None
+
+    def _check_width(self) -> None:
+        if self.width is not None and not 0 <= self.width <= LONGEST_DRAFT:
+            raise InputError(f"width {self.width} must be from 0 to {LONGEST_DRAFT}")
+
+    def _plain(
+        self, n: int, context: Context | None, noise: Noise, prompt: Tensor | None, length: int | None
+    ) -> Tensor:
+        """The draws of the plain loop, with the calls that they take."""
+        longest = self.law.dim if (known := known_in(context)) is None else len(known.mask)
+        length = longest if length is None else min(length, longest)
+        lengths = lengths_in(context, n)
+        last = length if lengths is None else min(length, max(lengths.tolist(), default=0))
+        self.tally.add(noise.samples.tolist(), self.law.needed(last, context))
+        context = replace(Context() if context is None else context, noise=noise)
+        return self.law.sample(n, context, None, prompt, length)
 
     @property
     def by_entry(self) -> bool:  # type: ignore[override]

@@ -117,8 +117,9 @@ class _Runs:
         _check_data([self.runs[i].recipe for i in left])
         self.output.mkdir(parents=True, exist_ok=True)
         descriptor = lock(self.output)
-        kept = f", {len(self.runs) - len(left)} of them done already" if len(left) < len(self.runs) else ""
-        _say(f"{len(self.runs)} run{'s' * (len(self.runs) > 1)}{kept}; output {self.output}")
+        number_done = len(self.runs) - len(left)
+        done_before = f", {number_done} of them done already" if number_done else ""
+        _say(f"{len(self.runs)} run{'s' * (len(self.runs) > 1)}{done_before}; output {self.output}")
         write(self.table(), self.output)
         time_left = TimeLeft([run.recipe for run in self.runs], [share_of(run) for run in self.runs])
         if jobs.jobs > 1:

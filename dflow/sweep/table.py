@@ -247,7 +247,7 @@ def draw(table: SweepTable) -> bytes | None:
 
 
 def _numeric(averages: Sequence[Average]) -> tuple[str, list[float] | None]:
-    """The one setting that varies, and its values where these are numbers; "" where there is none such."""
+    """The name of the setting that varies, "" unless it is one alone; and its values, None if not numbers."""
     varying = [key for key in averages[0].values if len({average.values[key] for average in averages}) > 1]
     if len(varying) != 1:
         return "", None
