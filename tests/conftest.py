@@ -27,7 +27,7 @@ _REAL = os.environ.get("DFLOW_DATA")
 
 
 def pytest_collection_finish() -> None:
-    """Freeze what stays until the end: trainings collect garbage, which took a third of the time of tests."""
+    """Freeze what stays: trainings collect garbage, which took a quarter of the time of the tests."""
     # Hypothesis looks for who refers to numpy's generator when it first runs, and cannot see what is frozen.
     hypothesis.find(hypothesis.strategies.none(), lambda _: True)
     gc.collect()
